@@ -1,0 +1,123 @@
+"""Text to ids: SentencePiece splits, a dictionary gives the numbers.
+
+SentencePiece's own ids are never used: the released model was trained on a dictionary of its own, in which
+four symbols precede the pieces and six follow them. The ids of all special symbols live here alone.
+"""
+
+import io
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
+DICTIONARY_FILE = "dict.txt"
+LEADING_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
+TRAILING_SYMBOLS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
+SENTENCEPIECE_CONTROLS = 3  # <unk>, <s> and </s> of SentencePiece itself, which the dictionary leaves out
+WORD_BOUNDARY = "▁"
+
+
+class Tokenizer:
+    """SentencePiece pieces looked up by string in a dictionary (golden README, "Vocabulary").
+
+    Args:
+        sentencepiece_model: a SentencePiece model file.
+        dictionary: text file, one `piece count` per line; the first line gets id 4.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a dictionary line without a count, or a piece listed twice.
+    """
+
+    def __init__(self, sentencepiece_model: Path, dictionary: Path):
+        for path in (sentencepiece_model, dictionary):
+            if not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"Tokenizer: '{path}' does not exist. A tokenizer folder holds {SENTENCEPIECE_FILE} and "
+                    f"{DICTIONARY_FILE}."
+                )
+        self.sentencepiece_model, self.dictionary = Path(sentencepiece_model), Path(dictionary)
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+        self.symbols = [*LEADING_SYMBOLS, *read_dictionary(self.dictionary), *TRAILING_SYMBOLS]
+        self.index = {symbol: i for i, symbol in enumerate(self.symbols)}
+        if len(self.index) != len(self.symbols):
+            seen: set[str] = set()
+            twice = next(symbol for symbol in self.symbols if symbol in seen or seen.add(symbol))
+            raise ValueError(f"{self.dictionary}: '{twice}' is listed twice or is reserved; every symbol needs one id.")
+        self.bos_id, self.pad_id, self.eos_id, self.unk_id = (self.index[symbol] for symbol in LEADING_SYMBOLS)
+        self.image_id, self.image_end_id = self.index["<image>"], self.index["</image>"]
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the pieces of `text`, without `<s>` and `</s>`.
+
+        Special symbols written in the text are ordinary characters: a caption cannot smuggle an image slot in.
+        """
+        return [self.index.get(piece, self.unk_id) for piece in self.processor.encode(text, out_type=str)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special symbols are written out, `<s>` and padding are left out."""
+        silent = (self.bos_id, self.pad_id)
+        symbols = [self.symbols[i] for i in ids if i not in silent]
+        return "".join(symbols).replace(WORD_BOUNDARY, " ").strip()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Read the folder that `save_pretrained` writes."""
+        return cls(Path(folder) / SENTENCEPIECE_FILE, Path(folder) / DICTIONARY_FILE)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy both files into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for source, name in ((self.sentencepiece_model, SENTENCEPIECE_FILE), (self.dictionary, DICTIONARY_FILE)):
+            if source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int) -> "Tokenizer":
+        """Train SentencePiece (unigram) on `texts` and write a tokenizer folder.
+
+        Args:
+            vocab_size: the most ids the tokenizer may have, special symbols included; a small text gives fewer.
+        """
+        pieces = vocab_size - len(LEADING_SYMBOLS) - len(TRAILING_SYMBOLS)
+        if pieces < 1:
+            raise ValueError(
+                f"vocab_size={vocab_size} leaves no room for pieces: "
+                f"{len(LEADING_SYMBOLS) + len(TRAILING_SYMBOLS)} ids are special symbols."
+            )
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=pieces + SENTENCEPIECE_CONTROLS,
+            model_type="unigram",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            num_threads=1,  # sums of floats depend on how they are divided among threads
+            minloglevel=2,
+        )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        names = [processor.id_to_piece(i) for i in range(SENTENCEPIECE_CONTROLS, processor.get_piece_size())]
+        (folder / DICTIONARY_FILE).write_text("".join(f"{name} 1\n" for name in names), encoding="utf-8")
+        return cls.from_pretrained(folder)
+
+
+def read_dictionary(path: Path) -> list[str]:
+    """Pieces of a dictionary file in order; a piece may hold any character, the count follows the last blank."""
+    pieces = []
+    with open(path, encoding="utf-8", newline="\n") as lines:  # pieces may hold unusual line separators
+        for number, line in enumerate(lines, 1):
+            piece, blank, count = line.rstrip("\n").rpartition(" ")
+            if not blank or not count.isdigit():
+                raise ValueError(f"{path}, line {number}: expected 'piece count', found {line!r}.")
+            pieces.append(piece)
+    return pieces

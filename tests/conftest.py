@@ -1,0 +1,71 @@
+"""Fixtures shared by all tests. Tiny models are built once a session in temporary folders."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow; run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data (KOSMOSG_SHARED, default ../shared); absent: skipped, in CI an error."""
+    return present(Path(os.environ.get("KOSMOSG_SHARED", REPOSITORY.parent / "shared")), "KOSMOSG_SHARED")
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The folder of one recorded set (KOSMOSG_GOLDEN, default <shared>/golden/a)."""
+    if "KOSMOSG_GOLDEN" in os.environ:
+        return present(Path(os.environ["KOSMOSG_GOLDEN"]), "KOSMOSG_GOLDEN")
+    return present(request.getfixturevalue("shared") / "golden" / "a", "KOSMOSG_GOLDEN")
+
+
+def present(folder: Path, variable: str) -> Path:
+    if not folder.is_dir():
+        message = f"reference data is not at '{folder}'; set {variable} to its folder"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder of random tiny weights: 64 px, latents 4×8×8, condition 24×32."""
+    return tiny.write_stable_diffusion(tmp_path_factory.mktemp("stable-diffusion"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder trained on `tiny.SENTENCES`."""
+    return tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A KosmosG folder (mllm, aligner, tokenizer) that fits `tiny_stable_diffusion`."""
+    return tiny.write_model(tmp_path_factory.mktemp("model"), tiny_tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """No test depends on which ran before it."""
+    torch.manual_seed(0)
