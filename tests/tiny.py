@@ -47,7 +47,7 @@ def write_model(folder: Path, tokenizer: Path) -> Path:
         torch.manual_seed(1)
         mllm = MLLM(vocab_size=len(words), pad_id=words.pad_id, **mllm_sizes())
         aligner = AlignerEncoder(input_width=WIDTH, num_queries=QUERIES, **aligner_sizes())
-        KosmosG(mllm, aligner, words).save_pretrained(folder)
+        KosmosG(mllm, aligner).save_pretrained(folder, tokenizer=words)
     return folder
 
 
@@ -69,7 +69,7 @@ def mllm_sizes() -> dict:
         "heads": 2,
         "ffn_width": 64,
         "image_tokens": IMAGE_TOKENS,
-        "vision": vision,
+        "vision_config": vision,
         "dropout": 0.1,
     }
 

@@ -1,0 +1,77 @@
+"""PIL images to model inputs, as recorded from the released code (golden README, "Image preprocessing").
+
+Arithmetic is float64 and rounded once, at the end: that is how the released code computes its inputs.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class UnderstandingTransform:
+    """What the image tower reads: shorter side bicubic, centre crop, CLIP's mean and deviation.
+
+    Args:
+        size: pixels on a side, `S`.
+    """
+
+    def __init__(self, size: int = 224):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Any PIL image → float32 3×S×S."""
+        pixels = square(image, self.size, Image.Resampling.BICUBIC)
+        return to_tensor((pixels / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD))
+
+
+class TargetTransform:
+    """What the VAE reads: shorter side bilinear, centre crop, [-1, 1].
+
+    Args:
+        size: pixels on a side, `S`.
+    """
+
+    def __init__(self, size: int = 512):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Any PIL image → float32 3×S×S in [-1, 1]."""
+        return to_tensor(square(image, self.size, Image.Resampling.BILINEAR) / 127.5 - 1.0)
+
+
+def square(image: Image.Image, size: int, resampling: Image.Resampling) -> np.ndarray:
+    """Shorter side to `size`, centre crop; float64 size×size×3 in [0, 255].
+
+    Raises:
+        ValueError: the image has no pixels.
+    """
+    image = rgb(image)
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"an image of {width}×{height} pixels cannot be resized to {size}×{size}.")
+    shorter = min(width, height)
+    if shorter != size:
+        # The longer side is cut off, not rounded: one pixel would shift the crop.
+        width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
+        image = image.resize((width, height), resampling)
+    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float64)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; what is transparent becomes white, the background of the cut-out subjects."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """H×W×3 → float32 3×H×W."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))

@@ -1,0 +1,86 @@
+"""The losses of the three stages.
+
+Shapes: `B` batch, `L` tokens, `D` MLLM width, `V` vocabulary, `Q` queries, `C` condition width.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_LABEL = -100
+AlignmentVariant = Literal["released", "paper"]
+
+
+def language_modelling_loss(hidden: Tensor, output_matrix: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy, the mean over the labels that count (paper section 2.1).
+
+    Args:
+        hidden: B×L×D.
+        output_matrix: V×D.
+        labels: B×L int64; `labels[b, l]` is the token to be predicted *at* position l, that is the source's token
+            l + 1; -100 is ignored. Without any label the loss is 0, so that a rank without text does not fail.
+    """
+    counted = labels != IGNORED_LABEL
+    # Only counted positions meet the output matrix: image slots and padding cost no logits.
+    logits = F.linear(hidden[counted], output_matrix).float()
+    return F.cross_entropy(logits, labels[counted], reduction="sum") / counted.sum().clamp(min=1)
+
+
+def alignment_losses(
+    condition: Tensor,
+    target: Tensor,
+    hidden: Tensor,
+    reconstruction: Tensor,
+    *,
+    padding: Tensor | None = None,
+    variant: AlignmentVariant = "released",
+) -> tuple[Tensor, Tensor]:
+    """L_mse = E‖t − M(s)‖² (eq. 5) and L_rec = E‖s − N(M(s))‖² (eq. 6).
+
+    The released code takes means over elements, multiplies L_rec by Q / L and lets padding count. The paper's
+    equations are squared norms of a caption's states: sums over its real tokens and channels, means over captions.
+
+    Args:
+        condition: M(s), B×Q×C.
+        target: t, the CLIP text model's last hidden state, B×Q×C.
+        hidden: s, B×L×D.
+        reconstruction: N(M(s)), B×L×D.
+        padding: bool B×L, True at padding; needed by `paper` alone.
+        variant: `released` or `paper`.
+
+    Raises:
+        ValueError: an unknown variant, `paper` without padding, or a target that is not shaped like the condition.
+    """
+    if condition.shape != target.shape:
+        raise ValueError(
+            f"the condition is {tuple(condition.shape)} but the text target {tuple(target.shape)}: M's num_queries and "
+            "width must be those of Stable Diffusion's text encoder."
+        )
+    mse = (condition.float() - target.float()).square()
+    rec = (reconstruction.float() - hidden.float()).square()
+    if variant == "released":
+        return mse.mean(), rec.mean() * (condition.shape[1] / hidden.shape[1])
+    if variant == "paper":
+        if padding is None:
+            raise ValueError("alignment_losses(variant='paper') needs the padding mask of the prompts.")
+        return mse.sum(dim=(1, 2)).mean(), (rec * ~padding[..., None]).sum(dim=(1, 2)).mean()
+    raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: 'released', 'paper'.")
+
+
+def diffusion_loss(
+    prediction: Tensor, noise: Tensor, weights: Tensor | None = None, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
+    """L_diff = E[w(t)‖ε_θ(z_t; C, t) − ε‖²], eq. 8, a mean over elements of each sample.
+
+    Args:
+        prediction: ε_θ, B×4×h×w.
+        noise: ε, B×4×h×w.
+        weights: w(t) of each sample, B; 1 where not given, as in the released code.
+        reduction: `mean` over samples, or `none` for B values.
+    """
+    per_sample = (prediction.float() - noise.float()).square().flatten(1).mean(dim=1)
+    if weights is not None:
+        per_sample = per_sample * weights
+    return per_sample if reduction == "none" else torch.mean(per_sample)

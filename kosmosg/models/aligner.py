@@ -1,0 +1,147 @@
+"""AlignerNet: M maps the MLLM's states into Stable Diffusion's text space, N maps back (paper section 2.2).
+
+Notable: learned queries enter the decoders, so lengths match whatever they are; M masks padded keys, N masks
+nothing; no dropout. N exists in stage 2 only (golden README, "AlignerNet M", "AlignerNet N").
+
+Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries of M, `C` condition width.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from kosmosg.models.transformer import (
+    LAYER_NORM_EPS,
+    decoder_gain,
+    encoder_gain,
+    magneto_scale,
+    self_attention_gain,
+    transformer_layers,
+)
+
+FIRST_POSITION = 2  # the released tables are read from row 2 on; rows 0 and 1 are never used
+
+
+class AlignerEncoder(ModelMixin, ConfigMixin):
+    """M: states B×L×D → condition B×Q×C, eq. 5.
+
+    Args:
+        input_width: `D`.
+        width: `C`, also the width of all layers.
+        num_queries: `Q`, the length of Stable Diffusion's text condition.
+        max_positions: rows of the position table; the longest prompt has two fewer tokens.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        input_width: int,
+        width: int,
+        ffn_width: int,
+        heads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        num_queries: int,
+        max_positions: int,
+    ):
+        super().__init__()
+        self.input_projection = nn.Linear(input_width, width)
+        self.positions = nn.Embedding(max_positions, width)
+        self.encoder = transformer_layers(encoder_layers, width, heads, ffn_width)
+        self.encoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.queries = nn.Parameter(torch.randn(num_queries, width))
+        self.decoder = transformer_layers(decoder_layers, width, heads, ffn_width, cross_attention=True)
+        self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        magneto_scale(self.encoder, encoder_gain(encoder_layers, decoder_layers))
+        magneto_scale(self.decoder, decoder_gain(decoder_layers))
+
+    def encode(self, hidden: Tensor, padding: Tensor) -> Tensor:
+        """Encoder half: hidden B×L×D → B×L×C; what stands at padding is meaningless."""
+        x = self.input_projection(hidden)
+        x = x + position_rows(self.positions, hidden.shape[1])
+        x = x * ~padding[..., None]
+        mask = ~padding[:, None, None, :]
+        for layer in self.encoder:
+            x = layer(x, mask=mask)
+        return self.encoder_norm(x)
+
+    def forward(self, hidden: Tensor, padding: Tensor) -> Tensor:
+        """Hidden B×L×D, padding bool B×L (True at padding) → condition B×Q×C.
+
+        Raises:
+            ValueError: the prompt is longer than the position table.
+        """
+        memory = self.encode(hidden, padding)
+        memory_mask = ~padding[:, None, None, :]
+        x = self.queries.type_as(memory).expand(hidden.shape[0], -1, -1)
+        for layer in self.decoder:
+            x = layer(x, memory, memory_mask=memory_mask)
+        return self.decoder_norm(x)
+
+
+class AlignerDecoder(ModelMixin, ConfigMixin):
+    """N: condition B×Q×C → reconstructed states B×L×D, eq. 6.
+
+    Args:
+        output_width: `D`.
+        width: `C`, also the width of all layers.
+        max_positions: rows of the query table and of the position table.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        output_width: int,
+        width: int,
+        ffn_width: int,
+        heads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        max_positions: int,
+    ):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(max_positions, width))
+        self.decoder = transformer_layers(decoder_layers, width, heads, ffn_width, cross_attention=True)
+        self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.positions = nn.Embedding(max_positions, width)
+        self.encoder = transformer_layers(encoder_layers, width, heads, ffn_width)
+        self.encoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.output_projection = nn.Linear(width, output_width)
+        magneto_scale(self.decoder, decoder_gain(decoder_layers))
+        magneto_scale(self.encoder, self_attention_gain(encoder_layers))
+
+    def decode(self, condition: Tensor, length: int) -> Tensor:
+        """Decoder half: the first `length` learned queries read the condition, B×L×C."""
+        if length > len(self.queries):
+            raise ValueError(f"length={length} exceeds max_positions={len(self.queries)} of the aligner's decoder.")
+        x = self.queries[:length].type_as(condition).expand(condition.shape[0], -1, -1)
+        for layer in self.decoder:
+            x = layer(x, condition)
+        return self.decoder_norm(x)
+
+    def forward(self, condition: Tensor, length: int) -> Tensor:
+        """Condition B×Q×C → states B×`length`×D, padding included.
+
+        Raises:
+            ValueError: `length` is beyond the tables.
+        """
+        x = self.decode(condition, length)
+        x = x + position_rows(self.positions, length)
+        for layer in self.encoder:
+            x = layer(x)
+        return self.output_projection(self.encoder_norm(x))
+
+
+def position_rows(table: nn.Embedding, length: int) -> Tensor:
+    """Rows for `length` positions, L×C."""
+    if FIRST_POSITION + length > table.num_embeddings:
+        raise ValueError(
+            f"a sequence of {length} tokens needs {FIRST_POSITION + length} positions but the aligner has "
+            f"max_positions={table.num_embeddings}; shorten the prompt or raise aligner.max_positions."
+        )
+    return table.weight[FIRST_POSITION : FIRST_POSITION + length]

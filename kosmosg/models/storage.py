@@ -1,0 +1,68 @@
+"""Model folders: where they are, and loading that refuses weights of another model."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import ModelMixin
+
+Part = TypeVar("Part", bound=ModelMixin)
+CONFIG_FILE = "config.json"
+
+
+def find_model(folder: str | Path) -> Path:
+    """The model folder in `folder`: itself, or `model/` of a run folder.
+
+    Raises:
+        FileNotFoundError: neither holds mllm/config.json.
+    """
+    folder = Path(folder)
+    for candidate in (folder, folder / "model"):
+        if (candidate / "mllm" / CONFIG_FILE).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"'{folder}' holds no model: neither mllm/{CONFIG_FILE} nor model/mllm/{CONFIG_FILE} is there. Give the folder "
+        "that save_pretrained wrote or a finished run folder."
+    )
+
+
+def load_part(kind: type[Part], folder: Path, torch_dtype: torch.dtype = torch.float32) -> Part:
+    """`kind.from_pretrained(folder)`, but weights left over or missing are an error.
+
+    Raises:
+        FileNotFoundError: no such part.
+        ValueError: the weights are not those of the recorded sizes; the first few names are told.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds no {kind.__name__}: {CONFIG_FILE} is missing. An aligner_decoder exists after stage 2 "
+            "only, an aligner after stages 2 and 3."
+        )
+    # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; either way
+    # the report below names them.
+    model, report = kind.from_pretrained(str(folder), torch_dtype=torch_dtype, output_loading_info=True)
+    wrong = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
+    if wrong:
+        told = "; ".join(f"{len(keys)} {name}, as {sorted(map(str, keys))[:3]}" for name, keys in wrong.items())
+        raise ValueError(f"'{folder}' is not a {kind.__name__} of the sizes in its {CONFIG_FILE}: {told}.")
+    return model
+
+
+def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] = ("dropout",)) -> None:
+    """Refuse a saved part whose sizes differ from `expected`, constructor arguments by name.
+
+    Raises:
+        ValueError: names every differing key with both values.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist, so '{folder}' is not a saved part of a model.")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    different = [
+        f"{key} is {saved.get(key)!r} there and {value!r} in the configuration"
+        for key, value in expected.items()
+        if key not in ignored and saved.get(key) != value
+    ]
+    if different:
+        raise ValueError(f"'{folder}' is a checkpoint of another model: " + "; ".join(different) + ".")
