@@ -92,8 +92,8 @@ class ImageDecoder(nn.Module):
         """
         if condition.shape[-1] != self.condition_width:
             raise ValueError(
-                f"the condition is {condition.shape[-1]} wide but the U-Net reads {self.condition_width}: aligner.width "
-                "must be the image decoder's cross_attention_dim. Is it a checkpoint for another Stable Diffusion?"
+                f"the condition is {condition.shape[-1]} wide but the U-Net reads {self.condition_width}: the "
+                "aligner's width must be the image decoder's cross_attention_dim. Is it another Stable Diffusion?"
             )
         dtype = self.unet.dtype
         return self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample

@@ -1,0 +1,126 @@
+"""From the configuration to the parts of the model, fresh or with the weights of an earlier stage."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPVisionModel
+
+from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
+from kosmosg.models.mllm import MLLM
+from kosmosg.models.model_config import ModelConfig, VisionConfig
+from kosmosg.models.storage import Part, find_model, load_part, require_same_config
+from kosmosg.tokenizer import Tokenizer
+
+LAYER_NORM_EPS = 1e-5
+
+
+def build_mllm(config: ModelConfig, tokenizer: Tokenizer, init_from: str | Path | None = None) -> MLLM:
+    """The MLLM of `config`, with `tokenizer`'s vocabulary.
+
+    Without `init_from` the weights are random, but for the image tower, which is read from `config.vision_weights`.
+
+    Args:
+        init_from: a model folder or run folder to read the weights from.
+
+    Raises:
+        FileNotFoundError: `init_from` holds no model.
+        ValueError: the weights are those of another model; names the sizes that differ.
+    """
+    mllm = config.mllm
+    arguments = {
+        "vocab_size": len(tokenizer),
+        "width": mllm.width,
+        "layers": mllm.layers,
+        "heads": mllm.heads,
+        "ffn_width": mllm.ffn_width,
+        "image_tokens": mllm.image_tokens,
+        "vision_config": vision_config(mllm.vision),
+        "dropout": mllm.dropout,
+        "xpos": mllm.xpos,
+        "pad_id": tokenizer.pad_id,
+        "bos_id": tokenizer.bos_id,
+    }
+    model = built(MLLM, arguments, init_from, "mllm")
+    if init_from is None and config.vision_weights is not None:
+        load_vision_weights(model, config.vision_weights)
+    return model
+
+
+def build_aligner(config: ModelConfig, init_from: str | Path | None = None) -> AlignerEncoder:
+    """M of `config`; see `build_mllm` for `init_from` and the errors."""
+    aligner = config.aligner
+    arguments = {
+        "input_width": config.mllm.width,
+        "width": aligner.width,
+        "ffn_width": aligner.ffn_width,
+        "heads": aligner.heads,
+        "encoder_layers": aligner.encoder_layers,
+        "decoder_layers": aligner.decoder_layers,
+        "num_queries": aligner.num_queries,
+        "max_positions": aligner.max_positions,
+    }
+    return built(AlignerEncoder, arguments, init_from, "aligner")
+
+
+def build_aligner_decoder(config: ModelConfig, init_from: str | Path | None = None) -> AlignerDecoder:
+    """N of `config`; see `build_mllm` for `init_from` and the errors."""
+    decoder = config.aligner_decoder
+    arguments = {
+        "output_width": config.mllm.width,
+        "width": config.aligner.width,
+        "ffn_width": decoder.ffn_width,
+        "heads": decoder.heads,
+        "encoder_layers": decoder.encoder_layers,
+        "decoder_layers": decoder.decoder_layers,
+        "max_positions": decoder.max_positions,
+    }
+    return built(AlignerDecoder, arguments, init_from, "aligner_decoder")
+
+
+def built(kind: type[Part], arguments: dict[str, Any], init_from: str | Path | None, name: str) -> Part:
+    """`kind(**arguments)`, with the weights of `init_from`'s part `name` if given."""
+    if init_from is None:
+        return kind(**arguments)
+    folder = find_model(init_from) / name
+    require_same_config(folder, arguments)
+    # The configuration's dropout holds, which need not be what the earlier stage used.
+    saved = load_part(kind, folder)
+    if saved.config.get("dropout") == arguments.get("dropout"):
+        return saved.train()
+    model = kind(**arguments)
+    model.load_state_dict(saved.state_dict())
+    return model
+
+
+def vision_config(vision: VisionConfig) -> dict[str, Any]:
+    """Fields of `transformers.CLIPVisionConfig`."""
+    return {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": vision.ffn_width,
+        "hidden_act": vision.activation,
+        "layer_norm_eps": LAYER_NORM_EPS,
+    }
+
+
+def load_vision_weights(model: MLLM, weights: str) -> None:
+    """Put the image tower of a CLIP folder or hub id into `model`.
+
+    Raises:
+        ValueError: a tower of other sizes, or weights that are missing.
+    """
+    clip, report = CLIPVisionModel.from_pretrained(weights, output_loading_info=True)
+    expected = model.config.vision_config
+    different = [
+        f"{key} is {getattr(clip.config, key)!r} there and {value!r} in the configuration"
+        for key, value in expected.items()
+        if getattr(clip.config, key) != value
+    ]
+    if report["missing_keys"]:
+        different.append(f"{len(report['missing_keys'])} weights are missing, as {sorted(report['missing_keys'])[:3]}")
+    if different:
+        raise ValueError(f"model.vision_weights='{weights}' is another image tower: " + "; ".join(different) + ".")
+    model.vision.clip.load_state_dict(clip.state_dict())
