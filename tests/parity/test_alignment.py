@@ -1,0 +1,66 @@
+"""Stage 2 of the recorded set: M, N, the CLIP target, both losses, gradients and what trains."""
+
+import pytest
+import torch
+
+from kosmosg.conversion import our_name
+from kosmosg.losses import alignment_losses
+from tests.parity.conftest import GRADIENT_FLOOR, GRADIENT_NORMS
+
+BATCHES = ["text", "text_long", "interleaved"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BATCHES)
+def test_aligner_and_losses(recording, stage2, name):
+    batch = recording.prompts(name)
+    hidden = stage2.mllm(batch)
+    encoded = stage2.aligner.encode(hidden, batch.padding)
+    recording.assert_activation(encoded, f"stage2.{name}.m_encoder_out")
+    condition = stage2.aligner(hidden, batch.padding)
+    recording.assert_activation(condition, f"stage2.{name}.m_out")
+    target = recording.text_target()(recording.inputs[f"{name}.clip_tokens"])
+    recording.assert_activation(target, f"stage2.{name}.clip_target")
+    length = batch.ids.shape[1]
+    recording.assert_activation(stage2.aligner_decoder.decode(condition, length), f"stage2.{name}.n_decoder_out")
+    reconstruction = stage2.aligner_decoder(condition, length)
+    recording.assert_activation(reconstruction, f"stage2.{name}.n_out")
+    mse, rec = alignment_losses(condition, target, hidden, reconstruction)
+    recording.assert_loss(mse, f"stage2.{name}.mse_loss")
+    recording.assert_loss(rec, f"stage2.{name}.rec_loss")
+
+
+def test_gradients(recording, stage2):
+    batch = recording.prompts("text")
+    with torch.no_grad():
+        hidden = stage2.mllm(batch)
+        target = recording.text_target()(recording.inputs["text.clip_tokens"])
+    parts = {"aligner": stage2.aligner, "aligner_decoder": stage2.aligner_decoder}
+    for part in parts.values():
+        part.zero_grad()
+    condition = stage2.aligner(hidden, batch.padding)
+    reconstruction = stage2.aligner_decoder(condition, batch.ids.shape[1])
+    loss = sum(alignment_losses(condition, target, hidden, reconstruction))
+    recording.assert_loss(loss.detach(), "stage2.text.total_loss")
+    loss.backward()
+
+    gradients = {(part, name): p.grad for part, model in parts.items() for name, p in model.named_parameters()}
+    assert_gradients(recording, gradients, "stage2")
+    assert set(gradients) == {our_name(name) for name in recording.facts["stage2_trainable"]}
+
+
+def assert_gradients(recording, gradients, stage, scale=1.0):
+    """Every recorded norm and every recorded gradient; `scale` undoes what the recorded loss was multiplied by."""
+    norms = recording.facts[f"{stage}_grad_norms"]
+    assert norms
+    for name, norm in norms.items():
+        ours = gradients[our_name(name)].norm().item() * scale
+        assert ours == pytest.approx(norm, rel=GRADIENT_NORMS, abs=GRADIENT_FLOOR), name
+    prefixes = (f"{stage}.text.grad.", f"{stage}.grad.")
+    recorded = {key: key.removeprefix(p) for key in recording.outputs for p in prefixes if key.startswith(p)}
+    assert recorded
+    for key, name in recorded.items():
+        recording.assert_activation(gradients[our_name(name)] * scale, key)
+        largest = recording.outputs[key].abs().max().item()
+        difference = (gradients[our_name(name)] * scale - recording.outputs[key]).abs().max().item()
+        assert difference <= 1e-3 * largest, key
