@@ -1,0 +1,94 @@
+"""Images of a sample: kept as bytes until somebody needs the pixels, then decoded within bounds."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from PIL import Image
+
+from datamodules.errors import SampleError
+from kosmosg.image_processing import rgb
+
+T = TypeVar("T")
+SUFFIXES = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+@dataclass
+class Limits:
+    """What one sample may cost. Pictures beyond it are refused from their header, before any pixel is decoded."""
+
+    max_pixels: int = 64_000_000
+    """Most pixels of one image."""
+    max_aspect_ratio: float = 32.0
+    """Longest over shortest side. Scaling the shorter side of a 1×60000 strip to 224 would fill the memory."""
+    max_member_bytes: int = 32_000_000
+    """Most bytes of one file inside a shard."""
+
+    def __post_init__(self):
+        for name in ("max_pixels", "max_aspect_ratio", "max_member_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"limits.{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass(slots=True)
+class StoredImage:
+    """An encoded image (JPEG, PNG or WebP by content, whatever its suffix says) and where it came from."""
+
+    data: bytes
+    name: str
+    shard: str
+    key: str
+    limits: Limits = field(default_factory=Limits)
+
+    def load(self) -> Image.Image:
+        """Decode to RGB; an animation gives its first frame, transparency becomes white.
+
+        Raises:
+            SampleError: `unreadable_image`, `image_too_large` or `extreme_aspect_ratio`.
+        """
+        image = self._guard(lambda: Image.open(io.BytesIO(self.data), formats=FORMATS))
+        width, height = image.size
+        if width * height > self.limits.max_pixels:
+            raise self._error("image_too_large", f"{width}×{height}, at most {self.limits.max_pixels} pixels")
+        if max(width, height) > self.limits.max_aspect_ratio * min(width, height):
+            raise self._error("extreme_aspect_ratio", f"{width}×{height}, at most 1:{self.limits.max_aspect_ratio:g}")
+        self._guard(image.load)
+        return self._guard(lambda: rgb(image))
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, from the header alone.
+
+        Raises:
+            SampleError: `unreadable_image` or `image_too_large`.
+        """
+        return self._guard(lambda: Image.open(io.BytesIO(self.data), formats=FORMATS)).size
+
+    def _guard(self, decode: Callable[[], T]) -> T:
+        try:
+            return decode()
+        except Image.DecompressionBombError as error:
+            raise self._error("image_too_large", str(error)) from error
+        except Exception as error:  # hostile bytes make Pillow's decoders raise nearly anything
+            raise self._error("unreadable_image", f"{type(error).__name__}: {error}") from error
+
+    def _error(self, reason: str, detail: str) -> SampleError:
+        return SampleError(reason, self.shard, self.key, f"{self.name}: {detail}")
+
+
+SampleImage = Image.Image | StoredImage
+
+
+def load(image: SampleImage) -> Image.Image:
+    """The RGB pixels of an image of a sample, decoded now if they were not yet."""
+    return image.load() if isinstance(image, StoredImage) else rgb(image)
+
+
+def encode_png(image: SampleImage) -> bytes:
+    """The bytes to store: as they are if already encoded, else PNG."""
+    if isinstance(image, StoredImage):
+        return image.data
+    stream = io.BytesIO()
+    rgb(image).save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,142 @@
+"""Global sample index → example: several sources as one map-style dataset without end or memory."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from torch.utils.data import Dataset, Sampler
+
+from datamodules.errors import DataError, SampleError
+from datamodules.images import Limits
+from datamodules.indexed_shards import IndexedShards
+from datamodules.order import Draw, MixtureOrder, mix
+from datamodules.report import ReadReport
+from datamodules.sample import Sample, decode
+
+T = TypeVar("T")
+MAX_ATTEMPTS = 100
+
+
+class SampleSource:
+    """The decoded samples of one kind in some shards.
+
+    Args:
+        suffixes: tar members to read; None reads all.
+    """
+
+    def __init__(self, pattern: str, kind: str, limits: Limits, suffixes: frozenset[str] | None = None):
+        self.shards, self.kind, self.limits, self.suffixes = IndexedShards(pattern, limits), kind, limits, suffixes
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample `i`, images still encoded. Raises SampleError: it cannot be used."""
+        shard, key, members = self.shards.read(i, self.suffixes)
+        return decode(members, shard, key, kind=self.kind, limits=self.limits)
+
+
+@dataclass
+class Request:
+    """One row to build: element `index` of the source, with random choices from `random` alone."""
+
+    index: int
+    epoch: int
+    random: random.Random
+
+
+class RowBuilder(Protocol[T]):
+    """Builds rows from one source; for each request a row, or the error that made it impossible.
+
+    `report` takes the number of samples read and the errors that did not cost the row.
+    """
+
+    name: str
+    source: SampleSource
+
+    def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[T, str] | SampleError]:
+        """Rows with the `shard/key` they start from, in the order of the requests."""
+        ...
+
+
+class MixtureDataset(Dataset, Generic[T]):
+    """Rows by global sample index. An unusable sample is replaced by another of its source, chosen by the order.
+
+    Args:
+        builders: one for each source.
+        weights: whole shares of the sources.
+        collate: rows and their report → batch.
+    """
+
+    def __init__(
+        self,
+        builders: Sequence[RowBuilder[T]],
+        weights: Sequence[int],
+        seed: int,
+        collate: Callable[[list[T], ReadReport], object],
+    ):
+        self.builders, self.collate, self.seed = list(builders), collate, seed
+        self.order = MixtureOrder(seed, [len(builder.source) for builder in builders], weights)
+
+    def __getitem__(self, positions: Sequence[int]):
+        """The batch of these global sample indices.
+
+        Raises:
+            DataError: too many samples in a row of a source are unusable.
+        """
+        draws = {position: self.order(position) for position in positions}
+        rows: dict[int, tuple[T, str]] = {}
+        report = ReadReport()
+        for attempt in range(MAX_ATTEMPTS):
+            pending = [position for position in draws if position not in rows]
+            if not pending:
+                break
+            for number, builder in enumerate(self.builders):
+                chosen = [position for position in pending if draws[position].source == number]
+                requests = [self._request(position, draws[position], attempt) for position in chosen]
+                for position, row in zip(chosen, builder(requests, report) if requests else (), strict=True):
+                    if isinstance(row, SampleError):
+                        report.errors.append(row)
+                    else:
+                        rows[position] = row
+        else:
+            raise DataError(
+                f"{MAX_ATTEMPTS} samples in a row are unusable, the last: {report.errors[-1]}. Look at the filters and "
+                "at the shards."
+            )
+        for position in positions:
+            report.samples.append(rows[position][1])
+            report.sources.append(self.builders[draws[position].source].name)
+        return self.collate([rows[position][0] for position in positions], report)
+
+    def _request(self, position: int, draw: Draw, attempt: int) -> Request:
+        index = self.order.redraw(draw, attempt) if attempt else draw.index
+        return Request(index, draw.epoch, random.Random(mix(self.seed, 3, position, attempt)))
+
+
+class BatchPositions(Sampler[list[int]]):
+    """Which global sample indices each step of this process reads.
+
+    Step `k` of all processes together reads the positions after those of step `k-1` without a gap, and process
+    `rank` of `world_size` reads its contiguous part, so every process has equally many steps.
+
+    Args:
+        batch_size: rows per process and step.
+        steps: `len()`; all steps of the run, those before `start` included, as Lightning counts them.
+        start: gives (step, position) to begin at; asked at every iteration.
+    """
+
+    def __init__(self, batch_size: int, steps: int, rank: int, world_size: int, start: Callable[[], tuple[int, int]]):
+        self.batch_size, self.steps, self.rank, self.world_size = batch_size, steps, rank, world_size
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step, position = self.start()
+        position += self.rank * self.batch_size
+        for _ in range(step, self.steps):
+            yield list(range(position, position + self.batch_size))
+            position += self.world_size * self.batch_size

@@ -1,0 +1,121 @@
+"""The order of training samples: a pure function of (seed, global sample index).
+
+Nothing is shuffled in memory and nothing is remembered: sample number 10⁹ of a run is found as quickly as the first,
+so a run resumes anywhere at once, on any number of processes and workers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+MASK = (1 << 64) - 1
+ROUNDS = 4
+MAX_BLOCK = 1_000_000
+
+
+def mix(*values: int) -> int:
+    """Integers → 64 well-mixed bits (splitmix64, Steele et al. 2014, chained)."""
+    state = 0
+    for value in values:
+        state = (state ^ (value & MASK)) + 0x9E3779B97F4A7C15 & MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
+        state ^= state >> 31
+    return state
+
+
+class Permutation:
+    """A seeded bijection of 0 … n-1 that takes no memory: a Feistel network on a rectangle, cycle-walked.
+
+    The rectangle rows × columns is the smallest near-square one that holds n, so about one walk in sqrt(n) steps
+    outside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+
+    Raises:
+        ValueError: n < 1.
+    """
+
+    def __init__(self, n: int, key: int):
+        if n < 1:
+            raise ValueError(f"a permutation of {n} elements does not exist; n must be at least 1.")
+        self.n = n
+        self.rows = math.isqrt(n - 1) + 1
+        self.columns = -(-n // self.rows)
+        self.keys = [mix(key, i) for i in range(2 * ROUNDS)]
+
+    def __call__(self, i: int) -> int:
+        """Where `i` goes."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"{i} is outside 0 … {self.n - 1}.")
+        while True:
+            row, column = divmod(i, self.columns)
+            for k in range(0, 2 * ROUNDS, 2):
+                row = (row + _round(column, self.keys[k])) % self.rows
+                column = (column + _round(row, self.keys[k + 1])) % self.columns
+            i = row * self.columns + column
+            if i < self.n:
+                return i
+
+
+def _round(value: int, key: int) -> int:
+    value = (value ^ key) * 0xBF58476D1CE4E5B9 & MASK
+    return (value ^ value >> 29) * 0x94D049BB133111EB >> 11 & MASK
+
+
+class Draw(NamedTuple):
+    """One place in the order: element `index` of source number `source`, `offset` places into its pass `epoch`."""
+
+    source: int
+    index: int
+    epoch: int
+    offset: int
+
+
+class MixtureOrder:
+    """Position in the run → which sample of which source.
+
+    Positions are cut into blocks as long as the weights' sum. Each block holds every source exactly `weight` times,
+    in an order of its own; each source is passed through in a new permutation every epoch, every element once.
+
+    Args:
+        seed: of the whole order.
+        sizes: elements of each source, at least 1 each.
+        weights: whole shares, e.g. 2:2:1 (paper section 3.1).
+
+    Raises:
+        ValueError: no source, an empty source, or a weight that is not a positive integer.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[int]):
+        if not sizes or len(sizes) != len(weights):
+            raise ValueError(f"{len(sizes)} sizes and {len(weights)} weights: every source needs one of each.")
+        if min(sizes) < 1 or min(weights) < 1 or sum(weights) > MAX_BLOCK:
+            raise ValueError(
+                f"sizes {list(sizes)} and weights {list(weights)} must be positive integers, the weights' sum at most "
+                f"{MAX_BLOCK}; leave out a source that is not wanted."
+            )
+        common = math.gcd(*weights)
+        self.seed, self.sizes, self.weights = seed, tuple(sizes), tuple(weight // common for weight in weights)
+        self.block = sum(self.weights)
+        self.starts = [sum(self.weights[:i]) for i in range(len(sizes))]
+        self._permutations: dict[tuple[int, int, int], Permutation] = {}
+
+    def __call__(self, position: int) -> Draw:
+        """What stands at `position` (from 0, without end)."""
+        block, place = divmod(position, self.block)
+        slot = Permutation(self.block, mix(self.seed, 1, block))(place) if len(self.sizes) > 1 else place
+        source = max(i for i, start in enumerate(self.starts) if start <= slot)
+        drawn = block * self.weights[source] + slot - self.starts[source]
+        epoch, offset = divmod(drawn, self.sizes[source])
+        return Draw(source, self._permutation(source, epoch, 0)(offset), epoch, offset)
+
+    def redraw(self, draw: Draw, attempt: int) -> int:
+        """Another element of the same source in place of an unusable one; `attempt` counts from 1."""
+        return self._permutation(draw.source, draw.epoch, attempt)(draw.offset)
+
+    def _permutation(self, source: int, epoch: int, attempt: int) -> Permutation:
+        key = (source, epoch, attempt)
+        if key not in self._permutations:
+            if len(self._permutations) >= 64:
+                self._permutations.clear()
+            self._permutations[key] = Permutation(self.sizes[source], mix(self.seed, 2, *key))
+        return self._permutations[key]

@@ -1,0 +1,109 @@
+"""Counting unusable samples: in the workers per batch, in the training process over the run."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+from datamodules.errors import DataError, SampleError
+
+logger = logging.getLogger(__name__)
+
+LOGGED_PER_REASON = 20
+EXAMPLES_PER_REPORT = 32
+REMEMBERED_SAMPLES = 100_000
+
+
+@dataclass
+class ReadReport:
+    """What was read for one batch; travels with it from the worker to the training process.
+
+    Attributes:
+        samples: `shard/key` of each row, for error messages and for comparing orders.
+        sources: name of the source of each row.
+        reads: samples opened, usable or not.
+        errors: the unusable ones.
+    """
+
+    samples: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    reads: int = 0
+    errors: list[SampleError] = field(default_factory=list)
+
+    def __add__(self, other: "ReadReport") -> "ReadReport":
+        return ReadReport(
+            self.samples + other.samples,
+            self.sources + other.sources,
+            self.reads + other.reads,
+            self.errors + other.errors,
+        )
+
+
+class SampleCounter:
+    """Sums reports of a run, logs the first errors of each reason, and stops a run whose data are rotten.
+
+    `dropped` counts distinct samples, so a broken sample that is met every epoch counts once; `failed` counts reads.
+
+    Args:
+        max_bad_share: largest share of reads that may fail, 0 … 1. Filtered samples are no failures.
+        min_bad_count: failures below this number never stop a run.
+    """
+
+    def __init__(self, max_bad_share: float, min_bad_count: int):
+        self.max_bad_share, self.min_bad_count = max_bad_share, min_bad_count
+        self.reads = self.failed = 0
+        self.dropped: Counter[str] = Counter()
+        self.filtered: Counter[str] = Counter()
+        self._logged: Counter[str] = Counter()
+        self._seen: set[tuple[str, str, str]] = set()
+
+    def add(self, report: ReadReport) -> None:
+        """Count one batch's report.
+
+        Raises:
+            DataError: more than `min_bad_count` reads failed and their share exceeds `max_bad_share`.
+        """
+        self.reads += report.reads
+        for error in report.errors:
+            self.failed += not error.filtered
+            identity = (error.reason, error.shard, error.key)
+            if identity in self._seen:
+                continue
+            if len(self._seen) < REMEMBERED_SAMPLES:  # beyond it, samples met again count again
+                self._seen.add(identity)
+            (self.filtered if error.filtered else self.dropped)[error.reason] += 1
+            self._log(error)
+        if self.failed >= self.min_bad_count and self.failed > self.max_bad_share * self.reads:
+            raise DataError(
+                f"{self.failed} of {self.reads} samples read are unusable ({_listed(self.dropped)}); max_bad_share is "
+                f"{self.max_bad_share:g}. Mend the shards named in the log, or raise max_bad_share if that is acceptable."
+            )
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return f"{self.reads} samples read; dropped: {_listed(self.dropped)}; filtered: {_listed(self.filtered)}"
+
+    def state_dict(self) -> dict:
+        """The counts."""
+        return {
+            "reads": self.reads,
+            "failed": self.failed,
+            "dropped": dict(self.dropped),
+            "filtered": dict(self.filtered),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting from `state_dict`'s counts; samples met before the resume may count once more."""
+        self.reads, self.failed = state["reads"], state["failed"]
+        self.dropped, self.filtered = Counter(state["dropped"]), Counter(state["filtered"])
+
+    def _log(self, error: SampleError) -> None:
+        self._logged[error.reason] += 1
+        level = logging.INFO if error.filtered else logging.WARNING
+        if self._logged[error.reason] <= LOGGED_PER_REASON:
+            logger.log(level, "%s: %s", "filtered" if error.filtered else "dropped", error)
+        if self._logged[error.reason] == LOGGED_PER_REASON:
+            logger.log(level, "further samples dropped as %s are counted but not named", error.reason)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) or "none"

@@ -1,0 +1,262 @@
+"""The sample schema, version 1: what one sample of a shard holds (docs/architecture.md, "datamodules").
+
+Every kind encodes to the members of one tar group and decodes from them. Decoders are explicit: JSON, UTF-8 and
+Pillow for JPEG, PNG and WebP. Nothing is ever unpickled.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from datamodules.errors import SampleError
+from datamodules.images import SUFFIXES, Limits, SampleImage, StoredImage, encode_png
+
+SCHEMA_VERSION = 1
+TEXT_MEMBERS = ("json", "txt")
+EXECUTABLE = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib", "cloudpickle"))
+
+
+@dataclass
+class TextSample:
+    """One document of a text corpus."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+    key: str = ""
+    shard: str = ""
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample as tar members."""
+        return {"json": _json(kind=self.kind, text=self.text)}
+
+
+@dataclass
+class CaptionSample:
+    """An image and its caption, as img2dataset writes them; `image` is None where only text was asked for."""
+
+    kind: ClassVar[str] = "caption"
+    caption: str
+    image: SampleImage | None = None
+    key: str = ""
+    shard: str = ""
+    metadata: dict = field(default_factory=dict)
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample as tar members."""
+        members = {"txt": self.caption.encode()} | ({"png": encode_png(self.image)} if self.image else {})
+        return members | ({"json": _json(**self.metadata)} if self.metadata else {})
+
+
+@dataclass
+class InterleavedSample:
+    """A document of texts and images in reading order."""
+
+    kind: ClassVar[str] = "interleaved"
+    segments: list[str | SampleImage]
+    key: str = ""
+    shard: str = ""
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample as tar members."""
+        members, listed = {}, []
+        for segment in self.segments:
+            if isinstance(segment, str):
+                listed.append(segment)
+                continue
+            name = f"{len(members)}.png"
+            members[name] = encode_png(segment)
+            listed.append({"image": name})
+        return members | {"json": _json(kind=self.kind, segments=listed)}
+
+
+@dataclass
+class Entity:
+    """A thing of the caption: its word, its crop with `background` and the same crop on `white`."""
+
+    text: str
+    background: SampleImage
+    white: SampleImage
+
+
+@dataclass
+class ConstructedSample:
+    """A caption, its segmented entities and the image that they came from (paper Fig. 4)."""
+
+    kind: ClassVar[str] = "constructed"
+    caption: str
+    entities: list[Entity]
+    target: SampleImage
+    key: str = ""
+    shard: str = ""
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample as tar members."""
+        listed = [{"text": entity.text} for entity in self.entities]
+        members = {"target.png": encode_png(self.target)}
+        for i, entity in enumerate(self.entities):
+            members[f"{i}.background.png"] = encode_png(entity.background)
+            members[f"{i}.white.png"] = encode_png(entity.white)
+        return members | {"json": _json(kind=self.kind, caption=self.caption, entities=listed)}
+
+
+@dataclass
+class EditSample:
+    """An image, an instruction and the edited image, with the caption of the unedited one."""
+
+    kind: ClassVar[str] = "edit"
+    caption: str
+    instruction: str
+    source: SampleImage
+    target: SampleImage
+    key: str = ""
+    shard: str = ""
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample as tar members."""
+        return {
+            "json": _json(kind=self.kind, caption=self.caption, instruction=self.instruction),
+            "source.png": encode_png(self.source),
+            "target.png": encode_png(self.target),
+        }
+
+
+Sample = TextSample | CaptionSample | InterleavedSample | ConstructedSample | EditSample
+KINDS: dict[str, type] = {
+    cls.kind: cls for cls in (TextSample, CaptionSample, InterleavedSample, ConstructedSample, EditSample)
+}
+
+
+def decode(
+    members: Mapping[str, bytes], shard: str, key: str, *, kind: str | None = None, limits: Limits | None = None
+) -> Sample:
+    """Members of one tar group → sample. Images stay encoded (`StoredImage`) until `datamodules.images.load`.
+
+    Args:
+        members: suffix → bytes, e.g. `{"json": …, "target.png": …}`; suffixes the schema does not know are ignored.
+        kind: what the reader expects; None takes what comes.
+
+    Raises:
+        SampleError: `refused_member`, `missing_member`, `invalid_json`, `not_utf8`, `wrong_kind`, `invalid_field`,
+            `empty_caption` or `empty_text`.
+    """
+    return _Decoder(members, shard, key, limits or Limits()).decode(kind)
+
+
+class _Decoder:
+    """The members of one sample, with errors that know where they are."""
+
+    def __init__(self, members: Mapping[str, bytes], shard: str, key: str, limits: Limits):
+        self.members, self.shard, self.key, self.limits = members, shard, key, limits
+        for name in members:
+            if not EXECUTABLE.isdisjoint(name.lower().split(".")):
+                raise self.error("refused_member", f"'{name}' may run code when read; write it as json, txt or png")
+
+    def error(self, reason: str, detail: str) -> SampleError:
+        return SampleError(reason, self.shard, self.key, detail)
+
+    def decode(self, kind: str | None) -> Sample:
+        # A caption sample is known by its txt: img2dataset's json says nothing about kinds.
+        record = {} if "txt" in self.members else self.json()
+        found = "caption" if "txt" in self.members else record.get("kind")
+        if found not in KINDS:
+            raise self.error("wrong_kind", f"kind is {found!r}, allowed are {', '.join(KINDS)}")
+        if kind is not None and found != kind:
+            raise self.error("wrong_kind", f"kind is '{found}', this source reads '{kind}'")
+        decoders: dict[str, Callable[[dict], Sample]] = {
+            "text": self.text_sample,
+            "caption": self.caption_sample,
+            "interleaved": self.interleaved_sample,
+            "constructed": self.constructed_sample,
+            "edit": self.edit_sample,
+        }
+        sample = decoders[found](record)
+        sample.key, sample.shard = self.key, self.shard
+        return sample
+
+    def text_sample(self, record: dict) -> TextSample:
+        return TextSample(self.text(record, "text", "empty_text"))
+
+    def caption_sample(self, record: dict) -> CaptionSample:
+        caption = self.utf8("txt").strip()
+        if not caption:
+            raise self.error("empty_caption", "txt holds no text")
+        name = next((suffix for suffix in SUFFIXES if suffix in self.members), None)
+        return CaptionSample(caption, self.image(name) if name else None)
+
+    def interleaved_sample(self, record: dict) -> InterleavedSample:
+        segments: list[str | SampleImage] = []
+        for segment in self.sequence(record, "segments"):
+            if isinstance(segment, dict) and isinstance(segment.get("image"), str):
+                segments.append(self.image(segment["image"]))
+            elif isinstance(segment, str):
+                segments.append(segment)
+            else:
+                raise self.error(
+                    "invalid_field", f"segments holds {segment!r}; allowed are a text or {{'image': name}}"
+                )
+        if not segments:
+            raise self.error("empty_text", "segments is empty")
+        return InterleavedSample(segments)
+
+    def constructed_sample(self, record: dict) -> ConstructedSample:
+        entities = []
+        for i, entity in enumerate(self.sequence(record, "entities")):
+            if not isinstance(entity, dict):
+                raise self.error("invalid_field", f"entities[{i}] is {entity!r}; allowed is {{'text': word}}")
+            word = self.text(entity, "text", "empty_text")
+            entities.append(Entity(word, self.image(f"{i}.background.png"), self.image(f"{i}.white.png")))
+        return ConstructedSample(self.text(record, "caption", "empty_caption"), entities, self.image("target.png"))
+
+    def edit_sample(self, record: dict) -> EditSample:
+        # An empty input caption is usual in edit data: the instruction is what must be there.
+        caption = record.get("caption", "")
+        if not isinstance(caption, str):
+            raise self.error("invalid_field", f"caption is {caption!r}, it must be a text")
+        instruction = self.text(record, "instruction", "empty_text")
+        return EditSample(caption, instruction, self.image("source.png"), self.image("target.png"))
+
+    def json(self) -> dict:
+        try:
+            record = json.loads(self.utf8("json"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise self.error("invalid_json", str(error)) from error
+        if not isinstance(record, dict):
+            raise self.error("invalid_json", f"json holds a {type(record).__name__}, it must be an object")
+        return record
+
+    def utf8(self, name: str) -> str:
+        try:
+            return self.member(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error("not_utf8", f"'{name}': {error.reason} at byte {error.start}") from error
+
+    def member(self, name: str) -> bytes:
+        if name not in self.members:
+            raise self.error("missing_member", f"'{name}' is not among {', '.join(sorted(self.members)) or 'nothing'}")
+        return self.members[name]
+
+    def image(self, name: str) -> StoredImage:
+        # A writer may store JPEG or WebP where the schema says png.
+        if name not in self.members and name.endswith(".png"):
+            stem = name.removesuffix("png")
+            name = next((stem + suffix for suffix in SUFFIXES if stem + suffix in self.members), name)
+        return StoredImage(self.member(name), name, self.shard, self.key, self.limits)
+
+    def text(self, record: dict, name: str, when_empty: str) -> str:
+        value = record.get(name)
+        if not isinstance(value, str):
+            raise self.error("invalid_field", f"{name} is {value!r:.60}, it must be a text")
+        if not value.strip():
+            raise self.error(when_empty, f"{name} is {value!r:.60}")
+        return value
+
+    def sequence(self, record: dict, name: str) -> list:
+        value = record.get(name)
+        if not isinstance(value, list):
+            raise self.error("invalid_field", f"{name} is {value!r:.60}, it must be a list")
+        return value
+
+
+def _json(**record) -> bytes:
+    return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
