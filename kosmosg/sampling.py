@@ -1,0 +1,183 @@
+"""Conditions to images: diffusers' StableDiffusionPipeline, driven through prompt embeddings.
+
+Notable: no sampler of ours. The three schedulers are set as the released code's (golden README, "Evaluation"):
+DPM-Solver++ of order 2 ends at its smallest sigma, not at zero; DDIM and PNDM step from a leading spacing.
+
+Shapes: `B` conditions, `n` images for each, `Q` condition tokens, `C` condition width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "dpm": (
+        DPMSolverMultistepScheduler,
+        {
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+            "final_sigmas_type": "sigma_min",
+            "timestep_spacing": "linspace",
+            "lower_order_final": True,
+        },
+    ),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "timestep_spacing": "leading"}),
+}
+STEPS_OFFSET = 1  # Stable Diffusion was trained so that timestep 1, not 0, is the cleanest one sampled
+# What a sampler takes from the image decoder's own scheduler file.
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+)
+
+
+class DiffusionSampler:
+    """Samples images for conditions, whoever made them: AlignerNet, or Stable Diffusion's own text encoder.
+
+    Args:
+        scheduler: gives the noise schedule that the U-Net was trained with.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: SchedulerMixin):
+        self.noise_schedule = {name: scheduler.config[name] for name in NOISE_SCHEDULE if name in scheduler.config}
+        self.pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            unet=unet,
+            scheduler=self.scheduler("ddim"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, stable_diffusion: str | Path, torch_dtype: torch.dtype = torch.float32
+    ) -> "DiffusionSampler":
+        """Read unet/, vae/ and scheduler/ of a Stable Diffusion folder or hub id."""
+        return cls(
+            UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", torch_dtype=torch_dtype),
+            AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", torch_dtype=torch_dtype),
+            DDIMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler"),
+        )
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipeline.unet
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipeline.vae
+
+    @property
+    def condition_width(self) -> int:
+        """`C`, what the U-Net's cross-attention reads."""
+        return self.unet.config.cross_attention_dim
+
+    def to(self, device: torch.device | str) -> "DiffusionSampler":
+        """Move the U-Net and the VAE."""
+        self.pipeline.to(device)
+        return self
+
+    def scheduler(self, sampler: str) -> SchedulerMixin:
+        """A fresh scheduler of `SAMPLERS`.
+
+        Raises:
+            ValueError: an unknown sampler.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
+        kind, settings = SAMPLERS[sampler]
+        return kind(**self.noise_schedule, **settings, steps_offset=STEPS_OFFSET)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        condition: Tensor,
+        null_condition: Tensor,
+        *,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        sampler: str = "dpm",
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: Literal["pil", "pt", "np", "latent"] = "pil",
+        progress: bool = False,
+    ) -> Any:
+        """B·n images, those of one condition together: ε̂ = null + w (cond − null), eq. 4.
+
+        Args:
+            condition: B×Q×C.
+            null_condition: what guidance steers away from, 1×Q×C or B×Q×C.
+            guidance_scale: w; up to 1, only the condition is computed.
+            seeds: one for each image, B·n; an image then depends on its seed alone, not on the batch around it.
+            generator: draws the starting noise where there are no seeds.
+            latents: starting noise B·n×4×h×w instead of drawn noise.
+            height, width: pixels; by default what the U-Net was trained on.
+            progress: show diffusers' progress bar.
+
+        Raises:
+            ValueError: a value that is not allowed, seeds unlike the images, a condition of another width.
+        """
+        if num_inference_steps < 1 or num_images_per_prompt < 1:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} and num_images_per_prompt={num_images_per_prompt} "
+                "must be at least 1."
+            )
+        if condition.shape[-1] != self.condition_width:
+            raise ValueError(
+                f"the condition is {condition.shape[-1]} wide but the U-Net reads {self.condition_width}: the model "
+                "was aligned with another Stable Diffusion."
+            )
+        images = len(condition) * num_images_per_prompt
+        self.pipeline.scheduler = self.scheduler(sampler)
+        self.pipeline.set_progress_bar_config(disable=not progress)
+        placed = {"device": self.unet.device, "dtype": self.unet.dtype}
+        return self.pipeline(
+            prompt_embeds=condition.to(**placed),
+            negative_prompt_embeds=null_condition.to(**placed).expand(len(condition), -1, -1),
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator if seeds is None else seeded(seeds, images, generator, latents),
+            latents=latents,
+            height=height,
+            width=width,
+            output_type=output_type,
+            return_dict=False,
+        )[0]
+
+
+def seeded(
+    seeds: Sequence[int], images: int, generator: torch.Generator | None, latents: Tensor | None
+) -> list[torch.Generator]:
+    """One generator for each image, on the CPU so that a seed means the same noise on every device."""
+    if generator is not None or latents is not None:
+        raise ValueError("seeds were given together with a generator or latents; choose one source of noise.")
+    if len(seeds) != images:
+        raise ValueError(f"{len(seeds)} seeds were given for {images} images; each image needs one.")
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -1,0 +1,89 @@
+"""Sampling with the recorded starting latents: three samplers at three guidance scales, and a decoded image."""
+
+import re
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from kosmosg.prompt import PromptBatch
+from kosmosg.sampling import DiffusionSampler
+
+SAMPLERS = {"dpms": "dpm", "ddim": "ddim", "pndm": "pndm"}
+
+
+@pytest.fixture(scope="module")
+def sampler(recording, decoder):
+    scheduler = DDIMScheduler.from_pretrained(recording.stable_diffusion, subfolder="scheduler")
+    return DiffusionSampler(decoder.unet, decoder.vae, scheduler)
+
+
+def recorded_order(tensor, images):
+    """Ours: images of one prompt together. Recorded: prompts tiled, p0, p1, …, p0, p1, …"""
+    return tensor.unflatten(0, (images, -1)).transpose(0, 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def conditions(recording, final, negative="sample.negative_short"):
+    ids = recording.inputs[negative]
+    nowhere = torch.zeros_like(ids, dtype=torch.bool)
+    null = final.model.condition(PromptBatch(ids=ids, image_mask=nowhere, images=None, padding=nowhere))
+    return final.model.condition(recording.prompts("sample")), null
+
+
+@pytest.mark.parametrize(
+    ("negative", "name"),
+    [("sample.negative_short", "cond_no_negative"), ("sample.negative_long", "cond_with_negative")],
+)
+def test_conditions(recording, final, negative, name):
+    images = recording.config["sampler"]["num_images_per_prompt"]
+    condition, null = conditions(recording, final, negative)
+    laid_out = torch.cat([null.expand(len(condition) * images, -1, -1), condition.repeat(images, 1, 1)])
+    recording.assert_activation(laid_out, f"sample.{name}")
+
+
+def sample(recording, final, sampler, name, guidance, output_type):
+    settings = recording.config["sampler"]
+    images = settings["num_images_per_prompt"]
+    condition, null = conditions(recording, final)
+    ours = sampler(
+        condition,
+        null,
+        num_images_per_prompt=images,
+        num_inference_steps=settings["steps"],
+        guidance_scale=guidance,
+        sampler=SAMPLERS[name],
+        latents=recorded_order(recording.inputs["sample.init_latents"], images),
+        output_type=output_type,
+    )
+    assert sampler.pipeline.scheduler.timesteps.tolist() == recording.facts["sampler_timesteps"][name]
+    return torch.as_tensor(ours), images
+
+
+def guidance_scales(recording, name):
+    prefix = f"sample.{name}.g"
+    return [
+        float(key.removeprefix(prefix).removesuffix(".latents"))
+        for key in recording.outputs
+        if key.startswith(prefix) and key.endswith(".latents")
+    ]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_latents(recording, final, sampler, name):
+    scales = guidance_scales(recording, name)
+    assert sorted(scales) == sorted(recording.config["sampler"]["guidance"])
+    for guidance in scales:
+        ours, images = sample(recording, final, sampler, name, guidance, "latent")
+        expected = recorded_order(recording.outputs[f"sample.{name}.g{guidance}.latents"], images)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4, msg=f"{name} at {guidance}")
+
+
+def test_image(recording, final, sampler):
+    pattern = re.compile(r"sample\.(\w+)\.g([\d.]+)\.image_hwc01")
+    recorded = [match for match in map(pattern.fullmatch, recording.outputs) if match]
+    assert recorded
+    for match in recorded:
+        ours, images = sample(recording, final, sampler, match[1], float(match[2]), "np")
+        expected = recorded_order(recording.outputs[match[0]], images)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
