@@ -1,0 +1,1 @@
+"""Samples, shards, and one LightningDataModule per stage."""

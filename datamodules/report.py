@@ -9,7 +9,6 @@ from datamodules.errors import DataError, SampleError
 logger = logging.getLogger(__name__)
 
 LOGGED_PER_REASON = 20
-EXAMPLES_PER_REPORT = 32
 REMEMBERED_SAMPLES = 100_000
 
 
@@ -74,8 +73,8 @@ class SampleCounter:
             self._log(error)
         if self.failed >= self.min_bad_count and self.failed > self.max_bad_share * self.reads:
             raise DataError(
-                f"{self.failed} of {self.reads} samples read are unusable ({_listed(self.dropped)}); max_bad_share is "
-                f"{self.max_bad_share:g}. Mend the shards named in the log, or raise max_bad_share if that is acceptable."
+                f"{self.failed} of {self.reads} samples read are unusable ({_listed(self.dropped)}); max_bad_share "
+                f"is {self.max_bad_share:g}. Mend the shards named in the log, or raise max_bad_share if that is acceptable."
             )
 
     def summary(self) -> str:

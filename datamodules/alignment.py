@@ -1,0 +1,146 @@
+"""Stage 2 data: captions alone, as tokens for the MLLM and for the CLIP text model (paper section 2.2).
+
+Images of the caption shards are neither decoded nor read.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from datamodules.batches import AlignmentBatch
+from datamodules.datamodule import DataConfig, MixtureDataModule, Source
+from datamodules.errors import FilteredSample, SampleError
+from datamodules.mixture import Request, SampleSource
+from datamodules.report import ReadReport
+from datamodules.sample import TEXT_MEMBERS, CaptionSample
+from kosmosg.prompt import EncodedPrompt, PromptEncoder
+
+TextTokenize = Callable[[list[str]], Tensor]
+
+
+@dataclass
+class AlignmentDataConfig(DataConfig):
+    """Data of stage 2."""
+
+    captions: Source = field(default_factory=Source)
+    """Image-caption pairs; only the captions are used."""
+    max_clip_tokens: int = 75
+    """Longer captions are left out: CLIP tokens without start and end (golden README, "Caption rows")."""
+    max_pieces: int = 85
+    """Longer captions are left out: SentencePiece pieces."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_clip_tokens", "max_pieces"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+class ClipTokens:
+    """Captions → CLIP ids and their true lengths, from a tokenizer that pads and cuts to Q positions."""
+
+    def __init__(self, tokenize: TextTokenize):
+        self.tokenize = tokenize
+        empty = tokenize([""])[0]  # start, end, padding
+        self.end_id, self.room = int(empty[1]), len(empty) - 2
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, list[int]]:
+        """Ids B×Q, and tokens of each text without start and end."""
+        ids = self.tokenize(texts)
+        lengths = (ids[:, 1:] == self.end_id).int().argmax(1).tolist()
+        return ids, [
+            self._length(text) if length == self.room else length for text, length in zip(texts, lengths, strict=True)
+        ]
+
+    def _length(self, text: str) -> int:
+        """Length of a text that fills all positions. No CLIP token spans a blank, so parts can be counted apart."""
+        words = text.split()
+        if len(words) < 2:
+            ids = self.tokenize([text])[0, 1:]
+            return int((ids == self.end_id).int().argmax())
+        halves = [" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])]
+        return sum(self(halves)[1])
+
+
+class CaptionRows:
+    """Builds `<s>caption` and CLIP ids, many at once: the CLIP tokenizer is slow for single captions."""
+
+    def __init__(self, source: SampleSource, encoder: PromptEncoder, clip: ClipTokens, config: AlignmentDataConfig):
+        self.name, self.source, self.encoder, self.clip, self.config = "captions", source, encoder, clip, config
+
+    def __call__(
+        self, requests: Sequence[Request], report: ReadReport
+    ) -> list[tuple[tuple[EncodedPrompt, Tensor], str] | SampleError]:
+        """See `RowBuilder`."""
+        samples = [self._read(request.index) for request in requests]
+        report.reads += len(samples)
+        good = [sample for sample in samples if isinstance(sample, CaptionSample)]
+        ids, lengths = self.clip([sample.caption for sample in good]) if good else (torch.empty(0), [])
+        tokens = iter(zip(ids, lengths, strict=True))
+        return [self._row(sample, *next(tokens)) if isinstance(sample, CaptionSample) else sample for sample in samples]
+
+    def _read(self, index: int) -> CaptionSample | SampleError:
+        try:
+            sample = self.source[index]
+        except SampleError as error:
+            return error
+        assert isinstance(sample, CaptionSample)
+        return sample
+
+    def _row(
+        self, sample: CaptionSample, clip_ids: Tensor, length: int
+    ) -> tuple[tuple[EncodedPrompt, Tensor], str] | SampleError:
+        if length > self.config.max_clip_tokens:
+            detail = f"{length} CLIP tokens, at most {self.config.max_clip_tokens}"
+            return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
+        prompt = self.encoder([sample.caption])
+        if (pieces := len(prompt) - 1) > self.config.max_pieces:
+            detail = f"{pieces} pieces, at most {self.config.max_pieces}"
+            return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
+        if not pieces:
+            return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
+        return (prompt, clip_ids), f"{sample.shard}/{sample.key}"
+
+
+class AlignmentData(MixtureDataModule):
+    """Batches of stage 2.
+
+    Args:
+        encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens.
+        text_tokenize: captions → CLIP ids B×Q, padded and cut, e.g. `TextTarget.tokenize`.
+
+    Raises:
+        ValueError: `max_clip_tokens` is more than the CLIP text model takes.
+    """
+
+    config: AlignmentDataConfig
+
+    def __init__(self, config: AlignmentDataConfig, encoder: PromptEncoder, text_tokenize: TextTokenize):
+        super().__init__(config)
+        self.encoder, self.clip = encoder, ClipTokens(text_tokenize)
+        if config.max_clip_tokens > self.clip.room:
+            raise ValueError(
+                f"max_clip_tokens={config.max_clip_tokens} but the CLIP text model takes {self.clip.room} beside start "
+                "and end; lower data.max_clip_tokens."
+            )
+        if encoder.max_length is not None and encoder.max_length <= config.max_pieces:
+            raise ValueError(
+                f"max_pieces={config.max_pieces} and <s> need {config.max_pieces + 1} positions but prompts may have "
+                f"only {encoder.max_length}; lower data.max_pieces."
+            )
+
+    def sources(self) -> dict[str, Source]:
+        """Captions alone."""
+        return {"captions": self.config.captions}
+
+    def builder(self, name: str, pattern: str) -> CaptionRows:
+        """Caption rows."""
+        source = self.open_source(pattern, CaptionSample.kind, TEXT_MEMBERS)
+        return CaptionRows(source, self.encoder, self.clip, self.config)
+
+    def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> AlignmentBatch:
+        """Rows → batch."""
+        prompt = self.encoder.collate([prompt for prompt, _ in rows])
+        return AlignmentBatch(prompt, torch.stack([ids for _, ids in rows]), report)

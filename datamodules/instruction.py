@@ -1,0 +1,145 @@
+"""Stage 3 data: constructed : edit : caption = 2 : 2 : 1 (paper section 3.1), each a prompt and its target image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from datamodules.batches import InstructionBatch
+from datamodules.datamodule import DataConfig, MixtureDataModule, Source
+from datamodules.entities import Draws, EntityRules, entity_segments
+from datamodules.errors import FilteredSample, SampleError
+from datamodules.images import SampleImage, StoredImage, load
+from datamodules.mixture import Request, SampleSource
+from datamodules.report import ReadReport
+from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Sample
+from kosmosg.image_processing import TargetTransform
+from kosmosg.prompt import EncodedPrompt, PromptEncoder, PromptTooLongError
+
+
+@dataclass
+class InstructionDataConfig(DataConfig):
+    """Data of stage 3."""
+
+    constructed: Source = field(default_factory=lambda: Source(weight=2))
+    """Captions with segmented entities."""
+    edit: Source = field(default_factory=lambda: Source(weight=2))
+    """Image, instruction, edited image."""
+    captions: Source = field(default_factory=lambda: Source(weight=1))
+    """Image-caption pairs."""
+    entities: EntityRules = field(default_factory=EntityRules)
+    """How constructed samples become prompts."""
+    edit_caption_drop: float = 0.5
+    """Probability that the caption before the image to edit is emptied (0 … 1)."""
+    min_image_side: int = 384
+    """Pixels; image-caption pairs with a smaller width or height are left out (golden README, "Caption rows")."""
+    max_pieces: int = 128
+    """Longer captions of image-caption pairs are left out: SentencePiece pieces."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.edit_caption_drop <= 1:
+            raise ValueError(f"edit_caption_drop={self.edit_caption_drop} must lie in 0 … 1.")
+        for name, least in (("min_image_side", 0), ("max_pieces", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+
+
+def edit_segments(sample: EditSample, caption_drop: float, draws: Draws) -> list[str | SampleImage]:
+    """`caption image instruction`, the caption emptied with probability `caption_drop` (one draw)."""
+    caption = "" if draws.random() < caption_drop else sample.caption
+    return [*([caption] if caption else []), sample.source, sample.instruction]
+
+
+class InstructionRows:
+    """Builds prompt and target of one source's samples. Prompts carry no `</s>`: the model never reads one."""
+
+    def __init__(
+        self,
+        name: str,
+        source: SampleSource,
+        encoder: PromptEncoder,
+        target_transform: TargetTransform,
+        config: InstructionDataConfig,
+    ):
+        self.name, self.source, self.encoder = name, source, encoder
+        self.target_transform, self.config = target_transform, config
+
+    def __call__(
+        self, requests: Sequence[Request], report: ReadReport
+    ) -> list[tuple[tuple[EncodedPrompt, Tensor], str] | SampleError]:
+        """See `RowBuilder`."""
+        report.reads += len(requests)
+        rows: list[tuple[tuple[EncodedPrompt, Tensor], str] | SampleError] = []
+        for request in requests:
+            try:
+                sample = self.source[request.index]
+                rows.append((self.build(sample, request.random), f"{sample.shard}/{sample.key}"))
+            except SampleError as error:
+                rows.append(error)
+        return rows
+
+    def build(self, sample: Sample, random: Random) -> tuple[EncodedPrompt, Tensor]:
+        """One sample → prompt and target (3,H,W).
+
+        Raises:
+            SampleError: an image cannot be decoded.
+            FilteredSample: too long, too small, or see `entity_segments`.
+        """
+        segments, target = self.segments(sample, random)
+        try:
+            prompt = self.encoder([item if isinstance(item, str) else load(item) for item in segments])
+        except PromptTooLongError as error:
+            raise FilteredSample("prompt_too_long", sample.shard, sample.key, str(error)) from error
+        if isinstance(sample, CaptionSample) and len(prompt) - 1 > self.config.max_pieces:
+            detail = f"{len(prompt) - 1} pieces, at most {self.config.max_pieces}"
+            raise FilteredSample("caption_too_long", sample.shard, sample.key, detail)
+        return prompt, self.target_transform(load(target))
+
+    def segments(self, sample: Sample, random: Draws) -> tuple[list[str | SampleImage], SampleImage]:
+        """The prompt's segments and the target, images not yet decoded."""
+        if isinstance(sample, ConstructedSample):
+            return entity_segments(sample, self.config.entities, random), sample.target
+        if isinstance(sample, EditSample):
+            return edit_segments(sample, self.config.edit_caption_drop, random), sample.target
+        sample = cast(CaptionSample, sample)
+        if sample.image is None:
+            raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")
+        width, height = sample.image.size() if isinstance(sample.image, StoredImage) else sample.image.size
+        if min(width, height) < self.config.min_image_side:
+            detail = f"{width}×{height}, at least {self.config.min_image_side} a side"
+            raise FilteredSample("image_too_small", sample.shard, sample.key, detail)
+        return [sample.caption], sample.image
+
+
+class InstructionData(MixtureDataModule):
+    """Batches of stage 3. Dropping the condition is the LightningModule's part.
+
+    Args:
+        encoder: of the MLLM's prompts.
+        target_transform: PIL image → the VAE's input.
+    """
+
+    config: InstructionDataConfig
+
+    def __init__(self, config: InstructionDataConfig, encoder: PromptEncoder, target_transform: TargetTransform):
+        super().__init__(config)
+        self.encoder, self.target_transform = encoder, target_transform
+
+    def sources(self) -> dict[str, Source]:
+        """Constructed, edit, captions."""
+        return {"constructed": self.config.constructed, "edit": self.config.edit, "captions": self.config.captions}
+
+    def builder(self, name: str, pattern: str) -> InstructionRows:
+        """Rows of one source."""
+        kinds = {"constructed": ConstructedSample.kind, "edit": EditSample.kind, "captions": CaptionSample.kind}
+        source = self.open_source(pattern, kinds[name])
+        return InstructionRows(name, source, self.encoder, self.target_transform, self.config)
+
+    def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> InstructionBatch:
+        """Rows → batch."""
+        prompt = self.encoder.collate([prompt for prompt, _ in rows])
+        return InstructionBatch(prompt, torch.stack([target for _, target in rows]), report)

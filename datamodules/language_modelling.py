@@ -1,0 +1,144 @@
+"""Stage 1 data: text, image-caption pairs and interleaved documents, mixed by tokens 5:5:2 (paper section 3.2).
+
+Every row has the same length, so mixing rows 5:5:2 mixes tokens 5:5:2 up to padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import cast
+
+import torch
+
+from datamodules.batches import LanguageModellingBatch
+from datamodules.datamodule import DataConfig, MixtureDataModule, Source
+from datamodules.errors import SampleError
+from datamodules.mixture import MAX_ATTEMPTS, Request, SampleSource
+from datamodules.order import Permutation, mix
+from datamodules.packing import Document, PackedRow, Packer
+from datamodules.report import ReadReport
+from datamodules.sample import CaptionSample, InterleavedSample, Sample, TextSample
+from kosmosg.prompt import PromptBatch, PromptEncoder
+
+
+@dataclass
+class LanguageModellingDataConfig(DataConfig):
+    """Data of stage 1."""
+
+    text: Source = field(default_factory=lambda: Source(weight=5))
+    """Text documents."""
+    captions: Source = field(default_factory=lambda: Source(weight=5))
+    """Image-caption pairs."""
+    interleaved: Source = field(default_factory=lambda: Source(weight=2))
+    """Documents of texts and images."""
+    sequence_length: int = 2048
+    """Tokens of every row, T."""
+    caption_first: float = 0.0
+    """Probability that a caption stands before its image instead of after it (0 … 1)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sequence_length < 8:
+            raise ValueError(f"sequence_length={self.sequence_length} must be at least 8 tokens.")
+        if not 0 <= self.caption_first <= 1:
+            raise ValueError(f"caption_first={self.caption_first} must lie in 0 … 1.")
+
+
+class PackedRows:
+    """Builds rows of one source: the row's own sample first, then those that follow it until the row is full.
+
+    In text the following documents are those of the shards' order. Pairs and interleaved documents follow each other
+    in an order of their own every epoch, since neighbours in a shard are often alike.
+    """
+
+    def __init__(self, name: str, source: SampleSource, packer: Packer, seed: int, caption_first: float):
+        self.name, self.source, self.packer = name, source, packer
+        self.seed, self.caption_first = seed, caption_first
+
+    def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[PackedRow, str] | SampleError]:
+        """See `RowBuilder`."""
+        return [self._build(request, report) for request in requests]
+
+    def _build(self, request: Request, report: ReadReport) -> tuple[PackedRow, str] | SampleError:
+        failed = len(report.errors)
+        names: list[str] = []
+        row = self.packer.pack(self._documents(request, report, names), report)
+        if row is None:
+            return report.errors.pop() if len(report.errors) > failed else self._nothing(request)
+        return row, "+".join(names[:1])
+
+    def _documents(self, request: Request, report: ReadReport, names: list[str]) -> Iterator[Document]:
+        size = len(self.source)
+        follow = Permutation(size, mix(self.seed, 4, request.epoch)) if self.source.kind != TextSample.kind else int
+        first_error = len(report.errors)
+        for step in range(size):
+            if len(report.errors) - first_error >= MAX_ATTEMPTS:
+                return
+            report.reads += 1
+            try:
+                document = self._document(self.source[follow((request.index + step) % size)], request.random)
+            except SampleError as error:
+                report.errors.append(error)
+                continue
+            if not names:
+                document.units = document.units[request.random.choice(self.packer.row_starts(document)) :]
+            names.append(f"{document.shard}/{document.key}")
+            yield document
+
+    def _document(self, sample: Sample, random: Random) -> Document:
+        packer = self.packer
+        if isinstance(sample, TextSample):
+            document = Document(packer.sentences(sample.text), True)
+        elif isinstance(sample, CaptionSample):
+            if sample.image is None:
+                raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")
+            caption, image = packer.words(sample.caption), [packer.image(sample.image)]
+            pair = caption + image if random.random() < self.caption_first else image + caption
+            document = Document(pair, False)
+        else:
+            segments = cast(InterleavedSample, sample).segments
+            nested = [packer.sentences(item) if isinstance(item, str) else [packer.image(item)] for item in segments]
+            document = Document([unit for units in nested for unit in units], True)
+        if not document.units:
+            raise SampleError("empty_text", sample.shard, sample.key, "no token is left after tokenisation")
+        document.shard, document.key = sample.shard, sample.key
+        return document
+
+    def _nothing(self, request: Request) -> SampleError:
+        return SampleError("empty_row", self.source.shards.pattern, str(request.index), "no document could be used")
+
+
+class LanguageModellingData(MixtureDataModule):
+    """Batches of stage 1.
+
+    Args:
+        encoder: tokenizer, image transform and slots per image of the model to train.
+    """
+
+    config: LanguageModellingDataConfig
+
+    def __init__(self, config: LanguageModellingDataConfig, encoder: PromptEncoder):
+        super().__init__(config)
+        self.packer = Packer(encoder, config.sequence_length)
+
+    def sources(self) -> dict[str, Source]:
+        """Text, captions, interleaved."""
+        return {"text": self.config.text, "captions": self.config.captions, "interleaved": self.config.interleaved}
+
+    def builder(self, name: str, pattern: str) -> PackedRows:
+        """Packed rows of one source."""
+        kind = {"text": TextSample.kind, "captions": CaptionSample.kind, "interleaved": InterleavedSample.kind}[name]
+        return PackedRows(
+            name, self.open_source(pattern, kind), self.packer, self.config.seed, self.config.caption_first
+        )
+
+    def collate(self, rows: list[PackedRow], report: ReadReport) -> LanguageModellingBatch:
+        """Rows → batch; all are T long."""
+        images = [image for row in rows for image in row.images]
+        prompt = PromptBatch(
+            torch.stack([row.ids for row in rows]),
+            torch.stack([row.image_mask for row in rows]),
+            torch.stack(images) if images else None,
+            torch.stack([row.padding for row in rows]),
+        )
+        return LanguageModellingBatch(prompt, torch.stack([row.labels for row in rows]), report)

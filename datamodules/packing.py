@@ -1,0 +1,152 @@
+"""Full-sentence packing: rows of stage 1 filled with whole units of one or more documents (paper section 3.1).
+
+A unit is a sentence or an image with its marks. A document opens with `<s>` and closes with `</s>`. A row is filled
+until the next unit does not fit; what is left of that document then comes in other rows.
+
+Shift: a row packs up to T+1 tokens x_0 … x_T. `ids` are x_0 … x_{T-1} and `labels[t]` is x_{t+1}, the token after
+`ids[t]`. A label is -100 where there is nothing to learn: padding, `<image>`, its slots and `</image>` (the loss is on
+text tokens only), and the `<s>` of the next document. `</s>` is learned.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from datamodules.batches import IGNORED
+from datamodules.errors import FilteredSample, SampleError
+from datamodules.images import SampleImage, load
+from datamodules.report import ReadReport
+from kosmosg.prompt import PromptEncoder
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
+
+
+@dataclass
+class Unit:
+    """What is never divided: the ids of a sentence, or an image."""
+
+    ids: list[int]
+    image: SampleImage | None = None
+
+
+@dataclass
+class Document:
+    """Units of one sample in order. One that is not `divisible` is taken whole or not at all."""
+
+    units: list[Unit]
+    divisible: bool
+    shard: str = ""
+    key: str = ""
+
+
+@dataclass
+class PackedRow:
+    """ids, labels (T,) int64; image_mask, padding (T,) bool; images float32 3×S×S each."""
+
+    ids: Tensor
+    labels: Tensor
+    image_mask: Tensor
+    padding: Tensor
+    images: list[Tensor] = field(default_factory=list)
+
+
+class Packer:
+    """Segments → units, units → rows of a fixed length.
+
+    Args:
+        encoder: its tokenizer, image transform and slots per image are used.
+        sequence_length: T.
+
+    Raises:
+        ValueError: a row would not hold even one image.
+    """
+
+    def __init__(self, encoder: PromptEncoder, sequence_length: int):
+        self.tokenizer, self.image_transform = encoder.tokenizer, encoder.image_transform
+        self.image_ids = [self.tokenizer.image_id] * (1 + encoder.image_tokens) + [self.tokenizer.image_end_id]
+        self.capacity = sequence_length + 1
+        self.longest_unit = self.capacity - 2  # beside <s> and </s>
+        if self.longest_unit < len(self.image_ids):
+            raise ValueError(
+                f"sequence_length={sequence_length} cannot hold an image of {len(self.image_ids)} tokens between <s> and "
+                "</s>."
+            )
+
+    def image(self, image: SampleImage) -> Unit:
+        """An image with its marks."""
+        return Unit(self.image_ids, image)
+
+    def words(self, text: str) -> list[Unit]:
+        """A text as one unit."""
+        return [Unit(self.tokenizer.encode(text))]
+
+    def sentences(self, text: str) -> list[Unit]:
+        """The sentences of a text. One longer than a row is cut into pieces that fit: it would never be read."""
+        units = []
+        for sentence in SENTENCE_END.split(text):
+            ids = self.tokenizer.encode(sentence)
+            units += [Unit(ids[i : i + self.longest_unit]) for i in range(0, len(ids), self.longest_unit)]
+        return units
+
+    def row_starts(self, document: Document) -> list[int]:
+        """The units at which rows begin when the document alone is packed into rows."""
+        starts, room = [], 0
+        for number, unit in enumerate(document.units):
+            if len(unit.ids) > room:
+                starts.append(number)
+                room = self.longest_unit
+            room -= len(unit.ids)
+        return starts
+
+    def fit(self, document: Document, room: int) -> int:
+        """How many units of the document go into `room` tokens, `<s>` included; `</s>` must fit after the last."""
+        room -= 1
+        for number, unit in enumerate(document.units):
+            closing = number == len(document.units) - 1
+            if len(unit.ids) + closing > room:
+                return number if document.divisible else 0
+            room -= len(unit.ids)
+        return len(document.units)
+
+    def pack(self, documents: Iterable[Document], report: ReadReport) -> PackedRow | None:
+        """Fill one row; None if not even one unit of all `documents` could be used.
+
+        Documents are taken until one does not fit whole. Images are decoded only of the units that take part; a
+        document with an unreadable one is left out, and `report` takes the error.
+        """
+        packed: list[int] = []
+        images: list[Tensor] = []
+        for document in documents:
+            count = self.fit(document, self.capacity - len(packed))
+            if not count and not packed:
+                detail = f"{sum(len(unit.ids) for unit in document.units)} tokens, a row takes {self.longest_unit}"
+                report.errors.append(FilteredSample("too_long", document.shard, document.key, detail))
+                continue
+            units = document.units[:count]
+            try:
+                added = [self.image_transform(load(unit.image)) for unit in units if unit.image is not None]
+            except SampleError as error:
+                report.errors.append(error)
+                continue
+            if units:
+                packed += [self.tokenizer.bos_id, *(i for unit in units for i in unit.ids)]
+                images += added
+            if count < len(document.units):
+                break
+            packed.append(self.tokenizer.eos_id)
+        return self._row(packed, images) if packed else None
+
+    def _row(self, packed: list[int], images: list[Tensor]) -> PackedRow:
+        tokenizer = self.tokenizer
+        row = torch.full((self.capacity,), tokenizer.pad_id)
+        row[: len(packed)] = torch.tensor(packed)
+        ids, following = row[:-1], row[1:]
+        not_learned = torch.tensor([tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.image_end_id])
+        labels = following.masked_fill(torch.isin(following, not_learned), IGNORED)
+        # <image> and the slots after it share an id: the first of a run is the mark.
+        is_image = ids == tokenizer.image_id
+        slots = is_image & torch.cat([torch.zeros(1, dtype=torch.bool), is_image[:-1]])
+        return PackedRow(ids, labels, slots, ids == tokenizer.pad_id, images)
