@@ -15,9 +15,11 @@ from datamodules.errors import FilteredSample, SampleError
 from datamodules.mixture import Request, SampleSource
 from datamodules.report import ReadReport
 from datamodules.sample import TEXT_MEMBERS, CaptionSample
-from kosmosg.prompt import EncodedPrompt, PromptEncoder
+from kosmosg.prompt import PromptBatch, PromptEncoder
+from kosmosg.tokenizer import Tokenizer
 
 TextTokenize = Callable[[list[str]], Tensor]
+CaptionRow = tuple[list[int], Tensor]  # ids of <s> and the caption; CLIP ids (Q,)
 
 
 @dataclass
@@ -67,12 +69,10 @@ class ClipTokens:
 class CaptionRows:
     """Builds `<s>caption` and CLIP ids, many at once: the CLIP tokenizer is slow for single captions."""
 
-    def __init__(self, source: SampleSource, encoder: PromptEncoder, clip: ClipTokens, config: AlignmentDataConfig):
-        self.name, self.source, self.encoder, self.clip, self.config = "captions", source, encoder, clip, config
+    def __init__(self, source: SampleSource, tokenizer: Tokenizer, clip: ClipTokens, config: AlignmentDataConfig):
+        self.name, self.source, self.tokenizer, self.clip, self.config = "captions", source, tokenizer, clip, config
 
-    def __call__(
-        self, requests: Sequence[Request], report: ReadReport
-    ) -> list[tuple[tuple[EncodedPrompt, Tensor], str] | SampleError]:
+    def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[CaptionRow, str] | SampleError]:
         """See `RowBuilder`."""
         samples = [self._read(request.index) for request in requests]
         report.reads += len(samples)
@@ -89,19 +89,17 @@ class CaptionRows:
         assert isinstance(sample, CaptionSample)
         return sample
 
-    def _row(
-        self, sample: CaptionSample, clip_ids: Tensor, length: int
-    ) -> tuple[tuple[EncodedPrompt, Tensor], str] | SampleError:
+    def _row(self, sample: CaptionSample, clip_ids: Tensor, length: int) -> tuple[CaptionRow, str] | SampleError:
         if length > self.config.max_clip_tokens:
             detail = f"{length} CLIP tokens, at most {self.config.max_clip_tokens}"
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
-        prompt = self.encoder([sample.caption])
-        if (pieces := len(prompt) - 1) > self.config.max_pieces:
-            detail = f"{pieces} pieces, at most {self.config.max_pieces}"
+        pieces = self.tokenizer.encode(sample.caption)
+        if len(pieces) > self.config.max_pieces:
+            detail = f"{len(pieces)} pieces, at most {self.config.max_pieces}"
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
         if not pieces:
             return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
-        return (prompt, clip_ids), f"{sample.shard}/{sample.key}"
+        return ([self.tokenizer.bos_id, *pieces], clip_ids), f"{sample.shard}/{sample.key}"
 
 
 class AlignmentData(MixtureDataModule):
@@ -138,9 +136,13 @@ class AlignmentData(MixtureDataModule):
     def builder(self, name: str, pattern: str) -> CaptionRows:
         """Caption rows."""
         source = self.open_source(pattern, CaptionSample.kind, TEXT_MEMBERS)
-        return CaptionRows(source, self.encoder, self.clip, self.config)
+        return CaptionRows(source, self.encoder.tokenizer, self.clip, self.config)
 
-    def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> AlignmentBatch:
-        """Rows → batch."""
-        prompt = self.encoder.collate([prompt for prompt, _ in rows])
-        return AlignmentBatch(prompt, torch.stack([ids for _, ids in rows]), report)
+    def collate(self, rows: list[CaptionRow], report: ReadReport) -> AlignmentBatch:
+        """Rows → batch, as `PromptEncoder.collate` would make it."""
+        pad_id = self.encoder.tokenizer.pad_id
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows])
+        # One tensor for all rows: a tensor for each caption would take as long as reading it.
+        prompt = PromptBatch(ids, torch.zeros_like(ids, dtype=torch.bool), None, ids == pad_id)
+        return AlignmentBatch(prompt, torch.stack([clip_ids for _, clip_ids in rows]), report)

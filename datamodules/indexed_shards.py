@@ -162,12 +162,11 @@ class _Group:
     def header(self) -> tuple[str | None, int]:
         """Name and size of the next member, or (None, 0) for an entry that is no file."""
         header = self._bytes(BLOCK)
-        # `frombuf` checks the checksum; the rare long names and pax records need tarfile's whole machinery.
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        if member.type in REGULAR:
-            self.position += BLOCK
-            return member.name, member.size
-        return self._extended()
+        plain = plain_member(header)
+        if plain is None:
+            return self._extended()
+        self.position += BLOCK
+        return plain
 
     def _extended(self) -> tuple[str | None, int]:
         rest = io.BytesIO(self._bytes(self.end - self.position))
@@ -192,6 +191,22 @@ class _Group:
         if begin + size <= len(self.buffer):
             return self.buffer[begin : begin + size]
         return os.pread(self.file, size, self.position)
+
+
+def plain_member(header: bytes) -> tuple[str, int] | None:
+    """Name and size in an ordinary USTAR header of a file; None for anything else, which tarfile then reads.
+
+    Only a short cut: `TarInfo.frombuf` takes 20 µs a member, a third of all the time of reading captions.
+    """
+    if len(header) != BLOCK or header[156:157] not in REGULAR or header[257:262] != b"ustar" or header[345]:
+        return None
+    try:
+        checksum, size = int(header[148:156].rstrip(b"\0 "), 8), int(header[124:136].rstrip(b"\0 "), 8)
+        name = header[:100].rstrip(b"\0").decode("utf-8")
+    except ValueError:
+        return None
+    # The checksum counts its own field as eight blanks.
+    return (name, size) if checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ") else None
 
 
 def _find_index(path: Path, listed: dict | None) -> ShardIndex:

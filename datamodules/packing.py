@@ -71,8 +71,8 @@ class Packer:
         self.longest_unit = self.capacity - 2  # beside <s> and </s>
         if self.longest_unit < len(self.image_ids):
             raise ValueError(
-                f"sequence_length={sequence_length} cannot hold an image of {len(self.image_ids)} tokens between <s> and "
-                "</s>."
+                f"sequence_length={sequence_length} cannot hold an image of {len(self.image_ids)} tokens between <s> "
+                "and </s>."
             )
 
     def image(self, image: SampleImage) -> Unit:

@@ -74,7 +74,7 @@ class SampleCounter:
         if self.failed >= self.min_bad_count and self.failed > self.max_bad_share * self.reads:
             raise DataError(
                 f"{self.failed} of {self.reads} samples read are unusable ({_listed(self.dropped)}); max_bad_share "
-                f"is {self.max_bad_share:g}. Mend the shards named in the log, or raise max_bad_share if that is acceptable."
+                f"is {self.max_bad_share:g}. Mend the shards named in the log, or raise data.max_bad_share."
             )
 
     def summary(self) -> str:
