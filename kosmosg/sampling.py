@@ -110,7 +110,6 @@ class DiffusionSampler:
         kind, settings = SAMPLERS[sampler]
         return kind(**self.noise_schedule, **settings, steps_offset=STEPS_OFFSET)
 
-    @torch.inference_mode()
     def __call__(
         self,
         condition: Tensor,

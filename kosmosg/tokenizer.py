@@ -5,7 +5,6 @@ four symbols precede the pieces and six follow them. The ids of all special symb
 """
 
 import io
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -38,14 +37,16 @@ class Tokenizer:
                     f"Tokenizer: '{path}' does not exist. A tokenizer folder holds {SENTENCEPIECE_FILE} and "
                     f"{DICTIONARY_FILE}."
                 )
-        self.sentencepiece_model, self.dictionary = Path(sentencepiece_model), Path(dictionary)
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
-        self.symbols = [*LEADING_SYMBOLS, *read_dictionary(self.dictionary), *TRAILING_SYMBOLS]
+        # Both files are kept in memory: a run saves them at its end, when the folder may be gone.
+        self.dictionary = Path(dictionary).read_bytes()
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=Path(sentencepiece_model).read_bytes())
+        pieces = dictionary_pieces(self.dictionary.decode("utf-8"), dictionary)
+        self.symbols = [*LEADING_SYMBOLS, *pieces, *TRAILING_SYMBOLS]
         self.index = {symbol: i for i, symbol in enumerate(self.symbols)}
         if len(self.index) != len(self.symbols):
             seen: set[str] = set()
             twice = next(symbol for symbol in self.symbols if symbol in seen or seen.add(symbol))
-            raise ValueError(f"{self.dictionary}: '{twice}' is listed twice or is reserved; every symbol needs one id.")
+            raise ValueError(f"{dictionary}: '{twice}' is listed twice or is reserved; every symbol needs one id.")
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = (self.index[symbol] for symbol in LEADING_SYMBOLS)
         self.image_id, self.image_end_id = self.index["<image>"], self.index["</image>"]
 
@@ -71,12 +72,11 @@ class Tokenizer:
         return cls(Path(folder) / SENTENCEPIECE_FILE, Path(folder) / DICTIONARY_FILE)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy both files into `folder`."""
+        """Write both files into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for source, name in ((self.sentencepiece_model, SENTENCEPIECE_FILE), (self.dictionary, DICTIONARY_FILE)):
-            if source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+        (folder / SENTENCEPIECE_FILE).write_bytes(self.processor.serialized_model_proto())
+        (folder / DICTIONARY_FILE).write_bytes(self.dictionary)
 
     @classmethod
     def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int) -> "Tokenizer":
@@ -111,13 +111,12 @@ class Tokenizer:
         return cls.from_pretrained(folder)
 
 
-def read_dictionary(path: Path) -> list[str]:
-    """Pieces of a dictionary file in order; a piece may hold any character, the count follows the last blank."""
+def dictionary_pieces(text: str, path: Path) -> list[str]:
+    """Pieces of a dictionary in order; a piece may hold any character, the count follows the last blank."""
     pieces = []
-    with open(path, encoding="utf-8", newline="\n") as lines:  # pieces may hold unusual line separators
-        for number, line in enumerate(lines, 1):
-            piece, blank, count = line.rstrip("\n").rpartition(" ")
-            if not blank or not count.isdigit():
-                raise ValueError(f"{path}, line {number}: expected 'piece count', found {line!r}.")
-            pieces.append(piece)
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # a piece may be a Unicode line separator
+        piece, blank, count = line.rpartition(" ")
+        if not blank or not count.isdigit():
+            raise ValueError(f"{path}, line {number}: expected 'piece count', found {line!r}.")
+        pieces.append(piece)
     return pieces

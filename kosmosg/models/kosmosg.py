@@ -6,12 +6,11 @@ Shapes: `B` batch, `Q` condition tokens, `C` condition width.
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
 from kosmosg.models.mllm import MLLM
-from kosmosg.models.storage import find_model, load_part
+from kosmosg.models.storage import find_model, load_part, save_model
 from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
 
@@ -51,15 +50,7 @@ class KosmosG(nn.Module):
         self, folder: str | Path, tokenizer: Tokenizer, aligner_decoder: AlignerDecoder | None = None
     ) -> None:
         """Write mllm/, aligner/ and tokenizer/, and aligner_decoder/ after stage 2."""
-        parts: dict[str, ModelMixin | None] = {
-            "mllm": self.mllm,
-            "aligner": self.aligner,
-            "aligner_decoder": aligner_decoder,
-        }
-        for name, part in parts.items():
-            if part is not None:
-                part.save_pretrained(Path(folder) / name)
-        tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        save_model(folder, tokenizer, mllm=self.mllm, aligner=self.aligner, aligner_decoder=aligner_decoder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> "KosmosG":

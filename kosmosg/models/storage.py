@@ -1,11 +1,15 @@
-"""Model folders: where they are, and loading that refuses weights of another model."""
+"""Model folders: writing them whole, finding them, and loading that refuses weights of another model."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from diffusers import ModelMixin
+
+from kosmosg.tokenizer import Tokenizer
 
 Part = TypeVar("Part", bound=ModelMixin)
 CONFIG_FILE = "config.json"
@@ -25,6 +29,24 @@ def find_model(folder: str | Path) -> Path:
         f"'{folder}' holds no model: neither mllm/{CONFIG_FILE} nor model/mllm/{CONFIG_FILE} is there. Give the folder "
         "that save_pretrained wrote or a finished run folder."
     )
+
+
+def save_model(folder: str | Path, tokenizer: Tokenizer, **parts: ModelMixin | None) -> None:
+    """Write tokenizer/ and the given parts (mllm=, aligner=, aligner_decoder=) into `folder`; None is left out.
+
+    Each part is written beside its place and moved there, so that an interruption leaves no half of one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in {**parts, "tokenizer": tokenizer}.items():
+        if part is None:
+            continue
+        beside, replaced = (folder / f".{name}.{kind}.{os.getpid()}" for kind in ("new", "old"))
+        part.save_pretrained(beside)
+        if (folder / name).exists():
+            (folder / name).rename(replaced)
+        beside.rename(folder / name)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_part(kind: type[Part], folder: Path, torch_dtype: torch.dtype = torch.float32) -> Part:

@@ -64,3 +64,12 @@ def assert_gradients(recording, gradients, stage, scale=1.0):
         largest = recording.outputs[key].abs().max().item()
         difference = (gradients[our_name(name)] * scale - recording.outputs[key]).abs().max().item()
         assert difference <= 1e-3 * largest, key
+
+
+def test_recorded_text_encoder_is_the_checkpoints(recording, stage2):
+    ours = recording.text_target().text_encoder.state_dict()
+    recorded = stage2.converted.parts["text_encoder"]
+    assert {name.removeprefix("text_model.") for name in recorded} == {n.removeprefix("text_model.") for n in ours}
+    for name, tensor in ours.items():
+        key = name if name in recorded else f"text_model.{name}"
+        torch.testing.assert_close(recorded[key], tensor, rtol=0, atol=0)

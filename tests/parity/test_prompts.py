@@ -1,17 +1,23 @@
 """Tokenisation, inference prompts and image preprocessing of the recorded set (full vocabulary)."""
 
+import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptEncoder, parse_prompt
 from kosmosg.tokenizer import Tokenizer
 
+# The released environment had ftfy, with which CLIP's tokenizer straightens quotes; transformers 5 has no such step.
+STRAIGHT_QUOTES = str.maketrans("“”‘’", "\"\"''")
 HALF_PRECISION = 2e-3  # the recorded images are float16, with values up to 2.6
 
 
@@ -46,6 +52,31 @@ def test_tokenization(golden, tokenizer):
 def likelihood(tokenizer, ids):
     processor = tokenizer.processor
     return sum(processor.get_score(processor.piece_to_id(tokenizer.symbols[i])) for i in ids)
+
+
+def public_clip_tokenizer(merges_file):
+    """CLIP's tokenizer from its public merges: bytes, bytes at a word's end, merges, two special tokens."""
+    count = 49152 - 256 - 2
+    lines = gzip.decompress(merges_file.read_bytes()).decode("utf-8").split("\n")[1 : count + 1]
+    merges = [tuple(line.split()) for line in lines]
+    # CLIP orders its bytes by readability: printable ones first, the others moved above 255.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges)
+
+
+def test_clip_ids(golden):
+    merges = golden.parent / "tokenizer" / "clip_bpe_simple_vocab_16e6.txt.gz"
+    if not merges.is_file():
+        pytest.skip(f"no CLIP merges at '{merges}'")
+    tokenizer = public_clip_tokenizer(merges)
+    recorded = read(golden, "tokenization.json")["clip"]
+    for case in recorded:
+        target = SimpleNamespace(tokenizer=tokenizer, length=len(case["ids"]))
+        ids = TextTarget.tokenize(target, [case["text"].translate(STRAIGHT_QUOTES)])
+        assert ids[0].tolist() == case["ids"], case["text"]
 
 
 def test_prompts(golden, tokenizer):

@@ -1,0 +1,87 @@
+import dataclasses
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm
+from kosmosg.models.model_config import AlignerConfig, AlignerDecoderConfig, MLLMConfig, ModelConfig, VisionConfig
+from kosmosg.models.storage import save_model
+from kosmosg.tokenizer import Tokenizer
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return Tokenizer.from_pretrained(tiny_tokenizer)
+
+
+@pytest.fixture
+def config(tiny_tokenizer, tiny_stable_diffusion):
+    """The configuration of `tiny_model`."""
+    aligner = {**tiny.aligner_sizes(), "num_queries": tiny.QUERIES}
+    decoder = {name: size for name, size in tiny.aligner_sizes().items() if name != "width"}
+    mllm = tiny.mllm_sizes()
+    del mllm["vision_config"]
+    vision = VisionConfig(image_size=64, patch_size=16, width=32, layers=2, heads=2, ffn_width=64)
+    return ModelConfig(
+        tokenizer=str(tiny_tokenizer),
+        image_size=tiny.IMAGE_SIZE,
+        mllm=MLLMConfig(**mllm, vision=vision),
+        aligner=AlignerConfig(**aligner),
+        aligner_decoder=AlignerDecoderConfig(**decoder),
+        image_decoder=str(tiny_stable_diffusion),
+    )
+
+
+def state(module):
+    return torch.cat([parameter.flatten() for parameter in module.parameters()])
+
+
+def test_weights_of_an_earlier_stage(config, tokenizer, tiny_model):
+    first, second = (build_mllm(config, tokenizer, init_from=tiny_model) for _ in range(2))
+    assert torch.equal(state(first), state(second)) and first.training
+    assert not torch.equal(state(first), state(build_mllm(config, tokenizer)))
+    assert torch.equal(*(state(build_aligner(config, init_from=tiny_model)) for _ in range(2)))
+    without = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, dropout=0.0))
+    undropped = build_mllm(without, tokenizer, init_from=tiny_model)
+    assert torch.equal(state(undropped), state(first))
+    assert undropped.config.dropout == undropped.decoder.dropout.p == undropped.resampler.attention.dropout == 0.0
+
+
+def test_another_model_is_refused_by_the_sizes_that_differ(config, tokenizer, tiny_model, tmp_path):
+    wider = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, ffn_width=96, xpos=True))
+    with pytest.raises(ValueError, match=r"ffn_width is 64 there and 96 .*xpos is False there and True"):
+        build_mllm(wider, tokenizer, init_from=tiny_model)
+    fewer = dataclasses.replace(config, aligner=dataclasses.replace(config.aligner, num_queries=7))
+    with pytest.raises(ValueError, match="num_queries is 24 there and 7"):
+        build_aligner(fewer, init_from=tiny_model)
+    with pytest.raises(FileNotFoundError, match="aligner_decoder"):
+        build_aligner_decoder(config, init_from=tiny_model)
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        build_mllm(config, tokenizer, init_from=tmp_path)
+
+
+def test_a_stage_one_folder_has_no_aligner(config, tokenizer, tmp_path):
+    save_model(tmp_path / "model", tokenizer, mllm=build_mllm(config, tokenizer))
+    assert build_mllm(config, tokenizer, init_from=tmp_path).config.width == tiny.WIDTH
+    with pytest.raises(FileNotFoundError, match="aligner"):
+        build_aligner(config, init_from=tmp_path)
+
+
+def test_image_tower_of_a_clip_folder(config, tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config={**sizes, "vocab_size": 50, "max_position_embeddings": 8},
+            vision_config={**sizes, "image_size": 64, "patch_size": 16},
+        )
+    )
+    clip.save_pretrained(tmp_path)
+    config = dataclasses.replace(config, vision_weights=str(tmp_path))
+    tower = build_mllm(config, tokenizer).vision.clip
+    assert torch.equal(state(tower), state(clip.vision_model))
+    narrow = dataclasses.replace(config.mllm.vision, patch_size=32)
+    other = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, vision=narrow))
+    with pytest.raises(ValueError, match="patch_size is 16 there and 32"):
+        build_mllm(other, tokenizer)

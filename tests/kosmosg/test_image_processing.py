@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, TargetTransform, UnderstandingTransform
+
+
+def test_uniform_colours():
+    image = Image.new("RGB", (90, 70), (255, 0, 51))
+    expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    understanding, target = UnderstandingTransform(32)(image), TargetTransform(48)(image)
+    assert understanding.shape == (3, 32, 32) and target.shape == (3, 48, 48)
+    assert understanding.dtype == target.dtype == torch.float32
+    torch.testing.assert_close(understanding.mean(dim=(1, 2)), expected)
+    torch.testing.assert_close(target[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
+
+
+@pytest.mark.parametrize("size", [(64, 20), (20, 64)])
+def test_the_centre_is_kept(size):
+    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    rows, columns = (slice(22, 42), slice(None)) if size[1] == 64 else (slice(None), slice(22, 42))
+    pixels[rows, columns] = 255
+    assert TargetTransform(20)(Image.fromarray(pixels)).min() == 1.0
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1"])
+def test_other_modes_are_read_as_rgb(mode):
+    assert TargetTransform(8)(Image.new("RGB", (8, 8), "white").convert(mode)).min() == 1.0
+
+
+def test_transparency_becomes_white():
+    assert TargetTransform(8)(Image.new("RGBA", (8, 8), (255, 0, 0, 0))).min() == 1.0
+    assert TargetTransform(8)(Image.new("RGBA", (8, 8), (255, 0, 0, 255)))[1].max() == -1.0
+
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="0×5 pixels"):
+        TargetTransform(8)(Image.new("RGB", (0, 5)))

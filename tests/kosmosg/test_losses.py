@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kosmosg.losses import alignment_losses, diffusion_loss, language_modelling_loss
+
+
+def test_language_modelling_loss_equals_the_full_computation():
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    matrix = torch.randn(11, 8)
+    labels = torch.tensor([[3, 4, -100, 1, -100], [-100, 10, 0, -100, 2]])
+    loss = language_modelling_loss(hidden, matrix, labels)
+    expected = F.cross_entropy((hidden @ matrix.T).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert hidden.grad[labels == -100].abs().max() == 0 < hidden.grad[labels != -100].abs().min()
+
+
+def test_no_labels_give_no_loss_but_a_gradient():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    loss = language_modelling_loss(hidden, torch.randn(5, 4), torch.full((1, 3), -100))
+    loss.backward()
+    assert loss == 0 and hidden.grad.abs().max() == 0
+
+
+def test_uniform_prediction_costs_log_of_the_vocabulary():
+    loss = language_modelling_loss(torch.zeros(1, 2, 4), torch.randn(7, 4), torch.tensor([[1, 2]]))
+    assert loss.item() == pytest.approx(math.log(7))
+
+
+def test_alignment_variants():
+    condition, target = torch.zeros(2, 6, 4), torch.ones(2, 6, 4)
+    hidden, reconstruction = torch.zeros(2, 3, 5), torch.full((2, 3, 5), 2.0)
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    mse, rec = alignment_losses(condition, target, hidden, reconstruction)
+    assert (mse.item(), rec.item()) == (1.0, 4.0 * 6 / 3)
+    mse, rec = alignment_losses(condition, target, hidden, reconstruction, padding=padding, variant="paper")
+    assert (mse.item(), rec.item()) == (6 * 4, 4.0 * 5 * (2 + 3) / 2)
+
+
+def test_alignment_errors():
+    tensors = torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)
+    with pytest.raises(ValueError, match="'released', 'paper'"):
+        alignment_losses(*tensors, variant="paperr")
+    with pytest.raises(ValueError, match="padding"):
+        alignment_losses(*tensors, variant="paper")
+    with pytest.raises(ValueError, match=r"\(1, 6, 4\) but the text target \(1, 7, 4\)"):
+        alignment_losses(tensors[0], torch.zeros(1, 7, 4), *tensors[2:])
+
+
+def test_diffusion_loss():
+    prediction, noise = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2) * torch.tensor([1.0, 2, 3])[:, None, None, None]
+    assert diffusion_loss(prediction, noise, reduction="none").tolist() == [1, 4, 9]
+    assert diffusion_loss(prediction, noise).item() == pytest.approx(14 / 3)
+    assert diffusion_loss(prediction, noise, weights=torch.tensor([0.0, 1.0, 0.0])).item() == pytest.approx(4 / 3)
