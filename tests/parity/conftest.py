@@ -26,6 +26,18 @@ GRADIENT_NORMS = 1e-3  # relative, with an absolute floor
 GRADIENT_FLOOR = 1e-6
 
 
+class Tracked(dict):
+    """Tensors by name, and which of them were asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+
 @dataclass
 class Recording:
     """One golden folder, read once."""
@@ -36,7 +48,7 @@ class Recording:
         self.config = json.loads((self.folder / "config.json").read_text())
         self.facts = json.loads((self.folder / "facts.json").read_text())
         self.inputs = load_file(self.folder / "inputs.safetensors")
-        self.outputs = load_file(self.folder / "outputs.safetensors")
+        self.outputs = Tracked(load_file(self.folder / "outputs.safetensors"))
         self.stable_diffusion = self.folder / "model" / "tiny_sd"
 
     def prompts(self, name: str) -> PromptBatch:

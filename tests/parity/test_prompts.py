@@ -44,14 +44,11 @@ def test_tokenization(golden, tokenizer):
     assert recorded
     for case in recorded:
         ids = tokenizer.encode(case["text"])
-        # Equally likely splits of one long run of a letter: which one wins changed between SentencePiece versions.
-        tie = ids != case["ids"] and likelihood(tokenizer, ids) == pytest.approx(likelihood(tokenizer, case["ids"]))
-        assert ids == case["ids"] or (tie and len(set(case["text"])) == 1), case["text"]
-
-
-def likelihood(tokenizer, ids):
-    processor = tokenizer.processor
-    return sum(processor.get_score(processor.piece_to_id(tokenizer.symbols[i])) for i in ids)
+        if ids != case["ids"]:
+            # Equally likely splits of a long run of one letter: which wins changed between SentencePiece versions.
+            assert tokenizer.decode(ids) == tokenizer.decode(case["ids"]), case["text"]
+            assert sorted(ids) == sorted(case["ids"]), case["text"]
+            assert len(set(case["text"])) == 1, case["text"]
 
 
 def public_clip_tokenizer(merges_file):
