@@ -1,0 +1,155 @@
+"""Stage 3, instruction tuning by score distillation (paper section 2.3): eq. 8 through the frozen U-Net.
+
+C = M(MLLM(prompt)); L_diff = E[w(t)‖ε_θ(z_t; C, t) − ε‖²]. The gradient reaches M and the MLLM through the U-Net's
+Jacobian (eq. 9). With probability 0.1 a sample's whole condition gives way to the null condition, which carries
+gradients too: it is computed as one more row of the same batch. Trained: M, decoder, resampler, end of the image
+tower. Frozen: U-Net, VAE, rest of the tower.
+
+Shapes: `B` batch, `L` tokens, `I` images of the batch, `Q` queries, `C` condition width, `H` target pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kosmosg.losses import diffusion_loss
+from kosmosg.models.aligner import AlignerEncoder
+from kosmosg.models.build import build_aligner, build_mllm
+from kosmosg.models.image_decoder import ImageDecoder
+from kosmosg.models.kosmosg import KosmosG, drop_condition
+from kosmosg.models.mllm import MLLM
+from kosmosg.prompt import PromptBatch
+from kosmosg.tokenizer import Tokenizer
+from lightning_modules.base import StageExperiment, StageModule
+from lightning_modules.language_modelling import wrong_images
+from lightning_modules.optimizer import OptimizerConfig
+from lightning_modules.randomness import DiffusionDraws, draw_diffusion
+from lightning_modules.trained_weights import VisionTraining, train_mllm
+
+
+@dataclass
+class InstructionTuningRecipe:
+    condition_drop: float = 0.1
+    """Probability that a sample's condition is replaced by the null condition."""
+    timestep_weighting: Literal["uniform", "sds"] = "uniform"
+    """w(t) of eq. 8: 1 (the released code), or 1 − ᾱ_t (DreamFusion's σ_t²)."""
+    vision_training: VisionTraining = field(default_factory=VisionTraining)
+    """Which part of the image tower trains."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.condition_drop < 1:
+            raise ValueError(f"recipe.condition_drop is {self.condition_drop}; allowed: in [0, 1)")
+
+
+class InstructionTuningModule(StageModule):
+    """Batches: `prompt` PromptBatch and `targets` B×3×H×H in [-1, 1].
+
+    Raises:
+        ValueError: M is not as wide as the U-Net's cross-attention.
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        aligner: AlignerEncoder,
+        image_decoder: ImageDecoder,
+        recipe: InstructionTuningRecipe,
+        optimizer: OptimizerConfig,
+        seed: int,
+    ):
+        super().__init__(optimizer, seed)
+        if aligner.config.width != image_decoder.condition_width:
+            raise ValueError(
+                f"model.aligner.width is {aligner.config.width}, but the U-Net of model.image_decoder reads conditions "
+                f"of width {image_decoder.condition_width}"
+            )
+        self.mllm, self.aligner, self.image_decoder = mllm, aligner, image_decoder
+        self.recipe = recipe
+        train_mllm(mllm, recipe.vision_training)
+        aligner.requires_grad_(True)
+
+    @classmethod
+    def build(cls, experiment: StageExperiment, tokenizer: Tokenizer) -> "InstructionTuningModule":
+        return cls(
+            build_mllm(experiment.model, tokenizer, experiment.init_from),
+            build_aligner(experiment.model, experiment.init_from),
+            ImageDecoder.from_pretrained(experiment.model.image_decoder),
+            experiment.recipe,
+            experiment.optimizer,
+            experiment.seed,
+        )
+
+    def frozen_networks(self) -> Sequence[nn.Module]:
+        return (self.image_decoder,)
+
+    def sharded_networks(self) -> Sequence[nn.Module]:
+        return (self.mllm, self.aligner)
+
+    def sample_losses(self, prompt: PromptBatch, targets: Tensor, draws: DiffusionDraws, drop: float) -> Tensor:
+        """L_diff of each sample, B."""
+        batch = with_null_row(prompt, self.mllm.config.bos_id, self.mllm.config.pad_id)
+        conditions = self.aligner(self.mllm(batch), batch.padding)
+        condition = drop_condition(conditions[:-1], conditions[-1:], draws.uniform, drop)
+        latents = self.image_decoder.latents(targets, draws.posterior)
+        noisy = self.image_decoder.add_noise(latents, draws.noise, draws.timesteps)
+        prediction = self.image_decoder(noisy, draws.timesteps, condition)
+        return diffusion_loss(prediction, draws.noise, self.weights(draws.timesteps), reduction="none")
+
+    def weights(self, timesteps: Tensor) -> Tensor | None:
+        """w(t) of eq. 8, B; None is 1."""
+        if self.recipe.timestep_weighting == "uniform":
+            return None
+        return 1 - self.image_decoder.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        draws = self._draws("train", self.train_numbers(len(batch.prompt)), batch.targets)
+        loss = self.sample_losses(batch.prompt, batch.targets, draws, self.recipe.condition_drop).mean()
+        self.log_losses("train", {"loss": loss}, len(batch.prompt))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """val/diffusion_loss on draws that never change; over samples with images also with each image replaced by
+        its neighbour in the batch, val/diffusion_loss_wrong_image, beside val/diffusion_loss_with_image."""
+        rows = len(batch.prompt)
+        first = (batch_idx * self.trainer.world_size + self.trainer.global_rank) * rows
+        draws = self._draws("validation", range(first, first + rows), batch.targets)
+        right = self.sample_losses(batch.prompt, batch.targets, draws, drop=0.0)
+        self.log_losses("val", {"diffusion_loss": right.mean()}, rows)
+        with_image = batch.prompt.image_mask.any(dim=1)
+        if batch.prompt.images is None or len(batch.prompt.images) < 2:
+            return
+        wrong = self.sample_losses(wrong_images(batch.prompt), batch.targets, draws, drop=0.0)
+        losses = {
+            "diffusion_loss_with_image": right[with_image].mean(),
+            "diffusion_loss_wrong_image": wrong[with_image].mean(),
+        }
+        self.log_losses("val", losses, int(with_image.sum()))
+
+    def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """mllm/, aligner/ and tokenizer/."""
+        KosmosG(self.mllm, self.aligner).save_pretrained(folder, tokenizer)
+
+    def _draws(self, purpose: str, numbers: range, targets: Tensor) -> DiffusionDraws:
+        vae = self.image_decoder.vae.config
+        side = targets.shape[-1] // 2 ** (len(vae.block_out_channels) - 1)
+        shape = (vae.latent_channels, side, side)
+        return draw_diffusion(self.seed, purpose, numbers, shape, self.image_decoder.num_timesteps).to(self.device)
+
+
+def with_null_row(prompt: PromptBatch, bos_id: int, pad_id: int) -> PromptBatch:
+    """The batch with one more row, `<s>` alone: its condition is the null condition (golden README, "Stage-3 loss")."""
+    row = torch.full_like(prompt.ids[:1], pad_id)
+    row[:, 0] = bos_id
+    padding = torch.ones_like(prompt.padding[:1])
+    padding[:, 0] = False
+    return replace(
+        prompt,
+        ids=torch.cat([prompt.ids, row]),
+        image_mask=F.pad(prompt.image_mask, (0, 0, 0, 1)),
+        padding=torch.cat([prompt.padding, padding]),
+    )

@@ -1,0 +1,179 @@
+"""A run folder: what a run was told, with what versions, where it stands, what it made.
+
+config.yaml    resolved configuration, itself a valid argument of train.py
+versions.json  packages, Python, git revision of every start
+metrics.csv    everything logged
+checkpoints/   step-*.ckpt
+grids/         pictures of fixed prompts
+model/         the finished model, written beside and renamed
+finished.json  the last thing written: the run is complete
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from kosmosg.config import RUN_CONFIG, save_config
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "webdataset", "omegaconf", "wandb", "sentencepiece")
+CHECKPOINT_PATTERN = "step-*.ckpt"
+# What may differ between two starts of one run: nothing that the weights depend on.
+FREE_KEYS = ("wandb", "grids", "trainer.val_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+FREE_KEYS += ("trainer.log_every", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator")
+FREE_KEYS += ("data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.accept_changed_data")
+FREE_KEYS += ("data.max_bad_share", "data.min_bad_count")
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be started: in use, or of another configuration."""
+
+
+class RunFolder:
+    """The folder `path`; nothing is created before `held`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def grids(self) -> Path:
+        return self.path / "grids"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The last complete checkpoint; names are complete ones, for they are written beside and renamed."""
+        return max(self.checkpoints.glob(CHECKPOINT_PATTERN), default=None)
+
+    def resumed_step(self) -> int:
+        """Updates done in the last complete checkpoint, 0 without one."""
+        checkpoint = self.latest_checkpoint()
+        return int(checkpoint.stem.removeprefix("step-")) if checkpoint else 0
+
+    def finished(self) -> dict[str, Any] | None:
+        """What finished.json says, or None while the run is not complete."""
+        file = self.path / "finished.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    @contextmanager
+    def held(self, config: Any, write: bool = True) -> Iterator["RunFolder"]:
+        """Take the folder for this process while inside, and record configuration and versions.
+
+        Args:
+            write: False on processes other than the first, which then change nothing.
+
+        Raises:
+            RunFolderError: another process has it, or its run was started with another configuration.
+        """
+        if not write:
+            yield self
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as lock:
+            self._take(lock)
+            self._record(config)
+            yield self
+
+    def _record(self, config: Any) -> None:
+        recorded = self.path / RUN_CONFIG
+        if recorded.is_file() and (self.latest_checkpoint() or self.finished()):
+            different = _differences(yaml.safe_load(recorded.read_text()), _plain(config))
+            if different:
+                raise RunFolderError(
+                    f"run folder '{self.path}' holds a run with another configuration: {'; '.join(different)}. Give "
+                    "the same values to go on with it, run=… for a new one, or delete the folder."
+                )
+        save_config(config, recorded)
+        self._record_versions()
+
+    def write_model(self, save: Callable[[Path], None]) -> None:
+        """Fill model/ through `save(folder)`: beside it first, then renamed, so that it is never half there."""
+        beside = self.path / ".model"
+        shutil.rmtree(beside, ignore_errors=True)
+        save(beside)
+        shutil.rmtree(self.model, ignore_errors=True)
+        beside.replace(self.model)
+
+    def mark_finished(self, **facts: Any) -> None:
+        """Write finished.json."""
+        _write_json(self.path / "finished.json", {"finished": _now(), **facts})
+
+    def _take(self, lock: TextIO) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"run folder '{self.path}' is in use by another process; wait for it, stop it, or give run=…"
+            ) from error
+
+    def _record_versions(self) -> None:
+        file = self.path / "versions.json"
+        starts = json.loads(file.read_text()) if file.is_file() else []
+        starts.append(
+            {
+                "started": _now(),
+                "python": platform.python_version(),
+                "packages": {package: version(package) for package in PACKAGES},
+                "git": _git_revision(),
+            }
+        )
+        _write_json(file, starts)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _differences(recorded: Any, given: Any, key: str = "") -> list[str]:
+    """`key is X there and Y here` for every value that may not differ."""
+    if key in FREE_KEYS:
+        return []
+    if isinstance(recorded, dict) and isinstance(given, dict):
+        names = dict.fromkeys([*recorded, *given])
+        below = (_differences(recorded.get(n), given.get(n), f"{key}.{n}".lstrip(".")) for n in names)
+        return [difference for differences in below for difference in differences]
+    return [] if recorded == given or key == "run" else [f"{key} is {recorded!r} there and {given!r} here"]
+
+
+def _git_revision() -> str | None:
+    """Commit of the source, with `+changes` when tracked files differ; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_json(file: Path, value: Any) -> None:
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    beside.replace(file)

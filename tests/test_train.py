@@ -1,0 +1,225 @@
+"""train.py end to end on CPU: each stage trains, is stopped and resumed, is finished, and refuses what it should."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from callbacks.checkpoint import StepCheckpoint
+from kosmosg.config import ConfigError, load_config
+from kosmosg.models.kosmosg import KosmosG
+from tests.lightning_modules import miniature
+from tests.lightning_modules.miniature import STAGES, losses
+
+LOSSES = {
+    "language_modelling": ("train/loss", "val/caption_loss", "val/caption_loss_wrong_image"),
+    "alignment": ("train/mse_loss", "train/rec_loss", "val/mse_loss", "val/rec_loss"),
+    "instruction_tuning": ("train/loss", "val/diffusion_loss", "val/diffusion_loss_wrong_image"),
+}
+REPOSITORY = Path(train.__file__).parent
+SHIPPED = [*REPOSITORY.glob("configs/*.yaml"), *REPOSITORY.glob("configs/toyland/*.yaml")]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return miniature.write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def configs(
+    tmp_path: Path, shards: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
+) -> dict[str, Path]:
+    init_from = {"language_modelling": None, "alignment": tiny_model, "instruction_tuning": tiny_model}
+    return miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
+
+
+def run(file: Path, *arguments: str) -> int:
+    return train.main([str(file), *arguments])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_trains_and_a_stopped_run_goes_on_bit_for_bit(
+    stage: str, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(configs[stage], f"run={whole}") == 0
+
+    press_ctrl_c(monkeypatch, after_step=3)
+    assert run(configs[stage], f"run={stopped}") == 128 + signal.SIGINT
+    monkeypatch.undo()
+    assert [row[0] for row in losses(stopped)] == ["0", "1", "2"]
+    assert run(configs[stage], f"run={stopped}") == 0
+
+    expected = losses(whole, LOSSES[stage])
+    assert losses(stopped, LOSSES[stage]) == expected
+    assert [row[0] for row in expected] == ["0", "1", "2", "3"]
+    assert all(expected[step][-1] != "" for step in (1, 3)), "validated after updates 2 and 4"
+    assert weights(whole) == weights(stopped)
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(configs: dict[str, Path], tmp_path: Path) -> None:
+    stage = "instruction_tuning"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(configs[stage], f"run={whole}") == 0
+    assert run(configs[stage], f"run={killed}") == 0
+    # As if killed in step 4: the log runs ahead of the checkpoint, and nothing of the end was written.
+    (killed / "checkpoints" / "step-00000004.ckpt").rename(killed / "checkpoints" / ".step-00000004.ckpt")
+    (killed / "finished.json").unlink()
+    assert run(configs[stage], f"run={killed}") == 0
+    assert losses(killed, LOSSES[stage]) == losses(whole, LOSSES[stage])
+    assert weights(whole) == weights(killed)
+
+
+def test_finished_run_says_so(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(configs["alignment"]) == 0
+    folder = tmp_path / "alignment"
+    before = weights(folder)
+    assert run(configs["alignment"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert weights(folder) == before
+    assert (folder / "model" / "aligner_decoder" / "config.json").is_file()
+    assert KosmosG.from_pretrained(folder).null_condition().isfinite().all()
+    assert json.loads((folder / "versions.json").read_text())[0]["packages"]["torch"] == torch.__version__
+    # The run folder is itself an argument, and reads back as the same configuration.
+    assert load_config([str(folder)], train.stage_schema) == load_config(
+        [str(configs["alignment"])], train.stage_schema
+    )
+
+
+def test_stages_follow_each_other(configs: dict[str, Path], tmp_path: Path) -> None:
+    assert run(configs["language_modelling"], "trainer.max_steps=1") == 0
+    first = tmp_path / "language_modelling"
+    assert run(configs["alignment"], f"init_from={first}", "trainer.max_steps=1") == 0
+    second = tmp_path / "alignment"
+    for name, tensor in part(first, "mllm").items():
+        assert torch.equal(tensor, part(second, "mllm")[name]), f"{name} changed although stage 2 freezes the MLLM"
+    assert run(configs["instruction_tuning"], f"init_from={second}", "trainer.max_steps=2") == 0
+    third = part(tmp_path / "instruction_tuning", "mllm")
+    changed = {name for name, tensor in part(second, "mllm").items() if not torch.equal(tensor, third[name])}
+    assert any("decoder.layers" in name for name in changed)
+    assert any("vision" in name and "layers.1" in name for name in changed)
+    assert not any("vision" in name and "layers.0" in name for name in changed)
+
+
+def test_checkpoint_holds_what_trains_alone(configs: dict[str, Path], tmp_path: Path) -> None:
+    assert run(configs["alignment"], "trainer.max_steps=1") == 0
+    state = checkpoint(tmp_path / "alignment")["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"aligner", "aligner_decoder"}
+
+
+def test_checkpoint_of_another_model_is_refused(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(configs["alignment"], "trainer.max_steps=1") == 0
+    folder = tmp_path / "alignment"
+    (folder / "finished.json").unlink()
+    (folder / "config.yaml").unlink()
+    assert run(configs["alignment"], "trainer.max_steps=2", "model.aligner.ffn_width=48") == 2
+    message = capsys.readouterr().err
+    assert "checkpoint of another model" in message
+    assert "aligner.encoder_layers.0.feed_forward.fc1.weight is (64, 32) there and (48, 32) here" in message
+
+
+def test_model_of_other_sizes_is_refused(
+    configs: dict[str, Path], capsys: pytest.CaptureFixture, tiny_model: Path
+) -> None:
+    assert run(configs["alignment"], "model.mllm.ffn_width=48") == 2
+    assert "ffn_width is 64 there and 48 in the configuration" in capsys.readouterr().err
+
+
+def test_other_configuration_in_a_started_folder_is_refused(
+    configs: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    assert run(configs["alignment"], "trainer.max_steps=1") == 0
+    assert run(configs["alignment"], "trainer.max_steps=1", "optimizer.lr=0.5") == 2
+    assert "optimizer.lr is 0.01 there and 0.5 here" in capsys.readouterr().err
+    assert run(configs["alignment"], "trainer.max_steps=1", "trainer.log_every=7") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage=aligment"], "stage is 'aligment'; allowed: language_modelling, alignment, instruction_tuning"),
+        (["optimizer.lrr=1"], "Key 'lrr' not in 'OptimizerConfig'. Did you mean: 'lr'?"),
+        (["recipe.mse_weigth=1"], "Did you mean one of: 'mse_weight', 'rec_weight'?"),
+        (["data.captions.shards=nowhere/train-*.tar"], "nowhere/train-*.tar"),
+        (["optimizer.clip=0"], "optimizer.clip is 0.0; allowed: above 0"),
+        (["trainer.max_steps=0"], "trainer.max_steps is 0; allowed: 1 or more"),
+        (["trainer.strategy=dp"], "expected one of ['auto', 'ddp', 'fsdp2']"),
+        (["init_from=nowhere"], "'nowhere' holds no model"),
+        (["model.aligner.num_queries=5"], "model.aligner.num_queries is 5, but the text model"),
+    ],
+)
+def test_mistakes_are_told(
+    configs: dict[str, Path], arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(configs["alignment"], *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_run_folder_is_taken_by_one_process(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    experiment = load_config([str(configs["alignment"])], train.stage_schema)
+    with train.RunFolder(tmp_path / "alignment").held(experiment):
+        assert run(configs["alignment"]) == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(REPOSITORY / "configs")))
+def test_shipped_configurations_load(file: Path) -> None:
+    if "stage" not in file.read_text() and file.name != "short.yaml":
+        pytest.skip("not a configuration of train.py")
+    if file.name == "short.yaml":
+        for stage in STAGES:
+            experiment = load_config([str(file.with_name(f"{stage}.yaml")), str(file)], train.stage_schema)
+            assert experiment.trainer.max_steps == 4
+        return
+    try:
+        experiment = load_config([str(file)], train.stage_schema)
+    except ConfigError as error:
+        pytest.fail(str(error))
+    assert experiment.stage == file.stem
+    assert file.read_text().startswith("# Stage")
+    assert f"train.py configs/{file.relative_to(REPOSITORY / 'configs')}" in file.read_text()
+
+
+def test_help_lists_stages_and_keys(configs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    assert train.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(stage in told for stage in STAGES)
+    assert train.main([str(configs["alignment"]), "--help"]) == 0
+    assert "optimizer.lr: float = 0.001  # Peak learning rate." in capsys.readouterr().out
+    assert train.main([]) == 2
+
+
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, after_step: int) -> None:
+    """Send SIGINT to this process while update `after_step` is under way."""
+    ended = StepCheckpoint.on_train_batch_end
+
+    def press(self: StepCheckpoint, trainer, *arguments) -> None:
+        if trainer.global_step == after_step:
+            os.kill(os.getpid(), signal.SIGINT)
+        ended(self, trainer, *arguments)
+
+    monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", press)
+
+
+def checkpoint(folder: Path) -> dict:
+    latest = max((folder / "checkpoints").glob("step-*.ckpt"))
+    return torch.load(latest, weights_only=True)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The exported safetensors, byte for byte."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted((folder / "model").rglob("*.safetensors"))}
+
+
+def part(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(next((folder / "model" / name).glob("*.safetensors")))

@@ -1,0 +1,217 @@
+"""Train one stage: python train.py stage.yaml [more.yaml | run_folder | key=value …]
+
+Every argument is a YAML file, a run folder or key=value; later wins. `stage:` names the stage, `run:` the folder for
+checkpoints, logs, pictures and the finished model. The same command goes on with an interrupted run.
+
+    python train.py configs/toyland/alignment.yaml
+    python train.py configs/toyland/alignment.yaml configs/toyland/short.yaml trainer.max_steps=2
+    torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml trainer.devices=8 trainer.strategy=fsdp2
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import MISSING
+
+from callbacks.checkpoint import RunInterruptedError, StepCheckpoint
+from callbacks.image_grid import GridConfig, ImageGrid
+from callbacks.metrics_file import MetricsFile
+from callbacks.model_export import ModelExport
+from callbacks.progress import RunProgress
+from callbacks.throughput import Throughput
+from callbacks.weights_and_biases import WandbConfig, wandb_logger
+from datamodules.alignment import AlignmentData, AlignmentDataConfig
+from datamodules.errors import DataError
+from datamodules.instruction import InstructionData, InstructionDataConfig
+from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
+from kosmosg.config import ConfigError, load_config
+from kosmosg.config_help import describe_schema
+from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from kosmosg.models.model_config import ModelConfig
+from kosmosg.models.text_target import TextTarget
+from kosmosg.prompt import PromptEncoder
+from kosmosg.sampling import DiffusionSampler
+from kosmosg.tokenizer import Tokenizer
+from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
+from lightning_modules.base import StageModule
+from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
+from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe
+from lightning_modules.optimizer import OptimizerConfig
+from lightning_modules.run_folder import RunFolder, RunFolderError
+from lightning_modules.trained_weights import CheckpointMismatchError
+from lightning_modules.trainer import TrainerConfig, build_trainer
+
+
+@dataclass
+class Experiment:
+    """What every stage's configuration holds; the stages add `data`, `recipe` and, where images are drawn, `grids`."""
+
+    module: ClassVar[type[StageModule]]
+
+    stage: str = MISSING
+    """Name of the stage, see STAGES."""
+    run: str = MISSING
+    """Run folder."""
+    seed: int = 0
+    """Of initial weights, noise, timesteps and dropout; data.seed is the order's."""
+    init_from: str | None = None
+    """Model folder or run folder of the stage before; null starts from random weights (and CLIP's image tower)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes and pretrained parts, see configs/model/."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Length, devices and intervals."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
+        """The stage's batches."""
+        raise NotImplementedError
+
+    def pictures(self, run: RunFolder, tokenizer: Tokenizer) -> list[lightning.Callback]:
+        """Callbacks that draw; none where there is no image decoder."""
+        return []
+
+    def encoder(self, tokenizer: Tokenizer) -> PromptEncoder:
+        mllm = self.model.mllm
+        return PromptEncoder(tokenizer, UnderstandingTransform(mllm.vision.image_size), mllm.image_tokens)
+
+
+@dataclass
+class LanguageModelling(Experiment):
+    module = LanguageModellingModule
+    data: LanguageModellingDataConfig = field(default_factory=LanguageModellingDataConfig)
+    """Text, captions and interleaved documents."""
+    recipe: LanguageModellingRecipe = field(default_factory=LanguageModellingRecipe)
+    """What trains."""
+
+    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
+        return LanguageModellingData(self.data, self.encoder(tokenizer))
+
+
+@dataclass
+class Alignment(Experiment):
+    module = AlignmentModule
+    data: AlignmentDataConfig = field(default_factory=AlignmentDataConfig)
+    """Captions."""
+    recipe: AlignmentRecipe = field(default_factory=AlignmentRecipe)
+    """Weights of the losses."""
+    grids: GridConfig = field(default_factory=GridConfig)
+    """Pictures of held-out prompts."""
+
+    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
+        text_tokenize = TextTarget.from_pretrained(self.model.image_decoder).tokenize
+        return AlignmentData(self.data, self.encoder(tokenizer), text_tokenize)
+
+    def pictures(self, run: RunFolder, tokenizer: Tokenizer) -> list[lightning.Callback]:
+        return image_grids(self, run, tokenizer, TextTarget.from_pretrained(self.model.image_decoder))
+
+
+@dataclass
+class InstructionTuning(Experiment):
+    module = InstructionTuningModule
+    data: InstructionDataConfig = field(default_factory=InstructionDataConfig)
+    """Constructed samples, edits and captions."""
+    recipe: InstructionTuningRecipe = field(default_factory=InstructionTuningRecipe)
+    """What trains, and the loss."""
+    grids: GridConfig = field(default_factory=GridConfig)
+    """Pictures of held-out prompts."""
+
+    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
+        return InstructionData(self.data, self.encoder(tokenizer), TargetTransform(self.model.image_size))
+
+    def pictures(self, run: RunFolder, tokenizer: Tokenizer) -> list[lightning.Callback]:
+        return image_grids(self, run, tokenizer)
+
+
+STAGES: dict[str, type[Experiment]] = {
+    "language_modelling": LanguageModelling,
+    "alignment": Alignment,
+    "instruction_tuning": InstructionTuning,
+}
+
+
+def stage_schema(values: dict[str, Any]) -> type[Experiment]:
+    """The schema of `stage:`. Raises ConfigError: unknown or missing."""
+    stage = values.get("stage")
+    if stage not in STAGES:
+        raise ConfigError(f"stage is {stage!r}; allowed: {', '.join(STAGES)}. Set it in a YAML file or as stage=…")
+    return STAGES[stage]
+
+
+def image_grids(experiment: Any, run: RunFolder, tokenizer: Tokenizer, target: Any = None) -> list[lightning.Callback]:
+    if experiment.grids.every == 0:
+        return []
+    sampler = DiffusionSampler.from_pretrained(experiment.model.image_decoder)
+    return [ImageGrid(experiment.grids, run.grids, sampler, tokenizer, target)]
+
+
+def train(experiment: Experiment) -> Path:
+    """Run the stage, or go on with it, to its end; the run folder. Raises what `main` answers with a message."""
+    run = RunFolder(experiment.run)
+    with run.held(experiment, write=rank_zero_only.rank == 0):
+        if (finished := run.finished()) is not None:
+            print(f"run folder '{run.path}' is finished since {finished['finished']} ({finished['step']} steps)")
+        else:
+            fit(experiment, run)
+    return run.path
+
+
+def fit(experiment: Experiment, run: RunFolder) -> None:
+    """Build everything and train."""
+    lightning.seed_everything(experiment.seed, verbose=False)
+    try:
+        tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
+        module, data = experiment.module.build(experiment, tokenizer), experiment.datamodule(tokenizer)
+        pictures = experiment.pictures(run, tokenizer)
+    except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
+        raise ConfigError(str(error)) from error
+    options = experiment.trainer
+    loggers = [MetricsFile(run.path / "metrics.csv", first_step=run.resumed_step())]
+    loggers += filter(None, [wandb_logger(experiment.wandb, run.path, experiment)])
+    trainer = build_trainer(
+        options,
+        default_root_dir=run.path,
+        logger=loggers,
+        callbacks=[
+            Throughput(),
+            RunProgress(experiment.stage),
+            *pictures,
+            ModelExport(run, tokenizer, lambda: experiment.module.build(experiment, tokenizer)),
+            StepCheckpoint(run.checkpoints, options.checkpoint_every, options.keep_checkpoints),
+        ],
+    )
+    trainer.fit(module, data, ckpt_path=run.latest_checkpoint(), weights_only=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
+    given = [argument for argument in arguments if argument not in ("-h", "--help")]
+    if not given:
+        print(__doc__ + f"\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
+        return 0 if arguments else 2
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements between our own lines
+    try:
+        if len(given) < len(arguments):
+            print(describe_schema(type(load_config(given, stage_schema))))
+            return 0
+        run = train(load_config(arguments, stage_schema))
+    except (ConfigError, DataError, RunFolderError, CheckpointMismatchError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except RunInterruptedError as stop:
+        print(f"Stopped and saved after step {stop.step}. The same command goes on from there.", file=sys.stderr)
+        return 128 + stop.signal
+    print(f"The model is in '{run / 'model'}'.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
