@@ -5,8 +5,8 @@
 Shapes: `B` batch, `L` tokens, `I` images of the batch in reading order, `K` slots per image, `S` pixels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -55,9 +55,13 @@ class PromptBatch:
         """The batch in page-locked memory, from which copies to a GPU need not block."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> "PromptBatch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PromptBatch(**{name: None if value is None else function(value) for name, value in values.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
+        return PromptBatch(
+            ids=function(self.ids),
+            image_mask=function(self.image_mask),
+            images=None if self.images is None else function(self.images),
+            padding=function(self.padding),
+        )
 
 
 class PromptEncoder:
@@ -88,7 +92,8 @@ class PromptEncoder:
             TypeError: a segment that is neither text nor image.
         """
         tokenizer = self.tokenizer
-        ids, slots, images = [tokenizer.bos_id], [False], []
+        ids, slots = [tokenizer.bos_id], [False]
+        images: list[Tensor] = []
         for segment in segments:
             if isinstance(segment, str):
                 piece_ids = tokenizer.encode(segment)
