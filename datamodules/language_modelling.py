@@ -61,18 +61,18 @@ class PackedRows:
 
     def _build(self, request: Request, report: ReadReport) -> tuple[PackedRow, str] | SampleError:
         failed = len(report.errors)
-        names: list[str] = []
-        row = self.packer.pack(self._documents(request, report, names), report)
-        if row is None:
-            return report.errors.pop() if len(report.errors) > failed else self._nothing(request)
-        return row, "+".join(names[:1])
+        row = self.packer.pack(self._documents(request, report), report)
+        if row is not None:
+            return row, row.documents[0]
+        # The mixture counts the error it is given, so it must not stand in the report already.
+        return report.errors.pop() if len(report.errors) > failed else self._nothing(request)
 
-    def _documents(self, request: Request, report: ReadReport, names: list[str]) -> Iterator[Document]:
+    def _documents(self, request: Request, report: ReadReport) -> Iterator[Document]:
         size = len(self.source)
         follow = Permutation(size, mix(self.seed, 4, request.epoch)) if self.source.kind != TextSample.kind else int
-        first_error = len(report.errors)
+        failed = len(report.errors)
         for step in range(size):
-            if len(report.errors) - first_error >= MAX_ATTEMPTS:
+            if len(report.errors) - failed >= MAX_ATTEMPTS:
                 return
             report.reads += 1
             try:
@@ -80,9 +80,9 @@ class PackedRows:
             except SampleError as error:
                 report.errors.append(error)
                 continue
-            if not names:
+            if step == 0 and document.divisible:
+                # A document of several rows would else never be read beyond its first.
                 document.units = document.units[request.random.choice(self.packer.row_starts(document)) :]
-            names.append(f"{document.shard}/{document.key}")
             yield document
 
     def _document(self, sample: Sample, random: Random) -> Document:

@@ -44,13 +44,14 @@ class Document:
 
 @dataclass
 class PackedRow:
-    """ids, labels (T,) int64; image_mask, padding (T,) bool; images float32 3×S×S each."""
+    """ids, labels (T,) int64; image_mask, padding (T,) bool; images float32 3×S×S each; documents `shard/key`."""
 
     ids: Tensor
     labels: Tensor
     image_mask: Tensor
     padding: Tensor
     images: list[Tensor] = field(default_factory=list)
+    documents: list[str] = field(default_factory=list)
 
 
 class Packer:
@@ -119,6 +120,7 @@ class Packer:
         """
         packed: list[int] = []
         images: list[Tensor] = []
+        names: list[str] = []
         for document in documents:
             count = self.fit(document, self.capacity - len(packed))
             if not count and not packed:
@@ -134,12 +136,13 @@ class Packer:
             if units:
                 packed += [self.tokenizer.bos_id, *(i for unit in units for i in unit.ids)]
                 images += added
+                names.append(f"{document.shard}/{document.key}")
             if count < len(document.units):
                 break
             packed.append(self.tokenizer.eos_id)
-        return self._row(packed, images) if packed else None
+        return self._row(packed, images, names) if packed else None
 
-    def _row(self, packed: list[int], images: list[Tensor]) -> PackedRow:
+    def _row(self, packed: list[int], images: list[Tensor], names: list[str]) -> PackedRow:
         tokenizer = self.tokenizer
         row = torch.full((self.capacity,), tokenizer.pad_id)
         row[: len(packed)] = torch.tensor(packed)
@@ -149,4 +152,4 @@ class Packer:
         # <image> and the slots after it share an id: the first of a run is the mark.
         is_image = ids == tokenizer.image_id
         slots = is_image & torch.cat([torch.zeros(1, dtype=torch.bool), is_image[:-1]])
-        return PackedRow(ids, labels, slots, ids == tokenizer.pad_id, images)
+        return PackedRow(ids, labels, slots, ids == tokenizer.pad_id, images, names)

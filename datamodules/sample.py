@@ -159,7 +159,7 @@ class _Decoder:
         # A caption sample is known by its txt: img2dataset's json says nothing about kinds.
         record = {} if "txt" in self.members else self.json()
         found = "caption" if "txt" in self.members else record.get("kind")
-        if found not in KINDS:
+        if not isinstance(found, str) or found not in KINDS:
             raise self.error("wrong_kind", f"kind is {found!r}, allowed are {', '.join(KINDS)}")
         if kind is not None and found != kind:
             raise self.error("wrong_kind", f"kind is '{found}', this source reads '{kind}'")

@@ -100,7 +100,8 @@ class ShardWriter:
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             self.close()
-        elif self._stream is not None:
+        elif self._stream is not None and self._writer is not None:
+            self._writer.close()
             self._stream.close()
             self._partial.unlink(missing_ok=True)
 

@@ -44,22 +44,21 @@ class ShardIndex:
         previous = None
         try:
             with tarfile.open(path, "r:") as tar:
+                begin = 0  # opening the tar has read the first header already
                 while True:
-                    begin = tar.offset
                     member = _next_member(tar)
                     if member is None:
                         if _is_damaged(path, begin):
                             bounds.append([begin, size])
                         break
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                    if not member.isfile():
-                        previous = None
-                        continue
-                    key = split_name(member.name)[0]
-                    if key != previous:
+                    key = split_name(member.name)[0] if member.isfile() else None
+                    if key is not None and key != previous:
                         bounds.append([begin, end])
-                        previous = key
-                    bounds[-1][1] = end
+                    elif key is not None:
+                        bounds[-1][1] = end
+                    previous = key
+                    begin = tar.offset
         except tarfile.TarError as error:
             raise ShardError(f"'{path}' is not a readable tar ({error}); replace it or leave it out.") from error
         if not bounds:

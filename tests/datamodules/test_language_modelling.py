@@ -1,0 +1,162 @@
+import pytest
+import torch
+
+from datamodules.batches import IGNORED
+from datamodules.datamodule import Source
+from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
+from datamodules.packing import Packer
+from datamodules.sample import CaptionSample, TextSample
+from tests.datamodules import worlds
+
+T = 64
+
+
+class DecodedGroup:
+    """Members to be written as they are, whatever they hold."""
+
+    def __init__(self, key: str, members: dict[str, bytes]):
+        self.key, self.members = key, members
+
+    def encode(self) -> dict[str, bytes]:
+        return self.members
+
+
+@pytest.fixture
+def data(tmp_path, tiny_tokenizer):
+    def make(text=(), captions=(), interleaved=(), length=T, **options):
+        sources = {
+            name: Source(worlds.write(tmp_path / name, name, list(samples)), weight)
+            for name, weight, samples in (("text", 5, text), ("captions", 5, captions), ("interleaved", 2, interleaved))
+            if samples
+        }
+        config = LanguageModellingDataConfig(**sources, sequence_length=length, **options)
+        module = LanguageModellingData(config, worlds.encoder(tiny_tokenizer))
+        module.setup()
+        return module
+
+    return make
+
+
+def test_rows_are_mixed_five_five_two(data):
+    module = data(worlds.texts(30), worlds.captions(30), worlds.interleaved(30))
+    batch = module.train_dataset[range(24)]
+    assert {name: batch.report.sources.count(name) for name in ("text", "captions", "interleaved")} == {
+        "text": 10,
+        "captions": 10,
+        "interleaved": 4,
+    }
+    assert batch.prompt.ids.shape == batch.labels.shape == (24, T)
+    slots = int(batch.prompt.image_mask.sum())
+    assert slots == len(batch.prompt.images) * worlds.SLOTS > 0
+
+
+def test_labels_are_the_next_text_tokens_and_nothing_else(data):
+    module = data(worlds.texts(30), worlds.captions(30), worlds.interleaved(30))
+    tokenizer = module.packer.tokenizer
+    batch = module.train_dataset[range(24)]
+    ids, labels = batch.prompt.ids, batch.labels
+    following = ids[:, 1:]
+    ignored = torch.isin(
+        following, torch.tensor([tokenizer.bos_id, tokenizer.pad_id, tokenizer.image_id, tokenizer.image_end_id])
+    )
+    assert torch.equal(labels[:, :-1] == IGNORED, ignored)
+    assert torch.equal(labels[:, :-1][~ignored], following[~ignored])
+    assert (labels == tokenizer.eos_id).any()
+    assert not torch.isin(labels, torch.tensor([tokenizer.image_id, tokenizer.bos_id, tokenizer.pad_id])).any()
+
+
+def test_a_full_row_predicts_one_token_beyond_its_input(data, tiny_tokenizer):
+    sentence = len(worlds.encoder(tiny_tokenizer).tokenizer.encode("the dog."))
+    module = data(text=[TextSample("the dog. " * 300)], length=sentence * 10)  # <s> and ten sentences are T+1 tokens
+    batch = module.train_dataset[[0]]
+    assert not batch.prompt.padding.any()
+    assert batch.labels[0, -1] != IGNORED
+
+
+def test_documents_follow_each_other_whole_in_the_shards_order(data):
+    samples = worlds.texts(12)
+    module = data(text=samples)
+    tokenizer = module.packer.tokenizer
+    row = module.train_dataset[[0]].prompt.ids[0].tolist()
+    first = module.train_dataset.order(0).index
+    parts, expected = tokenizer.decode(row).split("</s>"), [samples[(first + i) % 12].text for i in range(12)]
+    for part, text in zip(parts[:-1], expected, strict=False):
+        assert part.strip() == tokenizer.decode(tokenizer.encode(text))
+    # the last document is cut after a whole sentence
+    cut = parts[-1].strip()
+    assert not cut or (expected[len(parts) - 1].startswith(cut) and cut[-1] in ".!")
+    assert row[0] == tokenizer.bos_id and row.count(tokenizer.bos_id) >= row.count(tokenizer.eos_id)
+
+
+def test_a_long_document_is_read_to_its_end(data):
+    sentences = [f"the dog sees fish number {i}." for i in range(40)]
+    module = data(text=[TextSample(" ".join(sentences))])
+    seen = " ".join(module.packer.tokenizer.decode(row.tolist()) for row in module.train_dataset[range(150)].prompt.ids)
+    spaced = [module.packer.tokenizer.decode(module.packer.tokenizer.encode(sentence)) for sentence in sentences]
+    assert all(sentence in seen for sentence in spaced)
+
+
+def test_pairs_are_never_divided(data):
+    module = data(captions=worlds.captions(30))
+    tokenizer = module.packer.tokenizer
+    for row in module.train_dataset[range(30)].prompt.ids.tolist():
+        text = [i for i in row if i != tokenizer.pad_id]
+        images, opened = text.count(tokenizer.image_end_id), text.count(tokenizer.bos_id)
+        # the last </s> may be the one token that is only a label
+        assert images == opened and opened - 1 <= text.count(tokenizer.eos_id) <= opened
+        starts = [i for i, token in enumerate(text) if token == tokenizer.bos_id]
+        assert all(text[i + 1] == tokenizer.image_id for i in starts)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_captions_may_stand_before_their_image(data, probability):
+    module = data(captions=worlds.captions(40), caption_first=probability)
+    tokenizer = module.packer.tokenizer
+    ids = module.train_dataset[range(60)].prompt.ids
+    opened = ids[:, :-1] == tokenizer.bos_id
+    before = (ids[:, 1:][opened] != tokenizer.image_id).float().mean()
+    assert abs(before - probability) < (0.15 if probability == 0.5 else 1e-9)
+
+
+def test_images_stand_in_the_order_of_their_slots(data):
+    module = data(interleaved=worlds.interleaved(10))
+    batch = module.train_dataset[range(6)]
+    counts = (batch.prompt.image_mask.sum(1) // worlds.SLOTS).tolist()
+    assert sum(counts) == len(batch.prompt.images)
+    # images i and i+1 of a document differ by one level of red
+    first = batch.prompt.images[: counts[0]]
+    levels = (first[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255
+    assert torch.allclose(levels[1] - levels[0], torch.tensor(1.0), atol=1e-3)
+
+
+def test_a_pair_longer_than_a_row_is_filtered_and_replaced(data):
+    long = CaptionSample("fish and dog " * 60, worlds.image(0), key="long")
+    module = data(captions=[*worlds.captions(7), long])
+    report = module.train_dataset[range(16)].report
+    assert {(error.reason, error.key, error.filtered) for error in report.errors} == {("too_long", "long", True)}
+    assert len(report.samples) == 16
+
+
+def test_an_unreadable_image_costs_only_its_document(data):
+    groups = [(sample.key, sample.encode()) for sample in worlds.interleaved(6)]
+    groups[2][1]["0.png"] = b"not an image"
+    module = data(interleaved=[DecodedGroup(key, members) for key, members in groups])
+    batch = module.train_dataset[range(12)]
+    assert {(error.reason, error.key) for error in batch.report.errors} == {("unreadable_image", "i00002")}
+    assert len(batch) == 12 and not any("i00002" in name for name in batch.report.samples)
+
+
+def test_a_sentence_longer_than_a_row_is_cut(tiny_tokenizer):
+    packer = Packer(worlds.encoder(tiny_tokenizer), 16)
+    units = packer.sentences("x" * 100)
+    assert [len(unit.ids) for unit in units[:-1]] == [packer.longest_unit] * (len(units) - 1)
+    assert [i for unit in units for i in unit.ids] == packer.tokenizer.encode("x" * 100)
+
+
+def test_lengths_that_hold_no_image_are_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="sequence_length=6"):
+        Packer(worlds.encoder(tiny_tokenizer), 6)
+    with pytest.raises(ValueError, match="caption_first"):
+        LanguageModellingDataConfig(caption_first=2)
+    with pytest.raises(ValueError, match="sequence_length=3"):
+        LanguageModellingDataConfig(sequence_length=3)
