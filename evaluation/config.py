@@ -1,0 +1,125 @@
+"""The schema of `configs/**/evaluation.yaml`: which protocols, which models, where files lie."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from omegaconf import MISSING
+
+from evaluation.protocol import CocoProtocol, DreamBenchProtocol
+from evaluation.weights import encoder_folder
+
+
+@dataclass
+class DataFolders:
+    dreambench: str | None = None
+    """Holds one folder for each subject, as google/dreambooth's `dataset/`."""
+    coco: str | None = None
+    """Holds annotations/ and val2014/."""
+
+
+@dataclass
+class Models:
+    image_decoder: str = MISSING
+    """Stable Diffusion folder or hub id: the text-only row, and the image decoder of both KOSMOS-G rows."""
+    before_stage_3: str | None = None
+    """Run or model folder of the alignment stage; null leaves the row out."""
+    after_stage_3: str | None = None
+    """Run or model folder of the instruction tuning stage; null leaves the row out."""
+
+
+@dataclass
+class Bootstrap:
+    replicates: int = 2000
+    """Of means."""
+    fid_replicates: int = 200
+    """Of FID, each of which takes the eigenvalues of a covariance matrix."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("replicates", "fid_replicates"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"bootstrap.{name}={getattr(self, name)} is not allowed; it must be at least 2.")
+
+
+@dataclass
+class Gallery:
+    subjects: int = 8
+    """Shown in the report, spread over the data set."""
+    templates: int = 6
+    """Shown for each subject, spread over its list."""
+    swap_prompts: list[str] = field(default_factory=lambda: ["<i> on the beach", "<i> in the snow"])
+    """Each is drawn for every shown subject from the same noise, so that only the input image differs."""
+    pair_prompt: str | None = "<i> and <i> in the snow"
+    """Drawn for each pair of `pair_subjects` in the two slots, from the same noise; null leaves the grid out."""
+    pair_subjects: int = 4
+    """Sides of that grid."""
+
+    def __post_init__(self) -> None:
+        for name in ("subjects", "templates", "pair_subjects"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"gallery.{name}={getattr(self, name)} is not allowed; it must be at least 1.")
+        for prompt in self.swap_prompts:
+            _require_images("swap_prompts", prompt, 1)
+        if self.pair_prompt is not None:
+            _require_images("pair_prompt", self.pair_prompt, 2)
+
+
+@dataclass
+class EvaluationConfig:
+    output: str = MISSING
+    """Folder for images, scores, tables and the report."""
+    dreambench: DreamBenchProtocol | None = None
+    """Protocol of Table 1, left; null leaves the table out."""
+    coco: CocoProtocol | None = None
+    """Protocol of Table 1, right; null leaves the table out."""
+    data: DataFolders = field(default_factory=DataFolders)
+    """Where the data sets lie."""
+    models: Models = field(default_factory=Models)
+    """What is evaluated."""
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    """Intervals."""
+    gallery: Gallery = field(default_factory=Gallery)
+    """Pictures of the report."""
+    batch_size: int = 50
+    """Images made at once."""
+    encoder_batch_size: int = 100
+    """Images looked at once by a metric's network."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    local_weights: dict[str, str] = field(default_factory=dict)
+    """Folders that stand for hub ids named by a protocol, for machines without a network."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "encoder_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1.")
+        if self.dreambench is None and self.coco is None:
+            raise ValueError("there is nothing to evaluate: extend a protocol, for example protocols/dreambench/toyland.")
+        required = {"dreambench": ("clip", "dino"), "coco": ("clip", "fid")}
+        for table, encoders in required.items():
+            protocol = getattr(self, table)
+            if protocol is None:
+                continue
+            if getattr(self.data, table) is None:
+                raise ValueError(f"data.{table} has no value; set it to the data set's folder.")
+            for name in encoders:
+                if getattr(protocol, name) is None:
+                    raise ValueError(f"{table}.{name} has no value; a protocol names its encoders.")
+
+    def torch_device(self) -> torch.device:
+        """The device that `device` means here."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def encoder_folder(self, weights: str) -> Path:
+        """Where the weights that a protocol names lie. Raises FileNotFoundError."""
+        return encoder_folder(self.local_weights.get(weights, weights))
+
+
+def _require_images(key: str, prompt: str, count: int) -> None:
+    if prompt.count("<i>") != count:
+        raise ValueError(f"gallery.{key}: {prompt!r} must hold <i> {count} times.")

@@ -1,0 +1,138 @@
+"""The networks that look at images for the metrics: CLIP, DINO, and the feature network of FID. From transformers.
+
+Shapes: `N` images or texts, `F` features, `S` pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizerFast,
+    ResNetModel,
+    ViTModel,
+)
+
+from evaluation.protocol import Encoder, FeatureNetwork, Preprocessing
+
+Preprocess = Callable[[list[Image.Image]], Tensor]
+
+
+class CLIPEncoder:
+    """Projected image and text embeddings of a CLIP."""
+
+    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
+        self.model = load(CLIPModel, folder).to(device)
+        self.tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+        self.preprocess = preprocessing(encoder.preprocessing, folder)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model.get_image_features(pixel_values=self.preprocess(images).to(self.device)).pooler_output.cpu()
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> Tensor:
+        """N texts, cut at the model's length → N×F."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
+
+
+class DinoEncoder:
+    """The CLS output of a DINO ViT's last layer."""
+
+    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
+        self.model = load(ViTModel, folder, add_pooling_layer=False).to(device)
+        self.preprocess = preprocessing(encoder.preprocessing, folder)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model(pixel_values=self.preprocess(images).to(self.device)).last_hidden_state[:, 0].cpu()
+
+
+class ResNetFeatures:
+    """Globally averaged features of a ResNet classifier: FID's network where Inception's 299 px make no sense."""
+
+    def __init__(self, encoder: FeatureNetwork, folder: Path, device: torch.device):
+        self.model = load(ResNetModel, folder).to(device)
+        self.preprocess = preprocessing(encoder.preprocessing, folder)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model(pixel_values=self.preprocess(images).to(self.device)).pooler_output.flatten(1).cpu()
+
+
+FEATURE_NETWORKS: dict[str, Callable[[FeatureNetwork, Path, torch.device], ResNetFeatures]] = {"resnet": ResNetFeatures}
+"""By the protocol's `fid.network`."""
+
+
+def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device) -> ResNetFeatures:
+    """The network that a protocol names.
+
+    Raises:
+        ValueError: unknown; lists the choices.
+    """
+    if encoder.network not in FEATURE_NETWORKS:
+        raise ValueError(f"fid.network={encoder.network!r} is unknown; allowed: {', '.join(FEATURE_NETWORKS)}.")
+    return FEATURE_NETWORKS[encoder.network](encoder, folder, device)
+
+
+def load(kind: type, folder: Path, **options) -> nn.Module:
+    """`kind.from_pretrained` in eval mode, refusing a folder that lacks some of the weights.
+
+    Raises:
+        ValueError: weights that would have stayed random; the first few are named.
+    """
+    model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if wrong:
+        raise ValueError(f"'{folder}' is no {kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}.")
+    return model.eval().requires_grad_(False)
+
+
+def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
+    """PIL images → N×3×S×S, as the protocol states, or as the encoder's folder does."""
+    if stated is None:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    else:
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": stated.resize},
+            crop_size={"height": stated.crop, "width": stated.crop},
+            resample=Image.Resampling[stated.interpolation.upper()],
+            image_mean=stated.mean,
+            image_std=stated.std,
+        )
+    return lambda images: processor(images, return_tensors="pt")["pixel_values"]
+
+
+class Remembered:
+    """Features of files or texts, computed once for each however often it is asked for.
+
+    Args:
+        encode: a list of items → N×F.
+        read: applied to an item before it is encoded.
+    """
+
+    def __init__(self, encode: Callable[[list], Tensor], batch_size: int, read: Callable[[Any], Any] = lambda item: item):
+        self.encode, self.batch_size, self.read = encode, batch_size, read
+        self.features: dict[Any, Tensor] = {}
+
+    def __call__(self, items: Sequence) -> Tensor:
+        """N items → N×F, in their order."""
+        new = [item for item in dict.fromkeys(items) if item not in self.features]
+        for start in range(0, len(new), self.batch_size):
+            part = new[start : start + self.batch_size]
+            self.features.update(zip(part, self.encode([self.read(item) for item in part]), strict=True))
+        return torch.stack([self.features[item] for item in items])

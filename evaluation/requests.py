@@ -1,0 +1,73 @@
+"""What is asked of a system (one image each), and what is scored."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from kosmosg.image_processing import rgb
+
+SEED_BYTES = 6  # seeds stay below 2**53, which JSON readers in other languages keep exactly
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to be made.
+
+    Args:
+        index: position in the data set's fixed order; the image's name.
+        prompt: fed to systems that read images, with `<i>` for each input.
+        text: fed to systems that read text alone, and scored by CLIP-T.
+        inputs: image files, relative to the data set's folder.
+        seed: of the image's own noise.
+        unit: what the bootstrap draws: the subject, or the caption.
+    """
+
+    index: int
+    prompt: str
+    text: str
+    inputs: tuple[str, ...]
+    seed: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """An image file with the text and the reference images that it is compared with."""
+
+    file: Path
+    unit: str
+    text: str
+    references: tuple[Path, ...] = ()
+
+
+def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:
+    """The seed of one image: a hash of the protocol's seed, the prompt's index and which repeat of the prompt it is.
+
+    With `period`, prompts that far apart share their seeds.
+    """
+    position = index if period is None else index % period
+    digest = hashlib.sha256(f"{protocol_seed}:{position}:{repeat}".encode()).digest()
+    return int.from_bytes(digest[:SEED_BYTES], "big")
+
+
+def spread(items: Sequence, count: int | None) -> list:
+    """`count` of `items`, evenly spread, in order; all of them where `count` is None or larger."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def read_image(file: Path) -> Image.Image:
+    """The image in RGB.
+
+    Raises:
+        ValueError: the file is no readable image; names it.
+    """
+    try:
+        with Image.open(file) as image:
+            return rgb(image)
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read as an image ({error}); restore it from the data set.") from error

@@ -1,0 +1,149 @@
+"""Scores as results.json, results.md and a printed table; the paper's own numbers stand apart from ours."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.manifest import write_atomically
+from evaluation.systems import TABLE_ORDER
+
+METRICS = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "fid": "FID ↓"}
+DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "fid": 2}
+TITLES = {"dreambench": "Subjects (DreamBench)", "coco": "Captions (MS-COCO)"}
+COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t"), "coco": ("fid", "clip_t")}
+PAPER_DREAMBENCH = (  # Table 1, left: DINO, CLIP-I, CLIP-T
+    ("Real images", 0.774, 0.885, None),
+    ("Textual Inversion", 0.569, 0.780, 0.255),
+    ("DreamBooth", 0.668, 0.803, 0.305),
+    ("BLIP-Diffusion, fine-tuned", 0.670, 0.805, 0.302),
+    ("Re-Imagen", 0.600, 0.740, 0.270),
+    ("SuTI", 0.741, 0.819, 0.304),
+    ("BLIP-Diffusion, zero-shot", 0.594, 0.779, 0.300),
+    ("KOSMOS-G", 0.694, 0.847, 0.287),
+)
+PAPER_COCO = (  # Table 1, right: FID
+    ("GLIDE", 12.24),
+    ("Make-A-Scene", 11.84),
+    ("DALL-E 2", 10.39),
+    ("Stable Diffusion v1.5", 9.34),
+    ("Imagen-3.4B", 7.27),
+    ("GILL-8B", 12.20),
+    ("Emu-14B", 11.66),
+    ("KOSMOS-G-1.9B", 10.99),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a table with its 95 % interval.
+
+    Args:
+        table: dreambench or coco.
+        metric: dino, clip_i, clip_t or fid.
+        n: pairs that were averaged; images, for FID.
+        protocol: `evaluation.protocol.identity`.
+    """
+
+    table: str
+    system: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    protocol: str
+
+    def text(self) -> str:
+        """`0.694 (0.671–0.716)`"""
+        value, low, high = (f"{number:.{DECIMALS[self.metric]}f}" for number in (self.value, self.low, self.high))
+        return f"{value} ({low}–{high})"
+
+
+def write_results(scores: Sequence[Score], file: Path) -> None:
+    """results.json: a list of the fields of `Score`."""
+    write_atomically(file, json.dumps([asdict(score) for score in scores], indent=1, ensure_ascii=False).encode())
+
+
+def read_results(file: Path) -> list[Score]:
+    """What `write_results` wrote.
+
+    Raises:
+        ValueError: another structure.
+    """
+    try:
+        return [Score(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"'{file}' is no results.json of this project ({error}).") from error
+
+
+def table_rows(scores: Sequence[Score], table: str) -> list[tuple[str, dict[str, Score]]]:
+    """(system, its scores by metric) in the order of the table; systems without scores are left out."""
+    found: dict[str, dict[str, Score]] = {}
+    for score in scores:
+        if score.table == table:
+            found.setdefault(score.system, {})[score.metric] = score
+    order = {name: place for place, name in enumerate(TABLE_ORDER)}
+    return sorted(found.items(), key=lambda item: order.get(item[0], len(order)))
+
+
+def tables_of(scores: Sequence[Score]) -> list[str]:
+    """The tables that have scores, in the order of the paper."""
+    return [table for table in TITLES if any(score.table == table for score in scores)]
+
+
+def markdown(scores: Sequence[Score], notes: Sequence[str]) -> str:
+    """results.md."""
+    lines = ["# Results", "", "Value (95 % bootstrap interval) over n pairs; n images for FID.", ""]
+    for table in tables_of(scores):
+        rows = table_rows(scores, table)
+        protocol = next(iter(rows[0][1].values())).protocol
+        lines += [f"## {TITLES[table]}", "", f"Protocol `{protocol}`.", ""]
+        header = ["System", *(METRICS[metric] for metric in COLUMNS[table]), "n"]
+        lines += markdown_table(header, [[system, *cells(found, table), sizes(found)] for system, found in rows])
+    lines += [f"- {note}" for note in notes]
+    lines += [
+        "",
+        "# The paper's numbers",
+        "",
+        "Printed in Table 1 of arXiv 2310.02992: other data, other encoders, full-size models. They are here to be looked "
+        "up, not to be compared with the numbers above.",
+        "",
+    ]
+    shown = [[name, *("–" if value is None else f"{value:.3f}" for value in values)] for name, *values in PAPER_DREAMBENCH]
+    lines += markdown_table(["DreamBench, as printed", "DINO", "CLIP-I", "CLIP-T"], shown)
+    lines += markdown_table(["MS-COCO, as printed", "FID"], [[name, f"{value:.2f}"] for name, value in PAPER_COCO])
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [*("| " + " | ".join(row) + " |" for row in (header, rule, *rows)), ""]
+
+
+def cells(found: dict[str, Score], table: str) -> list[str]:
+    """The texts of a row, a dash where the system has no such score."""
+    return [found[metric].text() if metric in found else "–" for metric in COLUMNS[table]]
+
+
+def sizes(found: dict[str, Score]) -> str:
+    """The n of a row, once where all its metrics share it."""
+    return " / ".join(map(str, dict.fromkeys(score.n for score in found.values())))
+
+
+def print_results(scores: Sequence[Score], console: Console) -> None:
+    """The tables on a terminal."""
+    for table in tables_of(scores):
+        rows = table_rows(scores, table)
+        protocol = next(iter(rows[0][1].values())).protocol
+        printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)")
+        printed.add_column("System", no_wrap=True)
+        for metric in COLUMNS[table]:
+            printed.add_column(METRICS[metric], justify="right", no_wrap=True)
+        printed.add_column("n", justify="right")
+        for system, found in rows:
+            printed.add_row(system, *cells(found, table), sizes(found))
+        console.print(printed)

@@ -1,0 +1,138 @@
+"""Images of a system → scores with intervals, and the score of every sample.
+
+Shapes: `N` pairs, `F` features.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaluation.bootstrap import fid_interval, mean_interval
+from evaluation.config import Bootstrap, EvaluationConfig
+from evaluation.encoders import CLIPEncoder, DinoEncoder, Remembered, feature_network
+from evaluation.manifest import write_atomically
+from evaluation.metrics import CosineMean, FeatureFID
+from evaluation.requests import ScoredImage, read_image
+from evaluation.results import Score
+
+Features = Callable[[Sequence], Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The score of one pair: an image against a reference image or a text."""
+
+    table: str
+    system: str
+    metric: str
+    unit: str
+    file: str
+    against: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Features by what is encoded; each file and text is encoded once in an evaluation."""
+
+    clip_images: Features
+    clip_texts: Features
+    dino: Features | None = None
+    fid: Features | None = None
+
+
+def load_encoders(table: str, config: EvaluationConfig) -> Encoders:
+    """The encoders that the protocol of `table` names.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that are missing or of another network.
+    """
+    protocol, device, size = getattr(config, table), config.torch_device(), config.encoder_batch_size
+    clip = CLIPEncoder(protocol.clip, config.encoder_folder(protocol.clip.weights), device)
+    encoders = {"clip_images": Remembered(clip.images, size, read_image), "clip_texts": Remembered(clip.texts, size)}
+    if table == "dreambench":
+        dino = DinoEncoder(protocol.dino, config.encoder_folder(protocol.dino.weights), device)
+        encoders["dino"] = Remembered(dino.images, size, read_image)
+    else:
+        fid = feature_network(protocol.fid, config.encoder_folder(protocol.fid.weights), device)
+        encoders["fid"] = Remembered(fid.images, size, read_image)
+    return Encoders(**encoders)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores of one table.
+
+    Args:
+        references: the real side of FID; empty where the table has none.
+    """
+
+    table: str
+    protocol: str
+    encoders: Encoders
+    bootstrap: Bootstrap
+    references: Sequence[Path] = ()
+
+    def __call__(self, system: str, images: Sequence[ScoredImage]) -> tuple[list[Score], list[Sample]]:
+        """Every metric that the images allow: fidelity where they have references, CLIP-T where they have a text."""
+        scores: list[Score] = []
+        samples: list[Sample] = []
+        pairs = [(image, reference) for image in images for reference in image.references]
+        told = [(image, image.text) for image in images if image.text]
+        encoders = self.encoders
+        plan = [("dino", pairs, encoders.dino, encoders.dino), ("clip_i", pairs, encoders.clip_images, encoders.clip_images)]
+        plan.append(("clip_t", told, encoders.clip_images, encoders.clip_texts))
+        for metric, compared, left, right in plan:
+            if not compared or left is None or right is None:
+                continue
+            cosines = CosineMean()
+            cosines.update(
+                left([image.file for image, _ in compared]),
+                right([other for _, other in compared]),
+                torch.arange(len(compared)),
+            )
+            found = cosines.samples()
+            interval = mean_interval(
+                found, [image.unit for image, _ in compared], self.bootstrap.replicates, self.bootstrap.seed
+            )
+            scores.append(self._score(system, metric, float(cosines.compute()), interval, len(compared)))
+            samples += [
+                Sample(self.table, system, metric, image.unit, str(image.file), str(other), score)
+                for (image, other), score in zip(compared, found.tolist(), strict=True)
+            ]
+        if self.references and encoders.fid is not None:
+            scores.append(self._fid(system, images))
+        return scores, samples
+
+    def _fid(self, system: str, images: Sequence[ScoredImage]) -> Score:
+        assert self.encoders.fid is not None
+        real, made = self.encoders.fid(list(self.references)), self.encoders.fid([image.file for image in images])
+        distance = FeatureFID(real.shape[1])
+        distance.update(real, real=True)
+        distance.update(made, real=False)
+        value = float(distance.compute())
+        interval = fid_interval(real, made, value, self.bootstrap.fid_replicates, self.bootstrap.seed)
+        return self._score(system, "fid", value, interval, len(images))
+
+    def _score(self, system: str, metric: str, value: float, interval: tuple[float, float], n: int) -> Score:
+        return Score(self.table, system, metric, value, *interval, n, self.protocol)
+
+
+def write_samples(samples: Sequence[Sample], file: Path, folder: Path) -> None:
+    """CSV of every pair's score; paths under `folder` are written relative to it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["table", "system", "metric", "unit", "file", "against", "score"])
+    for sample in samples:
+        paths = [_relative(path, folder) for path in (sample.file, sample.against)]
+        writer.writerow([sample.table, sample.system, sample.metric, sample.unit, *paths, f"{sample.score:.6f}"])
+    write_atomically(file, text.getvalue().encode())
+
+
+def _relative(path: str, folder: Path) -> str:
+    return str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path

@@ -1,0 +1,48 @@
+"""PNG sheets for a README: rows of inputs and outputs, with headers."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+CELL, GAP, MARGIN, DIVIDER = 128, 6, 14, 14  # pixels
+FONT_SIZE, LINE, LETTER = 13, 17, 7
+INK, FAINT, PAPER, RULE = (28, 32, 38), (112, 118, 128), (255, 255, 255), (212, 215, 220)
+
+
+def sheet(columns: Sequence[str], rows: Sequence[Sequence[Path | Image.Image | None]], *, inputs: int = 1) -> Image.Image:
+    """Images in rows under column headers; the first `inputs` columns stand apart from the others.
+
+    Args:
+        rows: as long as `columns`; None leaves a cell free.
+    """
+    headers = [textwrap.wrap(text, CELL // LETTER) or [""] for text in columns]
+    head = max(map(len, headers)) * LINE + GAP
+    lefts = [MARGIN + i * (CELL + GAP) + (DIVIDER if i >= inputs else 0) for i in range(len(columns))]
+    page = Image.new("RGB", (lefts[-1] + CELL + MARGIN, MARGIN + head + len(rows) * (CELL + GAP) - GAP + MARGIN), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=FONT_SIZE)
+    for number, (left, lines) in enumerate(zip(lefts, headers, strict=True)):
+        top = MARGIN + head - GAP - len(lines) * LINE
+        for line in lines:
+            draw.text((left + CELL / 2, top), line, fill=FAINT if number < inputs else INK, font=font, anchor="ma")
+            top += LINE
+    if 0 < inputs < len(columns):
+        x = lefts[inputs] - (DIVIDER + GAP) // 2
+        draw.line([(x, MARGIN), (x, page.height - MARGIN)], fill=RULE)
+    for number, row in enumerate(rows):
+        for left, cell in zip(lefts, row, strict=True):
+            if cell is not None:
+                page.paste(fit(cell), (left, MARGIN + head + number * (CELL + GAP)))
+    return page
+
+
+def fit(picture: Path | Image.Image, side: int = CELL) -> Image.Image:
+    """The picture at the size of a cell; whole multiples of small pictures keep their pixels sharp."""
+    image = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
+    sharp = side % image.width == 0 and image.width == image.height
+    if not sharp:
+        shorter = min(image.size)
+        left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
+        image = image.crop((left, top, left + shorter, top + shorter))
+    return image.resize((side, side), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)

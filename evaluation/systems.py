@@ -1,0 +1,147 @@
+"""The systems of the tables that make images: Stable Diffusion from text, KOSMOS-G before and after stage 3."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from evaluation.generation import Batch, Generate, System
+from evaluation.protocol import Sampling
+from evaluation.provenance import hash_json
+from evaluation.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffusion_folder
+from kosmosg.config import RUN_CONFIG
+from kosmosg.models.storage import CONFIG_FILE, find_model
+from kosmosg.pipeline import KosmosGPipeline
+from kosmosg.prompt import parse_prompt
+from kosmosg.sampling import DiffusionSampler, seeded
+
+REAL_IMAGES = "Real images"
+COPY_OF_INPUT = "Copy of the input"
+STABLE_DIFFUSION = "Stable Diffusion (text)"
+BEFORE_STAGE_3 = "KOSMOS-G before stage 3"
+AFTER_STAGE_3 = "KOSMOS-G after stage 3"
+TABLE_ORDER = (REAL_IMAGES, COPY_OF_INPUT, STABLE_DIFFUSION, BEFORE_STAGE_3, AFTER_STAGE_3)
+MODEL_PARTS = ("mllm", "aligner", "tokenizer")
+STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
+
+
+def stable_diffusion_system(weights: str, device: torch.device) -> System:
+    """Stable Diffusion as it is, on the prompt with the class word.
+
+    Args:
+        weights: a Stable Diffusion folder or hub id.
+    """
+    folder = stable_diffusion_folder(weights)
+
+    def load() -> Generate:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        ).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        sampler = DiffusionSampler(pipeline.unet, pipeline.vae, pipeline.scheduler)
+
+        def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
+            pipeline.scheduler = sampler.scheduler(sampling.sampler)
+            return pipeline(
+                batch.prompts,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                height=sampling.image_size,
+                width=sampling.image_size,
+                generator=seeded(batch.seeds, len(batch.seeds), None, None),
+            ).images
+
+        return generate
+
+    return System(STABLE_DIFFUSION, load, hash_parts(folder, TEXT_PARTS + IMAGE_PARTS), reads_images=False)
+
+
+def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.device) -> System:
+    """KOSMOS-G, fed the interleaved prompt.
+
+    Args:
+        name: BEFORE_STAGE_3 or AFTER_STAGE_3.
+        folder: a model folder, or the run folder of the stage that the name says.
+        image_decoder: the Stable Diffusion folder or hub id that it was aligned with.
+
+    Raises:
+        FileNotFoundError: there is no finished model.
+        ValueError: a run of another stage, or a model that was aligned with another Stable Diffusion.
+    """
+    require_stage(name, Path(folder))
+    model, decoder = find_model(folder), stable_diffusion_folder(image_decoder)
+    require_fit(name, model, decoder)
+
+    def load() -> Generate:
+        pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
+
+        def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
+            return pipeline.sampler(
+                unique_conditions(pipeline, batch),
+                pipeline.null_condition,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                sampler=sampling.sampler,
+                seeds=batch.seeds,
+                height=sampling.image_size,
+                width=sampling.image_size,
+            )
+
+        return generate
+
+    return System(name, load, hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, IMAGE_PARTS)]), reads_images=True)
+
+
+def unique_conditions(pipeline: KosmosGPipeline, batch: Batch) -> Tensor:
+    """Conditions B×Q×C; a prompt that occurs several times in the batch, with other seeds, is encoded once."""
+    keys = [
+        (prompt, tuple(id(image) for image in images))
+        for prompt, images in zip(batch.prompts, batch.images, strict=True)
+    ]
+    first: dict[tuple, int] = {}
+    for position, key in enumerate(keys):
+        first.setdefault(key, position)
+    segments = [parse_prompt(batch.prompts[i], batch.images[i]) for i in first.values()]
+    rows = {key: row for row, key in enumerate(first)}
+    condition = pipeline.encode_prompt(segments)
+    return condition[[rows[key] for key in keys]]
+
+
+def require_stage(name: str, folder: Path) -> None:
+    """Refuse a run folder of another stage than the row's.
+
+    Raises:
+        ValueError: says which stage was run and which is needed.
+    """
+    file = folder / RUN_CONFIG
+    if not file.is_file():
+        return
+    stage = OmegaConf.load(file).get("stage")
+    if stage != STAGES[name]:
+        raise ValueError(
+            f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
+        )
+
+
+def require_fit(name: str, model: Path, decoder: Path) -> None:
+    """Refuse, before anything is generated, a model whose conditions the U-Net cannot read.
+
+    Raises:
+        FileNotFoundError: the model has no AlignerNet: it is of stage 1.
+        ValueError: names both widths.
+    """
+    if not (model / "aligner" / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{name}: '{model}' has no aligner/{CONFIG_FILE}, as after stage 1; this row needs a model of a later stage."
+        )
+    width = json.loads((model / "aligner" / CONFIG_FILE).read_text(encoding="utf-8"))["width"]
+    read = json.loads((decoder / "unet" / CONFIG_FILE).read_text(encoding="utf-8"))["cross_attention_dim"]
+    if width != read:
+        raise ValueError(
+            f"{name}: '{model}' makes conditions of width {width}, but the U-Net of '{decoder}' reads {read}: it is a "
+            "checkpoint of another model. Set models.image_decoder to the Stable Diffusion it was aligned with."
+        )
