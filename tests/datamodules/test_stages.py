@@ -1,0 +1,196 @@
+"""Batches of stages 2 and 3, and the bad-input table: what is dropped is what was injected."""
+
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+
+from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
+from datamodules.datamodule import Source
+from datamodules.entities import EntityRules
+from datamodules.errors import DataError, SampleError
+from datamodules.instruction import InstructionData, InstructionDataConfig
+from datamodules.report import ReadReport, SampleCounter
+from kosmosg.image_processing import TargetTransform
+from kosmosg.prompt import PromptEncoder
+from tests.datamodules import worlds
+from tests.datamodules.test_sample import Marker, bomb
+
+
+def alignment(pattern: str, tokenizer, **options) -> AlignmentData:
+    config = AlignmentDataConfig(captions=Source(pattern), **options)
+    module = AlignmentData(config, worlds.encoder(tokenizer), worlds.clip_tokenize)
+    module.setup()
+    return module
+
+
+def instruction(tmp_path, tokenizer, **options) -> InstructionData:
+    sources = {
+        "constructed": Source(worlds.write(tmp_path, "constructed", worlds.constructed(9)), 2),
+        "edit": Source(worlds.write(tmp_path, "edit", worlds.edits(9)), 2),
+        "captions": Source(worlds.write(tmp_path, "captions", worlds.captions(9)), 1),
+    }
+    config = InstructionDataConfig(**({"min_image_side": 0} | sources | options))
+    module = InstructionData(config, worlds.encoder(tokenizer), TargetTransform(worlds.SIDE))
+    module.setup()
+    return module
+
+
+def test_stage_2_batches_are_what_the_prompt_encoder_makes(tmp_path, tiny_tokenizer):
+    samples = worlds.captions(8)
+    samples[3].caption += ", and many more words than the others have"
+    module = alignment(worlds.write(tmp_path, "captions", samples), tiny_tokenizer, max_pieces=500)
+    batch = module.train_dataset[range(8)]
+    texts = [samples[module.train_dataset.order(i).index].caption for i in range(8)]
+    expected = module.encoder.collate([module.encoder([text]) for text in texts])
+    for name in ("ids", "image_mask", "padding"):
+        assert torch.equal(getattr(batch.prompt, name), getattr(expected, name))
+    assert batch.prompt.images is None
+    assert torch.equal(batch.clip_ids, worlds.clip_tokenize(texts))
+
+
+def test_stage_2_never_looks_at_images(tmp_path, tiny_tokenizer):
+    pattern = worlds.write_members(tmp_path / "a.tar", [("k", {"jpg": b"not an image", "txt": b"a dog"})])
+    assert not alignment(pattern, tiny_tokenizer).train_dataset[[0]].report.errors
+
+
+@pytest.mark.parametrize(
+    "text, length", [("", 0), ("dog", 3), ("x" * 75, 75), ("x" * 74 + " x", 75), ("ab " * 60, 120)]
+)
+def test_clip_tokens_are_counted_beyond_what_the_tokenizer_keeps(text, length):
+    assert ClipTokens(worlds.clip_tokenize)([text])[1] == [length]
+
+
+def test_long_captions_are_filtered_at_the_recorded_limits(tmp_path, tiny_tokenizer):
+    texts = {"at75": "fish " * 18 + "dog", "at76": "fish " * 19, "short": "a dog"}  # a CLIP token each letter
+    groups = [(key, {"txt": text.encode()}) for key, text in texts.items()]
+    module = alignment(worlds.write_members(tmp_path / "a.tar", groups), tiny_tokenizer, max_pieces=500)
+    report = module.train_dataset[range(6)].report
+    assert {error.key for error in report.errors} == {"at76"} and all(error.filtered for error in report.errors)
+    pieces = len(module.encoder.tokenizer.encode("a dog"))
+    module = alignment(str(tmp_path / "a.tar"), tiny_tokenizer, max_pieces=pieces)
+    assert {error.key for error in module.train_dataset[range(6)].report.errors} == {"at75", "at76"}
+
+
+def test_limits_beyond_the_models_are_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="max_clip_tokens=76"):
+        AlignmentData(AlignmentDataConfig(max_clip_tokens=76), worlds.encoder(tiny_tokenizer), worlds.clip_tokenize)
+    short = worlds.encoder(tiny_tokenizer)
+    short = PromptEncoder(short.tokenizer, short.image_transform, short.image_tokens, max_length=85)
+    with pytest.raises(ValueError, match="max_pieces=85"):
+        AlignmentData(AlignmentDataConfig(), short, worlds.clip_tokenize)
+
+
+def test_stage_3_mixes_two_two_one(tmp_path, tiny_tokenizer):
+    batch = instruction(tmp_path, tiny_tokenizer).train_dataset[range(20)]
+    assert Counter(batch.report.sources) == {"constructed": 8, "edit": 8, "captions": 4}
+    assert batch.targets.shape == (20, 3, worlds.SIDE, worlds.SIDE)
+    assert batch.targets.min() >= -1 and batch.targets.max() <= 1
+    images = dict(zip(("constructed", "edit", "captions"), (2, 1, 0), strict=True))
+    slots = batch.prompt.image_mask.sum(1) // worlds.SLOTS
+    assert slots.tolist() == [images[name] for name in batch.report.sources]
+    assert len(batch.prompt.images) == slots.sum()
+
+
+def test_stage_3_prompts_are_not_closed_and_targets_are_theirs(tmp_path, tiny_tokenizer):
+    module = instruction(tmp_path, tiny_tokenizer)
+    batch = module.train_dataset[range(10)]
+    assert not (batch.prompt.ids == module.encoder.tokenizer.eos_id).any()
+    for target, source, name in zip(batch.targets, batch.report.sources, batch.report.samples, strict=True):
+        number = int(name[-5:]) + (source == "edit")
+        assert torch.allclose(target[0], torch.tensor(number / 127.5 - 1))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_edit_captions_are_emptied_as_often_as_asked(tmp_path, tiny_tokenizer, probability):
+    module = instruction(
+        tmp_path, tiny_tokenizer, edit_caption_drop=probability, constructed=Source(), captions=Source()
+    )
+    batch = module.train_dataset[range(200)]
+    emptied = (batch.prompt.ids[:, 1] == module.encoder.tokenizer.image_id).float().mean()
+    assert abs(emptied - probability) < (0.1 if probability == 0.5 else 1e-9)
+
+
+def test_choices_inside_a_sample_change_from_epoch_to_epoch(tmp_path, tiny_tokenizer):
+    module = instruction(tmp_path, tiny_tokenizer, edit=Source(), captions=Source())
+    lengths = {}
+    for position in range(9 * 12):
+        batch = module.train_dataset[[position]]
+        lengths.setdefault(batch.report.samples[0], set()).add(batch.prompt.ids.shape[1])
+    assert len(lengths) == 9 and all(len(seen) > 1 for seen in lengths.values())
+
+
+def test_released_rows_without_anything_before_the_object_are_filtered(tmp_path, tiny_tokenizer):
+    samples = worlds.constructed(4)
+    for sample in samples:
+        sample.caption = sample.caption.removeprefix("a ")
+    pattern = worlds.write(tmp_path / "first", "constructed", samples)
+    options = {"constructed": Source(pattern), "edit": Source(), "captions": Source()}
+    rules = EntityRules(drop="per_caption", drop_probability=0.5)
+    report = instruction(tmp_path, tiny_tokenizer, entities=rules, **options).train_dataset[range(40)].report
+    assert {error.reason for error in report.errors} == {"nothing_before_object"} and len(report.samples) == 40
+    counter = SampleCounter(0.0, 1)
+    counter.add(report)  # filtered samples never stop a run
+
+
+def test_filters_of_stage_3(tmp_path, tiny_tokenizer):
+    options = {"constructed": Source(), "edit": Source(), "validation_samples": 1}
+    with pytest.raises(DataError, match="image_too_small"):
+        instruction(tmp_path / "a", tiny_tokenizer, min_image_side=17, **options).train_dataset[[0]]
+    with pytest.raises(DataError, match="caption_too_long"):
+        instruction(tmp_path / "b", tiny_tokenizer, max_pieces=2, **options).train_dataset[[0]]
+    module = instruction(tmp_path / "c", tiny_tokenizer, captions=Source(), edit=Source())
+    module.encoder.max_length = 10
+    with pytest.raises(DataError, match="prompt_too_long"):
+        module.train_dataset[[0]]
+
+
+def test_what_is_dropped_is_what_was_injected(tmp_path, tiny_tokenizer):
+    """Every kind of bad pair once among good ones; one epoch counts each exactly once."""
+    marker = tmp_path / "marker"
+    good, fine = worlds.png(1), b"a dog in the snow"
+    bad = {
+        "unreadable_image": [{"png": b"junk", "txt": fine}, {"jpg": good[:50], "txt": fine}, {"png": b"", "txt": fine}],
+        "not_utf8": [{"png": good, "txt": b"\xc3("}],
+        "empty_caption": [{"png": good, "txt": b""}, {"png": good, "txt": b" \n "}],
+        "missing_member": [{"png": good}, {"txt": fine}],
+        "wrong_kind": [worlds.edits(1)[0].encode(), worlds.texts(1)[0].encode()],
+        "refused_member": [{"png": good, "txt": fine, "pkl": pickle.dumps(Marker(marker))}],
+        "image_too_large": [{"png": bomb(30_000, 30_000), "txt": fine}],
+        "extreme_aspect_ratio": [{"png": bomb(2, 60_000), "txt": fine}],
+        "member_too_large": [{"png": good, "txt": fine, "json": b"x" * 60_000}],
+    }
+    groups = [(f"g{i:04d}", {"png": good, "txt": fine}) for i in range(40)]
+    for reason, members in bad.items():
+        groups += [(f"{reason}-{i}", content) for i, content in enumerate(members)]
+    config = InstructionDataConfig(
+        captions=Source(worlds.write_members(tmp_path / "a.tar", groups)), min_image_side=0, max_bad_share=0.5
+    )
+    config.limits.max_member_bytes = 50_000
+    module = InstructionData(config, worlds.encoder(tiny_tokenizer), TargetTransform(worlds.SIDE))
+    module.setup()
+    for start in range(0, len(groups), 9):
+        module.counter.add(module.train_dataset[range(start, min(start + 9, len(groups)))].report)
+    assert module.counter.dropped == {reason: len(members) for reason, members in bad.items()}
+    assert not module.counter.filtered and not marker.exists()
+
+
+def test_rotten_data_stop_the_run(tmp_path, tiny_tokenizer, caplog):
+    groups = [(f"k{i:04d}", {"txt": b"a dog" if i % 2 else b""}) for i in range(100)]
+    module = alignment(worlds.write_members(tmp_path / "a.tar", groups), tiny_tokenizer, max_bad_share=0.2)
+    with pytest.raises(DataError, match=r"empty_caption.*max_bad_share is 0\.2"):
+        for start in range(0, 100, 10):
+            module.on_before_batch_transfer(module.train_dataset[range(start, start + 10)], 0)
+    assert module.counter.failed >= 20
+    named = [record for record in caplog.records if "a.tar, sample" in record.message]
+    assert 0 < len(named) <= 20
+
+
+def test_a_few_bad_samples_never_stop_a_run():
+    counter = SampleCounter(max_bad_share=0.0, min_bad_count=3)
+    for i in range(2):
+        counter.add(ReadReport(reads=1, errors=[SampleError("not_utf8", "a.tar", str(i))]))
+    with pytest.raises(DataError, match="3 of 3"):
+        counter.add(ReadReport(reads=1, errors=[SampleError("not_utf8", "a.tar", "1")]))
+    assert counter.dropped == {"not_utf8": 2}  # the third was met before
