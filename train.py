@@ -10,12 +10,15 @@ checkpoints, logs, pictures and the finished model. The same command goes on wit
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import lightning
+import transformers
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING
 
@@ -34,7 +37,6 @@ from kosmosg.config import ConfigError, load_config
 from kosmosg.config_help import describe_schema
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
 from kosmosg.models.model_config import ModelConfig
-from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptEncoder
 from kosmosg.sampling import DiffusionSampler
 from kosmosg.tokenizer import Tokenizer
@@ -71,11 +73,11 @@ class Experiment:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
-    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
+    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
         """The stage's batches."""
         raise NotImplementedError
 
-    def pictures(self, run: RunFolder, tokenizer: Tokenizer) -> list[lightning.Callback]:
+    def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
         """Callbacks that draw; none where there is no image decoder."""
         return []
 
@@ -92,7 +94,7 @@ class LanguageModelling(Experiment):
     recipe: LanguageModellingRecipe = field(default_factory=LanguageModellingRecipe)
     """What trains."""
 
-    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
+    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
         return LanguageModellingData(self.data, self.encoder(tokenizer))
 
 
@@ -106,12 +108,14 @@ class Alignment(Experiment):
     grids: GridConfig = field(default_factory=GridConfig)
     """Pictures of held-out prompts."""
 
-    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
-        text_tokenize = TextTarget.from_pretrained(self.model.image_decoder).tokenize
-        return AlignmentData(self.data, self.encoder(tokenizer), text_tokenize)
+    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
+        return AlignmentData(self.data, self.encoder(tokenizer), module.text_target.tokenize)
 
-    def pictures(self, run: RunFolder, tokenizer: Tokenizer) -> list[lightning.Callback]:
-        return image_grids(self, run, tokenizer, TextTarget.from_pretrained(self.model.image_decoder))
+    def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
+        if self.grids.every == 0:
+            return []
+        sampler = DiffusionSampler.from_pretrained(self.model.image_decoder)
+        return [ImageGrid(self.grids, run.grids, sampler, tokenizer, module.text_target)]
 
 
 @dataclass
@@ -124,11 +128,15 @@ class InstructionTuning(Experiment):
     grids: GridConfig = field(default_factory=GridConfig)
     """Pictures of held-out prompts."""
 
-    def datamodule(self, tokenizer: Tokenizer) -> lightning.LightningDataModule:
+    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
         return InstructionData(self.data, self.encoder(tokenizer), TargetTransform(self.model.image_size))
 
-    def pictures(self, run: RunFolder, tokenizer: Tokenizer) -> list[lightning.Callback]:
-        return image_grids(self, run, tokenizer)
+    def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
+        if self.grids.every == 0:
+            return []
+        decoder = module.image_decoder
+        sampler = DiffusionSampler(decoder.unet, decoder.vae, decoder.scheduler)
+        return [ImageGrid(self.grids, run.grids, sampler, tokenizer)]
 
 
 STAGES: dict[str, type[Experiment]] = {
@@ -144,13 +152,6 @@ def stage_schema(values: dict[str, Any]) -> type[Experiment]:
     if stage not in STAGES:
         raise ConfigError(f"stage is {stage!r}; allowed: {', '.join(STAGES)}. Set it in a YAML file or as stage=…")
     return STAGES[stage]
-
-
-def image_grids(experiment: Any, run: RunFolder, tokenizer: Tokenizer, target: Any = None) -> list[lightning.Callback]:
-    if experiment.grids.every == 0:
-        return []
-    sampler = DiffusionSampler.from_pretrained(experiment.model.image_decoder)
-    return [ImageGrid(experiment.grids, run.grids, sampler, tokenizer, target)]
 
 
 def train(experiment: Experiment) -> Path:
@@ -169,8 +170,8 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
     lightning.seed_everything(experiment.seed, verbose=False)
     try:
         tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
-        module, data = experiment.module.build(experiment, tokenizer), experiment.datamodule(tokenizer)
-        pictures = experiment.pictures(run, tokenizer)
+        module = experiment.module.build(experiment, tokenizer)
+        data, pictures = experiment.datamodule(tokenizer, module), experiment.pictures(run, tokenizer, module)
     except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
         raise ConfigError(str(error)) from error
     options = experiment.trainer
@@ -191,13 +192,22 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
     trainer.fit(module, data, ckpt_path=run.latest_checkpoint(), weights_only=True)
 
 
+def quieten_libraries() -> None:
+    """No advertisements and loading bars between our own lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own
+    warnings.filterwarnings("ignore", message=r"Found \d+ module.* in eval mode")  # those that are frozen
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     if not given:
         print(__doc__ + f"\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
         return 0 if arguments else 2
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements between our own lines
+    quieten_libraries()
     try:
         if len(given) < len(arguments):
             print(describe_schema(type(load_config(given, stage_schema))))

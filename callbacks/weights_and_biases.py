@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 @dataclass
@@ -27,6 +29,17 @@ class WandbConfig:
     """Tags of the run."""
 
 
+class RunWandbLogger(WandbLogger):
+    """Ends its run with the training, and not when the process happens to exit."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+            self._experiment = None
+
+
 def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger | None:
     """The logger of run folder `run`, whose parameters are the dataclass `experiment`; None when disabled.
 
@@ -35,7 +48,7 @@ def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger
     if config.mode == "disabled":
         return None
     # `mode` and not `offline=True`, which Lightning puts into the environment of all later loggers.
-    logger = WandbLogger(
+    logger = RunWandbLogger(
         project=config.project,
         name=config.name or run.name,
         id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12],
@@ -45,6 +58,8 @@ def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger
         group=config.group or experiment.stage,
         job_type=config.job_type,
         tags=list(config.tags),
+        # Our own lines stay as they are on the terminal; offline there is no address to tell either.
+        settings=wandb.Settings(console="off", silent=config.mode == "offline"),
     )
     logger.log_hyperparams(asdict(experiment))
     return logger

@@ -1,0 +1,65 @@
+"""The rooms of docs/architecture.md know each other in one direction only."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROOMS = ("kosmosg", "datamodules", "lightning_modules", "callbacks", "evaluation", "train", "evaluate", "tests")
+ALLOWED = {
+    "kosmosg": {"kosmosg"},
+    "datamodules": {"datamodules", "kosmosg"},
+    "lightning_modules": {"lightning_modules", "kosmosg"},
+    "callbacks": {"callbacks", "lightning_modules", "kosmosg"},
+    "evaluation": {"evaluation", "kosmosg"},
+}
+# What a user of the model must not need to install or load.
+FOREIGN_TO_KOSMOSG = {"lightning", "pytorch_lightning", "wandb", "webdataset"}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Top-level names of everything a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def room_files() -> list[Path]:
+    return [file for room in ALLOWED for file in sorted((REPOSITORY / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", room_files(), ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_rooms_are_known_in_one_direction(file: Path) -> None:
+    room = file.relative_to(REPOSITORY).parts[0]
+    names = set(imported(file))
+    strangers = (names & set(ROOMS)) - ALLOWED[room]
+    # kosmosg.toyland's samples become shards in datamodules/toyland.py, never the other way round.
+    assert not strangers, f"{file.relative_to(REPOSITORY)} may not import {sorted(strangers)}"
+    if room == "kosmosg":
+        assert not names & FOREIGN_TO_KOSMOSG, f"kosmosg may not import {sorted(names & FOREIGN_TO_KOSMOSG)}"
+
+
+def test_every_room_is_looked_at() -> None:
+    assert {file.relative_to(REPOSITORY).parts[0] for file in room_files()} >= {
+        "kosmosg",
+        "datamodules",
+        "lightning_modules",
+        "callbacks",
+    }
+
+
+def test_the_check_sees_imports_in_functions(tmp_path: Path) -> None:
+    file = tmp_path / "late.py"
+    file.write_text("def f():\n    from lightning.pytorch import Trainer\n    import wandb.sdk\n")
+    assert set(imported(file)) == {"lightning", "wandb"}
+
+
+def test_kosmosg_relative_imports_are_absent() -> None:
+    """The check reads absolute imports; relative ones would slip by it."""
+    for file in room_files():
+        levels = [node.level for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not any(levels), f"{file.relative_to(REPOSITORY)} has a relative import"
