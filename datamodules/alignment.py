@@ -3,9 +3,11 @@
 Images of the caption shards are neither decoded nor read.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from datamodules.sample import TEXT_MEMBERS, CaptionSample
 from kosmosg.prompt import PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 
+BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
+REMEMBERED_WORDS = 1_000_000
 TextTokenize = Callable[[list[str]], Tensor]
 CaptionRow = tuple[list[int], Tensor]  # ids of <s> and the caption; CLIP ids (Q,)
 
@@ -41,33 +45,45 @@ class AlignmentDataConfig(DataConfig):
 
 
 class ClipTokens:
-    """Captions → CLIP ids and their true lengths, from a tokenizer that pads and cuts to Q positions."""
+    """Captions → CLIP ids and true lengths, word by word: no CLIP token spans a blank, and most words were met before.
+
+    Tokenising whole captions takes longer than all other work on them together (40 µs against 3 µs each).
+
+    Args:
+        tokenize: pads and cuts to Q positions: start, tokens, end, padding.
+    """
 
     def __init__(self, tokenize: TextTokenize):
         self.tokenize = tokenize
-        empty = tokenize([""])[0]  # start, end, padding
-        self.end_id, self.room = int(empty[1]), len(empty) - 2
+        self.start_id, self.end_id, self.pad_id = tokenize([""])[0, :3].tolist()
+        self.length = tokenize([""]).shape[1]
+        self.room = self.length - 2
+        self._words: dict[str, list[int]] = {}
 
-    def __call__(self, texts: list[str]) -> tuple[Tensor, list[int]]:
-        """Ids B×Q, and tokens of each text without start and end."""
-        ids = self.tokenize(texts)
-        lengths = (ids[:, 1:] == self.end_id).int().argmax(1).tolist()
-        return ids, [
-            self._length(text) if length == self.room else length for text, length in zip(texts, lengths, strict=True)
-        ]
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Ids B×Q, cut where a text is longer, and tokens of each text without start and end."""
+        divided = [BLANKS.split(text) for text in texts]
+        new = {word for words in divided for word in words if word not in self._words}
+        if len(self._words) + len(new) > REMEMBERED_WORDS:
+            self._words.clear()
+            new = {word for words in divided for word in words}
+        if new:
+            self._learn(sorted(new))
+        tokens = [[i for word in words for i in self._words[word]] for words in divided]
+        ids = np.full((len(texts), self.length), self.pad_id, dtype=np.int64)
+        ids[:, 0] = self.start_id
+        for row, found in zip(ids, tokens, strict=True):
+            kept = found[: self.room]
+            row[1 : len(kept) + 2] = [*kept, self.end_id]
+        return torch.from_numpy(ids), [len(found) for found in tokens]
 
-    def _length(self, text: str) -> int:
-        """Length of a text that fills all positions. No CLIP token spans a blank, so parts can be counted apart."""
-        words = text.split()
-        if len(words) < 2:
-            ids = self.tokenize([text])[0, 1:]
-            return int((ids == self.end_id).int().argmax())
-        halves = [" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])]
-        return sum(self(halves)[1])
+    def _learn(self, words: list[str]) -> None:
+        for word, row in zip(words, self.tokenize(words)[:, 1:].tolist(), strict=True):
+            self._words[word] = row[: row.index(self.end_id)]
 
 
 class CaptionRows:
-    """Builds `<s>caption` and CLIP ids, many at once: the CLIP tokenizer is slow for single captions."""
+    """Builds `<s>caption` and CLIP ids, all of a batch at once."""
 
     def __init__(self, source: SampleSource, tokenizer: Tokenizer, clip: ClipTokens, config: AlignmentDataConfig):
         self.name, self.source, self.tokenizer, self.clip, self.config = "captions", source, tokenizer, clip, config
@@ -142,7 +158,7 @@ class AlignmentData(MixtureDataModule):
         """Rows → batch, as `PromptEncoder.collate` would make it."""
         pad_id = self.encoder.tokenizer.pad_id
         longest = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows])
         # One tensor for all rows: a tensor for each caption would take as long as reading it.
+        ids = torch.from_numpy(np.array([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows]))
         prompt = PromptBatch(ids, torch.zeros_like(ids, dtype=torch.bool), None, ids == pad_id)
         return AlignmentBatch(prompt, torch.stack([clip_ids for _, clip_ids in rows]), report)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 from torch.utils.data import Dataset, Sampler
@@ -43,7 +44,12 @@ class Request:
 
     index: int
     epoch: int
-    random: random.Random
+    seed: int
+
+    @cached_property
+    def random(self) -> random.Random:
+        """Random numbers that depend on the run's seed and the position only."""
+        return random.Random(self.seed)
 
 
 class RowBuilder(Protocol[T]):
@@ -112,7 +118,7 @@ class MixtureDataset(Dataset, Generic[T]):
 
     def _request(self, position: int, draw: Draw, attempt: int) -> Request:
         index = self.order.redraw(draw, attempt) if attempt else draw.index
-        return Request(index, draw.epoch, random.Random(mix(self.seed, 3, position, attempt)))
+        return Request(index, draw.epoch, mix(self.seed, 3, position, attempt))
 
 
 class BatchPositions(Sampler[list[int]]):
