@@ -7,9 +7,8 @@ import json
 import random
 from pathlib import Path
 
-from evaluation.dreambench import SHOWN_PROBLEMS, DataSetError
 from evaluation.protocol import CocoProtocol
-from evaluation.requests import Request, ScoredImage, image_seed
+from evaluation.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, image_seed
 
 ANNOTATIONS = "annotations/captions_val2014.json"
 IMAGES = "val2014"
@@ -29,7 +28,9 @@ class Coco:
         self.protocol, self.folder = protocol, folder
         file = folder / ANNOTATIONS
         if not file.is_file():
-            raise DataSetError(f"there is no COCO at '{folder}': '{ANNOTATIONS}' is missing; set data.coco to its folder.")
+            raise DataSetError(
+                f"there is no COCO at '{folder}': '{ANNOTATIONS}' is missing; set data.coco to its folder."
+            )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -45,7 +46,8 @@ class Coco:
         if missing:
             shown = ", ".join(missing[:SHOWN_PROBLEMS])
             raise DataSetError(
-                f"COCO at '{self.folder}': {len(missing)} of {len(self.file_names)} images are missing in {IMAGES}/: {shown}"
+                f"COCO at '{self.folder}': {len(missing)} of {len(self.file_names)} images are missing in {IMAGES}/: "
+                + shown
                 + (" …" if len(missing) > SHOWN_PROBLEMS else "")
             )
         unknown = sorted({str(image) for image, _ in self.annotations if image not in self.file_names})
@@ -85,7 +87,7 @@ class Coco:
         return self._halves()[0] if self.protocol.references == "half" else self._images()
 
     def held_out_images(self) -> list[ScoredImage]:
-        """The other half's images with one caption each, as many as captions are drawn; none where all are references."""
+        """The other half's images, one caption each, as many as captions are drawn; none where all are references."""
         if self.protocol.references == "all":
             return []
         captions = {self.folder / IMAGES / self.file_names[image]: caption for image, caption in self.annotations}

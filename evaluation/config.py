@@ -97,7 +97,9 @@ class EvaluationConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1.")
         if self.dreambench is None and self.coco is None:
-            raise ValueError("there is nothing to evaluate: extend a protocol, for example protocols/dreambench/toyland.")
+            raise ValueError(
+                "there is nothing to evaluate: extend a protocol, for example protocols/dreambench/toyland."
+            )
         required = {"dreambench": ("clip", "dino"), "coco": ("clip", "fid")}
         for table, encoders in required.items():
             protocol = getattr(self, table)

@@ -9,15 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from evaluation.protocol import DreamBenchProtocol, Subject, Templates
-from evaluation.requests import Request, ScoredImage, image_seed, spread
+from evaluation.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, image_seed, spread
 from kosmosg.prompt import PLACEHOLDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-SHOWN_PROBLEMS = 10
-
-
-class DataSetError(ValueError):
-    """A data set that is not as published; names each subject or file that is missing."""
 
 
 class DreamBench:
@@ -33,7 +28,9 @@ class DreamBench:
     def __init__(self, protocol: DreamBenchProtocol, folder: Path):
         self.folder = folder
         self.protocol = resolve_facts(protocol, folder)
-        self.subjects = {name: self.protocol.subjects[name] for name in spread(list(self.protocol.subjects), protocol.max_subjects)}
+        self.subjects = {
+            name: self.protocol.subjects[name] for name in spread(list(self.protocol.subjects), protocol.max_subjects)
+        }
         self.check()
 
     def check(self) -> None:
@@ -64,7 +61,11 @@ class DreamBench:
 
     def references(self, subject: str) -> tuple[Path, ...]:
         """What an image of the subject is compared with, by the protocol."""
-        return (self.kept_image(subject),) if self.protocol.references == "kept_image" else tuple(self.real_images(subject))
+        return (
+            (self.kept_image(subject),)
+            if self.protocol.references == "kept_image"
+            else tuple(self.real_images(subject))
+        )
 
     def templates(self, subject: str) -> list[tuple[str, str]]:
         """(original, modified) templates of the subject's kind."""

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from evaluation.protocol import Encoder, FeatureNetwork, Preprocessing
+from evaluation.requests import EvaluationError
 
 Preprocess = Callable[[list[Image.Image]], Tensor]
 
@@ -82,10 +83,10 @@ def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device)
     """The network that a protocol names.
 
     Raises:
-        ValueError: unknown; lists the choices.
+        EvaluationError: unknown; lists the choices.
     """
     if encoder.network not in FEATURE_NETWORKS:
-        raise ValueError(f"fid.network={encoder.network!r} is unknown; allowed: {', '.join(FEATURE_NETWORKS)}.")
+        raise EvaluationError(f"fid.network={encoder.network!r} is unknown; allowed: {', '.join(FEATURE_NETWORKS)}.")
     return FEATURE_NETWORKS[encoder.network](encoder, folder, device)
 
 
@@ -93,12 +94,14 @@ def load(kind: type, folder: Path, **options) -> nn.Module:
     """`kind.from_pretrained` in eval mode, refusing a folder that lacks some of the weights.
 
     Raises:
-        ValueError: weights that would have stayed random; the first few are named.
+        EvaluationError: weights that would have stayed random; the first few are named.
     """
     model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
-        raise ValueError(f"'{folder}' is no {kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}.")
+        raise EvaluationError(
+            f"'{folder}' is no {kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}."
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -125,7 +128,9 @@ class Remembered:
         read: applied to an item before it is encoded.
     """
 
-    def __init__(self, encode: Callable[[list], Tensor], batch_size: int, read: Callable[[Any], Any] = lambda item: item):
+    def __init__(
+        self, encode: Callable[[list], Tensor], batch_size: int, read: Callable[[Any], Any] = lambda item: item
+    ):
         self.encode, self.batch_size, self.read = encode, batch_size, read
         self.features: dict[Any, Tensor] = {}
 

@@ -59,7 +59,8 @@ def generate(
 
     Raises:
         ManifestError: another process is at it.
-        ValueError: an input image is unreadable, or the system gave another number of images.
+        DataSetError: an input image is unreadable.
+        ValueError: the system gave another number of images.
     """
     make: Generate | None = None
     done = sum(request.index in manifest.rows for request in requests)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from evaluation.requests import EvaluationError
+
 MANIFEST = "manifest.jsonl"
 IDENTITY = "identity.json"
 LOCK = ".lock"
@@ -23,7 +25,7 @@ IMAGES = "images"
 JPEG_QUALITY = 95
 
 
-class ManifestError(ValueError):
+class ManifestError(EvaluationError):
     """A manifest that must not be continued, because its images were made otherwise or the file is damaged."""
 
 
@@ -96,6 +98,19 @@ class Manifest:
         if list(self.rows) != sorted(self.rows):
             self.rows = dict(sorted(self.rows.items()))
             self._rewrite(self.rows.values())
+
+    def verify(self) -> None:
+        """Compare every image with its row's hash.
+
+        Raises:
+            ManifestError: an image was changed after it was made; names it.
+        """
+        for row in self.rows.values():
+            if hashlib.sha256((self.folder / row.file).read_bytes()).hexdigest() != row.sha256:
+                raise ManifestError(
+                    f"'{self.folder / row.file}' is not the image that was generated (its hash differs from row "
+                    f"{row.index} of {MANIFEST}); delete the file, and it is made again."
+                )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

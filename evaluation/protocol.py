@@ -30,7 +30,7 @@ class Sampling:
     seed: int = 0
     """What every image's own seed is derived from."""
     noise_period: int | None = None
-    """Prompts this far apart start from the same noise, as scripts that reset the seed for every batch do; null: none do."""
+    """Prompts this far apart share their noise, as with scripts that reset the seed for every batch; null: none do."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "image_size"):
@@ -95,8 +95,8 @@ class Templates:
     def __post_init__(self) -> None:
         if len(self.original) != len(self.modified):
             raise ValueError(
-                f"prompts have {len(self.original)} original but {len(self.modified)} modified templates; each template "
-                "has both."
+                f"prompts have {len(self.original)} original but {len(self.modified)} modified templates; each "
+                "template has both."
             )
         for template in (*self.original, *self.modified):
             if template.count("{}") != 1:
@@ -143,8 +143,8 @@ class DreamBenchProtocol(Protocol):
                 _require_at_least("dreambench", name, getattr(self, name), 1)
         if bool(self.facts) == bool(self.subjects or self.prompts):
             raise ValueError(
-                "dreambench: give the subjects and prompts either as 'facts' (a JSON file) or as 'subjects' and 'prompts', "
-                f"not {'both' if self.facts else 'neither'}."
+                "dreambench: give the subjects and prompts either as 'facts' (a JSON file) or as 'subjects' and "
+                f"'prompts', not {'both' if self.facts else 'neither'}."
             )
 
 

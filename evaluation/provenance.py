@@ -40,7 +40,9 @@ def environment() -> dict[str, str]:
         "git revision": git_revision(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
     }
 
 

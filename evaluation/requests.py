@@ -9,7 +9,16 @@ from PIL import Image
 
 from kosmosg.image_processing import rgb
 
+SHOWN_PROBLEMS = 10
 SEED_BYTES = 6  # seeds stay below 2**53, which JSON readers in other languages keep exactly
+
+
+class EvaluationError(ValueError):
+    """Something that a user can put right; the message says what."""
+
+
+class DataSetError(EvaluationError):
+    """A data set that is not as published; names each subject or file that is missing."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,11 @@ def read_image(file: Path) -> Image.Image:
     """The image in RGB.
 
     Raises:
-        ValueError: the file is no readable image; names it.
+        DataSetError: the file is no readable image; names it.
     """
     try:
         with Image.open(file) as image:
+            image.load()  # before the file is closed
             return rgb(image)
     except OSError as error:
-        raise ValueError(f"'{file}' cannot be read as an image ({error}); restore it from the data set.") from error
+        raise DataSetError(f"'{file}' cannot be read as an image ({error}); restore it from the data set.") from error

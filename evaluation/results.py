@@ -109,11 +109,13 @@ def markdown(scores: Sequence[Score], notes: Sequence[str]) -> str:
         "",
         "# The paper's numbers",
         "",
-        "Printed in Table 1 of arXiv 2310.02992: other data, other encoders, full-size models. They are here to be looked "
-        "up, not to be compared with the numbers above.",
+        "Printed in Table 1 of arXiv 2310.02992: other data, other encoders, full-size models. They are here to be "
+        "looked up, not to be compared with the numbers above.",
         "",
     ]
-    shown = [[name, *("–" if value is None else f"{value:.3f}" for value in values)] for name, *values in PAPER_DREAMBENCH]
+    shown = [
+        [name, *("–" if value is None else f"{value:.3f}" for value in values)] for name, *values in PAPER_DREAMBENCH
+    ]
     lines += markdown_table(["DreamBench, as printed", "DINO", "CLIP-I", "CLIP-T"], shown)
     lines += markdown_table(["MS-COCO, as printed", "FID"], [[name, f"{value:.2f}"] for name, value in PAPER_COCO])
     return "\n".join(lines)

@@ -85,7 +85,10 @@ class Scorer:
         pairs = [(image, reference) for image in images for reference in image.references]
         told = [(image, image.text) for image in images if image.text]
         encoders = self.encoders
-        plan = [("dino", pairs, encoders.dino, encoders.dino), ("clip_i", pairs, encoders.clip_images, encoders.clip_images)]
+        plan = [
+            ("dino", pairs, encoders.dino, encoders.dino),
+            ("clip_i", pairs, encoders.clip_images, encoders.clip_images),
+        ]
         plan.append(("clip_t", told, encoders.clip_images, encoders.clip_texts))
         for metric, compared, left, right in plan:
             if not compared or left is None or right is None:

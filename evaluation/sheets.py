@@ -11,7 +11,9 @@ FONT_SIZE, LINE, LETTER = 13, 17, 7
 INK, FAINT, PAPER, RULE = (28, 32, 38), (112, 118, 128), (255, 255, 255), (212, 215, 220)
 
 
-def sheet(columns: Sequence[str], rows: Sequence[Sequence[Path | Image.Image | None]], *, inputs: int = 1) -> Image.Image:
+def sheet(
+    columns: Sequence[str], rows: Sequence[Sequence[Path | Image.Image | None]], *, inputs: int = 1
+) -> Image.Image:
     """Images in rows under column headers; the first `inputs` columns stand apart from the others.
 
     Args:

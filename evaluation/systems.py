@@ -12,6 +12,7 @@ from torch import Tensor
 from evaluation.generation import Batch, Generate, System
 from evaluation.protocol import Sampling
 from evaluation.provenance import hash_json
+from evaluation.requests import EvaluationError
 from evaluation.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffusion_folder
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.storage import CONFIG_FILE, find_model
@@ -70,7 +71,7 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
 
     Raises:
         FileNotFoundError: there is no finished model.
-        ValueError: a run of another stage, or a model that was aligned with another Stable Diffusion.
+        EvaluationError: a run of another stage, or a model that was aligned with another Stable Diffusion.
     """
     require_stage(name, Path(folder))
     model, decoder = find_model(folder), stable_diffusion_folder(image_decoder)
@@ -93,7 +94,9 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
 
         return generate
 
-    return System(name, load, hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, IMAGE_PARTS)]), reads_images=True)
+    return System(
+        name, load, hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, IMAGE_PARTS)]), reads_images=True
+    )
 
 
 def unique_conditions(pipeline: KosmosGPipeline, batch: Batch) -> Tensor:
@@ -115,14 +118,14 @@ def require_stage(name: str, folder: Path) -> None:
     """Refuse a run folder of another stage than the row's.
 
     Raises:
-        ValueError: says which stage was run and which is needed.
+        EvaluationError: says which stage was run and which is needed.
     """
     file = folder / RUN_CONFIG
     if not file.is_file():
         return
     stage = OmegaConf.load(file).get("stage")
     if stage != STAGES[name]:
-        raise ValueError(
+        raise EvaluationError(
             f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
         )
 
@@ -132,16 +135,17 @@ def require_fit(name: str, model: Path, decoder: Path) -> None:
 
     Raises:
         FileNotFoundError: the model has no AlignerNet: it is of stage 1.
-        ValueError: names both widths.
+        EvaluationError: names both widths.
     """
     if not (model / "aligner" / CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{name}: '{model}' has no aligner/{CONFIG_FILE}, as after stage 1; this row needs a model of a later stage."
+            f"{name}: '{model}' has no aligner/{CONFIG_FILE}, as after stage 1; this row needs a model "
+            "of a later stage."
         )
     width = json.loads((model / "aligner" / CONFIG_FILE).read_text(encoding="utf-8"))["width"]
     read = json.loads((decoder / "unet" / CONFIG_FILE).read_text(encoding="utf-8"))["cross_attention_dim"]
     if width != read:
-        raise ValueError(
+        raise EvaluationError(
             f"{name}: '{model}' makes conditions of width {width}, but the U-Net of '{decoder}' reads {read}: it is a "
             "checkpoint of another model. Set models.image_decoder to the Stable Diffusion it was aligned with."
         )

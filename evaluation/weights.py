@@ -41,7 +41,9 @@ def encoder_folder(weights: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.is_dir() or not HUB_ID.fullmatch(weights):
-        raise FileNotFoundError(f"'{weights}' holds no encoder: config.json is missing. Give a transformers folder or hub id.")
+        raise FileNotFoundError(
+            f"'{weights}' holds no encoder: config.json is missing. Give a transformers folder or hub id."
+        )
     return Path(snapshot_download(weights, allow_patterns=list(ENCODER_FILES)))
 
 

@@ -1,0 +1,45 @@
+"""Evaluate: python evaluate.py evaluation.yaml [more.yaml | key=value …]
+
+Every argument is a YAML file or key=value; later wins. Protocols are extended from configs/protocols/, and any of their
+values may be changed, which gives the protocol another fingerprint. A finished evaluation is reused, an interrupted
+one goes on where it was.
+
+    python evaluate.py configs/toyland/evaluation.yaml
+    python evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
+    python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
+"""
+
+import sys
+from collections.abc import Sequence
+
+from evaluation.config import EvaluationConfig
+from evaluation.requests import EvaluationError
+from evaluation.run import evaluate
+from kosmosg.config import ConfigError, load_config
+from kosmosg.config_help import describe_schema
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 finished, 2 something missing or mistaken, 130 interrupted."""
+    given = [argument for argument in arguments if argument not in ("-h", "--help")]
+    if not given:
+        print(__doc__ + "\nWith --help and a file, all keys are listed.")
+        return 0 if arguments else 2
+    if len(given) < len(arguments):
+        print(describe_schema(EvaluationConfig))
+        return 0
+    try:
+        evaluate(load_config(given, EvaluationConfig))
+    except (ConfigError, EvaluationError, FileNotFoundError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""From the images of an evaluation to its report and its PNG sheets."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaluation.curves import charts
+from evaluation.dreambench import DreamBench
+from evaluation.gallery import common_requests, pair_grid, shown_requests, shown_subjects, swap_grid
+from evaluation.manifest import Manifest
+from evaluation.report import CaptionBlock, Grid, Report, SubjectBlock, write_report
+from evaluation.requests import spread
+from evaluation.results import Score
+from evaluation.sheets import sheet
+from evaluation.systems import AFTER_STAGE_3
+
+if TYPE_CHECKING:
+    from evaluation.run import Evaluation, Table
+
+SHOWN_CAPTIONS = 8
+Manifests = dict[tuple[str, str], Manifest]
+
+
+def draw_pages(evaluation: "Evaluation", manifests: Manifests, scores: list[Score], provenance: dict[str, str]) -> None:
+    """Write report.html and sheets/."""
+    config, output = evaluation.config, evaluation.output
+    tables = {table.name: table for table in evaluation.tables}
+    subjects, swap, pair = [], None, None
+    if "dreambench" in tables:
+        subjects = subject_blocks(evaluation, tables["dreambench"], manifests)
+        swap, pair = swap_grids(evaluation, tables["dreambench"])
+        write_sheets(evaluation, tables["dreambench"], manifests, swap, pair)
+    names = [system.name for system in evaluation.systems]
+    runs = [
+        ("Stage 2, alignment", config.models.before_stage_3),
+        ("Stage 3, instruction tuning", config.models.after_stage_3),
+    ]
+    report = Report(
+        scores=scores,
+        subjects=subjects,
+        swap=swap,
+        pair=pair,
+        pair_prompt=config.gallery.pair_prompt or "",
+        caption_systems=names if "coco" in tables else [],
+        captions=caption_blocks(tables["coco"], manifests, names) if "coco" in tables else [],
+        curves=charts([(title, Path(run)) for title, run in runs if run is not None]),
+        notes=evaluation.notes(),
+        provenance=provenance,
+    )
+    write_report(report, output / "report.html")
+
+
+def subject_blocks(evaluation: "Evaluation", table: "Table", manifests: Manifests) -> list[SubjectBlock]:
+    """The shown subjects with the images of every system."""
+    dataset, gallery = table.dataset, evaluation.config.gallery
+    assert isinstance(dataset, DreamBench)
+    blocks = []
+    for name in shown_subjects(dataset, gallery.subjects):
+        requests = shown_requests(dataset, table.requests, name, gallery.templates)
+        systems = [
+            (system.name, [manifests[table.name, system.name].image_file(request.index) for request in requests])
+            for system in evaluation.systems
+        ]
+        prompts = [request.prompt for request in requests]
+        blocks.append(SubjectBlock(name, dataset.subjects[name].class_noun, dataset.kept_image(name), prompts, systems))
+    return blocks
+
+
+def swap_grids(evaluation: "Evaluation", table: "Table") -> tuple[Grid | None, Grid | None]:
+    """Draw the two galleries with KOSMOS-G after stage 3; none without it."""
+    dataset, gallery = table.dataset, evaluation.config.gallery
+    assert isinstance(dataset, DreamBench)
+    system = next((system for system in evaluation.systems if system.name == AFTER_STAGE_3), None)
+    if system is None:
+        return None, None
+    swap = swap_grid(dataset, gallery)
+    requests = [request for row in swap.rows for request in row]
+    pair = pair_grid(dataset, gallery, start=len(requests))
+    if pair is not None:
+        requests += [request for row in pair.rows for request in row]
+    if not requests:
+        return None, None
+    manifest = evaluation.generate_into("gallery", table, system, requests)
+
+    def files(rows) -> list[list[Path]]:
+        return [[manifest.image_file(request.index) for request in row] for row in rows]
+
+    def inputs(subjects: list[str]) -> list[Path]:
+        return [dataset.kept_image(name) for name in subjects]
+
+    drawn = Grid(top=inputs(swap.subjects), rows=files(swap.rows), labels=swap.prompts) if swap.prompts else None
+    if pair is None:
+        return drawn, None
+    return drawn, Grid(top=inputs(pair.subjects), left=inputs(pair.subjects), rows=files(pair.rows))
+
+
+def caption_blocks(table: "Table", manifests: Manifests, systems: list[str]) -> list[CaptionBlock]:
+    """Some captions with the image of every system."""
+    return [
+        CaptionBlock(request.text, [manifests[table.name, name].image_file(request.index) for name in systems])
+        for request in spread(table.requests, SHOWN_CAPTIONS)
+    ]
+
+
+def write_sheets(
+    evaluation: "Evaluation", table: "Table", manifests: Manifests, swap: Grid | None, pair: Grid | None
+) -> None:
+    """sheets/subjects.png, systems.png, swap.png and pairs.png, for a README."""
+    dataset, gallery, folder = table.dataset, evaluation.config.gallery, evaluation.output / "sheets"
+    assert isinstance(dataset, DreamBench)
+    folder.mkdir(exist_ok=True)
+    subjects = shown_subjects(dataset, gallery.subjects)
+    prompts, requests = common_requests(dataset, table.requests, subjects, gallery.templates)
+    names = [system.name for system in evaluation.systems]
+    if prompts and AFTER_STAGE_3 in names:
+        manifest = manifests[table.name, AFTER_STAGE_3]
+        rows = [
+            [dataset.kept_image(name), *(manifest.image_file(request.index) for request in requests[name])]
+            for name in subjects
+        ]
+        save(sheet(["input", *prompts], rows), folder / "subjects.png")
+    if prompts:
+        of_systems = [manifests[table.name, name] for name in names]
+        # Another prompt for each subject, so that a small sheet shows many.
+        rows = []
+        for place, name in enumerate(subjects):
+            request = requests[name][place % len(prompts)]
+            rows.append([dataset.kept_image(name), *(manifest.image_file(request.index) for manifest in of_systems)])
+        save(sheet(["input", *names], rows), folder / "systems.png")
+    if swap is not None:
+        rows = [[*column] for column in zip(swap.top, *swap.rows, strict=True)]
+        save(sheet(["input", *swap.labels], rows), folder / "swap.png")
+    if pair is not None:
+        rows = [[None, *pair.top], *([left, *row] for left, row in zip(pair.left, pair.rows, strict=True))]
+        save(sheet(["first slot ↓, second slot →", *[""] * len(pair.top)], rows), folder / "pairs.png")
+
+
+def save(picture, file: Path) -> None:
+    beside = file.with_name(f".{file.name}")
+    picture.save(beside, format="PNG", optimize=True)
+    beside.replace(file)

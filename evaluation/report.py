@@ -1,0 +1,151 @@
+"""report.html: one file with every picture inside, that shows whether a model keeps *this* subject."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+from evaluation.manifest import write_atomically
+from evaluation.results import (
+    COLUMNS,
+    METRICS,
+    PAPER_COCO,
+    PAPER_DREAMBENCH,
+    TITLES,
+    Score,
+    table_rows,
+    tables_of,
+)
+from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3
+
+TEMPLATES = Path(__file__).parent / "templates"
+EMBEDDED_SIDE = 256
+"""Larger pictures are embedded at this size, so that a report of full-size images can still be opened."""
+
+
+@dataclass(frozen=True)
+class SubjectBlock:
+    """One subject: its input image and, for each system, the image of each prompt."""
+
+    name: str
+    class_noun: str
+    input: Path
+    prompts: list[str]
+    systems: list[tuple[str, list[Path]]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Outputs between headers of input images: `top` over the columns, `left` or `labels` before the rows."""
+
+    top: list[Path]
+    rows: list[list[Path]]
+    left: list[Path] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CaptionBlock:
+    """One caption and the image of each system."""
+
+    caption: str
+    images: list[Path]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows; an empty part leaves its section out."""
+
+    scores: Sequence[Score]
+    subjects: list[SubjectBlock]
+    swap: Grid | None
+    pair: Grid | None
+    pair_prompt: str
+    caption_systems: list[str]
+    captions: list[CaptionBlock]
+    curves: list[tuple[str, list[tuple[str, str]]]]
+    notes: list[str]
+    provenance: dict[str, str]
+
+
+def write_report(report: Report, file: Path) -> None:
+    """Render and write, atomically."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["embed"] = embed
+    environment.filters["number"] = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
+    page = environment.get_template("report.html").render(
+        report=report,
+        tables=[chart_rows(report.scores, table) for table in tables_of(report.scores)],
+        findings=findings(report.scores),
+        paper_dreambench=PAPER_DREAMBENCH,
+        paper_coco=PAPER_COCO,
+        after=AFTER_STAGE_3,
+    )
+    write_atomically(file, page.encode())
+
+
+def embed(file: Path) -> str:
+    """A picture as a data URI; small ones byte for byte as they were scored."""
+    with Image.open(file) as image:
+        if image.format == "PNG" and max(image.size) <= EMBEDDED_SIDE:
+            return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+        shrunk = image.convert("RGB")
+    shrunk.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    shrunk.save(buffer, format="JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def chart_rows(scores: Sequence[Score], table: str) -> dict:
+    """A table with, for each cell, where its value and interval lie on the column's scale, in percent."""
+    rows = table_rows(scores, table)
+    scales = {}
+    for metric in COLUMNS[table]:
+        found = [row[metric] for _, row in rows if metric in row]
+        if found:
+            low, high = min(score.low for score in found), max(score.high for score in found)
+            padding = (high - low) * 0.04 or 0.01
+            scales[metric] = (low - padding, high - low + 2 * padding)
+    drawn = []
+    for system, row in rows:
+        cells = []
+        for metric in COLUMNS[table]:
+            score = row.get(metric)
+            if score is None:
+                cells.append(None)
+                continue
+            start, width = scales[metric]
+            low, at, high = (100 * (value - start) / width for value in (score.low, score.value, score.high))
+            cells.append(
+                {"text": score.text().split(" ")[0], "score": score, "low": low, "at": at, "width": high - low}
+            )
+        drawn.append((system, cells))
+    return {
+        "title": TITLES[table],
+        "protocol": next(iter(rows[0][1].values())).protocol,
+        "columns": [METRICS[metric] for metric in COLUMNS[table]],
+        "rows": drawn,
+    }
+
+
+def findings(scores: Sequence[Score]) -> list[str]:
+    """Before and after stage 3 in words: both values, and whether their intervals are apart."""
+    lines = []
+    for table in tables_of(scores):
+        rows = dict(table_rows(scores, table))
+        before, after = rows.get(BEFORE_STAGE_3, {}), rows.get(AFTER_STAGE_3, {})
+        for metric in COLUMNS[table]:
+            if metric not in before or metric not in after:
+                continue
+            apart = before[metric].high < after[metric].low or after[metric].high < before[metric].low
+            lines.append(
+                f"{METRICS[metric].split(' ')[0]} on {TITLES[table].lower()}: {before[metric].text()} before stage 3, "
+                f"{after[metric].text()} after; the intervals {'are apart' if apart else 'overlap'}."
+            )
+    return lines

@@ -1,0 +1,101 @@
+"""A DreamBench, a COCO and encoders of a few kilobytes, in the published layouts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from tests import tiny
+
+SIDE = 64
+PHOTOS = 3
+CAPTIONED = 12
+FACTS = {
+    "subjects": {
+        "fish": {"class": "fish", "kind": "live", "kept_image": "01.png"},
+        "dog": {"class": "dog", "kind": "live", "kept_image": "00.png"},
+        "boat": {"class": "boat", "kind": "object", "kept_image": "00.png"},
+    },
+    "prompts": {
+        "live": {
+            "original": ["a {} in the snow", "a {} wearing a hat", "a red {}"],
+            "modified": ["{} in the snow", "{} wearing a hat", "{}, red"],
+        },
+        "object": {
+            "original": ["a {} in the snow", "a {} on the beach", "a red {}"],
+            "modified": ["{} in the snow", "{} on the beach", "{}, red"],
+        },
+    },
+}
+
+
+def picture(seed: int) -> Image.Image:
+    """Coarse coloured blocks."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def write_dreambench(folder: Path) -> Path:
+    for number, subject in enumerate(FACTS["subjects"]):
+        (folder / subject).mkdir(parents=True)
+        for photo in range(PHOTOS):
+            picture(10 * number + photo).save(folder / subject / f"{photo:02d}.png")
+    (folder / "dreambench.json").write_text(json.dumps(FACTS))
+    return folder
+
+
+def write_coco(folder: Path) -> Path:
+    (folder / "val2014").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    images, annotations = [], []
+    for number in range(CAPTIONED):
+        name = f"COCO_val2014_{number:012d}.png"
+        picture(100 + number).save(folder / "val2014" / name)
+        images.append({"id": number, "file_name": name})
+        caption = tiny.SENTENCES[number % len(tiny.SENTENCES)]
+        annotations.append({"id": 1000 + number, "image_id": number, "caption": caption})
+    content = {"images": images, "annotations": annotations}
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_encoders(folder: Path) -> Path:
+    """clip/ dino/ fid/ as transformers writes them, with random weights."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        tokenizer = tiny.clip_tokenizer()
+        text = {
+            **sizes,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": tiny.QUERIES,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        vision = {**sizes, "image_size": SIDE, "patch_size": 16}
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        dino = ViTModel(ViTConfig(**sizes, image_size=SIDE, patch_size=16), add_pooling_layer=False)
+        fid = ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
+        )
+        clip.save_pretrained(folder / "clip")
+        dino.save_pretrained(folder / "dino")
+        fid.save_pretrained(folder / "fid")
+    tokenizer.save_pretrained(folder / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder / "clip")
+    for name in ("dino", "fid"):
+        ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder / name)
+    return folder

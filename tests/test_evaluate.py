@@ -1,0 +1,166 @@
+"""The whole evaluation by its command: tables, report, reuse, resumption, and mistakes answered."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from tests.conftest import REPOSITORY
+from tests.evaluation.conftest import *  # noqa: F403  the tiny world's fixtures
+
+SYSTEMS = {
+    "Real images",
+    "Copy of the input",
+    "Stable Diffusion (text)",
+    "KOSMOS-G before stage 3",
+    "KOSMOS-G after stage 3",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "evaluation"
+    assert evaluate.main([*arguments, f"output={output}"]) == 0
+    return output
+
+
+def images_of(output: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(output)): file.read_bytes() for file in sorted(output.rglob("images/*.png"))}
+
+
+def manifests_of(output: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(output)): file.read_bytes() for file in sorted(output.rglob("manifest.jsonl"))}
+
+
+def test_results_have_the_agreed_form(finished: Path) -> None:
+    rows = json.loads((finished / "results.json").read_text())
+    for row in rows:
+        assert list(row) == ["table", "system", "metric", "value", "low", "high", "n", "protocol"]
+        assert row["low"] <= row["value"] <= row["high"]
+        assert re.fullmatch(rf"{row['table']}/toyland@1#[0-9a-f]{{8}}", row["protocol"])
+    found = {(row["table"], row["system"], row["metric"]) for row in rows}
+    fidelity = {("dreambench", system, metric) for system in SYSTEMS for metric in ("dino", "clip_i")}
+    told = {("dreambench", system, "clip_t") for system in SYSTEMS - {"Real images"}}
+    captions = {("coco", system, metric) for system in SYSTEMS - {"Copy of the input"} for metric in ("fid", "clip_t")}
+    assert found == fidelity | told | captions
+    copy = {row["metric"]: row["value"] for row in rows if row["system"] == "Copy of the input"}
+    assert copy["dino"] == pytest.approx(1) and copy["clip_i"] == pytest.approx(1)
+    assert {row["n"] for row in rows if row["table"] == "coco"} == {6}
+
+
+def test_samples_average_to_the_results(finished: Path) -> None:
+    with (finished / "samples.csv").open() as stream:
+        samples = list(csv.DictReader(stream))
+    for row in json.loads((finished / "results.json").read_text()):
+        if row["metric"] == "fid":
+            continue
+        key = {name: row[name] for name in ("table", "system", "metric")}
+        own = [float(sample["score"]) for sample in samples if key.items() <= sample.items()]
+        assert len(own) == row["n"]
+        assert max(0, sum(own) / len(own)) == pytest.approx(row["value"], abs=1e-6)
+
+
+def test_report_and_tables(finished: Path) -> None:
+    report = (finished / "report.html").read_text()
+    assert SYSTEMS <= set(re.findall(r"<td>([^<]+)</td>", report))
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', report), "the report must hold everything itself"
+    assert "same prompt, another input image" in report and "Two input images" in report
+    tables = (finished / "results.md").read_text()
+    assert tables.index("KOSMOS-G after stage 3") < tables.index("# The paper's numbers") < tables.index("0.694")
+    assert {file.name for file in (finished / "sheets").iterdir()} == {
+        "subjects.png",
+        "systems.png",
+        "swap.png",
+        "pairs.png",
+    }
+
+
+def test_finished_evaluation_is_reused(
+    arguments: list[str], finished: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_, **__):
+        raise AssertionError("a finished evaluation generates nothing")
+
+    monkeypatch.setattr("evaluation.run.generate", fail)
+    before = (finished / "results.json").stat().st_mtime_ns
+    assert evaluate.main([*arguments, f"output={finished}"]) == 0
+    assert (finished / "results.json").stat().st_mtime_ns == before
+    assert "KOSMOS-G after stage 3" in capsys.readouterr().out
+
+
+def test_changed_protocol_starts_new_images_and_keeps_the_old(
+    arguments: list[str], finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "evaluation"
+    shutil.copytree(finished, output)
+    protocols = {row["protocol"] for row in json.loads((output / "results.json").read_text())}
+    assert evaluate.main([*arguments, f"output={output}", "coco=null", "dreambench.sampling.guidance_scale=2"]) == 0
+    new = {row["protocol"] for row in json.loads((output / "results.json").read_text())}
+    assert len(new) == 1 and not new & protocols
+    assert images_of(finished).items() <= images_of(output).items()
+
+
+@pytest.mark.slow
+def test_killed_evaluation_goes_on_to_the_same_end(arguments: list[str], finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "evaluation"
+    command = [sys.executable, "evaluate.py", *arguments, f"output={output}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.environ.get("OMP_NUM_THREADS", "1"))}
+    total = len(images_of(finished))
+    for wanted in (1, total // 3, 2 * total // 3):
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(output.rglob("images/*.png"))) < wanted:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert manifests_of(output) == manifests_of(finished)
+    assert images_of(output) == images_of(finished)
+    assert (output / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["dreambench.sampling.guidence_scale=5"], "Did you mean: 'guidance_scale'"),
+        (["dreambench.sampling.steps=0"], "sampling.steps=0 is not allowed"),
+        (["dreambench.sampling.sampler=euler"], "euler"),
+        (["data.dreambench=/nowhere"], "dreambench.json' does not exist"),
+        (["data.coco=/nowhere"], "there is no COCO at '/nowhere'"),
+        (["models.after_stage_3=/nowhere"], "'/nowhere' holds no model"),
+        (["models.image_decoder=/nowhere"], "there is no folder '/nowhere'"),
+        (["dreambench.dino.weights=/nowhere"], "'/nowhere' holds no encoder"),
+        (["coco.fid.network=inception2"], "allowed: resnet"),
+        (["coco.captions=100000"], "has 12 captions but the protocol draws 100000"),
+        (["gallery.pair_prompt=<i> alone"], "must hold <i> 2 times"),
+    ],
+)
+def test_mistakes_are_answered(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, changes: list[str], message: str
+) -> None:
+    assert evaluate.main([*arguments, f"output={tmp_path / 'evaluation'}", *changes]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interruption_is_told(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluation.run.generate", interrupt)
+    assert evaluate.main([*arguments, f"output={tmp_path / 'evaluation'}"]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+
+
+def test_help_lists_the_keys(capsys: pytest.CaptureFixture) -> None:
+    assert evaluate.main(["configs/toyland/evaluation.yaml", "--help"]) == 0
+    assert "models.after_stage_3" in capsys.readouterr().out
