@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import AlignmentBatch
-from datamodules.datamodule import DataConfig, MixtureDataModule, Source
+from datamodules.data_config import DataConfig, Source
+from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.mixture import Request, SampleSource
 from datamodules.report import ReadReport

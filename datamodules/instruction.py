@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import InstructionBatch
-from datamodules.datamodule import DataConfig, MixtureDataModule, Source
+from datamodules.data_config import DataConfig, Source
+from datamodules.datamodule import MixtureDataModule
 from datamodules.entities import Draws, EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.images import SampleImage, StoredImage, load

@@ -11,7 +11,8 @@ from typing import cast
 import torch
 
 from datamodules.batches import LanguageModellingBatch
-from datamodules.datamodule import DataConfig, MixtureDataModule, Source
+from datamodules.data_config import DataConfig, Source
+from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import SampleError
 from datamodules.mixture import MAX_ATTEMPTS, Request, SampleSource
 from datamodules.order import Permutation, mix

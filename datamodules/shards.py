@@ -72,10 +72,11 @@ class ShardWriter:
             self._writer = TarWriter(
                 self._stream, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False
             )
-        begin = self._writer.tarstream.offset
+        tar = self._writer.tarstream
+        begin = tar.offset  # type: ignore[attr-defined]
         self._writer.write({"__key__": key, **sample.encode()})
         self._keys.add(key)
-        self._bounds.append((begin, self._writer.tarstream.offset))
+        self._bounds.append((begin, tar.offset))  # type: ignore[attr-defined]
         if len(self._bounds) == self.samples_per_shard:
             self._close_shard()
 

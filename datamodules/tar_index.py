@@ -94,7 +94,7 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
             raise  # not a tar at all
         return None  # the data of the member before breaks off
     finally:
-        tar.members.clear()  # or a large shard's headers would all stay in memory
+        tar.members.clear()  # type: ignore[attr-defined]  # a large shard's headers would all stay in memory
 
 
 def _is_damaged(path: Path, offset: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
-from datamodules.datamodule import DataConfig, Source
+from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
 from datamodules.mixture import BatchPositions
 from tests.datamodules import worlds

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from datamodules.batches import IGNORED
-from datamodules.datamodule import Source
+from datamodules.data_config import Source
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
 from datamodules.packing import Packer
 from datamodules.sample import CaptionSample, TextSample

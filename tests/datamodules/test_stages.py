@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
-from datamodules.datamodule import Source
+from datamodules.data_config import Source
 from datamodules.entities import EntityRules
 from datamodules.errors import DataError, SampleError
 from datamodules.instruction import InstructionData, InstructionDataConfig

@@ -1,0 +1,56 @@
+"""What every stage can configure about its data; the stages' own schemas extend it."""
+
+from dataclasses import dataclass, field
+
+from datamodules.images import Limits
+
+
+@dataclass
+class Source:
+    """Shards of one kind of sample."""
+
+    shards: str = ""
+    """Path, glob or brace list of local tars; empty: the source is not used."""
+    weight: int = 1
+    """Whole share of the mixture; 0: the source is not used."""
+    validation: str = ""
+    """Held-out shards of the same kind; empty: none."""
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"weight={self.weight} of shards '{self.shards}' must be 0 or more.")
+
+
+@dataclass
+class DataConfig:
+    """What all stages say about their data."""
+
+    batch_size: int = 16
+    """Rows per process and batch."""
+    seed: int = 0
+    """Of the order of samples and of the choices inside them."""
+    num_workers: int = 0
+    """Loader processes per training process; 0 reads in the training process."""
+    prefetch_factor: int = 2
+    """Batches that each worker prepares ahead."""
+    pin_memory: bool = True
+    """Page-locked batches for faster copies; used only where there is a GPU."""
+    validation_samples: int = 256
+    """Rows of each validation, over all processes; rounded up to whole batches."""
+    max_bad_share: float = 0.01
+    """The run stops if a larger share of samples is unusable (0 … 1)."""
+    min_bad_count: int = 20
+    """Fewer unusable samples than this never stop a run."""
+    accept_changed_data: bool = False
+    """Resume although seed, mixture or shards differ from the checkpoint's."""
+    limits: Limits = field(default_factory=Limits)
+    """What one sample may cost."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "prefetch_factor", "validation_samples", "min_bad_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be 0 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share} must lie in 0 … 1.")
