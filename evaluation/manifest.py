@@ -114,7 +114,7 @@ class Manifest:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing here.
+        """Keep other processes from writing here, and clear away what a killed one left half written.
 
         Raises:
             ManifestError: another process does.
@@ -124,6 +124,8 @@ class Manifest:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ManifestError(f"another process is generating into '{self.folder}'; let it finish.") from error
+            for half_written in (self.folder / IMAGES).glob(".*"):
+                half_written.unlink()
             yield
 
     def _require_identity(self, identity: dict) -> None:

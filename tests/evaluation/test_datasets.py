@@ -1,0 +1,145 @@
+"""DreamBench and COCO from their published folders; what is missing is named."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evaluation.coco import Coco
+from evaluation.config import EvaluationConfig
+from evaluation.dreambench import DreamBench
+from evaluation.protocol import CocoProtocol, DreamBenchProtocol, identity
+from evaluation.requests import DataSetError, read_image, spread
+from kosmosg.config import load_config
+from tests.conftest import REPOSITORY
+from tests.evaluation import tiny_world
+
+PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=2)
+COCO = CocoProtocol(name="coco/tiny", captions=5, references="half")
+
+
+@pytest.fixture
+def changeable(dreambench_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(dreambench_folder, tmp_path / "dreambench")
+
+
+def test_requests_follow_the_protocol(dreambench_folder: Path) -> None:
+    requests = DreamBench(PROTOCOL, dreambench_folder).requests()
+    assert [request.index for request in requests] == list(range(3 * 3 * 2))
+    assert len({request.seed for request in requests}) == len(requests)
+    hat = requests[2]
+    assert (hat.prompt, hat.text, hat.inputs, hat.unit) == (
+        "<i> wearing a hat",
+        "a fish wearing a hat",
+        ("fish/01.png",),
+        "fish",
+    )
+    with_class = DreamBench(replace(PROTOCOL, fed="class_and_image"), dreambench_folder).requests()
+    assert with_class[2].prompt == "fish <i> wearing a hat"
+
+
+def test_noise_is_shared_where_the_protocol_says_so(dreambench_folder: Path) -> None:
+    sampling = replace(PROTOCOL.sampling, noise_period=3)
+    seeds = [r.seed for r in DreamBench(replace(PROTOCOL, sampling=sampling), dreambench_folder).requests()]
+    assert seeds[:6] == seeds[6:12] == seeds[12:] and len(set(seeds)) == 6
+
+
+def test_references(dreambench_folder: Path) -> None:
+    kept = DreamBench(PROTOCOL, dreambench_folder)
+    every = DreamBench(replace(PROTOCOL, references="all"), dreambench_folder)
+    assert [path.name for path in kept.references("fish")] == ["01.png"]
+    assert [path.name for path in every.references("fish")] == ["00.png", "01.png", "02.png"]
+    others = [image for image in kept.other_real_images() if image.unit == "fish"]
+    assert [image.file.name for image in others] == ["00.png", "02.png"], "no photo is compared with itself"
+    assert all(image.file not in image.references for image in every.other_real_images())
+    assert len(every.other_real_images()) == 9
+
+
+def test_trial_sizes_are_spread(dreambench_folder: Path) -> None:
+    small = DreamBench(replace(PROTOCOL, max_subjects=2, max_templates=1), dreambench_folder)
+    assert list(small.subjects) == ["fish", "dog"] and len(small.requests()) == 4
+    assert spread(list(range(10)), 3) == [0, 3, 6]
+
+
+def test_everything_missing_is_named(changeable: Path) -> None:
+    shutil.rmtree(changeable / "boat")
+    (changeable / "fish" / "01.png").unlink()
+    with pytest.raises(DataSetError) as error:
+        DreamBench(PROTOCOL, changeable)
+    assert "subject 'boat' has no folder" in str(error.value)
+    assert "subject 'fish' lacks its kept image 01.png (there: 00.png, 02.png)" in str(error.value)
+
+
+def test_unknown_kind_and_structure(changeable: Path) -> None:
+    facts = json.loads((changeable / "dreambench.json").read_text())
+    facts["subjects"]["dog"]["kind"] = "liquid"
+    (changeable / "dreambench.json").write_text(json.dumps(facts))
+    with pytest.raises(DataSetError, match="'dog' is of kind 'liquid', but there are prompts for: live, object"):
+        DreamBench(PROTOCOL, changeable)
+    del facts["subjects"]["dog"]["class"]
+    (changeable / "dreambench.json").write_text(json.dumps(facts))
+    with pytest.raises(DataSetError, match="not of DreamBench's structure"):
+        DreamBench(PROTOCOL, changeable)
+
+
+def test_unreadable_image_is_named(changeable: Path) -> None:
+    (changeable / "fish" / "01.png").write_bytes(b"no image")
+    with pytest.raises(DataSetError, match=r"fish/01\.png"):
+        read_image(changeable / "fish" / "01.png")
+
+
+def test_identity_follows_every_value(dreambench_folder: Path, changeable: Path) -> None:
+    protocol = DreamBench(PROTOCOL, dreambench_folder).protocol
+    assert identity(protocol) == identity(DreamBench(PROTOCOL, dreambench_folder).protocol)
+    assert identity(protocol) != identity(replace(protocol, sampling=replace(protocol.sampling, steps=99)))
+    text = (changeable / "dreambench.json").read_text()
+    (changeable / "dreambench.json").write_text(text.replace("a red {}", "a blue {}"))
+    assert identity(protocol) != identity(DreamBench(PROTOCOL, changeable).protocol)
+
+
+def test_released_protocol_holds_the_recorded_facts(shared: Path, tmp_path: Path) -> None:
+    config = load_config(
+        [str(REPOSITORY / "configs" / "evaluation.yaml"), f"data.dreambench={tmp_path}"], EvaluationConfig
+    )
+    facts = json.loads((shared / "golden" / "dreambench.json").read_text())
+    protocol = config.dreambench
+    assert protocol is not None
+    found = {
+        name: {"class": subject.class_noun, "kind": subject.kind, "kept_image": subject.kept_image}
+        for name, subject in protocol.subjects.items()
+    }
+    assert found == facts["subjects"]
+    prompts = {kind: {"original": t.original, "modified": t.modified} for kind, t in protocol.prompts.items()}
+    assert prompts == facts["prompts"]
+    for name, subject in facts["subjects"].items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / subject["kept_image"]).write_bytes(b"")
+    assert len(DreamBench(protocol, tmp_path).requests()) == facts["total_images"]
+
+
+def test_captions_are_drawn_as_the_released_script_does(coco_folder: Path) -> None:
+    content = json.loads((coco_folder / "annotations" / "captions_val2014.json").read_text())
+    random.seed(COCO.caption_seed)
+    expected = [row["caption"] for row in random.sample(content["annotations"], COCO.captions)]
+    requests = Coco(COCO, coco_folder).requests()
+    assert [request.prompt for request in requests] == expected
+    assert all(request.inputs == () for request in requests)
+
+
+def test_halves_are_disjoint(coco_folder: Path) -> None:
+    coco = Coco(COCO, coco_folder)
+    references, held_out = coco.references(), coco.held_out_images()
+    assert len(references) == tiny_world.CAPTIONED // 2 and len(held_out) == COCO.captions
+    assert not {image.file for image in held_out} & set(references)
+    everything = Coco(replace(COCO, references="all"), coco_folder)
+    assert len(everything.references()) == tiny_world.CAPTIONED and everything.held_out_images() == []
+
+
+def test_missing_coco_image_is_named(coco_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(coco_folder, tmp_path / "coco")
+    (folder / "val2014" / "COCO_val2014_000000000003.png").unlink()
+    with pytest.raises(DataSetError, match=r"1 of 12 images are missing in val2014/: COCO_val2014_000000000003\.png"):
+        Coco(COCO, folder)

@@ -1,0 +1,81 @@
+"""What the tables and the page say follows the scores."""
+
+import base64
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evaluation.curves import chart, read_curves
+from evaluation.report import EMBEDDED_SIDE, chart_rows, embed, findings
+from evaluation.results import Score, markdown, read_results, table_rows, write_results
+from evaluation.sheets import CELL, fit, sheet
+from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, REAL_IMAGES
+
+
+def score(system: str, value: float, spread: float = 0.02, metric: str = "dino", table: str = "dreambench") -> Score:
+    return Score(table, system, metric, value, value - spread, value + spread, 750, "p@1#0")
+
+
+def test_results_are_read_back(tmp_path: Path) -> None:
+    scores = [score(AFTER_STAGE_3, 0.7), score(REAL_IMAGES, 0.8)]
+    write_results(scores, tmp_path / "results.json")
+    assert read_results(tmp_path / "results.json") == scores
+    (tmp_path / "results.json").write_text('[{"value": 1}]')
+    with pytest.raises(ValueError, match=r"no results\.json of this project"):
+        read_results(tmp_path / "results.json")
+
+
+def test_rows_stand_in_the_order_of_the_table() -> None:
+    rows = table_rows([score("Someone else's", 0.5), score(AFTER_STAGE_3, 0.7), score(REAL_IMAGES, 0.8)], "dreambench")
+    assert [system for system, _ in rows] == [REAL_IMAGES, AFTER_STAGE_3, "Someone else's"]
+
+
+def test_markdown_shows_value_interval_n_and_dashes() -> None:
+    text = markdown([score(AFTER_STAGE_3, 0.7)], ["a note"])
+    assert "| KOSMOS-G after stage 3 | 0.700 (0.680–0.720) | – | – | 750 |" in text and "- a note" in text
+
+
+@pytest.mark.parametrize(("after", "said"), [(0.7, "are apart"), (0.52, "overlap")])
+def test_findings_say_whether_intervals_are_apart(after: float, said: str) -> None:
+    (line,) = findings([score(BEFORE_STAGE_3, 0.5), score(AFTER_STAGE_3, after)])
+    assert line.endswith(f"the intervals {said}.")
+
+
+def test_interval_bars_lie_on_the_columns_scale() -> None:
+    (table,) = [chart_rows([score(BEFORE_STAGE_3, 0.2), score(AFTER_STAGE_3, 0.8)], "dreambench")]
+    cells = [cells[0] for _, cells in table["rows"]]
+    assert cells[0]["at"] < cells[1]["at"]
+    for cell in cells:
+        assert 0 <= cell["low"] <= cell["at"] <= cell["low"] + cell["width"] <= 100
+
+
+def test_pictures_are_embedded_whole_or_shrunk(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "small.png")
+    Image.new("RGB", (512, 512), "red").save(tmp_path / "large.png")
+    kind, data = embed(tmp_path / "small.png").split(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(data) == (tmp_path / "small.png").read_bytes()
+    assert embed(tmp_path / "large.png").startswith("data:image/jpeg") and EMBEDDED_SIDE < 512
+
+
+def test_curves_are_read_from_a_run(tmp_path: Path) -> None:
+    with (tmp_path / "metrics.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["step", "train/loss", "lr", "val/loss"])
+        writer.writeheader()
+        writer.writerow({"step": 1, "train/loss": 2.0, "lr": 0.1, "val/loss": ""})
+        writer.writerow({"step": 5, "train/loss": 1.0, "lr": 0.1, "val/loss": "nan"})
+    (curve,) = read_curves(tmp_path)
+    assert curve.name == "train/loss" and curve.points == [(1, 2.0), (5, 1.0)]
+    points = re.search(r'points="([^"]+)"', chart(curve))
+    assert points is not None and len(points.group(1).split()) == 2
+    assert read_curves(tmp_path / "nowhere") == []
+
+
+def test_sheet_places_every_picture() -> None:
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (96, 64), "blue")
+    page = sheet(["input", "a long header that needs two lines"], [[red, blue], [None, blue]])
+    colours = {color: count for count, color in page.getcolors(page.width * page.height) or []}
+    assert colours[(255, 0, 0)] == CELL**2 and colours[(0, 0, 255)] == 2 * CELL**2
+    assert fit(blue).size == (CELL, CELL)

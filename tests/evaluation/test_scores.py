@@ -1,0 +1,208 @@
+"""Scores equal a direct computation; intervals behave as intervals must."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from torch.nn.functional import cosine_similarity, normalize
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizerFast, ResNetForImageClassification, ViTModel
+
+from evaluation.bootstrap import fid_interval, mean_interval
+from evaluation.config import Bootstrap
+from evaluation.encoders import CLIPEncoder, DinoEncoder, Remembered, ResNetFeatures, load, preprocessing
+from evaluation.metrics import CosineMean, FeatureFID
+from evaluation.protocol import Encoder, FeatureNetwork, Preprocessing
+from evaluation.requests import EvaluationError, ScoredImage, read_image
+from evaluation.scoring import Encoders, Scorer
+from tests import tiny
+from tests.evaluation import tiny_world
+
+CPU = torch.device("cpu")
+BOOTSTRAP = Bootstrap(replicates=200, fid_replicates=20)
+
+
+def scipy_fid(real: np.ndarray, made: np.ndarray) -> float:
+    """The textbook formula with scipy's matrix root."""
+    covariances = np.cov(real, rowvar=False), np.cov(made, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+    shift = real.mean(0) - made.mean(0)
+    return float(shift @ shift + np.trace(covariances[0] + covariances[1] - 2 * root.real))
+
+
+def test_fid_equals_scipy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 16, generator=generator)
+    made = torch.randn(200, 16, generator=generator) * 1.3 + 0.2
+    metric = FeatureFID(16)
+    for part in real.split(70):
+        metric.update(part, real=True)
+    for part in made.split(90):
+        metric.update(part, real=False)
+    assert float(metric.compute()) == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
+
+
+def test_fid_interval_surrounds_the_value_and_narrows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(2000, 8, generator=generator)
+    widths = []
+    for count in (100, 1600):
+        made = torch.randn(count, 8, generator=generator) + 0.5
+        value = scipy_fid(real.double().numpy(), made.double().numpy())
+        low, high = fid_interval(real, made, value, replicates=200, seed=0)
+        assert low < value < high
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.35), "the spread falls with the root of n"
+
+
+def test_fid_replicates_are_fids_of_the_drawn_rows() -> None:
+    """The symmetric form used for speed gives the textbook number: with one row drawn over, the spread is nought."""
+    generator = torch.Generator().manual_seed(0)
+    real, made = torch.randn(50, 4, generator=generator).double(), torch.randn(40, 4, generator=generator).double()
+    rng = np.random.default_rng(5)
+    drawn = [scipy_fid(real.numpy(), made.numpy()[rng.integers(40, size=40)]) for _ in range(30)]
+    expected = np.quantile(drawn, (0.025, 0.975)) - np.mean(drawn)
+    assert np.allclose(fid_interval(real, made, 0.0, replicates=30, seed=5), expected, atol=1e-8)
+
+
+def test_interval_of_equal_subjects_has_no_width() -> None:
+    scores = torch.tensor([0.1, 0.9, 0.1, 0.9])
+    low, high = mean_interval(scores, ["a", "a", "b", "b"], 100, seed=0)
+    assert low == pytest.approx(0.5) and high == pytest.approx(0.5), "images of one subject are drawn together"
+    low, high = mean_interval(scores, list("abcd"), 100, seed=0)
+    assert low < 0.4 and high > 0.6
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        subjects = rng.normal(0.5, 0.1, 30)
+        scores = torch.from_numpy(np.repeat(subjects, 5) + rng.normal(0, 0.02, 150))
+        low, high = mean_interval(scores, [str(i // 5) for i in range(150)], 300, seed=trial)
+        covered += low <= 0.5 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_unequal_subjects_count_by_their_images() -> None:
+    scores = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    low, high = mean_interval(scores, ["a", "a", "a", "b"], 500, seed=0)
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_cosine_mean_keeps_every_score_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    direct = cosine_similarity(left.double(), right.double())
+    metric = CosineMean()
+    order = torch.tensor([5, 1, 3])
+    metric.update(left[order], right[order], order)
+    rest = torch.tensor([0, 2, 3, 4])  # 3 again, as a padded rank would see it
+    metric.update(left[rest], right[rest], rest)
+    assert torch.allclose(metric.samples(), direct)
+    assert float(metric.compute()) == pytest.approx(max(0.0, float(direct.mean())))
+    with pytest.raises(ValueError, match="pairs of features"):
+        metric.update(left, right[:5], torch.arange(6))
+
+
+def test_mean_is_clamped_after_averaging() -> None:
+    metric = CosineMean()
+    one = torch.tensor([[1.0, 0.0]])
+    metric.update(one.repeat(2, 1), torch.tensor([[-1.0, 0.0], [0.6, 0.8]]), torch.arange(2))
+    assert float(metric.compute()) == 0.0
+    assert metric.samples().tolist() == pytest.approx([-1.0, 0.6])
+
+
+def pictures(folder: Path) -> list[Image.Image]:
+    return [read_image(path) for path in sorted((folder / "fish").glob("*.png"))]
+
+
+def test_clip_equals_transformers(encoders_folder: Path, dreambench_folder: Path) -> None:
+    folder, images = encoders_folder / "clip", pictures(dreambench_folder)
+    encoder, model = CLIPEncoder(Encoder(str(folder)), folder, CPU), CLIPModel.from_pretrained(folder).eval()
+    texts = ["a fish in the snow", "a dog " + "very " * 40 + "long"]
+    tokens = CLIPTokenizerFast.from_pretrained(folder)(
+        texts, padding=True, truncation=True, max_length=tiny.QUERIES, return_tensors="pt"
+    )
+    processor = CLIPProcessor.from_pretrained(folder)
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values=pixels, **tokens)
+    assert torch.allclose(normalize(encoder.images(images), dim=-1), expected.image_embeds, atol=1e-6)
+    assert torch.allclose(normalize(encoder.texts(texts), dim=-1), expected.text_embeds, atol=1e-6)
+
+
+def test_dino_is_the_class_token(encoders_folder: Path, dreambench_folder: Path) -> None:
+    folder, images = encoders_folder / "dino", pictures(dreambench_folder)
+    stated = Preprocessing(resize=64, crop=64, mean=[0.5] * 3, std=[0.5] * 3)
+    encoder = DinoEncoder(Encoder(str(folder), stated), folder, CPU)
+    pixels = torch.stack([torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1).float() for image in images])
+    with torch.no_grad():
+        model = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        expected = model(pixels).last_hidden_state[:, 0]
+    assert torch.allclose(encoder.images(images), expected, atol=1e-5)
+
+
+def test_stated_preprocessing_is_the_official_one() -> None:
+    """Shorter side 256 bicubic by PIL, centre crop 224, ImageNet statistics (golden README, "Evaluation")."""
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    image = tiny_world.picture(1).resize((400, 320), Image.Resampling.BICUBIC)
+    pixels = preprocessing(Preprocessing(256, "bicubic", 224, mean, std), Path("unused"))([image])
+    small = image.resize((320, 256), Image.Resampling.BICUBIC).crop((48, 16, 272, 240))
+    expected = (np.asarray(small) / 255 - mean) / std
+    assert pixels.shape == (1, 3, 224, 224)
+    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_fid_features_are_pooled(encoders_folder: Path, dreambench_folder: Path) -> None:
+    folder, images = encoders_folder / "fid", pictures(dreambench_folder)
+    encoder = ResNetFeatures(FeatureNetwork(str(folder)), folder, CPU)
+    classifier = ResNetForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        maps = classifier.resnet(encoder.preprocess(images)).last_hidden_state
+    assert torch.allclose(encoder.images(images), maps.mean((2, 3)), atol=1e-6)
+
+
+def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"is no ViTModel: \d+ weights are missing or misshapen"):
+        load(ViTModel, encoders_folder / "fid", add_pooling_layer=False)
+
+
+def test_each_item_is_encoded_once() -> None:
+    asked: list[list[int]] = []
+
+    def encode(items: list[int]) -> torch.Tensor:
+        asked.append(items)
+        return torch.tensor(items)[:, None].float()
+
+    features = Remembered(encode, batch_size=2)
+    assert features([3, 1, 3, 2]).flatten().tolist() == [3, 1, 3, 2]
+    assert features([2, 4]).flatten().tolist() == [2, 4]
+    assert asked == [[3, 1], [2], [4]]
+
+
+def test_scores_equal_a_direct_computation(tmp_path: Path) -> None:
+    """Means over pairs; CLIP-T only where there is a text, fidelity only where there are references."""
+    generator = torch.Generator().manual_seed(0)
+    files = [tmp_path / name for name in ("a", "b", "r1", "r2")]
+    known = {key: torch.randn(5, generator=generator) for key in (*files, "a dog")}
+
+    def features(items) -> torch.Tensor:
+        return torch.stack([known[item] for item in items])
+
+    a, b, first, second = files
+    images = [ScoredImage(a, "dog", "a dog", (first, second)), ScoredImage(b, "fish", "", (first,))]
+    scorer = Scorer("dreambench", "p@1#0", Encoders(features, features, dino=features), BOOTSTRAP)
+    scores, samples = scorer("System", images)
+
+    def cosine(left, right) -> float:
+        return float(cosine_similarity(known[left].double(), known[right].double(), dim=0))
+
+    fidelity = [cosine(a, first), cosine(a, second), cosine(b, first)]
+    found = {score.metric: score for score in scores}
+    assert found["dino"].value == pytest.approx(max(0.0, sum(fidelity) / 3)) and found["dino"].n == 3
+    assert found["clip_t"].value == pytest.approx(max(0.0, cosine(a, "a dog"))) and found["clip_t"].n == 1
+    assert [sample.score for sample in samples if sample.metric == "dino"] == pytest.approx(fidelity)
+    assert "fid" not in found

@@ -1,0 +1,131 @@
+"""The systems equal the libraries they stand on, and refuse models that are not theirs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from evaluation.generation import Batch
+from evaluation.protocol import Sampling
+from evaluation.requests import EvaluationError
+from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system, unique_conditions
+from kosmosg.pipeline import KosmosGPipeline
+from kosmosg.sampling import DiffusionSampler
+from tests import tiny
+from tests.evaluation import tiny_world
+
+CPU = torch.device("cpu")
+SAMPLING = Sampling(sampler="ddim", steps=2, guidance_scale=3.0, image_size=tiny.IMAGE_SIZE)
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
+def test_stable_diffusion_is_diffusers_own(tiny_stable_diffusion: Path) -> None:
+    prompts, seeds = ["a red fish", "a dog in the snow"], [5, 6]
+    made = stable_diffusion_system(str(tiny_stable_diffusion), CPU).load()(Batch(prompts, [[], []], seeds), SAMPLING)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_stable_diffusion, safety_checker=None)
+    pipeline.scheduler = DiffusionSampler(pipeline.unet, pipeline.vae, pipeline.scheduler).scheduler("ddim")
+    expected = pipeline(
+        prompts,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    assert np.array_equal(pixels(made), pixels(expected))
+
+
+def test_kosmosg_is_the_pipeline(
+    tiny_model: Path, tiny_stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a prompt that occurs twice, under two seeds, encoded once."""
+    fish, dog = tiny_world.picture(1), tiny_world.picture(2)
+    batch = Batch(["<i> in the snow", "<i> in the snow", "<i> in the snow"], [[fish], [dog], [fish]], [1, 2, 3])
+    pipeline = KosmosGPipeline.from_pretrained(tiny_model, image_decoder=tiny_stable_diffusion)
+    expected = pipeline(
+        batch.prompts,
+        images=batch.images,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        sampler="ddim",
+        seeds=batch.seeds,
+        height=tiny.IMAGE_SIZE,
+        width=tiny.IMAGE_SIZE,
+    )
+    encoded: list[int] = []
+    encode = KosmosGPipeline.encode_prompt
+
+    def count(self, prompts, **options):
+        encoded.append(len(prompts))
+        return encode(self, prompts, **options)
+
+    monkeypatch.setattr(KosmosGPipeline, "encode_prompt", count)
+    system = kosmosg_system(AFTER_STAGE_3, str(tiny_model), str(tiny_stable_diffusion), CPU)
+    made = system.load()(batch, SAMPLING)
+    assert encoded == [2]
+    assert np.abs(pixels(made) - pixels(expected)).max() <= 1
+
+
+def test_each_image_has_the_condition_of_its_prompt(tiny_model: Path, tiny_stable_diffusion: Path) -> None:
+    fish, dog = tiny_world.picture(1), tiny_world.picture(2)
+    batch = Batch(
+        ["<i> in the snow", "<i> in the snow", "<i>, red", "<i> in the snow"], [[fish], [dog], [fish], [fish]], [0] * 4
+    )
+    pipeline = KosmosGPipeline.from_pretrained(tiny_model, image_decoder=tiny_stable_diffusion)
+    found, expected = unique_conditions(pipeline, batch), pipeline.encode_prompt(batch.prompts, images=batch.images)
+    apart = min(float((expected[i] - expected[j]).abs().max()) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert (found - expected).abs().max() < 0.01 * apart
+    assert torch.equal(found[0], found[3])
+
+
+def test_hash_follows_the_weights(tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    arguments = (str(tiny_stable_diffusion), CPU)
+    same = {kosmosg_system(AFTER_STAGE_3, str(folder), *arguments).model for folder in (tiny_model, copy)}
+    assert len(same) == 1
+    file = next((copy / "aligner").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert kosmosg_system(AFTER_STAGE_3, str(copy), *arguments).model not in same
+
+
+def test_model_of_another_stable_diffusion_is_refused(
+    tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "aligner" / "config.json").read_text())
+    (model / "aligner" / "config.json").write_text(json.dumps({**config, "width": 48}))
+    with pytest.raises(EvaluationError, match=r"conditions of width 48, but the U-Net .* reads 32"):
+        kosmosg_system(AFTER_STAGE_3, str(model), str(tiny_stable_diffusion), CPU)
+
+
+def test_model_of_stage_1_is_refused(tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(model / "aligner")
+    with pytest.raises(FileNotFoundError, match="as after stage 1"):
+        kosmosg_system(BEFORE_STAGE_3, str(model), str(tiny_stable_diffusion), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [(BEFORE_STAGE_3, "instruction_tuning"), (AFTER_STAGE_3, "alignment")], ids=["before", "after"]
+)
+def test_run_of_another_stage_is_refused(
+    tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path, name: str, stage: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text(f"stage: {stage}\n")
+    with pytest.raises(EvaluationError, match=f"is a run of stage '{stage}', but this row needs"):
+        kosmosg_system(name, str(tmp_path / "run"), str(tiny_stable_diffusion), CPU)
+
+
+def test_folder_without_text_encoder_is_refused(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(FileNotFoundError, match="text_encoder/ is missing"):
+        stable_diffusion_system(str(folder), CPU)
