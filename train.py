@@ -8,17 +8,13 @@ checkpoints, logs, pictures and the finished model. The same command goes on wit
     torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml trainer.devices=8 trainer.strategy=fsdp2
 """
 
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
 import lightning
-import transformers
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING
 
@@ -47,7 +43,7 @@ from lightning_modules.language_modelling import LanguageModellingModule, Langua
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.run_folder import RunFolder, RunFolderError
 from lightning_modules.trained_weights import CheckpointMismatchError
-from lightning_modules.trainer import TrainerConfig, build_trainer
+from lightning_modules.trainer import TrainerConfig, build_trainer, quieten_libraries
 
 
 @dataclass
@@ -159,18 +155,24 @@ def train(experiment: Experiment) -> Path:
     run = RunFolder(experiment.run)
     with run.held(experiment, write=rank_zero_only.rank == 0):
         if (finished := run.finished()) is not None:
-            print(f"run folder '{run.path}' is finished since {finished['finished']} ({finished['step']} steps)")
+            print(f"Run folder '{run.path}' is finished since {finished['finished']} ({finished['step']} steps)")
         else:
             fit(experiment, run)
     return run.path
 
 
+def build_module(experiment: Experiment, tokenizer: Tokenizer) -> StageModule:
+    """The stage's module. Weights that no file holds are drawn anew from the seed, so that every start has the same:
+    a frozen part with random weights is in no checkpoint."""
+    lightning.seed_everything(experiment.seed, verbose=False)
+    return experiment.module.build(experiment, tokenizer)
+
+
 def fit(experiment: Experiment, run: RunFolder) -> None:
     """Build everything and train."""
-    lightning.seed_everything(experiment.seed, verbose=False)
     try:
         tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
-        module = experiment.module.build(experiment, tokenizer)
+        module = build_module(experiment, tokenizer)
         data, pictures = experiment.datamodule(tokenizer, module), experiment.pictures(run, tokenizer, module)
     except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
         raise ConfigError(str(error)) from error
@@ -185,20 +187,11 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
             Throughput(),
             RunProgress(experiment.stage),
             *pictures,
-            ModelExport(run, tokenizer, lambda: experiment.module.build(experiment, tokenizer)),
+            ModelExport(run, tokenizer, lambda: build_module(experiment, tokenizer)),
             StepCheckpoint(run.checkpoints, options.checkpoint_every, options.keep_checkpoints),
         ],
     )
     trainer.fit(module, data, ckpt_path=run.latest_checkpoint(), weights_only=True)
-
-
-def quieten_libraries() -> None:
-    """No advertisements and loading bars between our own lines."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own
-    warnings.filterwarnings("ignore", message=r"Found \d+ module.* in eval mode")  # those that are frozen
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -217,9 +210,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except RunInterruptedError as stop:
-        print(f"Stopped and saved after step {stop.step}. The same command goes on from there.", file=sys.stderr)
+        if rank_zero_only.rank == 0:
+            print(f"Stopped and saved after step {stop.step}. The same command goes on from there.", file=sys.stderr)
         return 128 + stop.signal
-    print(f"The model is in '{run / 'model'}'.")
+    if rank_zero_only.rank == 0:
+        print(f"The model is in '{run / 'model'}'.")
     return 0
 
 

@@ -71,7 +71,8 @@ class ImageGrid(Callback):
             raise ValueError("grids need held-out prompts: set validation= of a source in data, or grids.every=0")
         batch = next(iter(loader))
         chosen = spread(len(batch.prompt), self.config.prompts)
-        self.prompt = select(batch.prompt, chosen).to(pl_module.device)
+        # Sharded networks run on all processes at once, so all draw the first one's prompts.
+        self.prompt = trainer.strategy.broadcast(select(batch.prompt, chosen)).to(pl_module.device)
         self.sampler.to(pl_module.device)
         reference = self._reference(batch, chosen, pl_module)
         before = self._before(pl_module, trainer.is_global_zero)

@@ -72,6 +72,10 @@ class StageModule(lightning.LightningModule):
         """Numbers of the samples in this rank's batch, independent of how the global batch is split."""
         return sample_numbers(self.forward_pass, self.trainer.world_size, self.trainer.global_rank, rows)
 
+    def any_process(self, flag: bool) -> bool:
+        """Whether `flag` holds on any process. All must ask alike: what they then do together must be the same."""
+        return self.trainer.strategy.reduce_boolean_decision(flag, all=False)
+
     def train(self, mode: bool = True) -> "StageModule":
         """Training mode for what trains; frozen networks stay in eval mode, without dropout."""
         super().train(mode)
@@ -123,7 +127,10 @@ class StageModule(lightning.LightningModule):
             check_trained(self, checkpoint["state_dict"], f"the {checkpoint.get('stage', 'unknown')} checkpoint")
 
     def log_losses(self, prefix: str, losses: dict[str, Tensor], weight: int) -> None:
-        """Log `prefix`/name for each loss; `weight` is how much this batch counts in a validation mean."""
+        """Log `prefix`/name for each loss, a mean over processes; `weight` is what this batch counts in validation.
+
+        Every process must log the same names in a validation; one without anything to say gives weight 0.
+        """
         training = prefix == "train"
         for name, value in losses.items():
             self.log(
@@ -132,8 +139,8 @@ class StageModule(lightning.LightningModule):
                 prog_bar=training and name == "loss",
                 on_step=training,
                 on_epoch=not training,
-                batch_size=max(1, weight),
-                sync_dist=not training,
+                batch_size=weight,
+                sync_dist=True,
                 add_dataloader_idx=False,
             )
 

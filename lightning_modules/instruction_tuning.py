@@ -29,6 +29,7 @@ from lightning_modules.base import StageExperiment, StageModule
 from lightning_modules.language_modelling import wrong_images
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion
+from lightning_modules.sharding import with_blank_image_row
 from lightning_modules.trained_weights import VisionTraining, train_mllm
 
 
@@ -92,13 +93,17 @@ class InstructionTuningModule(StageModule):
 
     def sample_losses(self, prompt: PromptBatch, targets: Tensor, draws: DiffusionDraws, drop: float) -> Tensor:
         """L_diff of each sample, B."""
+        rows = len(prompt)
         batch = with_null_row(prompt, self.mllm.config.bos_id, self.mllm.config.pad_id)
+        if self.device_mesh is not None and prompt.images is None:
+            batch = with_blank_image_row(batch, self.mllm)
         conditions = self.aligner(self.mllm(batch), batch.padding)
-        condition = drop_condition(conditions[:-1], conditions[-1:], draws.uniform, drop)
+        condition = drop_condition(conditions[:rows], conditions[rows : rows + 1], draws.uniform, drop)
         latents = self.image_decoder.latents(targets, draws.posterior)
         noisy = self.image_decoder.add_noise(latents, draws.noise, draws.timesteps)
         prediction = self.image_decoder(noisy, draws.timesteps, condition)
-        return diffusion_loss(prediction, draws.noise, self.weights(draws.timesteps), reduction="none")
+        losses = diffusion_loss(prediction, draws.noise, self.weights(draws.timesteps), reduction="none")
+        return losses + 0 * conditions[rows + 1 :].sum()
 
     def weights(self, timesteps: Tensor) -> Tensor | None:
         """w(t) of eq. 8, B; None is 1."""
@@ -120,15 +125,17 @@ class InstructionTuningModule(StageModule):
         draws = self._draws("validation", range(first, first + rows), batch.targets)
         right = self.sample_losses(batch.prompt, batch.targets, draws, drop=0.0)
         self.log_losses("val", {"diffusion_loss": right.mean()}, rows)
-        with_image = batch.prompt.image_mask.any(dim=1)
-        if batch.prompt.images is None or len(batch.prompt.images) < 2:
+        images = batch.prompt.images
+        if not self.any_process(images is not None and len(images) > 1):
             return
         wrong = self.sample_losses(wrong_images(batch.prompt), batch.targets, draws, drop=0.0)
+        with_image = batch.prompt.image_mask.any(dim=1)
+        count = int(with_image.sum())
         losses = {
-            "diffusion_loss_with_image": right[with_image].mean(),
-            "diffusion_loss_wrong_image": wrong[with_image].mean(),
+            "diffusion_loss_with_image": right[with_image].sum() / max(1, count),
+            "diffusion_loss_wrong_image": wrong[with_image].sum() / max(1, count),
         }
-        self.log_losses("val", losses, int(with_image.sum()))
+        self.log_losses("val", losses, count)
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """mllm/, aligner/ and tokenizer/."""

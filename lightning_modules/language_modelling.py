@@ -19,6 +19,7 @@ from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import StageExperiment, StageModule, save_mllm
 from lightning_modules.optimizer import OptimizerConfig
+from lightning_modules.sharding import with_blank_image_row
 from lightning_modules.trained_weights import VisionTraining, train_mllm
 
 
@@ -45,34 +46,47 @@ class LanguageModellingModule(StageModule):
         return (self.mllm,)
 
     def loss(self, prompt: PromptBatch, labels: Tensor) -> Tensor:
-        """Mean next-token cross-entropy over the labels that count."""
-        return language_modelling_loss(self.mllm(prompt), self.mllm.output_matrix, labels)
+        """Mean next-token cross-entropy over the labels that count; 0 without any."""
+        rows, length = labels.shape
+        if self.device_mesh is not None and prompt.images is None:
+            prompt = with_blank_image_row(prompt, self.mllm)
+        hidden = self.mllm(prompt)
+        return (
+            language_modelling_loss(hidden[:rows, :length], self.mllm.output_matrix, labels) + 0 * hidden[rows:].sum()
+        )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.loss(batch.prompt, batch.labels)
+        loss = self.loss(batch.prompt, batch.labels) * self._token_share(batch.labels)
         self.log_losses("train", {"loss": loss}, len(batch.prompt))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """val/loss over all rows; over rows with images, val/caption_loss and the same with each image replaced by its
         neighbour in the batch, val/caption_loss_wrong_image: their distance says how much the images are read."""
-        self._log_loss("loss", batch.prompt, batch.labels)
-        images = batch.prompt.images
-        if images is None or len(images) < 2:
+        prompt, labels = batch.prompt, batch.labels
+        self._log_loss("loss", prompt, labels)
+        if not self.any_process(prompt.images is not None and len(prompt.images) > 1):
             return
-        with_images = batch.prompt.image_mask.any(dim=1, keepdim=True)
-        labels = batch.labels.masked_fill(~with_images, IGNORED_LABEL)
-        self._log_loss("caption_loss", batch.prompt, labels)
-        self._log_loss("caption_loss_wrong_image", wrong_images(batch.prompt), labels)
+        with_images = prompt.image_mask.any(dim=1, keepdim=True)
+        labels = labels.masked_fill(~with_images, IGNORED_LABEL)
+        self._log_loss("caption_loss", prompt, labels)
+        self._log_loss("caption_loss_wrong_image", wrong_images(prompt), labels)
+
+    def _token_share(self, labels: Tensor) -> Tensor | float:
+        """This process's share of the counted labels, times the processes: the mean over processes of the product with
+        their own means is the mean over all tokens."""
+        processes = self.trainer.world_size
+        if processes == 1:
+            return 1.0
+        tokens = (labels != IGNORED_LABEL).sum()
+        return tokens * processes / self.trainer.strategy.reduce(tokens.clone(), reduce_op="sum").clamp(min=1)
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """mllm/ and tokenizer/."""
         save_mllm(self.mllm, tokenizer, folder)
 
     def _log_loss(self, name: str, prompt: PromptBatch, labels: Tensor) -> None:
-        tokens = int((labels != IGNORED_LABEL).sum())
-        if tokens:
-            self.log_losses("val", {name: self.loss(prompt, labels)}, tokens)
+        self.log_losses("val", {name: self.loss(prompt, labels)}, int((labels != IGNORED_LABEL).sum()))
 
 
 def wrong_images(prompt: PromptBatch) -> PromptBatch:

@@ -4,10 +4,16 @@ The models know nothing of it. Runs on any backend that torch.distributed has, a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from kosmosg.models.mllm import MLLM
+from kosmosg.prompt import PromptBatch
 
 DATA_PARALLEL = "data_parallel"  # Lightning's name for the mesh dimension
 
@@ -27,3 +33,21 @@ def shard(networks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
                     if not isinstance(layer, FSDPModule):
                         fully_shard(layer, mesh=data)
         fully_shard(network, mesh=data)
+
+
+def with_blank_image_row(prompt: PromptBatch, mllm: MLLM) -> PromptBatch:
+    """The batch with one more row, `<s>` and a blank image.
+
+    Processes gather the parameters of the image tower together. One whose batch holds no image would not come to the
+    meeting and all would hang; it reads a blank image instead, which its loss counts with weight 0.
+    """
+    slots, size = mllm.config.image_tokens, mllm.vision.image_size
+    missing = max(0, 1 + slots - prompt.ids.shape[1])
+    ids = F.pad(prompt.ids, (0, missing, 0, 1), value=mllm.config.pad_id)
+    image_mask = F.pad(prompt.image_mask, (0, missing, 0, 1))
+    padding = F.pad(prompt.padding, (0, missing, 0, 1), value=True)
+    ids[-1, : 1 + slots] = mllm.config.bos_id
+    image_mask[-1, 1 : 1 + slots] = True
+    padding[-1, : 1 + slots] = False
+    images = torch.zeros(1, 3, size, size, device=ids.device)
+    return replace(prompt, ids=ids, image_mask=image_mask, padding=padding, images=images)

@@ -1,9 +1,13 @@
 """Schema of a run's length, devices and intervals, and the Lightning trainer it describes."""
 
+import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import diffusers
 import lightning
+import transformers
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 
@@ -74,3 +78,12 @@ def build_strategy(config: TrainerConfig) -> Strategy | str:
     several = config.devices != 1 or config.num_nodes > 1
     # A batch without images leaves the image tower and the resampler without gradients on that process.
     return DDPStrategy(find_unused_parameters=True) if config.strategy == "ddp" or several else "auto"
+
+
+def quieten_libraries() -> None:
+    """No advertisements, loading bars and warnings about our own intentions between our own lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own
+    warnings.filterwarnings("ignore", message=r"Found \d+ module.* in eval mode")  # those that are frozen
