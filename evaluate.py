@@ -12,6 +12,9 @@ one goes on where it was.
 import sys
 from collections.abc import Sequence
 
+import diffusers
+import transformers
+
 from evaluation.config import EvaluationConfig
 from evaluation.requests import EvaluationError
 from evaluation.run import evaluate
@@ -30,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(given) < len(arguments):
         print(describe_schema(EvaluationConfig))
         return 0
+    quiet_libraries()
     try:
         evaluate(load_config(given, EvaluationConfig))
     except (ConfigError, EvaluationError, FileNotFoundError) as error:
@@ -39,6 +43,13 @@ def main(arguments: Sequence[str]) -> int:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def quiet_libraries() -> None:
+    """No loading bars between our own; a classifier's head that FID's network leaves out is no news."""
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

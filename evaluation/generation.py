@@ -50,8 +50,9 @@ def generate(
     *,
     inputs_folder: Path,
     batch_size: int,
+    label: str = "",
 ) -> None:
-    """Make every image that the manifest lacks.
+    """Make every image that the manifest lacks; `label` stands before the bar, the system's name if empty.
 
     Batches are cut by index alone. One that was interrupted is computed as a whole again, though only its missing
     images are stored: results of matrix products depend on the batch in their last bits, and a resumed run is to give
@@ -65,7 +66,7 @@ def generate(
     make: Generate | None = None
     done = sum(request.index in manifest.rows for request in requests)
     with manifest.locked(), progress_bar() as progress:
-        task = progress.add_task(system.name, total=len(requests), completed=done)
+        task = progress.add_task(label or system.name, total=len(requests), completed=done)
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             missing = [request for request in batch if request.index not in manifest.rows]

@@ -124,14 +124,16 @@ def write_sheets(
         rows = []
         for place, name in enumerate(subjects):
             request = requests[name][place % len(prompts)]
-            rows.append([dataset.kept_image(name), *(manifest.image_file(request.index) for manifest in of_systems)])
-        save(sheet(["input", *names], rows), folder / "systems.png")
+            outputs = (manifest.image_file(request.index) for manifest in of_systems)
+            rows.append([request.prompt, dataset.kept_image(name), *outputs])
+        save(sheet(["prompt", "input", *names], rows, inputs=2), folder / "systems.png")
     if swap is not None:
         rows = [[*column] for column in zip(swap.top, *swap.rows, strict=True)]
         save(sheet(["input", *swap.labels], rows), folder / "swap.png")
     if pair is not None:
-        rows = [[None, *pair.top], *([left, *row] for left, row in zip(pair.left, pair.rows, strict=True))]
-        save(sheet(["first slot ↓, second slot →", *[""] * len(pair.top)], rows), folder / "pairs.png")
+        corner = "first input: at the left; second: above"
+        rows = [[corner, *pair.top], *([left, *row] for left, row in zip(pair.left, pair.rows, strict=True))]
+        save(sheet([""] * (1 + len(pair.top)), rows), folder / "pairs.png")
 
 
 def save(picture, file: Path) -> None:

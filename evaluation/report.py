@@ -57,6 +57,17 @@ class CaptionBlock:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A metric before and after stage 3, and whether its intervals are apart."""
+
+    table: str
+    metric: str
+    before: str
+    after: str
+    apart: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """All that the page shows; an empty part leaves its section out."""
 
@@ -134,18 +145,14 @@ def chart_rows(scores: Sequence[Score], table: str) -> dict:
     }
 
 
-def findings(scores: Sequence[Score]) -> list[str]:
-    """Before and after stage 3 in words: both values, and whether their intervals are apart."""
+def findings(scores: Sequence[Score]) -> list[Finding]:
+    """What stage 3 did to each metric."""
     lines = []
     for table in tables_of(scores):
         rows = dict(table_rows(scores, table))
-        before, after = rows.get(BEFORE_STAGE_3, {}), rows.get(AFTER_STAGE_3, {})
         for metric in COLUMNS[table]:
-            if metric not in before or metric not in after:
-                continue
-            apart = before[metric].high < after[metric].low or after[metric].high < before[metric].low
-            lines.append(
-                f"{METRICS[metric].split(' ')[0]} on {TITLES[table].lower()}: {before[metric].text()} before stage 3, "
-                f"{after[metric].text()} after; the intervals {'are apart' if apart else 'overlap'}."
-            )
+            before, after = (rows.get(name, {}).get(metric) for name in (BEFORE_STAGE_3, AFTER_STAGE_3))
+            if before is not None and after is not None:
+                apart = before.high < after.low or after.high < before.low
+                lines.append(Finding(TITLES[table], METRICS[metric], before.text(), after.text(), apart))
     return lines

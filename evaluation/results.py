@@ -141,11 +141,14 @@ def print_results(scores: Sequence[Score], console: Console) -> None:
     for table in tables_of(scores):
         rows = table_rows(scores, table)
         protocol = next(iter(rows[0][1].values())).protocol
-        printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)")
+        printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)", show_lines=True)
         printed.add_column("System", no_wrap=True)
         for metric in COLUMNS[table]:
             printed.add_column(METRICS[metric], justify="right", no_wrap=True)
-        printed.add_column("n", justify="right")
+        printed.add_column("n", justify="right", no_wrap=True)
         for system, found in rows:
-            printed.add_row(system, *cells(found, table), sizes(found))
+            # Value and interval on two lines: the table then fits a terminal of 80 columns.
+            printed.add_row(
+                system, *(cell.replace(" (", "\n").rstrip(")") for cell in cells(found, table)), sizes(found)
+            )
         console.print(printed)

@@ -124,6 +124,7 @@ class Evaluation:
             manifest,
             inputs_folder=table.dataset.folder,
             batch_size=self.config.batch_size,
+            label=f"{folder}: {system.name}",
         )
         return manifest
 

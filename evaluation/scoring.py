@@ -100,9 +100,9 @@ class Scorer:
                 torch.arange(len(compared)),
             )
             found = cosines.samples()
-            interval = mean_interval(
-                found, [image.unit for image, _ in compared], self.bootstrap.replicates, self.bootstrap.seed
-            )
+            units = [image.unit for image, _ in compared]
+            low, high = mean_interval(found, units, self.bootstrap.replicates, self.bootstrap.seed)
+            interval = (max(0.0, low), max(0.0, high))  # clamped as the mean is
             scores.append(self._score(system, metric, float(cosines.compute()), interval, len(compared)))
             samples += [
                 Sample(self.table, system, metric, image.unit, str(image.file), str(other), score)

@@ -12,15 +12,15 @@ INK, FAINT, PAPER, RULE = (28, 32, 38), (112, 118, 128), (255, 255, 255), (212, 
 
 
 def sheet(
-    columns: Sequence[str], rows: Sequence[Sequence[Path | Image.Image | None]], *, inputs: int = 1
+    columns: Sequence[str], rows: Sequence[Sequence[Path | Image.Image | str]], *, inputs: int = 1
 ) -> Image.Image:
     """Images in rows under column headers; the first `inputs` columns stand apart from the others.
 
     Args:
-        rows: as long as `columns`; None leaves a cell free.
+        rows: as long as `columns`; a text is written into its cell.
     """
     headers = [textwrap.wrap(text, CELL // LETTER) or [""] for text in columns]
-    head = max(map(len, headers)) * LINE + GAP
+    head = max(map(len, headers)) * LINE + GAP if any(columns) else 0
     lefts = [MARGIN + i * (CELL + GAP) + (DIVIDER if i >= inputs else 0) for i in range(len(columns))]
     page = Image.new("RGB", (lefts[-1] + CELL + MARGIN, MARGIN + head + len(rows) * (CELL + GAP) - GAP + MARGIN), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=FONT_SIZE)
@@ -34,8 +34,12 @@ def sheet(
         draw.line([(x, MARGIN), (x, page.height - MARGIN)], fill=RULE)
     for number, row in enumerate(rows):
         for left, cell in zip(lefts, row, strict=True):
-            if cell is not None:
-                page.paste(fit(cell), (left, MARGIN + head + number * (CELL + GAP)))
+            top = MARGIN + head + number * (CELL + GAP)
+            if isinstance(cell, str):
+                lines = "\n".join(textwrap.wrap(cell, CELL // LETTER))
+                draw.multiline_text((left, top + CELL / 2), lines, fill=INK, font=font, anchor="lm")
+            else:
+                page.paste(fit(cell), (left, top))
     return page
 
 
