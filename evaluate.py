@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 something missing or mistaken, 130 interrupted."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     if not given:
-        print(__doc__ + "\nWith --help and a file, all keys are listed.")
+        print((__doc__ or "") + "\nWith --help and a file, all keys are listed.")
         return 0 if arguments else 2
     if len(given) < len(arguments):
         print(describe_schema(EvaluationConfig))

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPTokenizerFast,
+    CLIPTokenizer,
     ResNetModel,
     ViTModel,
 )
@@ -30,7 +30,7 @@ class CLIPEncoder:
 
     def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
         self.model = load(CLIPModel, folder).to(device)
-        self.tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.preprocess = preprocessing(encoder.preprocessing, folder)
         self.device = device
 
@@ -90,7 +90,7 @@ def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device)
     return FEATURE_NETWORKS[encoder.network](encoder, folder, device)
 
 
-def load(kind: type, folder: Path, **options) -> nn.Module:
+def load(kind: type, folder: Path, **options) -> Any:
     """`kind.from_pretrained` in eval mode, refusing a folder that lacks some of the weights.
 
     Raises:

@@ -54,7 +54,8 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
                 height=sampling.image_size,
                 width=sampling.image_size,
                 generator=seeded(batch.seeds, len(batch.seeds), None, None),
-            ).images
+                return_dict=False,
+            )[0]
 
         return generate
 
@@ -123,7 +124,7 @@ def require_stage(name: str, folder: Path) -> None:
     file = folder / RUN_CONFIG
     if not file.is_file():
         return
-    stage = OmegaConf.load(file).get("stage")
+    stage = OmegaConf.select(OmegaConf.load(file), "stage")
     if stage != STAGES[name]:
         raise EvaluationError(
             f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."

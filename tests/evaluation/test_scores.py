@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import CLIPModel, CLIPProcessor, CLIPTokenizerFast, ResNetForImageClassification, ViTModel
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
 from evaluation.bootstrap import fid_interval, mean_interval
 from evaluation.config import Bootstrap
@@ -123,7 +123,7 @@ def test_clip_equals_transformers(encoders_folder: Path, dreambench_folder: Path
     folder, images = encoders_folder / "clip", pictures(dreambench_folder)
     encoder, model = CLIPEncoder(Encoder(str(folder)), folder, CPU), CLIPModel.from_pretrained(folder).eval()
     texts = ["a fish in the snow", "a dog " + "very " * 40 + "long"]
-    tokens = CLIPTokenizerFast.from_pretrained(folder)(
+    tokens = CLIPTokenizer.from_pretrained(folder)(
         texts, padding=True, truncation=True, max_length=tiny.QUERIES, return_tensors="pt"
     )
     processor = CLIPProcessor.from_pretrained(folder)
