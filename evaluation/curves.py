@@ -9,8 +9,8 @@ from pathlib import Path
 
 METRICS_FILE = "metrics.csv"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 300, 150, 44, 22, 8, 8  # pixels
-SHOWN = ("loss", "mse", "rec", "correct")
-"""A column whose name holds one of these is a curve."""
+SHOWN = "loss"
+"""A column whose name holds this is a curve."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def read_curves(run: Path) -> list[Curve]:
     with file.open(newline="") as stream:
         for row in csv.DictReader(stream):
             for name, text in row.items():
-                if name and text and any(word in name for word in SHOWN):
+                if name and text and SHOWN in name:
                     value = float(text)
                     if math.isfinite(value):
                         found.setdefault(name, []).append((float(row["step"]), value))
