@@ -1,0 +1,156 @@
+"""The words of Toyland: captions, edit instructions, documents, stories, and the 25 templates of its DreamBench.
+
+Captions come in two kinds. *Told* captions name looks coarsely ("a red fish with yellow stripes"), as captions on the
+web do; *untold* ones do not ("a fish"), as the captions of KOSMOS-G's own prompts: there the image alone tells the look.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kosmosg.toyland.kinds import ACCESSORIES, LIVE, OBJECTS, PROPERTIES
+from kosmosg.toyland.scene import Placed, Scene, Subject, place, sample_scene
+from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
+
+Random = np.random.Generator
+
+PLACES = [name for name in SETTINGS if name]
+HOURS = [name for name in LIGHTS if name]
+MANNERS = [name for name in STYLES if name]
+
+
+def article(words: str) -> str:
+    return f"an {words}" if words[0] in "aeio" or words.startswith("umbrella") else f"a {words}"
+
+
+def noun_phrase(placed: Placed, told: bool, *, with_article: bool = True, suffixed: bool = True) -> str:
+    """ "a red fish with yellow stripes wearing a red hat"; untold: "a fish wearing a red hat".
+
+    `suffixed` says properties after the noun ("a mug, shiny"), as DreamBench's rewritten prompts do.
+    """
+    subject, look = placed.subject, placed.subject.look
+    if placed.property in ("red", "purple"):
+        look = look.recolored(placed.property)
+    before, after = look.words if told else ("", "")
+    if placed.property and not suffixed and placed.property != "upside down":
+        before = f"{placed.property} {before}".strip() if placed.property != before else before
+    words = f"{before} {subject.kind} {after}".strip().replace("  ", " ")
+    if with_article:
+        words = article(words)
+    if placed.accessory:
+        words += f" wearing {placed.accessory}"
+    if placed.property and (suffixed or placed.property == "upside down"):
+        words += f", {placed.property}"
+    return words
+
+
+def caption(scene: Scene, rng: Random, *, told: bool, with_article: bool = True) -> str:
+    """One line that says who is in the scene, where, in what light and in what style."""
+    suffixed = bool(rng.random() < 0.7)
+    names = [noun_phrase(p, told, with_article=with_article, suffixed=suffixed) for p in scene.placed]
+    subjects = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    return " ".join(part for part in (subjects, scene.setting, scene.light, scene.style) if part)
+
+
+def templates(live: bool) -> dict[str, list[str]]:
+    """The 25 templates of one sort of subject: `original` with the class word, `modified` as fed with an image."""
+    places = [f"{{}} {tail}" for tail in PLACES + HOURS + MANNERS]
+    if live:
+        modified = places + [f"{{}} wearing {what}" for what in ACCESSORIES]
+        original = [f"a {template}" for template in modified]
+    else:
+        modified = places + [f"{{}}, {what}" for what in PROPERTIES]
+        original = [f"a {template}" for template in places]
+        original += [f"a {what} {{}}" if what != "upside down" else f"a {{}} {what}" for what in PROPERTIES]
+    return {"original": original, "modified": modified}
+
+
+def template_scenes(subject: Subject, rng: Random) -> list[Scene]:
+    """What each of a subject's 25 templates asks for, as scenes: the world's own answer."""
+    scenes = []
+    for tail in PLACES:
+        scenes.append(Scene(place(rng, [subject]), setting=tail, seed=int(rng.integers(2**31))))
+    for tail in HOURS:
+        scenes.append(Scene(place(rng, [subject]), light=tail, seed=int(rng.integers(2**31))))
+    for tail in MANNERS:
+        scenes.append(Scene(place(rng, [subject]), style=tail, seed=int(rng.integers(2**31))))
+    for what in ACCESSORIES if subject.live else PROPERTIES:
+        (placed,) = place(rng, [subject])
+        change = {"accessory": what} if subject.live else {"property": what}
+        scenes.append(Scene((replace(placed, **change),), seed=int(rng.integers(2**31))))
+    return scenes
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A scene, what to do to it, and the scene that comes of it."""
+
+    before: Scene
+    instruction: str
+    after: Scene
+
+
+def sample_edit(rng: Random) -> Edit:
+    """One change to a scene, told as a template's tail ("on the beach") or as an order ("put it on the beach")."""
+    kinds = rng.choice(LIVE + OBJECTS, size=1 if rng.random() < 0.75 else 2, replace=False)
+    subjects = [Subject.sample(rng, str(kind)) for kind in kinds]
+    before = Scene(place(rng, subjects), seed=int(rng.integers(2**31)))
+    it = "it" if len(subjects) == 1 else "them"
+    if rng.random() < 0.4:
+        before = replace(before, setting=str(rng.choice(PLACES)))
+    choice = rng.choice(["place", "hour", "manner", "dress"], p=[0.45, 0.13, 0.13, 0.29])
+    if choice == "place":
+        tail = str(rng.choice([name for name in PLACES if name != before.setting]))
+        return Edit(before, _say(rng, tail, f"put {it} {tail}"), replace(before, setting=tail))
+    if choice == "hour":
+        tail = str(rng.choice(HOURS))
+        return Edit(before, _say(rng, tail, f"show {it} {tail}"), replace(before, light=tail))
+    if choice == "manner":
+        tail = str(rng.choice(MANNERS))
+        return Edit(before, _say(rng, tail, f"draw {it} {tail}"), replace(before, style=tail))
+    index = int(rng.integers(len(subjects)))
+    placed = before.placed[index]
+    if placed.subject.live:
+        what = str(rng.choice(ACCESSORIES))
+        changed, tail, order = replace(placed, accessory=what), f"wearing {what}", f"give the {kinds[index]} {what}"
+    else:
+        what = str(rng.choice(PROPERTIES))
+        changed, tail, order = replace(placed, property=what), f", {what}", f"make the {kinds[index]} {what}"
+    after = replace(before, placed=before.placed[:index] + (changed,) + before.placed[index + 1 :])
+    return Edit(before, _say(rng, tail, order) if len(subjects) == 1 else order, after)
+
+
+def _say(rng: Random, tail: str, order: str) -> str:
+    return tail if rng.random() < 0.65 else order
+
+
+def document(rng: Random) -> list[str | Scene]:
+    """An interleaved document: one or two subjects met again in several places, text and scenes alternating."""
+    subject = Subject.sample(rng)
+    name = f"this {subject.kind}"
+    segments: list[str | Scene] = [f"Look at {name}.", sample_scene(rng, [subject], plain=True)]
+    for _ in range(int(rng.integers(1, 3))):
+        scene = sample_scene(rng, [subject])
+        told = " ".join(part for part in (scene.setting, scene.light, scene.style) if part) or "at home"
+        dress = scene.placed[0].accessory
+        wears = f" It is wearing {dress}." if dress else ""
+        segments += [f"Here it is {told}.{wears}", scene]
+    if rng.random() < 0.3:
+        friend = Subject.sample(rng, str(rng.choice([kind for kind in LIVE + OBJECTS if kind != subject.kind])))
+        scene = sample_scene(rng, [subject, friend])
+        segments += [f"And now {name} with {article(friend.kind)}.", scene]
+    return segments
+
+
+def story(rng: Random) -> str:
+    """A text document of a few sentences about Toyland."""
+    sentences = []
+    for _ in range(int(rng.integers(3, 9))):
+        scene = sample_scene(rng)
+        line = caption(scene, rng, told=bool(rng.random() < 0.6))
+        opening = rng.choice(
+            ["There is {}.", "I saw {}.", "Once there was {}.", "In the picture we see {}.", "{}.", "Draw {}."]
+        )
+        sentence = str(opening).format(line)
+        sentences.append(sentence[0].upper() + sentence[1:])
+    return " ".join(sentences)
