@@ -1,0 +1,126 @@
+"""python -m kosmosg.toyland.parts [key=value …]: train what is missing, in order, and write kosmosg/toyland/weights/."""
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer, ViTImageProcessorPil
+
+from kosmosg.config import load_config
+from kosmosg.toyland.parts import autoencoder, clip, diffusion, judges, words
+from kosmosg.toyland.parts.pool import draw_pairs, draw_pool
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+@dataclass
+class Schedule:
+    steps: int
+    """Optimiser steps."""
+    batch_size: int
+    """Pictures (for dino: pairs of pictures) per step."""
+    lr: float
+    """Peak learning rate."""
+
+
+@dataclass
+class Recipe:
+    output: str = str(WEIGHTS)
+    """Where the parts are written; a part that is there is not trained again."""
+    work: str = "data/toyland/parts"
+    """Where the drawn pictures are kept."""
+    only: list[str] = field(default_factory=lambda: ["tokenizer", "vae", "clip", "dino", "fid", "unet"])
+    """Parts to see to; unet needs vae and clip."""
+    pictures: int = 24_000
+    """Scenes in the pool."""
+    pairs: int = 8_000
+    """Subjects drawn twice, for dino."""
+    told: float = 0.8
+    """Share of captions that name looks in words; without them the U-Net has no direction in which looks can be steered."""
+    vocabulary: int = 460
+    """Most entries that either tokenizer may have."""
+    threads: int = 0
+    """Threads to compute with; 0 takes all cores."""
+    seed: int = 0
+    vae: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch_size=16, lr=2e-3))
+    clip: Schedule = field(default_factory=lambda: Schedule(steps=900, batch_size=128, lr=1e-3))
+    dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
+    fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))
+    unet: Schedule = field(default_factory=lambda: Schedule(steps=3600, batch_size=64, lr=1.5e-3))
+
+    def __post_init__(self):
+        if unknown := set(self.only) - {"tokenizer", "vae", "clip", "dino", "fid", "unet"}:
+            raise ValueError(f"only={sorted(unknown)} is unknown; allowed: tokenizer, vae, clip, dino, fid, unet")
+
+
+def main(arguments: list[str]) -> None:
+    recipe = load_config(arguments, Recipe)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    output, work = Path(recipe.output), Path(recipe.work)
+    diffusion_folder = output / "stable-diffusion"
+
+    def missing(part: str, folder: Path) -> bool:
+        return part in recipe.only and not folder.exists()
+
+    def pool():
+        return draw_pool(work, recipe.pictures, recipe.seed, recipe.told)
+
+    def options(part: str) -> dict:
+        schedule = getattr(recipe, part)
+        return {"steps": schedule.steps, "batch_size": schedule.batch_size, "lr": schedule.lr, "seed": recipe.seed}
+
+    if missing("tokenizer", output / "tokenizer"):
+        words.train_prompt_tokenizer(output / "tokenizer", words.sentences(8000, recipe.seed), recipe.vocabulary)
+    if missing("vae", diffusion_folder / "vae"):
+        write(autoencoder.train_autoencoder(pool(), **options("vae")), diffusion_folder / "vae")
+    if missing("clip", output / "clip"):
+        tokenizer = words.train_clip_tokenizer(words.sentences(8000, recipe.seed), recipe.vocabulary, length=32)
+        model = clip.train_clip(pool(), tokenizer, **options("clip"))
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64)
+        write(model, output / "clip", tokenizer, processor)
+    if missing("dino", output / "dino"):
+        pairs = draw_pairs(work, recipe.pairs, recipe.seed)
+        processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
+        write(judges.train_dino(pairs, **options("dino")), output / "dino", processor)
+    if missing("fid", output / "fid"):
+        processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
+        write(judges.train_fid_network(pool(), **options("fid")), output / "fid", processor)
+    if missing("unet", diffusion_folder / "unet"):
+        vae = AutoencoderKL.from_pretrained(diffusion_folder / "vae", torch_dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(output / "clip")
+        text = CLIPModel.from_pretrained(output / "clip", dtype=torch.float32).text_model
+        text_encoder = CLIPTextModel(text.config)
+        text_encoder.load_state_dict(text.state_dict())
+        text_encoder.eval()
+        unet = diffusion.train_unet(pool(), vae, text_encoder, tokenizer, **options("unet"))
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=DDPMScheduler.from_config(diffusion.scheduler().config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        write(pipeline, diffusion_folder)
+
+
+def write(model, folder: Path, *companions) -> None:
+    """Save in half precision beside, then move into place."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for thing in (model.to(torch.float16), *companions):
+        thing.save_pretrained(partial)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(partial, folder, dirs_exist_ok=True)
+    shutil.rmtree(partial)
+    print(f"wrote {folder}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,64 @@
+"""The VAE in miniature: 64 px to 8×8 latents of eight channels, a factor of eight as Stable Diffusion's."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from kosmosg.toyland.parts.pool import Pool, pixels
+from kosmosg.toyland.parts.training import fit
+
+KL_WEIGHT = 2e-3
+EDGE_WEIGHT = 1.0
+
+
+def build_autoencoder() -> AutoencoderKL:
+    blocks = (16, 32, 64, 64)
+    return AutoencoderKL(
+        sample_size=64,
+        latent_channels=8,
+        block_out_channels=blocks,
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+
+
+def edges(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels: an L1 on them keeps outlines sharp, which plain L1 blurs."""
+    return images[..., 1:, :] - images[..., :-1, :], images[..., :, 1:] - images[..., :, :-1]
+
+
+def train_autoencoder(pool: Pool, *, steps: int, batch_size: int, lr: float, seed: int) -> AutoencoderKL:
+    """L1 on pixels and on edges, with a light pull of the latents towards a unit normal."""
+    torch.manual_seed(seed)
+    vae = build_autoencoder()
+    draws = torch.Generator().manual_seed(seed)
+
+    def loss(step: int):
+        images = pixels(pool.images[torch.randint(len(pool), (batch_size,), generator=draws)])
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.quant_conv(vae.encoder(images)).float()
+            mean, logvar = moments.chunk(2, dim=1)
+            logvar = logvar.clamp(-30, 20)
+            latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
+            output = vae.decoder(vae.post_quant_conv(latents)).float()
+        pixel = F.l1_loss(output, images)
+        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        error = (output.detach() - images).square().mean() / 4  # in units of the full range
+        psnr = -10 * torch.log10(error)
+        return pixel + EDGE_WEIGHT * edge + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
+
+    fit("vae", [vae], loss, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
+    spread = torch.cat([moments(vae, pool, start)[0] for start in range(0, 1024, 128)]).std()
+    vae.register_to_config(scaling_factor=round(float(1 / spread), 5))
+    return vae
+
+
+@torch.no_grad()
+def moments(vae: AutoencoderKL, pool: Pool, start: int, count: int = 128) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the posterior of some of the pool's pictures."""
+    posterior = vae.encode(pixels(pool.images[start : start + count])).latent_dist
+    return posterior.mean, posterior.std
