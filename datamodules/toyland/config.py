@@ -1,0 +1,127 @@
+"""How much of Toyland is written, and what its samples are like; values in configs/toyland/data.yaml."""
+
+from dataclasses import dataclass, field
+
+
+def _check(owner: str, values: dict[str, int | float], *, least: int = 0, most: float | None = None) -> None:
+    for name, value in values.items():
+        if value < least or (most is not None and value > most):
+            allowed = f"at least {least}" if most is None else f"in {least} … {most:g}"
+            raise ValueError(f"{owner}{name}={value} must be {allowed}.")
+
+
+@dataclass
+class Shards:
+    """One kind of sample."""
+
+    train: int = 1000
+    """Samples to train on."""
+    val: int = 256
+    """Held-out samples, of other subjects."""
+
+    def __post_init__(self):
+        _check(f"{type(self).__name__.lower()}.", {"train": self.train, "val": self.val}, least=1)
+
+
+@dataclass
+class Text(Shards):
+    """Stories of a few sentences."""
+
+
+@dataclass
+class Captions(Shards):
+    """Images with their captions."""
+
+    told: float = 0.5
+    """Share of captions that name looks in words (0 … 1)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check("captions.", {"told": self.told}, most=1)
+
+
+@dataclass
+class Interleaved(Shards):
+    """Documents of texts and images."""
+
+
+@dataclass
+class Constructed(Shards):
+    """Captions with the crops of their entities, and the scene as target."""
+
+    with_article: float = 0.5
+    """Share of captions that begin "a cat", the others begin "cat", as DreamBench's prompts do (0 … 1)."""
+    other_render: float = 0.5
+    """Probability that an entity's crops come from another picture of the same subject (0 … 1)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check("constructed.", {"with_article": self.with_article, "other_render": self.other_render}, most=1)
+
+
+@dataclass
+class Edit(Shards):
+    """Pictures, instructions, edited pictures."""
+
+
+@dataclass
+class DreamBench:
+    """Held-out subjects for the evaluation."""
+
+    objects: int = 21
+    """Subjects that are things."""
+    live: int = 9
+    """Subjects that are animals."""
+    images: int = 4
+    """Pictures of each subject; the first is the one that models are given."""
+
+    def __post_init__(self):
+        _check("dreambench.", {"objects": self.objects, "live": self.live})
+        _check("dreambench.", {"images": self.images}, least=1)
+        if self.objects + self.live < 1:
+            raise ValueError("dreambench.objects=0 and dreambench.live=0 leave no subject.")
+
+
+@dataclass
+class Coco:
+    """Fresh scenes with one caption each for the evaluation."""
+
+    images: int = 2000
+    """Images; every other one has a caption that names looks."""
+
+    def __post_init__(self):
+        _check("coco.", {"images": self.images}, least=2)
+
+
+@dataclass
+class ToylandData:
+    """Everything that `python -m datamodules.toyland` writes."""
+
+    output: str = "data/toyland"
+    """Folder for shards/, dreambench/ and coco/."""
+    seed: int = 0
+    """Of all subjects, scenes and words."""
+    processes: int | None = None
+    """Processes that draw; null takes one for each CPU core. The data do not depend on it."""
+    samples_per_shard: int = 1000
+    """Samples in one tar file."""
+    text: Text = field(default_factory=lambda: Text(train=6000))
+    """Text corpus."""
+    captions: Captions = field(default_factory=lambda: Captions(train=7000))
+    """Image-caption pairs."""
+    interleaved: Interleaved = field(default_factory=lambda: Interleaved(train=1500))
+    """Interleaved documents."""
+    constructed: Constructed = field(default_factory=lambda: Constructed(train=8000))
+    """Composition samples (paper Fig. 4)."""
+    edit: Edit = field(default_factory=lambda: Edit(train=6000))
+    """Edit samples (InstructPix2Pix's counterpart)."""
+    dreambench: DreamBench = field(default_factory=DreamBench)
+    """Held-out subjects."""
+    coco: Coco = field(default_factory=Coco)
+    """Held-out scenes."""
+
+    def __post_init__(self):
+        _check("", {"seed": self.seed})
+        _check("", {"samples_per_shard": self.samples_per_shard}, least=1)
+        if self.processes is not None:
+            _check("", {"processes": self.processes}, least=1)
