@@ -45,7 +45,7 @@ class Recipe:
     threads: int = 0
     """Threads to compute with; 0 takes all cores."""
     seed: int = 0
-    vae: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch_size=16, lr=2e-3))
+    vae: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch_size=16, lr=2e-3))
     clip: Schedule = field(default_factory=lambda: Schedule(steps=900, batch_size=128, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))

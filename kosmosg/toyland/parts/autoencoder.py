@@ -8,8 +8,8 @@ from torch import Tensor
 from kosmosg.toyland.parts.pool import Pool, pixels
 from kosmosg.toyland.parts.training import fit
 
-KL_WEIGHT = 2e-3
-EDGE_WEIGHT = 1.0
+KL_WEIGHT = 1e-3
+EDGE_WEIGHT = 0.15
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -47,9 +47,9 @@ def train_autoencoder(pool: Pool, *, steps: int, batch_size: int, lr: float, see
         pixel = F.l1_loss(output, images)
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        error = (output.detach() - images).square().mean() / 4  # in units of the full range
-        psnr = -10 * torch.log10(error)
-        return pixel + EDGE_WEIGHT * edge + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
+        error = (output - images).square().mean()
+        psnr = 10 * torch.log10(4 / error.detach())  # the range is 2 wide
+        return pixel + 2 * error + EDGE_WEIGHT * edge + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
 
     fit("vae", [vae], loss, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
     spread = torch.cat([moments(vae, pool, start)[0] for start in range(0, 1024, 128)]).std()
