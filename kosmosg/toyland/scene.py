@@ -13,7 +13,7 @@ from kosmosg.toyland.looks import Look, sample_look
 from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
 from kosmosg.toyland.shapes import Canvas
 
-SIZE = 64
+SIZE = 32
 """Side of a Toyland picture in pixels."""
 
 

@@ -198,18 +198,19 @@ def _sketch(p: np.ndarray, rng: Random) -> np.ndarray:
     g = np.pad(p, ((1, 1), (1, 1), (0, 0)), mode="edge")
     edges = np.abs(g[2:, 1:-1] - g[:-2, 1:-1]).max(-1) + np.abs(g[1:-1, 2:] - g[1:-1, :-2]).max(-1)
     wash = 0.72 + 0.28 * (0.5 * p + 0.5 * _gray(p)[..., None])
-    return wash * (1 - 0.85 * np.clip(edges * 1.6, 0, 1))[..., None]
+    strength = 0.5 + p.shape[0] / 128  # a coarser picture has steeper edges
+    return wash * (1 - 0.8 * np.clip((edges - 0.12) * strength, 0, 1))[..., None]
 
 
 def _mosaic(p: np.ndarray, rng: Random) -> np.ndarray:
-    """Square tiles, twelve or so across, with pale joints."""
+    """Square tiles, ten or so across, with pale joints."""
     size = p.shape[0]
-    tile = max(size // 13, 2)
+    tile = max(size // 10, 3)
     index = np.minimum((np.arange(size) // tile) * tile + tile // 2, size - 1)
     tiles = p[index][:, index].copy()
     joint = (np.arange(size) % tile) == 0
-    tiles[joint] = 0.65 * tiles[joint] + 0.35 * 0.9
-    tiles[:, joint] = 0.65 * tiles[:, joint] + 0.35 * 0.9
+    tiles[joint] = 0.6 * tiles[joint] + 0.4 * 0.95
+    tiles[:, joint] = 0.6 * tiles[:, joint] + 0.4 * 0.95
     return tiles
 
 

@@ -12,6 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTo
 from kosmosg.config import load_config
 from kosmosg.toyland.parts import autoencoder, clip, diffusion, judges, words
 from kosmosg.toyland.parts.pool import draw_pairs, draw_pool
+from kosmosg.toyland.scene import SIZE
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -45,11 +46,11 @@ class Recipe:
     threads: int = 0
     """Threads to compute with; 0 takes all cores."""
     seed: int = 0
-    vae: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch_size=16, lr=2e-3))
-    clip: Schedule = field(default_factory=lambda: Schedule(steps=900, batch_size=128, lr=1e-3))
+    vae: Schedule = field(default_factory=lambda: Schedule(steps=3600, batch_size=16, lr=3e-3))
+    clip: Schedule = field(default_factory=lambda: Schedule(steps=700, batch_size=128, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))
-    unet: Schedule = field(default_factory=lambda: Schedule(steps=3600, batch_size=64, lr=1.5e-3))
+    unet: Schedule = field(default_factory=lambda: Schedule(steps=2600, batch_size=64, lr=1.5e-3))
 
     def __post_init__(self):
         if unknown := set(self.only) - {"tokenizer", "vae", "clip", "dino", "fid", "unet"}:
@@ -80,14 +81,14 @@ def main(arguments: list[str]) -> None:
     if missing("clip", output / "clip"):
         tokenizer = words.train_clip_tokenizer(words.sentences(8000, recipe.seed), recipe.vocabulary, length=32)
         model = clip.train_clip(pool(), tokenizer, **options("clip"))
-        processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
         write(model, output / "clip", tokenizer, processor)
     if missing("dino", output / "dino"):
         pairs = draw_pairs(work, recipe.pairs, recipe.seed)
-        processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
+        processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
         write(judges.train_dino(pairs, **options("dino")), output / "dino", processor)
     if missing("fid", output / "fid"):
-        processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
+        processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
         write(judges.train_fid_network(pool(), **options("fid")), output / "fid", processor)
     if missing("unet", diffusion_folder / "unet"):
         vae = AutoencoderKL.from_pretrained(diffusion_folder / "vae", torch_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The VAE in miniature: 64 px to 8×8 latents of eight channels, a factor of eight as Stable Diffusion's."""
+"""The VAE in miniature: 32 px to 8×8 latents of six channels."""
 
 import torch
 import torch.nn.functional as F
@@ -7,16 +7,17 @@ from torch import Tensor
 
 from kosmosg.toyland.parts.pool import Pool, pixels
 from kosmosg.toyland.parts.training import fit
+from kosmosg.toyland.scene import SIZE
 
 KL_WEIGHT = 1e-3
 EDGE_WEIGHT = 0.15
 
 
 def build_autoencoder() -> AutoencoderKL:
-    blocks = (16, 32, 64, 64)
+    blocks = (32, 64, 64)
     return AutoencoderKL(
-        sample_size=64,
-        latent_channels=8,
+        sample_size=SIZE,
+        latent_channels=6,
         block_out_channels=blocks,
         down_block_types=("DownEncoderBlock2D",) * len(blocks),
         up_block_types=("UpDecoderBlock2D",) * len(blocks),

@@ -6,6 +6,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from kosmosg.toyland.parts.pool import Pool
 from kosmosg.toyland.parts.training import fit
+from kosmosg.toyland.scene import SIZE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,8 +26,8 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         pad_token_id=tokenizer.eos_token_id,
     )
     vision = CLIPVisionConfig(
-        image_size=64,
-        patch_size=8,
+        image_size=SIZE,
+        patch_size=SIZE // 8,
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=3,

@@ -68,5 +68,5 @@ def train_unet(
             condition = text_encoder(input_ids=torch.where(dropped[:, None], null, ids[rows])).last_hidden_state
         return F.mse_loss(unet(noisy, timesteps, condition).sample, noise), {}
 
-    fit("unet", [unet], loss, steps=steps, lr=lr, average=0.999)
+    fit("unet", [unet], loss, steps=steps, lr=lr, average=0.998)
     return unet

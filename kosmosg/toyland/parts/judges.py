@@ -7,6 +7,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 
 from kosmosg.toyland.parts.pool import LABELS, Pool, pixels
 from kosmosg.toyland.parts.training import fit
+from kosmosg.toyland.scene import SIZE
 
 TEMPERATURE = 0.1
 
@@ -19,8 +20,8 @@ def train_dino(pairs: Tensor, *, steps: int, batch_size: int, lr: float, seed: i
     """
     torch.manual_seed(seed)
     sizes = ViTConfig(
-        image_size=64,
-        patch_size=8,
+        image_size=SIZE,
+        patch_size=SIZE // 8,
         hidden_size=96,
         intermediate_size=384,
         num_hidden_layers=3,
