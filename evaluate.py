@@ -9,6 +9,10 @@ one goes on where it was.
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
 """
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
+
 import sys
 from collections.abc import Sequence
 

@@ -8,6 +8,10 @@ checkpoints, logs, pictures and the finished model. The same command goes on wit
     torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml trainer.devices=8 trainer.strategy=fsdp2
 """
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field

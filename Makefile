@@ -1,0 +1,60 @@
+# Two commands on a fresh machine with Python and make:
+#   make toyland   set up, then the whole paper in miniature: data, three stages, evaluation, report
+#   make test      set up, then the tests
+# Both reuse what stands; stopped with Ctrl-C and started again they go on where they were.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python
+STAMP := .venv/.installed
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup test toyland toyland-short toyland-parts lint clean-toyland
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup          virtual environment in .venv with the pinned packages"
+	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones)"
+	@echo "make toyland        set up and run the whole paper in miniature: about 20 minutes on two cores"
+	@echo "make toyland-short  the same in a few steps, to see that everything runs"
+	@echo "make toyland-parts  train the miniature's CLIP, VAE, U-Net, DINO and FID network anew"
+	@echo "make lint           ruff"
+	@echo "make clean-toyland  remove Toyland's data and runs"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+test: setup
+	$(RUN) -m pytest $(if $(filter 0,$(SLOW)),,--slow)
+
+toyland: export HF_HUB_OFFLINE := 1
+toyland: setup
+	$(RUN) -m datamodules.toyland
+	$(RUN) train.py configs/toyland/language_modelling.yaml
+	$(RUN) train.py configs/toyland/alignment.yaml
+	$(RUN) train.py configs/toyland/instruction_tuning.yaml
+	$(RUN) evaluate.py configs/toyland/evaluation.yaml
+
+toyland-short: export HF_HUB_OFFLINE := 1
+toyland-short: export TOYLAND_DATA := data/toyland-short
+toyland-short: export TOYLAND_RUNS := runs/toyland-short
+toyland-short: setup
+	$(RUN) -m datamodules.toyland configs/toyland/data_short.yaml
+	$(RUN) train.py configs/toyland/language_modelling.yaml configs/toyland/short.yaml
+	$(RUN) train.py configs/toyland/alignment.yaml configs/toyland/short.yaml
+	$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/short.yaml
+	$(RUN) evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
+
+toyland-parts: setup
+	$(RUN) -m kosmosg.toyland.parts
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean-toyland:
+	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-short
