@@ -315,7 +315,7 @@ OBJECTS = tuple(name for name, kind in KINDS.items() if not kind.live)
 
 
 def _wear(b: Brush, anchors: Anchors, what: str) -> None:
-    u, v, (x, y), w = b.u, b.v, anchors.head, max(anchors.width, 0.3)
+    u, v, (x, _y), w = b.u, b.v, anchors.head, max(anchors.width, 0.3)
     top = anchors.top
     if what == "a red hat":
         b.plain(np.maximum(ellipse(u, v, x, top + 0.06, w * 0.85, w * 0.8), v - top - 0.06), (0.86, 0.1, 0.12))

@@ -1,7 +1,7 @@
 """The words of Toyland: captions, edit instructions, documents, stories, and the 25 templates of its DreamBench.
 
 Captions come in two kinds. *Told* captions name looks coarsely ("a red fish with yellow stripes"), as captions on the
-web do; *untold* ones do not ("a fish"), as the captions of KOSMOS-G's own prompts: there the image alone tells the look.
+web do; *untold* ones do not ("a fish"), as the captions of KOSMOS-G's own prompts: there only the image tells the look.
 """
 
 from dataclasses import dataclass, replace
@@ -116,7 +116,7 @@ def sample_edit(rng: Random) -> Edit:
     else:
         what = str(rng.choice(PROPERTIES))
         changed, tail, order = replace(placed, property=what), f", {what}", f"make the {kinds[index]} {what}"
-    after = replace(before, placed=before.placed[:index] + (changed,) + before.placed[index + 1 :])
+    after = replace(before, placed=(*before.placed[:index], changed, *before.placed[index + 1 :]))
     return Edit(before, _say(rng, tail, order) if len(subjects) == 1 else order, after)
 
 

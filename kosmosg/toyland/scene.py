@@ -177,7 +177,7 @@ def crop(rendered: Rendered, index: int, *, white: bool, size: int = SIZE, margi
         return None
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    side = int(round(max(bottom - top, right - left) * (1 + 2 * margin)))
+    side = round(max(bottom - top, right - left) * (1 + 2 * margin))
     y0, x0 = (top + bottom - side) // 2, (left + right - side) // 2
     pixels = np.asarray(rendered.image)
     if white:

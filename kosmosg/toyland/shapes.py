@@ -1,7 +1,7 @@
 """Signed distances of the few shapes that Toyland is drawn from, and a canvas that paints them with smooth edges.
 
-A distance is negative inside, in the units of the coordinates it is given. Edges are antialiased analytically (one pixel
-wide), so that a scene renders at any size without supersampling and its masks are exact.
+A distance is negative inside, in the units of the coordinates it is given. Edges are antialiased analytically (one
+pixel wide), so that a scene renders at any size without supersampling and its masks are exact.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""python -m kosmosg.toyland.parts [key=value …]: train what is missing, in order, and write kosmosg/toyland/weights/."""
+"""python -m kosmosg.toyland.parts [key=value …]: train what is missing and write kosmosg/toyland/weights/."""
 
 import shutil
 import sys
@@ -40,7 +40,7 @@ class Recipe:
     pairs: int = 8_000
     """Subjects drawn twice, for dino."""
     told: float = 0.8
-    """Share of captions that name looks in words; without them the U-Net has no direction in which looks can be steered."""
+    """Share of captions that name looks in words: without them the U-Net has no direction to steer looks in."""
     vocabulary: int = 460
     """Most entries that either tokenizer may have."""
     threads: int = 0

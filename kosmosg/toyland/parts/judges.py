@@ -15,8 +15,8 @@ TEMPERATURE = 0.1
 def train_dino(pairs: Tensor, *, steps: int, batch_size: int, lr: float, seed: int) -> ViTModel:
     """Self-supervised: two pictures of one subject, elsewhere and in another pose, are nearer than any other two.
 
-    DINO proper reaches this by self-distillation over crops; a contrastive loss on the same CLS output needs a hundredth
-    of the steps. What counts for the metric is kept: no class labels, so two cats of one batch are told apart.
+    DINO proper reaches this by self-distillation over crops; a contrastive loss on the same CLS output needs far fewer
+    steps. What counts for the metric is kept: no class labels, so two cats of one batch are told apart.
     """
     torch.manual_seed(seed)
     sizes = ViTConfig(
@@ -61,7 +61,9 @@ def train_fid_network(pool: Pool, *, steps: int, batch_size: int, lr: float, see
         id2label=dict(enumerate(f"{group}: {name or 'plain'}" for group, names in LABELS.items() for name in names)),
     )
     network = ResNetForImageClassification(config)
-    tints = nn.Linear(config.hidden_sizes[-1], pool.tints.shape[1])  # dropped afterwards: it makes the feature see colour
+    tints = nn.Linear(
+        config.hidden_sizes[-1], pool.tints.shape[1]
+    )  # dropped afterwards: it makes the feature see colour
     draws = torch.Generator().manual_seed(seed)
 
     def loss(step: int):

@@ -19,7 +19,13 @@ from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
 PARTS_STREAM = 0x9A27
 """Keeps the parts' subjects apart from those of any data set, whose seeds are drawn elsewhere."""
 
-LABELS = {"kind": list(KINDS), "setting": list(SETTINGS), "light": list(LIGHTS), "style": list(STYLES), "pattern": list(PATTERNS)}
+LABELS = {
+    "kind": list(KINDS),
+    "setting": list(SETTINGS),
+    "light": list(LIGHTS),
+    "style": list(STYLES),
+    "pattern": list(PATTERNS),
+}
 
 
 @dataclass

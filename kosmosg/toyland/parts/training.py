@@ -1,4 +1,4 @@
-"""The loop that all parts share: AdamW, one warm-up and one long cosine to zero, averaged weights, progress with time left."""
+"""The loop that all parts share: AdamW, a warm-up and a long cosine to zero, averaged weights, time left."""
 
 import math
 import time
@@ -22,7 +22,7 @@ def fit(
     """Train `modules` in place on `loss(step) -> (scalar, figures to print)`.
 
     Args:
-        average: decay of an exponential moving average of the weights, which replaces them at the end; 0 keeps the last.
+        average: decay of a moving average of the weights, which replaces them at the end; 0 keeps the last.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
