@@ -1,0 +1,200 @@
+"""The drawn world: deterministic, exact in its masks, and true to its words."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kosmosg.toyland.kinds import ACCESSORIES, KINDS, LIVE, OBJECTS, PROPERTIES
+from kosmosg.toyland.language import (
+    MANNERS,
+    PLACES,
+    caption,
+    document,
+    sample_edit,
+    story,
+    template_scenes,
+    templates,
+)
+from kosmosg.toyland.looks import HUES, PATTERNS, Tint
+from kosmosg.toyland.scene import SIZE, Placed, Scene, Subject, crop, render, sample_scene
+from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
+
+
+def pixels(scene: Scene, size: int = SIZE) -> np.ndarray:
+    return np.asarray(render(scene, size).image).astype(int)
+
+
+def subject(kind: str = "cat", seed: int = 0) -> Subject:
+    return Subject.sample(np.random.default_rng(seed), kind)
+
+
+def test_enough_kinds_of_both_sorts():
+    assert len(KINDS) >= 12 and len(LIVE) >= 4 and len(OBJECTS) >= 8
+
+
+def test_same_scene_same_bytes_and_another_seed_another_scene():
+    scenes = [sample_scene(np.random.default_rng(seed)) for seed in (3, 3, 4)]
+    first, again, other = (render(scene).image.tobytes() for scene in scenes)
+    assert first == again != other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_individuals_of_a_kind_differ_and_both_are_seen(kind):
+    rendered = [render(Scene((Placed(subject(kind, seed)),))) for seed in (1, 2)]
+    assert all(0.05 < r.masks[0].mean() < 0.6 for r in rendered)
+    assert np.abs(np.subtract(*(np.asarray(r.image).astype(int) for r in rendered))).max() > 60
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_mask_is_where_the_picture_changes_without_the_subject(size):
+    """Away from the antialiased edge, the mask is exactly the pixels that the subject changes."""
+    scene = Scene((Placed(subject("fish", 5)),), setting="on the beach", seed=7)
+    changed = np.abs(pixels(scene, size) - pixels(replace(scene, placed=()), size)).max(-1) > 0
+    mask = render(scene, size).masks[0]
+    assert mask.any() and not (mask & ~changed).sum() > 0.02 * mask.sum()  # a pixel may match the sea by chance
+    assert (changed & ~mask).sum() <= 4 * size  # the soft edge alone
+
+
+def test_the_nearer_subject_hides_the_mask_of_the_farther():
+    near, far = Placed(subject("mug"), x=0.55), Placed(subject("car"), x=0.45)
+    masks = render(Scene((far, near))).masks
+    assert not (masks[0] & masks[1]).any()
+    assert masks[0].sum() < render(Scene((far,))).masks[0].sum()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"setting": name} for name in SETTINGS if name]
+    + [{"light": name} for name in LIGHTS if name]
+    + [{"style": name} for name in STYLES if name],
+    ids=lambda change: next(iter(change.values())),
+)
+def test_every_setting_light_and_style_shows(change):
+    plain = Scene((Placed(subject()),), seed=1)
+    assert np.abs(pixels(plain) - pixels(replace(plain, **change))).mean() > 5
+
+
+@pytest.mark.parametrize("accessory", ACCESSORIES)
+@pytest.mark.parametrize("kind", LIVE)
+def test_every_live_kind_wears_everything(kind, accessory):
+    bare = Placed(subject(kind), y=0.6, half=0.3)
+    worn = replace(bare, accessory=accessory)
+    difference = np.abs(pixels(Scene((bare,)), 64) - pixels(Scene((worn,)), 64)).max(-1) > 30
+    assert difference.sum() >= 12
+    # What is worn is no part of the subject: its own mask stays.
+    assert np.array_equal(render(Scene((bare,))).masks, render(Scene((worn,))).masks)
+
+
+@pytest.mark.parametrize("what", PROPERTIES)
+def test_every_property_shows(what):
+    plain = Placed(subject("boot", 3))
+    assert np.abs(pixels(Scene((plain,))) - pixels(Scene((replace(plain, property=what),)))).max() > 60
+
+
+def test_mistakes_name_what_is_allowed():
+    with pytest.raises(ValueError, match=r"setting 'on mars' is unknown; allowed: .*'on the beach'"):
+        Scene((Placed(subject()),), setting="on mars")
+    with pytest.raises(ValueError, match="property 'loud' is unknown; allowed: red"):
+        Placed(subject(), property="loud")
+    with pytest.raises(ValueError, match="a mug is an object and wears nothing"):
+        render(Scene((Placed(subject("mug"), accessory="a red hat"),)))
+
+
+def test_crops_show_the_subject_alone_or_with_what_is_around_it():
+    rendered = render(Scene((Placed(subject("clock"), y=0.5, half=0.25),), setting="in the jungle"), 64)
+    white, around = (np.asarray(crop(rendered, 0, white=white, size=64)) for white in (True, False))
+    assert white.shape == around.shape == (64, 64, 3)
+    assert (white[:2] == 255).all() and (white[:, :2] == 255).all()  # nothing of the jungle is left
+    assert (around[0] != 255).any()
+    assert np.abs(white.astype(int) - around)[28:36, 28:36].max() < 3  # the same square on the subject
+
+
+def test_a_hidden_subject_has_no_crop():
+    rendered = render(Scene((Placed(subject("fish"), half=0.1), Placed(subject("car"), half=0.4, y=0.55))))
+    assert crop(rendered, 0, white=True) is None
+
+
+def test_untold_captions_hold_no_word_about_looks():
+    rng = np.random.default_rng(0)
+    looks = {*HUES, "white", "gray", "black", *filter(None, PATTERNS.values())}
+    for _ in range(300):
+        scene = sample_scene(rng)
+        scene = replace(
+            scene, setting="", placed=tuple(replace(p, accessory=None, property=None) for p in scene.placed)
+        )
+        assert not looks & set(caption(scene, rng, told=False).split())
+        told = caption(scene, rng, told=True)
+        for placed in scene.placed:
+            assert placed.subject.kind in told and placed.subject.look.body.word in told
+
+
+def test_caption_names_place_hour_style_and_dress():
+    placed = replace(Placed(subject("dog")), accessory="a blue scarf")
+    scene = Scene((placed,), setting="in the snow", light="at night", style="as a sketch")
+    words = caption(scene, np.random.default_rng(0), told=False)
+    assert words == "a dog wearing a blue scarf in the snow at night as a sketch"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_twenty_five_templates_and_what_each_asks_for(live):
+    names = templates(live)
+    assert len(names["original"]) == len(names["modified"]) == 25
+    assert len(set(names["modified"])) == 25 and all(t.count("{}") == 1 for t in names["original"] + names["modified"])
+    assert all(t.startswith("{}") for t in names["modified"])  # the leading article is dropped, as in the paper
+    animal = subject("bird" if live else "lamp")
+    scenes = template_scenes(animal, np.random.default_rng(0))
+    for template, scene in zip(names["modified"], scenes, strict=True):
+        words = caption(scene, FixedRandom(), told=False, with_article=False)
+        assert words == template.format(animal.kind)
+
+
+class FixedRandom:
+    def random(self) -> float:
+        return 0.0
+
+
+def test_edits_change_only_what_they_say():
+    rng = np.random.default_rng(1)
+    seen = set()
+    for _ in range(200):
+        edit = sample_edit(rng)
+        assert edit.before != edit.after
+        changed = {
+            name for name in ("setting", "light", "style") if getattr(edit.before, name) != getattr(edit.after, name)
+        }
+        bodies = [tuple(p.subject for p in scene.placed) for scene in (edit.before, edit.after)]
+        assert bodies[0] == bodies[1] and len(changed) <= 1
+        if changed:
+            (name,) = changed
+            assert getattr(edit.after, name) in edit.instruction
+            seen.add(name)
+        else:
+            (placed,) = [b for a, b in zip(edit.before.placed, edit.after.placed, strict=True) if a != b]
+            assert (placed.accessory or placed.property) in edit.instruction
+            seen.add("dress")
+    assert seen == {"setting", "light", "style", "dress"}
+
+
+def test_documents_alternate_text_and_pictures_of_one_individual():
+    for seed in range(20):
+        segments = document(np.random.default_rng(seed))
+        scenes = [segment for segment in segments if isinstance(segment, Scene)]
+        assert len(scenes) >= 2 and isinstance(segments[0], str)
+        assert len({scene.placed[0].subject for scene in scenes}) == 1
+
+
+def test_stories_are_sentences_about_the_world():
+    text = story(np.random.default_rng(2))
+    assert text.count(".") >= 3 and any(kind in text for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    ("tint", "word"), [(Tint(0.02, 0.9, 0.9), "red"), (Tint(0.62, 0.9, 0.7), "blue"), (Tint(0.5, 0.05, 0.97), "white")]
+)
+def test_colour_words(tint, word):
+    assert tint.word == word
+
+
+def test_places_and_manners_have_their_words():
+    assert set(PLACES) == set(SETTINGS) - {""} and set(MANNERS) == set(STYLES) - {""}
