@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer, ViTImageProcessorPil
 
 from kosmosg.config import load_config
@@ -83,6 +83,13 @@ def main(arguments: list[str]) -> None:
         model = clip.train_clip(pool(), tokenizer, **options("clip"))
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
         write(model, output / "clip", tokenizer, processor)
+    if missing("clip", diffusion_folder / "text_encoder"):
+        # SD v1.5's text encoder is the text tower of the CLIP whose image tower the MLLM reads with; so is this one.
+        tower = CLIPModel.from_pretrained(output / "clip", dtype=torch.float32).text_model
+        text_encoder = CLIPTextModel(tower.config)
+        text_encoder.load_state_dict(tower.state_dict())
+        write(text_encoder, diffusion_folder / "text_encoder")
+        CLIPTokenizer.from_pretrained(output / "clip").save_pretrained(diffusion_folder / "tokenizer")
     if missing("dino", output / "dino"):
         pairs = draw_pairs(work, recipe.pairs, recipe.seed)
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
@@ -91,19 +98,18 @@ def main(arguments: list[str]) -> None:
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
         write(judges.train_fid_network(pool(), **options("fid")), output / "fid", processor)
     if missing("unet", diffusion_folder / "unet"):
-        vae = AutoencoderKL.from_pretrained(diffusion_folder / "vae", torch_dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(output / "clip")
-        text = CLIPModel.from_pretrained(output / "clip", dtype=torch.float32).text_model
-        text_encoder = CLIPTextModel(text.config)
-        text_encoder.load_state_dict(text.state_dict())
-        text_encoder.eval()
-        unet = diffusion.train_unet(pool(), vae, text_encoder, tokenizer, **options("unet"))
+        parts = {
+            "vae": AutoencoderKL.from_pretrained(diffusion_folder / "vae", torch_dtype=torch.float32),
+            "text_encoder": CLIPTextModel.from_pretrained(
+                diffusion_folder / "text_encoder", dtype=torch.float32
+            ).eval(),
+            "tokenizer": CLIPTokenizer.from_pretrained(diffusion_folder / "tokenizer"),
+        }
+        unet = diffusion.train_unet(pool(), **parts, **options("unet"))
         pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            **parts,
             unet=unet,
-            scheduler=DDPMScheduler.from_config(diffusion.scheduler().config),
+            scheduler=diffusion.scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
