@@ -50,7 +50,7 @@ class Recipe:
     clip: Schedule = field(default_factory=lambda: Schedule(steps=700, batch_size=128, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))
-    unet: Schedule = field(default_factory=lambda: Schedule(steps=2600, batch_size=64, lr=1.5e-3))
+    unet: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch_size=64, lr=1.5e-3))
 
     def __post_init__(self):
         if unknown := set(self.only) - {"tokenizer", "vae", "clip", "dino", "fid", "unet"}:
