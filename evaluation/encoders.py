@@ -96,7 +96,7 @@ def load(kind: type, folder: Path, **options) -> Any:
     Raises:
         EvaluationError: weights that would have stayed random; the first few are named.
     """
-    model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+    model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
         raise EvaluationError(

@@ -40,7 +40,11 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
 
     def load() -> Generate:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            folder,
+            torch_dtype=torch.float32,  # whatever precision the files are stored in
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         ).to(device)
         pipeline.set_progress_bar_config(disable=True)
         sampler = DiffusionSampler(pipeline.unet, pipeline.vae, pipeline.scheduler)
