@@ -1,0 +1,88 @@
+"""The miniature's third-party parts: the shipped ones are what they should be, and the recipe makes such ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification, ViTModel
+
+from kosmosg.tokenizer import Tokenizer
+from kosmosg.toyland.parts.__main__ import WEIGHTS, main
+from kosmosg.toyland.parts.pool import draw_pool
+from kosmosg.toyland.parts.words import sentences
+from kosmosg.toyland.scene import SIZE
+
+BYTES = 12_000_000
+
+
+def check(folder: Path) -> None:
+    """Every part loads by the library's own from_pretrained with every weight, and is stored in half precision."""
+    files = list(folder.rglob("*.safetensors"))
+    assert files and all(
+        t.dtype == torch.float16 for f in files for t in load_file(f).values() if t.is_floating_point()
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder / "stable-diffusion", torch_dtype=torch.float32, safety_checker=None
+    )
+    assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
+    assert pipeline.vae.config.sample_size == SIZE and pipeline.scheduler.config.prediction_type == "epsilon"
+    for kind, name, options in (
+        (CLIPModel, "clip", {}),
+        (ViTModel, "dino", {"add_pooling_layer": False}),
+        (ResNetForImageClassification, "fid", {}),
+    ):
+        model, report = kind.from_pretrained(folder / name, output_loading_info=True, dtype=torch.float32, **options)
+        assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+        if kind is CLIPModel:
+            clip = model.eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+    ids = torch.tensor([tokenizer("a red fish", padding="max_length", max_length=32).input_ids])
+    with torch.no_grad():  # the U-Net's text encoder is the text tower of the CLIP that the MLLM sees with
+        ours, theirs = (m(input_ids=ids).last_hidden_state for m in (pipeline.text_encoder, clip.text_model))
+    assert torch.equal(ours, theirs)
+    assert pipeline.tokenizer("a red fish").input_ids == tokenizer("a red fish").input_ids
+    words = Tokenizer.from_pretrained(folder / "tokenizer")
+    assert words.unk_id not in words.encode("a red fish wearing a black top hat on a cobblestone street, upside down")
+
+
+def test_shipped_parts_load_and_are_small():
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= BYTES
+    check(WEIGHTS)
+
+
+def test_shipped_clip_finds_the_caption_of_a_picture(tmp_path):
+    pool = draw_pool(tmp_path, 48, seed=99, told=1.0)
+    clip = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
+    from kosmosg.toyland.parts.clip import normalized
+
+    tokens = tokenizer(pool.captions, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+    with torch.no_grad():
+        logits = clip(input_ids=tokens.input_ids, pixel_values=normalized(pool.images)).logits_per_image
+    assert (logits.argmax(-1) == torch.arange(48)).float().mean() > 0.7  # chance is 0.02
+
+
+@pytest.mark.slow
+def test_the_recipe_writes_such_parts_and_trains_none_twice(tmp_path, capsys):
+    steps = [f"{part}.steps=2" for part in ("vae", "clip", "dino", "fid", "unet")]
+    sizes = [f"{part}.batch_size=4" for part in ("vae", "clip", "dino", "fid", "unet")]
+    command = [
+        *steps,
+        *sizes,
+        "pictures=1024",
+        "pairs=8",
+        f"output={tmp_path / 'weights'}",
+        f"work={tmp_path / 'work'}",
+    ]
+    main(command)
+    check(tmp_path / "weights")
+    capsys.readouterr()
+    main(command)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_words_cover_every_kind_of_data():
+    lines = " ".join(sentences(40, seed=1))
+    assert "Look at this" in lines and "," in lines and "wearing" in lines
