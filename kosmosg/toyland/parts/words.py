@@ -35,7 +35,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 def train_prompt_tokenizer(folder: Path, lines: list[str], vocabulary: int) -> None:
     """SentencePiece model and dictionary, as kosmosg.tokenizer reads them."""
-    PromptTokenizer.train(lines, folder, vocab_size=vocabulary)
+    PromptTokenizer.train(lines, folder, vocab_size=vocabulary, normalization="identity")
 
 
 def train_clip_tokenizer(lines: list[str], vocabulary: int, length: int) -> CLIPTokenizer:
