@@ -69,9 +69,14 @@ def drawing(processes: int | None) -> Iterator[Draw]:
         return
     # Spawned, not forked: the parent has threads (progress bar, torch), which a fork would leave half-copied.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, initializer=_leave_interrupts_to_parent)
+    pool = ProcessPoolExecutor(count, context)
+
+    def draw(todo: Iterable[Chunk]) -> Iterator[list[Members]]:
+        with interrupts_held_back():
+            return pool.map(draw_chunk, todo)  # starts the processes
+
     try:
-        yield lambda todo: pool.map(draw_chunk, todo)
+        yield draw
     except BrokenProcessPool as error:
         raise DataError(
             f"one of {count} drawing processes was killed, perhaps for want of memory; set processes to fewer and "
@@ -81,5 +86,14 @@ def drawing(processes: int | None) -> Iterator[Draw]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, and never reaches a process started in it: those inherit the mask.
+
+    The terminal interrupts the whole group, and each process would print a traceback, the loudest while it starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

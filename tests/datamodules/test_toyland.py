@@ -1,23 +1,53 @@
 """Toyland on disk: the same bytes whoever draws it, resumed part by part, and read by the ordinary DataModules."""
 
+import fcntl
 import hashlib
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from datamodules import sample as schema
+from datamodules.alignment import AlignmentData, AlignmentDataConfig
+from datamodules.data_config import Source
+from datamodules.errors import DataError
+from datamodules.images import load
 from datamodules.indexed_shards import IndexedShards
-from datamodules.sample import SCHEMA_VERSION
+from datamodules.instruction import InstructionData, InstructionDataConfig
+from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
+from datamodules.toyland import drawing, parts
 from datamodules.toyland.__main__ import main
+from datamodules.toyland.config import Captions
+from evaluation.coco import Coco
+from evaluation.config import EvaluationConfig
+from evaluation.dreambench import DreamBench
+from kosmosg.config import load_config
+from kosmosg.image_processing import TargetTransform
+from kosmosg.toyland.scene import SIZE
+from tests.conftest import REPOSITORY
+from tests.datamodules import worlds
 
+SHORT = str(REPOSITORY / "configs" / "toyland" / "data_short.yaml")
 SMALL = [
-    "configs/toyland/data_short.yaml",
+    SHORT,
     "text.train=6", "captions.train=6", "interleaved.train=4", "constructed.train=5", "edit.train=5",
     *(f"{part}.val=2" for part in ("text", "captions", "interleaved", "constructed", "edit")),
     "dreambench.objects=2", "dreambench.live=1", "coco.images=6",
 ]  # fmt: skip
+COUNTS = {"text": 6, "captions": 6, "interleaved": 4, "constructed": 5, "edit": 5}
+
+
+def build(folder: Path, *more: str, processes: int = 1) -> int:
+    return main([*SMALL, f"output={folder}", f"processes={processes}", *more])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -26,55 +56,191 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world") / "toyland"
-    assert main([*SMALL, f"output={folder}", "processes=1"]) == 0
+    assert build(folder) == 0
     return folder
+
+
+@pytest.fixture
+def copy(world: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(world, tmp_path / "toyland"))
 
 
 def test_two_processes_write_what_one_does(world, tmp_path):
     other = tmp_path / "toyland"
-    assert main([*SMALL, f"output={other}", "processes=2"]) == 0
+    assert build(other, processes=2) == 0
     assert digests(other) == digests(world)
 
 
-def test_what_stands_is_reused_and_what_is_missing_drawn_again(world, tmp_path):
-    import shutil
-
-    copy = tmp_path / "toyland"
-    shutil.copytree(world, copy)
+def test_what_stands_is_reused_and_what_is_missing_drawn_again(world, copy):
     shutil.rmtree(copy / "coco")
     kept = (copy / "dreambench" / "dreambench.json").stat().st_mtime_ns
-    assert main([*SMALL, f"output={copy}", "processes=1"]) == 0
+    assert build(copy) == 0
     assert digests(copy) == digests(world)
     assert (copy / "dreambench" / "dreambench.json").stat().st_mtime_ns == kept
 
 
-def test_another_configuration_does_not_pass_for_this_one(world, capsys):
-    assert main([*SMALL, f"output={world}", "seed=1"]) == 2
-    assert "seed was 0 and is now 1" in capsys.readouterr().err
+def test_an_interrupted_part_is_drawn_again_and_finished_ones_are_kept(world, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "toyland"
+    edit, drawn = drawing.MAKERS["edit"], []
+
+    def interrupted(*arguments):
+        drawn.append(True)
+        if len(drawn) == 6:  # the first of the held-out samples: shards of the others are complete
+            raise KeyboardInterrupt
+        return edit(*arguments)
+
+    monkeypatch.setitem(drawing.MAKERS, "edit", interrupted)
+    assert build(folder) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert (folder / "shards" / "constructed").is_dir() and not (folder / "shards" / "edit").exists()
+    kept = (folder / "shards" / "constructed" / parts.RECORD).stat().st_mtime_ns
+    monkeypatch.undo()
+    assert build(folder) == 0
+    assert digests(folder) == digests(world)
+    assert (folder / "shards" / "constructed" / parts.RECORD).stat().st_mtime_ns == kept
 
 
-def test_every_part_has_its_samples(world):
-    for part, count in {"text": 6, "captions": 6, "interleaved": 4, "constructed": 5, "edit": 5}.items():
-        assert len(IndexedShards(str(world / "shards" / part / "train-*.tar"))) == count
-        assert len(IndexedShards(str(world / "shards" / part / "val-*.tar"))) == 2
-    assert SCHEMA_VERSION == 1
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("seed=1", "seed was 0 and is now 1"),
+        ("coco.images=8", "coco.images was 6 and is now 8"),
+        ("samples_per_shard=7", "samples_per_shard was 50 and is now 7"),
+    ],
+)
+def test_another_configuration_does_not_pass_for_this_one(world, capsys, change, told):
+    before = digests(world)
+    assert build(world, change) == 2
+    message = capsys.readouterr().err
+    assert told in message and "make clean-toyland" in message
+    assert digests(world) == before
 
 
-def test_dreambench_has_the_facts_and_the_images(world):
-    facts = json.loads((world / "dreambench" / "dreambench.json").read_text())
-    assert [s["kind"] for s in facts["subjects"].values()].count("live") == 1 and len(facts["subjects"]) == 3
-    for kind in ("object", "live"):
-        assert len(facts["prompts"][kind]["original"]) == len(facts["prompts"][kind]["modified"]) == 25
-    for name, about in facts["subjects"].items():
-        images = sorted((world / "dreambench" / name).glob("*.png"))
-        assert len(images) == 4 and (world / "dreambench" / name / about["kept_image"]) in images
+def test_another_world_does_not_pass_for_this_one(world, capsys, monkeypatch):
+    monkeypatch.setattr(parts, "world_hash", lambda: "other")
+    assert build(world) == 2
+    assert "and is now 'other'" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "coco" / "val2014").mkdir(parents=True)
+    assert build(tmp_path) == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"coco", ".lock"}
+
+
+def test_two_builders_do_not_meet(tmp_path, capsys):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert build(tmp_path) == 2
+    assert "another process is writing" in capsys.readouterr().err
+
+
+def test_every_sample_decodes_with_its_images(world):
+    for part, count in COUNTS.items():
+        kind = {"captions": "caption"}.get(part, part)
+        for split, samples in (("train", count), ("val", 2)):
+            shards = IndexedShards(str(world / "shards" / part / f"{split}-*.tar"))
+            assert len(shards) == samples
+            for i in range(samples):
+                shard, key, members = shards.read(i, None)
+                decoded = schema.decode(members, shard, key, kind=kind)
+                images = [
+                    schema.StoredImage(content, name, shard, key) for name, content in members.items() if "png" in name
+                ]
+                assert [load(image).size for image in images] == [(32, 32)] * len(images)
+                assert bool(images) == (kind != "text") and decoded.key == key
+
+
+def test_the_three_datamodules_read_it(world, tiny_tokenizer):
+    def source(part: str, weight: float) -> Source:
+        return Source(str(world / "shards" / part / "train-*.tar"), weight)
+
+    encoder, captions = worlds.encoder(tiny_tokenizer), source("captions", 1)
+    stages = [
+        LanguageModellingData(
+            LanguageModellingDataConfig(
+                text=source("text", 5), captions=source("captions", 5), interleaved=source("interleaved", 2),
+                sequence_length=96,
+            ),
+            encoder,
+        ),
+        AlignmentData(AlignmentDataConfig(captions=captions, max_pieces=500), encoder, worlds.clip_tokenize),
+        InstructionData(
+            InstructionDataConfig(
+                constructed=source("constructed", 2), edit=source("edit", 2), captions=captions, min_image_side=0
+            ),
+            encoder,
+            TargetTransform(SIZE),
+        ),
+    ]  # fmt: skip
+    for stage in stages:
+        stage.setup()
+        batch = stage.train_dataset[range(24)]
+        assert len(batch) == 24 and not batch.report.errors
+        assert (batch.prompt.images is None) == isinstance(stage, AlignmentData)
+    assert batch.targets.shape == (24, 3, SIZE, SIZE) and len(set(batch.report.sources)) == 3
+
+
+def test_the_evaluation_reads_it(world):
+    config = load_config(
+        [str(REPOSITORY / "configs" / "toyland" / "evaluation.yaml"), "coco.captions=3"], EvaluationConfig
+    )
+    dreambench = DreamBench(config.dreambench, world / "dreambench")
+    requests = dreambench.requests()
+    assert len(requests) == 3 * 25 and {request.unit for request in requests} == set(dreambench.subjects)
+    assert [subject.kind for subject in dreambench.subjects.values()].count("live") == 1
+    for name in dreambench.subjects:
+        images = dreambench.real_images(name)
+        assert dreambench.kept_image(name) == images[0] and len(images) == 4
         assert len({np.asarray(Image.open(image)).tobytes() for image in images}) == 4
+    coco = Coco(config.coco, world / "coco")
+    assert len(coco.requests()) == len(coco.references()) == len(coco.held_out_images()) == 3
+    assert not {image.file for image in coco.held_out_images()} & set(coco.references())
 
 
-def test_coco_is_in_the_published_layout(world):
-    captions = json.loads((world / "coco" / "annotations" / "captions_val2014.json").read_text())
-    ids = {image["id"] for image in captions["images"]}
-    assert len(ids) == 6 and {a["image_id"] for a in captions["annotations"]} <= ids
-    assert all((world / "coco" / "val2014" / image["file_name"]).exists() for image in captions["images"])
+def test_what_it_is_built_from_is_told_in_every_part(world):
+    records = {path.parent.name: json.loads(path.read_text()) for path in world.rglob(parts.RECORD)}
+    assert set(records) == {*COUNTS, "dreambench", "coco"}
+    assert records["constructed"]["constructed.other_render"] == 0.5
+    assert {record["world"] for record in records.values()} == {parts.world_hash()}
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path):
+    folder, more = tmp_path / "toyland", "edit.train=3000"  # long enough to be met at work
+    command = [sys.executable, "-m", "datamodules.toyland", *SMALL, f"output={folder}", "processes=2", more]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "shards" / "edit.partial").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in errors and "goes on" in errors
+    while group_lives(process.pid):
+        assert time.monotonic() < deadline, "processes are left behind"
+        time.sleep(0.1)
+    assert not (folder / "shards" / "edit").exists()
+    assert build(folder) == 0
+    assert digests(folder) == digests(world)
+
+
+@pytest.mark.slow
+def test_a_killed_drawing_process_is_told():
+    others = set(multiprocessing.active_children())
+    with pytest.raises(DataError, match="one of 2 drawing processes was killed"), drawing.drawing(2) as draw:
+        todo = drawing.chunks("captions", "train", 64 * 40, 0, Captions())
+        for _ in draw(todo):
+            (victim, *_) = set(multiprocessing.active_children()) - others
+            victim.kill()
