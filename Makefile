@@ -10,6 +10,9 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
+# A command that goes on where it was when it is started again; told, too, when it is stopped before it can tell itself.
+resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ goes on from here." >&2; exit 130' INT; $(1)
+
 .PHONY: help setup test toyland toyland-short toyland-parts lint clean-toyland
 .DEFAULT_GOAL := help
 
@@ -34,24 +37,24 @@ test: setup
 
 toyland: export HF_HUB_OFFLINE := 1
 toyland: setup
-	$(RUN) -m datamodules.toyland
-	$(RUN) train.py configs/toyland/language_modelling.yaml
-	$(RUN) train.py configs/toyland/alignment.yaml
-	$(RUN) train.py configs/toyland/instruction_tuning.yaml
-	$(RUN) evaluate.py configs/toyland/evaluation.yaml
+	$(call resumable,$(RUN) -m datamodules.toyland)
+	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
+	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
 
 toyland-short: export HF_HUB_OFFLINE := 1
 toyland-short: export TOYLAND_DATA := data/toyland-short
 toyland-short: export TOYLAND_RUNS := runs/toyland-short
 toyland-short: setup
-	$(RUN) -m datamodules.toyland configs/toyland/data_short.yaml
-	$(RUN) train.py configs/toyland/language_modelling.yaml configs/toyland/short.yaml
-	$(RUN) train.py configs/toyland/alignment.yaml configs/toyland/short.yaml
-	$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/short.yaml
-	$(RUN) evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
+	$(call resumable,$(RUN) -m datamodules.toyland configs/toyland/data_short.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml configs/toyland/short.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml configs/toyland/short.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/short.yaml)
+	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml)
 
 toyland-parts: setup
-	$(RUN) -m kosmosg.toyland.parts
+	$(call resumable,$(RUN) -m kosmosg.toyland.parts)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
