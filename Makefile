@@ -19,7 +19,7 @@ resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ goes on from here." >&2; 
 help:
 	@echo "make setup          virtual environment in .venv with the pinned packages"
 	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones)"
-	@echo "make toyland        set up and run the whole paper in miniature: about 20 minutes on two cores"
+	@echo "make toyland        set up and run the whole paper in miniature"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-parts  train the miniature's CLIP, VAE, U-Net, DINO and FID network anew"
 	@echo "make lint           ruff"

@@ -4,7 +4,7 @@ Starts from configs/toyland/data.yaml; every argument is a YAML file or key=valu
 reused, an interrupted one is drawn again.
 
     python -m datamodules.toyland
-    python -m datamodules.toyland output=/tmp/world coco.images=100 processes=1
+    python -m datamodules.toyland output=data/other coco.images=100 processes=1
 """
 
 import fcntl

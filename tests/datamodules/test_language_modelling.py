@@ -80,6 +80,7 @@ def test_documents_follow_each_other_whole_in_the_shards_order(data):
     row = module.train_dataset[[0]].prompt.ids[0].tolist()
     first = module.train_dataset.order(0).index
     parts, expected = tokenizer.decode(row).split("</s>"), [samples[(first + i) % 12].text for i in range(12)]
+    assert 1 < len(parts) <= len(expected)  # several documents in the row
     for part, text in zip(parts[:-1], expected, strict=False):
         assert part.strip() == tokenizer.decode(tokenizer.encode(text))
     # the last document is cut after a whole sentence

@@ -23,6 +23,7 @@ def check(folder: Path) -> None:
     assert files and all(
         t.dtype == torch.float16 for f in files for t in load_file(f).values() if t.is_floating_point()
     )
+    assert not [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]  # where it was made is no matter
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder / "stable-diffusion", torch_dtype=torch.float32, safety_checker=None
     )

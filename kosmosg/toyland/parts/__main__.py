@@ -1,5 +1,6 @@
 """python -m kosmosg.toyland.parts [key=value …]: train what is missing and write kosmosg/toyland/weights/."""
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -123,6 +124,9 @@ def write(model, folder: Path, *companions) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     for thing in (model.to(torch.float16), *companions):
         thing.save_pretrained(partial)
+    for config in partial.rglob("config.json"):  # diffusers writes where a part was read from: a path of this machine
+        content = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        config.write_text(json.dumps(content, indent=2) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(partial, folder, dirs_exist_ok=True)
     shutil.rmtree(partial)
