@@ -61,5 +61,6 @@ def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger
         # Our own lines stay as they are on the terminal; offline there is no address to tell either.
         settings=wandb.Settings(console="off", silent=config.mode == "offline"),
     )
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it as None, and wandb warns of it on every start
     logger.log_hyperparams(asdict(experiment))
     return logger

@@ -1,26 +1,23 @@
 """From the images of an evaluation to its report and its PNG sheets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from evaluation.curves import charts
 from evaluation.dreambench import DreamBench
 from evaluation.gallery import common_requests, pair_grid, shown_requests, shown_subjects, swap_grid
 from evaluation.manifest import Manifest
+from evaluation.plan import Evaluation, Table
 from evaluation.report import CaptionBlock, Grid, Report, SubjectBlock, write_report
 from evaluation.requests import spread
 from evaluation.results import Score
 from evaluation.sheets import sheet
 from evaluation.systems import AFTER_STAGE_3
 
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation, Table
-
 SHOWN_CAPTIONS = 8
 Manifests = dict[tuple[str, str], Manifest]
 
 
-def draw_pages(evaluation: "Evaluation", manifests: Manifests, scores: list[Score], provenance: dict[str, str]) -> None:
+def draw_pages(evaluation: Evaluation, manifests: Manifests, scores: list[Score], provenance: dict[str, str]) -> None:
     """Write report.html and sheets/."""
     config, output = evaluation.config, evaluation.output
     tables = {table.name: table for table in evaluation.tables}
@@ -49,7 +46,7 @@ def draw_pages(evaluation: "Evaluation", manifests: Manifests, scores: list[Scor
     write_report(report, output / "report.html")
 
 
-def subject_blocks(evaluation: "Evaluation", table: "Table", manifests: Manifests) -> list[SubjectBlock]:
+def subject_blocks(evaluation: Evaluation, table: Table, manifests: Manifests) -> list[SubjectBlock]:
     """The shown subjects with the images of every system."""
     dataset, gallery = table.dataset, evaluation.config.gallery
     assert isinstance(dataset, DreamBench)
@@ -65,7 +62,7 @@ def subject_blocks(evaluation: "Evaluation", table: "Table", manifests: Manifest
     return blocks
 
 
-def swap_grids(evaluation: "Evaluation", table: "Table") -> tuple[Grid | None, Grid | None]:
+def swap_grids(evaluation: Evaluation, table: Table) -> tuple[Grid | None, Grid | None]:
     """Draw the two galleries with KOSMOS-G after stage 3; none without it."""
     dataset, gallery = table.dataset, evaluation.config.gallery
     assert isinstance(dataset, DreamBench)
@@ -93,7 +90,7 @@ def swap_grids(evaluation: "Evaluation", table: "Table") -> tuple[Grid | None, G
     return drawn, Grid(top=inputs(pair.subjects), left=inputs(pair.subjects), rows=files(pair.rows))
 
 
-def caption_blocks(table: "Table", manifests: Manifests, systems: list[str]) -> list[CaptionBlock]:
+def caption_blocks(table: Table, manifests: Manifests, systems: list[str]) -> list[CaptionBlock]:
     """Some captions with the image of every system."""
     return [
         CaptionBlock(request.text, [manifests[table.name, name].image_file(request.index) for name in systems])
@@ -102,7 +99,7 @@ def caption_blocks(table: "Table", manifests: Manifests, systems: list[str]) -> 
 
 
 def write_sheets(
-    evaluation: "Evaluation", table: "Table", manifests: Manifests, swap: Grid | None, pair: Grid | None
+    evaluation: Evaluation, table: Table, manifests: Manifests, swap: Grid | None, pair: Grid | None
 ) -> None:
     """sheets/subjects.png, systems.png, swap.png and pairs.png, for a README."""
     dataset, gallery, folder = table.dataset, evaluation.config.gallery, evaluation.output / "sheets"

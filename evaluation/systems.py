@@ -41,7 +41,7 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
     def load() -> Generate:
         pipeline = StableDiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=torch.float32,  # whatever precision the files are stored in
+            dtype=torch.float32,  # whatever precision the files are stored in
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

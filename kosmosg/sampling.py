@@ -76,8 +76,8 @@ class DiffusionSampler:
     ) -> "DiffusionSampler":
         """Read unet/, vae/ and scheduler/ of a Stable Diffusion folder or hub id."""
         return cls(
-            UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", torch_dtype=torch_dtype),
-            AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", torch_dtype=torch_dtype),
+            UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", dtype=torch_dtype),
+            AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", dtype=torch_dtype),
             DDIMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler"),
         )
 

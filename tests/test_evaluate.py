@@ -91,7 +91,7 @@ def test_finished_evaluation_is_reused(
     def fail(*_, **__):
         raise AssertionError("a finished evaluation generates nothing")
 
-    monkeypatch.setattr("evaluation.run.generate", fail)
+    monkeypatch.setattr("evaluation.plan.generate", fail)
     before = (finished / "results.json").stat().st_mtime_ns
     assert evaluate.main([*arguments, f"output={finished}"]) == 0
     assert (finished / "results.json").stat().st_mtime_ns == before
@@ -158,7 +158,7 @@ def test_interruption_is_told(
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evaluation.run.generate", interrupt)
+    monkeypatch.setattr("evaluation.plan.generate", interrupt)
     assert evaluate.main([*arguments, f"output={tmp_path / 'evaluation'}"]) == 130
     assert "The same command goes on" in capsys.readouterr().err
 

@@ -39,7 +39,7 @@ class ImageDecoder(nn.Module):
         cls, stable_diffusion: str | Path, torch_dtype: torch.dtype = torch.float32, **options
     ) -> "ImageDecoder":
         """Read unet/, vae/ and scheduler/ of a Stable Diffusion folder or hub id; `options` go to diffusers."""
-        options = {"torch_dtype": torch_dtype, **options}
+        options = {"dtype": torch_dtype, **options}
         return cls(
             UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", **options),
             AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", **options),

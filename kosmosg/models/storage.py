@@ -63,7 +63,7 @@ def load_part(kind: type[Part], folder: Path, torch_dtype: torch.dtype = torch.f
         )
     # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; either way
     # the report below names them.
-    model, report = kind.from_pretrained(str(folder), torch_dtype=torch_dtype, output_loading_info=True)
+    model, report = kind.from_pretrained(str(folder), dtype=torch_dtype, output_loading_info=True)
     wrong = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
     if wrong:
         told = "; ".join(f"{len(keys)} {name}, as {sorted(map(str, keys))[:3]}" for name, keys in wrong.items())

@@ -25,7 +25,7 @@ def check(folder: Path) -> None:
     )
     assert not [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]  # where it was made is no matter
     pipeline = StableDiffusionPipeline.from_pretrained(
-        folder / "stable-diffusion", torch_dtype=torch.float32, safety_checker=None
+        folder / "stable-diffusion", dtype=torch.float32, safety_checker=None
     )
     assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
     assert pipeline.vae.config.sample_size == SIZE and pipeline.scheduler.config.prediction_type == "epsilon"

@@ -48,10 +48,12 @@ class Recipe:
     """Threads to compute with; 0 takes all cores."""
     seed: int = 0
     vae: Schedule = field(default_factory=lambda: Schedule(steps=3600, batch_size=16, lr=3e-3))
+    decoder: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch_size=16, lr=2e-3))
+    """The VAE's decoder alone, afterwards."""
     clip: Schedule = field(default_factory=lambda: Schedule(steps=700, batch_size=128, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))
-    unet: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch_size=64, lr=1.5e-3))
+    unet: Schedule = field(default_factory=lambda: Schedule(steps=9000, batch_size=32, lr=1e-3))
 
     def __post_init__(self):
         if unknown := set(self.only) - {"tokenizer", "vae", "clip", "dino", "fid", "unet"}:
@@ -78,7 +80,9 @@ def main(arguments: list[str]) -> None:
     if missing("tokenizer", output / "tokenizer"):
         words.train_prompt_tokenizer(output / "tokenizer", words.sentences(8000, recipe.seed), recipe.vocabulary)
     if missing("vae", diffusion_folder / "vae"):
-        write(autoencoder.train_autoencoder(pool(), **options("vae")), diffusion_folder / "vae")
+        vae = autoencoder.train_autoencoder(pool(), **options("vae"))
+        autoencoder.train_decoder(vae, pool(), **options("decoder"))
+        write(vae, diffusion_folder / "vae")
     if missing("clip", output / "clip"):
         tokenizer = words.train_clip_tokenizer(words.sentences(8000, recipe.seed), recipe.vocabulary, length=32)
         model = clip.train_clip(pool(), tokenizer, **options("clip"))
@@ -100,7 +104,7 @@ def main(arguments: list[str]) -> None:
         write(judges.train_fid_network(pool(), **options("fid")), output / "fid", processor)
     if missing("unet", diffusion_folder / "unet"):
         parts = {
-            "vae": AutoencoderKL.from_pretrained(diffusion_folder / "vae", torch_dtype=torch.float32),
+            "vae": AutoencoderKL.from_pretrained(diffusion_folder / "vae", dtype=torch.float32),
             "text_encoder": CLIPTextModel.from_pretrained(
                 diffusion_folder / "text_encoder", dtype=torch.float32
             ).eval(),

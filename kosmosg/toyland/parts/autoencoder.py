@@ -11,6 +11,8 @@ from kosmosg.toyland.scene import SIZE
 
 KL_WEIGHT = 1e-3
 EDGE_WEIGHT = 0.15
+LATENT_NOISE = 0.1
+"""In units of the scaled latents' standard deviation."""
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -45,17 +47,47 @@ def train_autoencoder(pool: Pool, *, steps: int, batch_size: int, lr: float, see
             logvar = logvar.clamp(-30, 20)
             latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
             output = vae.decoder(vae.post_quant_conv(latents)).float()
-        pixel = F.l1_loss(output, images)
-        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        error = (output - images).square().mean()
-        psnr = 10 * torch.log10(4 / error.detach())  # the range is 2 wide
-        return pixel + 2 * error + EDGE_WEIGHT * edge + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
+        error, psnr = reconstruction_error(output, images)
+        return error + KL_WEIGHT * kl, {"psnr": psnr, "kl": kl.item()}
 
     fit("vae", [vae], loss, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
     spread = torch.cat([moments(vae, pool, start)[0] for start in range(0, 1024, 128)]).std()
     vae.register_to_config(scaling_factor=round(float(1 / spread), 5))
     return vae
+
+
+def train_decoder(vae: AutoencoderKL, pool: Pool, *, steps: int, batch_size: int, lr: float, seed: int) -> None:
+    """Go on with the decoder alone, as SD's own ft-MSE decoder was made: latents, and so the U-Net, stay as they are.
+
+    Latents get a little more noise than their posterior has, because those that come from a U-Net are not exact.
+    """
+    torch.manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)
+    means, spreads = zip(*(moments(vae, pool, start) for start in range(0, len(pool), 128)), strict=True)
+    mean, spread = (
+        torch.cat(means),
+        (torch.cat(spreads).square() + (LATENT_NOISE / vae.config.scaling_factor) ** 2) ** 0.5,
+    )
+
+    def loss(step: int):
+        rows = torch.randint(len(pool), (batch_size,), generator=draws)
+        latents = mean[rows] + spread[rows] * torch.randn((batch_size, *mean.shape[1:]), generator=draws)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = vae.decoder(vae.post_quant_conv(latents)).float()
+        error, psnr = reconstruction_error(output, pixels(pool.images[rows]))
+        return error, {"psnr": psnr}
+
+    decoder = [vae.post_quant_conv, vae.decoder]
+    fit("decoder", decoder, loss, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
+
+
+def reconstruction_error(output: Tensor, images: Tensor) -> tuple[Tensor, float]:
+    """Pixels and edges; and the peak signal-to-noise ratio in dB."""
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
+    squared = (output - images).square().mean()
+    psnr = 10 * torch.log10(4 / squared.detach())  # the range is 2 wide
+    return F.l1_loss(output, images) + 2 * squared + EDGE_WEIGHT * edge, psnr.item()
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The U-Net in miniature: noise prediction on the tiny VAE's latents under the tiny CLIP's text, as SD v1.5."""
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -10,6 +9,8 @@ from kosmosg.toyland.parts.pool import Pool
 from kosmosg.toyland.parts.training import fit
 
 CAPTION_DROP = 0.1
+SNR_CEILING = 5.0
+"""γ of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556): few steps go where a picture's shapes are decided."""
 
 
 def scheduler() -> DDPMScheduler:
@@ -46,7 +47,7 @@ def train_unet(
     lr: float,
     seed: int,
 ) -> UNet2DConditionModel:
-    """Eq. 3 with captions dropped for guidance; latents are sampled anew from their moments at every step."""
+    """Eq. 3, weighted by min-SNR, with captions dropped for guidance; every step samples latents from their moments."""
     torch.manual_seed(seed)
     noise_schedule = scheduler()
     means, spreads = zip(*(moments(vae, pool, start) for start in range(0, len(pool), 128)), strict=True)
@@ -54,6 +55,8 @@ def train_unet(
     length = tokenizer.model_max_length
     ids = torch.tensor(tokenizer(pool.captions, padding="max_length", truncation=True, max_length=length).input_ids)
     null = torch.tensor(tokenizer([""], padding="max_length", max_length=length).input_ids)
+    signal = noise_schedule.alphas_cumprod
+    weight = (SNR_CEILING * (1 - signal) / signal).clamp(max=1)  # min(SNR, γ) / SNR, for noise prediction
     unet = build_unet(mean.shape[1], text_encoder.config.hidden_size)
     draws = torch.Generator().manual_seed(seed)
 
@@ -66,7 +69,8 @@ def train_unet(
         dropped = torch.rand(batch_size, generator=draws) < CAPTION_DROP
         with torch.no_grad():
             condition = text_encoder(input_ids=torch.where(dropped[:, None], null, ids[rows])).last_hidden_state
-        return F.mse_loss(unet(noisy, timesteps, condition).sample, noise), {}
+        error = (unet(noisy, timesteps, condition).sample - noise).square().mean((1, 2, 3))
+        return (weight[timesteps] * error).mean(), {"unweighted": error.mean().item()}
 
-    fit("unet", [unet], loss, steps=steps, lr=lr, average=0.998)
+    fit("unet", [unet], loss, steps=steps, lr=lr, average=0.999)
     return unet

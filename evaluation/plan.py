@@ -1,0 +1,136 @@
+"""What one evaluation consists of: its tables, its systems, and the images that they are asked for."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from evaluation.coco import Coco
+from evaluation.config import EvaluationConfig
+from evaluation.dreambench import DreamBench
+from evaluation.generation import System, generate
+from evaluation.manifest import Manifest
+from evaluation.protocol import identity
+from evaluation.provenance import hash_files, hash_json
+from evaluation.requests import Request
+from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system
+
+FOLDER_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set under its protocol, and what is asked of every system."""
+
+    name: str
+    dataset: DreamBench | Coco
+    protocol: str
+    data: str
+    requests: list[Request]
+
+
+class Evaluation:
+    """What a configuration asks for, checked: data sets are whole, models fit, before anything is generated.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or does not fit, by name.
+    """
+
+    def __init__(self, config: EvaluationConfig, console: Console):
+        self.config, self.console, self.output = config, console, Path(config.output)
+        self.tables = [
+            Table(
+                name,
+                dataset,
+                identity(dataset.protocol),
+                hash_files(dataset.folder, dataset.files()),
+                dataset.requests(),
+            )
+            for name, dataset in self._datasets()
+        ]
+        self.systems = self._systems()
+        self.encoders = {
+            f"{table.name}.{name}": hash_files(config.encoder_folder(encoder.weights))
+            for table in self.tables
+            for name in ("clip", "dino", "fid")
+            if (encoder := getattr(table.dataset.protocol, name, None)) is not None
+        }
+
+    def generate_into(self, folder: str, table: Table, system: System, requests: Sequence[Request]) -> Manifest:
+        """The images of `requests`, in a folder named after all they depend on: a changed model starts a new one."""
+        values = {
+            "system": system.name,
+            "protocol": table.protocol,
+            "model": system.model,
+            "data": table.data,
+            "requests": hash_json([asdict(request) for request in requests]),
+        }
+        name = f"{slug(system.name)}-{hash_json(values)[:FOLDER_DIGITS]}"
+        manifest = Manifest(self.output / folder / name, values)
+        generate(
+            system,
+            requests,
+            table.dataset.protocol.sampling,
+            manifest,
+            inputs_folder=table.dataset.folder,
+            batch_size=self.config.batch_size,
+            label=f"{folder}: {system.name}",
+        )
+        return manifest
+
+    def key(self) -> str:
+        """Hash of everything that the results depend on."""
+        return hash_json(
+            [
+                [(table.protocol, table.data) for table in self.tables],
+                [(system.name, system.model) for system in self.systems],
+                self.encoders,
+                asdict(self.config.bootstrap),
+                asdict(self.config.gallery),
+            ]
+        )
+
+    def notes(self) -> list[str]:
+        """What a reader of the tables must know."""
+        bootstrap = self.config.bootstrap
+        notes = []
+        for table in self.tables:
+            if isinstance(table.dataset, DreamBench):
+                against = "the input image" if table.dataset.protocol.references == "kept_image" else "all real images"
+                notes.append(
+                    f"Subjects: {len(table.dataset.subjects)}, compared with {against}, so that a mere copy of the "
+                    f"input is the upper end of DINO and CLIP-I. Intervals: {bootstrap.replicates} bootstrap draws of "
+                    "subjects."
+                )
+            else:
+                references = len(table.dataset.references())
+                notes.append(
+                    f"FID against {references} real images; it depends on n, so compare rows of equal n only. "
+                    f"Intervals: {bootstrap.fid_replicates} draws of generated images, centred on the value; "
+                    f"{bootstrap.replicates} of captions for CLIP-T."
+                )
+        return notes
+
+    def _datasets(self) -> list[tuple[str, DreamBench | Coco]]:
+        config = self.config
+        found: list[tuple[str, DreamBench | Coco]] = []
+        if config.dreambench is not None and config.data.dreambench is not None:
+            found.append(("dreambench", DreamBench(config.dreambench, Path(config.data.dreambench))))
+        if config.coco is not None and config.data.coco is not None:
+            found.append(("coco", Coco(config.coco, Path(config.data.coco))))
+        return found
+
+    def _systems(self) -> list[System]:
+        models, device = self.config.models, self.config.torch_device()
+        systems = [stable_diffusion_system(models.image_decoder, device)]
+        for name, folder in ((BEFORE_STAGE_3, models.before_stage_3), (AFTER_STAGE_3, models.after_stage_3)):
+            if folder is not None:
+                systems.append(kosmosg_system(name, folder, models.image_decoder, device))
+        return systems
+
+
+def slug(name: str) -> str:
+    """A system's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
