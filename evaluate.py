@@ -10,7 +10,10 @@ one goes on where it was.
 """
 
 import os
+import signal
 
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: nothing has begun
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
 
 import sys
@@ -57,4 +60,5 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

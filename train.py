@@ -9,7 +9,10 @@ checkpoints, logs, pictures and the finished model. The same command goes on wit
 """
 
 import os
+import signal
 
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: nothing has begun
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
 
 import sys
@@ -223,4 +226,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

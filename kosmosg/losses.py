@@ -84,3 +84,26 @@ def diffusion_loss(
     if weights is not None:
         per_sample = per_sample * weights
     return per_sample if reduction == "none" else torch.mean(per_sample)
+
+
+TimestepWeighting = Literal["uniform", "sds", "velocity"]
+
+VELOCITY_CEILING = 25.0
+
+
+def timestep_weights(alphas_cumprod: Tensor, weighting: TimestepWeighting) -> Tensor:
+    """w(t) of eq. 8 for each ᾱ_t, of the same shape.
+
+    - `uniform`: 1, as the released code.
+    - `sds`: 1 − ᾱ_t, DreamFusion's σ_t².
+    - `velocity`: min(1/ᾱ_t, 25), under which an error in the noise counts as in v-prediction (Salimans and Ho 2022,
+      arXiv 2202.00512). With 1, steps of strong noise, where a subject's kind and look are decided, hardly count: their
+      error in the noise is a thirtieth of that at weak noise.
+    """
+    if weighting == "uniform":
+        return torch.ones_like(alphas_cumprod)
+    if weighting == "sds":
+        return 1 - alphas_cumprod
+    if weighting == "velocity":
+        return (1 / alphas_cumprod).clamp(max=VELOCITY_CEILING)
+    raise ValueError(f"timestep weighting {weighting!r} is unknown; allowed: 'uniform', 'sds', 'velocity'.")

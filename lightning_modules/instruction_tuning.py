@@ -11,13 +11,13 @@ Shapes: `B` batch, `L` tokens, `I` images of the batch, `Q` queries, `C` conditi
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kosmosg.losses import diffusion_loss
+from kosmosg.losses import TimestepWeighting, diffusion_loss, timestep_weights
 from kosmosg.models.aligner import AlignerEncoder
 from kosmosg.models.build import build_aligner, build_mllm
 from kosmosg.models.image_decoder import ImageDecoder
@@ -37,8 +37,8 @@ from lightning_modules.trained_weights import VisionTraining, train_mllm
 class InstructionTuningRecipe:
     condition_drop: float = 0.1
     """Probability that a sample's condition is replaced by the null condition."""
-    timestep_weighting: Literal["uniform", "sds"] = "uniform"
-    """w(t) of eq. 8: 1 (the released code), or 1 − ᾱ_t (DreamFusion's σ_t²)."""
+    timestep_weighting: TimestepWeighting = "uniform"
+    """w(t) of eq. 8: 1 (the released code), 1 − ᾱ_t (DreamFusion's σ_t²), or 1/ᾱ_t, at most 25 (as v-prediction)."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
     """Which part of the image tower trains."""
 
@@ -105,11 +105,10 @@ class InstructionTuningModule(StageModule):
         losses = diffusion_loss(prediction, draws.noise, self.weights(draws.timesteps), reduction="none")
         return losses + 0 * conditions[rows + 1 :].sum()
 
-    def weights(self, timesteps: Tensor) -> Tensor | None:
-        """w(t) of eq. 8, B; None is 1."""
-        if self.recipe.timestep_weighting == "uniform":
-            return None
-        return 1 - self.image_decoder.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    def weights(self, timesteps: Tensor) -> Tensor:
+        """w(t) of eq. 8, B."""
+        alphas = self.image_decoder.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        return timestep_weights(alphas, self.recipe.timestep_weighting)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         draws = self._draws("train", self.train_numbers(len(batch.prompt)), batch.targets)

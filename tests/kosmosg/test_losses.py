@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kosmosg.losses import alignment_losses, diffusion_loss, language_modelling_loss
+from kosmosg.losses import alignment_losses, diffusion_loss, language_modelling_loss, timestep_weights
 
 
 def test_language_modelling_loss_equals_the_full_computation():
@@ -55,3 +55,12 @@ def test_diffusion_loss():
     assert diffusion_loss(prediction, noise, reduction="none").tolist() == [1, 4, 9]
     assert diffusion_loss(prediction, noise).item() == pytest.approx(14 / 3)
     assert diffusion_loss(prediction, noise, weights=torch.tensor([0.0, 1.0, 0.0])).item() == pytest.approx(4 / 3)
+
+
+def test_timestep_weights():
+    alphas = torch.tensor([0.5, 0.001])
+    assert timestep_weights(alphas, "uniform").tolist() == [1, 1]
+    assert timestep_weights(alphas, "sds").tolist() == pytest.approx([0.5, 0.999])
+    assert timestep_weights(alphas, "velocity").tolist() == [2, 25]
+    with pytest.raises(ValueError, match="'snr' is unknown; allowed: 'uniform', 'sds', 'velocity'"):
+        timestep_weights(alphas, "snr")

@@ -190,15 +190,22 @@ def test_dropped_condition_carries_gradients_of_the_null_condition(
     assert set(embedding.abs().sum(1).nonzero().flatten().tolist()) == {instruction_tuning.mllm.config.bos_id}
 
 
-def test_sds_weighting_is_one_minus_alpha(instruction_tuning: InstructionTuningModule, prompt: PromptBatch) -> None:
+@pytest.mark.parametrize(
+    ("weighting", "weight"),
+    [("sds", lambda alphas: 1 - alphas), ("velocity", lambda alphas: (1 / alphas).clamp(max=25))],
+)
+def test_timestep_weighting(
+    instruction_tuning: InstructionTuningModule, prompt: PromptBatch, weighting: str, weight
+) -> None:
     instruction_tuning.eval()
     targets = torch.rand(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
     draws = instruction_tuning._draws("train", range(2), targets)
     uniform = instruction_tuning.sample_losses(prompt, targets, draws, 0.0)
-    instruction_tuning.recipe = InstructionTuningRecipe(timestep_weighting="sds")
+    instruction_tuning.recipe = InstructionTuningRecipe(timestep_weighting=weighting)
     weighted = instruction_tuning.sample_losses(prompt, targets, draws, 0.0)
     alphas = instruction_tuning.image_decoder.scheduler.alphas_cumprod[draws.timesteps]
-    assert torch.allclose(weighted, uniform * (1 - alphas))
+    assert not torch.allclose(weighted, uniform)
+    assert torch.allclose(weighted, uniform * weight(alphas))
 
 
 def test_wrong_images_change_the_loss_and_nothing_else(

@@ -1,6 +1,10 @@
 """python -m kosmosg.toyland.parts [key=value …]: train what is missing and write kosmosg/toyland/weights/."""
 
 import json
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; a miniature has no use for its notices
+
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -53,7 +57,10 @@ class Recipe:
     clip: Schedule = field(default_factory=lambda: Schedule(steps=700, batch_size=128, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))
-    unet: Schedule = field(default_factory=lambda: Schedule(steps=9000, batch_size=32, lr=1e-3))
+    unet: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch_size=64, lr=1.5e-3))
+    """First as SD v1.5 was trained."""
+    unet_velocity: Schedule = field(default_factory=lambda: Schedule(steps=5500, batch_size=32, lr=1e-3))
+    """Then with the weight on strong noise."""
 
     def __post_init__(self):
         if unknown := set(self.only) - {"tokenizer", "vae", "clip", "dino", "fid", "unet"}:
@@ -110,7 +117,10 @@ def main(arguments: list[str]) -> None:
             ).eval(),
             "tokenizer": CLIPTokenizer.from_pretrained(diffusion_folder / "tokenizer"),
         }
-        unet = diffusion.train_unet(pool(), **parts, **options("unet"))
+        unet = diffusion.train_unet(pool(), **parts, weighting="uniform", **options("unet"))
+        unet = diffusion.train_unet(
+            pool(), **parts, weighting="velocity", unet=unet, **options("unet_velocity") | {"seed": recipe.seed + 1}
+        )
         pipeline = StableDiffusionPipeline(
             **parts,
             unet=unet,

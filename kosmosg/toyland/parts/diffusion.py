@@ -4,13 +4,12 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from kosmosg.losses import TimestepWeighting, timestep_weights
 from kosmosg.toyland.parts.autoencoder import moments
 from kosmosg.toyland.parts.pool import Pool
 from kosmosg.toyland.parts.training import fit
 
 CAPTION_DROP = 0.1
-SNR_CEILING = 5.0
-"""γ of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556): few steps go where a picture's shapes are decided."""
 
 
 def scheduler() -> DDPMScheduler:
@@ -42,12 +41,19 @@ def train_unet(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     *,
+    weighting: TimestepWeighting,
     steps: int,
     batch_size: int,
     lr: float,
     seed: int,
+    unet: UNet2DConditionModel | None = None,
 ) -> UNet2DConditionModel:
-    """Eq. 3, weighted by min-SNR, with captions dropped for guidance; every step samples latents from their moments."""
+    """Eq. 3 with captions dropped for guidance; every step samples latents anew from their moments.
+
+    Args:
+        weighting: of eq. 8's w(t), see `kosmosg.losses.timestep_weights`; uniform is SD v1.5's.
+        unet: go on with this one.
+    """
     torch.manual_seed(seed)
     noise_schedule = scheduler()
     means, spreads = zip(*(moments(vae, pool, start) for start in range(0, len(pool), 128)), strict=True)
@@ -55,9 +61,10 @@ def train_unet(
     length = tokenizer.model_max_length
     ids = torch.tensor(tokenizer(pool.captions, padding="max_length", truncation=True, max_length=length).input_ids)
     null = torch.tensor(tokenizer([""], padding="max_length", max_length=length).input_ids)
-    signal = noise_schedule.alphas_cumprod
-    weight = (SNR_CEILING * (1 - signal) / signal).clamp(max=1)  # min(SNR, γ) / SNR, for noise prediction
-    unet = build_unet(mean.shape[1], text_encoder.config.hidden_size)
+    if unet is None:
+        unet = build_unet(mean.shape[1], text_encoder.config.hidden_size)
+    unet.train()
+    weight = timestep_weights(noise_schedule.alphas_cumprod, weighting)
     draws = torch.Generator().manual_seed(seed)
 
     def loss(step: int):
@@ -72,5 +79,5 @@ def train_unet(
         error = (unet(noisy, timesteps, condition).sample - noise).square().mean((1, 2, 3))
         return (weight[timesteps] * error).mean(), {"unweighted": error.mean().item()}
 
-    fit("unet", [unet], loss, steps=steps, lr=lr, average=0.999)
+    fit(f"unet, {weighting}", [unet], loss, steps=steps, lr=lr, average=0.998)
     return unet
