@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from kosmosg.toyland.kinds import ACCESSORIES, KINDS, PROPERTIES, Brush, draw
+from kosmosg.toyland.brush import Brush
+from kosmosg.toyland.kinds import ACCESSORIES, KINDS, PROPERTIES, draw
 from kosmosg.toyland.looks import Look, sample_look
 from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
 from kosmosg.toyland.shapes import Canvas
