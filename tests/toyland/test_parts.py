@@ -10,6 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification,
 
 from kosmosg.tokenizer import Tokenizer
 from kosmosg.toyland.parts.__main__ import WEIGHTS, main
+from kosmosg.toyland.parts.autoencoder import build_autoencoder, train_decoder
 from kosmosg.toyland.parts.pool import draw_pool
 from kosmosg.toyland.parts.words import sentences
 from kosmosg.toyland.scene import SIZE
@@ -65,13 +66,20 @@ def test_shipped_clip_finds_the_caption_of_a_picture(tmp_path):
     assert (logits.argmax(-1) == torch.arange(48)).float().mean() > 0.7  # chance is 0.02
 
 
+def test_the_decoder_trains_on_alone(tmp_path):
+    torch.manual_seed(0)
+    vae = build_autoencoder()
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    train_decoder(vae, draw_pool(tmp_path, 16, seed=5, told=1.0), steps=2, batch_size=4, lr=1e-3, seed=0)
+    changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
 @pytest.mark.slow
 def test_the_recipe_writes_such_parts_and_trains_none_twice(tmp_path, capsys):
-    steps = [f"{part}.steps=2" for part in ("vae", "clip", "dino", "fid", "unet")]
-    sizes = [f"{part}.batch_size=4" for part in ("vae", "clip", "dino", "fid", "unet")]
+    schedules = ("vae", "decoder", "clip", "dino", "fid", "unet", "unet_velocity")
     command = [
-        *steps,
-        *sizes,
+        *(f"{schedule}.{short}" for schedule in schedules for short in ("steps=2", "batch_size=4")),
         "pictures=1024",
         "pairs=8",
         f"output={tmp_path / 'weights'}",
