@@ -21,7 +21,7 @@ help:
 	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones)"
 	@echo "make toyland        set up and run the whole paper in miniature"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
-	@echo "make toyland-parts  train the miniature's CLIP, VAE, U-Net, DINO and FID network anew"
+	@echo "make toyland-parts  train the miniature's CLIP, VAE, U-Net, DINO and FID network anew, into runs/toyland-parts"
 	@echo "make lint           ruff"
 	@echo "make clean-toyland  remove Toyland's data and runs"
 
@@ -54,7 +54,7 @@ toyland-short: setup
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml)
 
 toyland-parts: setup
-	$(call resumable,$(RUN) -m kosmosg.toyland.parts)
+	$(call resumable,$(RUN) -m kosmosg.toyland.parts output=runs/toyland-parts)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -97,8 +97,8 @@ def timestep_weights(alphas_cumprod: Tensor, weighting: TimestepWeighting) -> Te
     - `uniform`: 1, as the released code.
     - `sds`: 1 − ᾱ_t, DreamFusion's σ_t².
     - `velocity`: min(1/ᾱ_t, 25), under which an error in the noise counts as in v-prediction (Salimans and Ho 2022,
-      arXiv 2202.00512). With 1, steps of strong noise, where a subject's kind and look are decided, hardly count: their
-      error in the noise is a thirtieth of that at weak noise.
+      arXiv 2202.00512). With 1, steps of strong noise, where a subject's kind and look are decided, hardly count, as
+      the error in the noise is small there.
     """
     if weighting == "uniform":
         return torch.ones_like(alphas_cumprod)

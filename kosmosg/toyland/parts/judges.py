@@ -61,9 +61,8 @@ def train_fid_network(pool: Pool, *, steps: int, batch_size: int, lr: float, see
         id2label=dict(enumerate(f"{group}: {name or 'plain'}" for group, names in LABELS.items() for name in names)),
     )
     network = ResNetForImageClassification(config)
-    tints = nn.Linear(
-        config.hidden_sizes[-1], pool.tints.shape[1]
-    )  # dropped afterwards: it makes the feature see colour
+    # Dropped afterwards: it makes the feature see colour.
+    tints = nn.Linear(config.hidden_sizes[-1], pool.tints.shape[1])
     draws = torch.Generator().manual_seed(seed)
 
     def loss(step: int):
