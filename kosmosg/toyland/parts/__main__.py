@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; a miniature has no use for its notices
 
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,4 +149,6 @@ def write(model, folder: Path, *companions) -> None:
 
 
 if __name__ == "__main__":
+    # Parts are moved into place whole, so that dying at once is safe, and quieter than a traceback from every process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     main(sys.argv[1:])
