@@ -8,7 +8,7 @@ from typing import TypeVar
 from PIL import Image
 
 from datamodules.errors import SampleError
-from kosmosg.image_processing import rgb
+from kosmosg.image_processing import LONGEST_ASPECT, rgb
 
 T = TypeVar("T")
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -30,6 +30,11 @@ class Limits:
         for name in ("max_pixels", "max_aspect_ratio", "max_member_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name}={getattr(self, name)} must be at least 1.")
+        if self.max_aspect_ratio > LONGEST_ASPECT:
+            raise ValueError(
+                f"limits.max_aspect_ratio={self.max_aspect_ratio} must be at most {LONGEST_ASPECT}, which is what the "
+                "model's image processing takes."
+            )
 
 
 @dataclass(slots=True)

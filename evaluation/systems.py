@@ -115,7 +115,7 @@ def unique_conditions(pipeline: KosmosGPipeline, batch: Batch) -> Tensor:
         first.setdefault(key, position)
     segments = [parse_prompt(batch.prompts[i], batch.images[i]) for i in first.values()]
     rows = {key: row for row, key in enumerate(first)}
-    condition = pipeline.encode_prompt(segments)
+    condition, _ = pipeline.encode_prompt(segments)
     return condition[[rows[key] for key in keys]]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LONGEST_ASPECT = 100  # resized by its shorter side, a longer strip would need gigabytes before it is cropped
 
 
 class UnderstandingTransform:
@@ -47,13 +48,16 @@ def square(image: Image.Image, size: int, resampling: Image.Resampling) -> np.nd
     """Shorter side to `size`, centre crop; float64 size×size×3 in [0, 255].
 
     Raises:
-        ValueError: the image has no pixels.
+        ValueError: the image has no pixels, is too long for its width, or has no meaning in RGB.
     """
     image = rgb(image)
     width, height = image.size
-    if not width or not height:
-        raise ValueError(f"an image of {width}×{height} pixels cannot be resized to {size}×{size}.")
     shorter = min(width, height)
+    if not shorter or max(width, height) > LONGEST_ASPECT * shorter:
+        raise ValueError(
+            f"an image of {width}×{height} pixels cannot be resized to {size}×{size}; allowed: at least one pixel and "
+            f"a longer side of at most {LONGEST_ASPECT} times the shorter."
+        )
     if shorter != size:
         # The longer side is cut off, not rounded: one pixel would shift the crop.
         width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
@@ -63,9 +67,20 @@ def square(image: Image.Image, size: int, resampling: Image.Resampling) -> np.nd
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB; what is transparent becomes white, the background of the cut-out subjects."""
+    """The image in RGB; what is transparent becomes white, the background of the cut-out subjects.
+
+    Raises:
+        ValueError: a mode whose values have no fixed range, as floating point.
+    """
     if image.mode == "RGB":
         return image
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "I"):
+        raise ValueError(
+            f"an image of mode {image.mode!r} has no fixed range of values, so its brightness in RGB is unknown; scale "
+            "it to 8 bits first. Allowed: modes of 8 or 16 bits."
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

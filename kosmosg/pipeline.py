@@ -1,124 +1,267 @@
-"""Interleaved prompts to images, with a trained model.
+"""Interleaved prompts to images, with a trained model: a diffusers pipeline like any other.
 
-    pipe = KosmosGPipeline.from_pretrained("runs/instruction_tuning", image_decoder="…/stable-diffusion")
-    pipe("<i> in the suit of <i>", images=[dog, hero], seeds=[0])
-    pipe([["a ", dog, " in the snow"], "a red boat"], num_images_per_prompt=2)
+    pipe = KosmosGPipeline.from_pretrained("kosmos-g", torch_dtype=torch.bfloat16).to("cuda")
+    pipe(["a ", dog, " in the suit of ", hero], num_images_per_prompt=4).images
+    pipe("<i> swimming underwater", images=[dog], negative_prompt="blurry", seeds=[0]).images
+
+Loading, saving, moving, offloading, LoRA files and the hub are diffusers' own. Other pipelines of Stable Diffusion,
+as those of ControlNet, are composed with this one through prompt embeddings (paper section 4.4):
+
+    control = pipe.compose(StableDiffusionControlNetPipeline, controlnet=controlnet)
+    control(**pipe.embeddings("<i> in the snow", images=[dog]), image=edges).images
 
 Shapes: `B` prompts, `n` images for each, `Q` condition tokens, `C` condition width.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from PIL import Image
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffusionMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from kosmosg.image_processing import UnderstandingTransform
+from kosmosg.models.aligner import FIRST_POSITION, AlignerEncoder
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.storage import find_model
-from kosmosg.prompt import PromptEncoder, Segment, parse_prompt
-from kosmosg.sampling import DiffusionSampler
+from kosmosg.models.mllm import MAX_TOKENS, MLLM
+from kosmosg.models.storage import find_model, load_part
+from kosmosg.prompt import PromptEncoder, Segment
+from kosmosg.prompt_forms import Picture, Prompt, read_prompts
+from kosmosg.sampling import ABSENT_PARTS, DiffusionSampler, build_scheduler
 from kosmosg.tokenizer import Tokenizer
 
-Picture = Image.Image | Tensor
-Prompt = str | Sequence[Segment]
+Composed = TypeVar("Composed", bound=DiffusionPipeline)
+MODEL_INDEX = "model_index.json"
+logger = logging.getLogger(__name__)
 
 
-class KosmosGPipeline:
-    """A model, its tokenizer and a sampler.
+class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
+    """MLLM, AlignerNet and the Stable Diffusion that they steer.
+
+    Args:
+        scheduler: any of diffusers; replace it as in other pipelines, or name a `sampler` at the call.
 
     Raises:
         ValueError: parts that do not fit each other.
     """
 
-    def __init__(self, model: KosmosG, tokenizer: Tokenizer, sampler: DiffusionSampler):
-        sizes = model.mllm.config
-        if len(tokenizer) != sizes.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} ids but the MLLM's vocabulary {sizes.vocab_size}.")
-        if model.aligner.config.width != sampler.condition_width:
+    model_cpu_offload_seq = "mllm->aligner->unet->vae"
+    _lora_loadable_modules: ClassVar = ["unet"]
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        aligner: AlignerEncoder,
+        tokenizer: Tokenizer,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        if len(tokenizer) != mllm.config.vocab_size:
             raise ValueError(
-                f"the aligner's conditions are {model.aligner.config.width} wide but the U-Net reads "
-                f"{sampler.condition_width}: the model was aligned with another Stable Diffusion."
+                f"the tokenizer has {len(tokenizer)} ids but the MLLM's vocabulary {mllm.config.vocab_size}."
             )
-        self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
-        self.encoder = PromptEncoder(
-            tokenizer, UnderstandingTransform(model.mllm.vision.image_size), sizes.image_tokens
-        )
-        self._null_condition: Tensor | None = None
+        if aligner.config.width != unet.config.cross_attention_dim:
+            raise ValueError(
+                f"the aligner's conditions are {aligner.config.width} wide but the U-Net reads "
+                f"{unet.config.cross_attention_dim}: the model was aligned with another Stable Diffusion."
+            )
+        self.register_modules(mllm=mllm, aligner=aligner, tokenizer=tokenizer, unet=unet, vae=vae, scheduler=scheduler)
+        self._null_condition: tuple[Any, Tensor] | None = None
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
         image_decoder: str | Path | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> "KosmosGPipeline":
-        """Read a model folder or run folder, and a Stable Diffusion folder or hub id.
+        """Read a pipeline folder or hub id; or the model folder of a training run, and the Stable Diffusion it steers.
 
         Args:
-            image_decoder: may be left out if unet/, vae/ and scheduler/ lie in the model folder.
+            image_decoder: Stable Diffusion folder or hub id; its U-Net and VAE take the place of the folder's.
+            torch_dtype: of all weights; float32 if not given.
+            options: of `diffusers.DiffusionPipeline.from_pretrained`.
 
         Raises:
             FileNotFoundError: a part is missing.
+            ValueError: a part's weights are not those of its sizes, or parts do not fit each other.
         """
-        folder = find_model(folder)
-        if image_decoder is None:
-            if not (folder / "unet").is_dir():
+        dtype = torch_dtype or options.pop("dtype", torch.float32)
+        if Path(folder).is_dir():
+            folder = find_model(folder)
+        if image_decoder is not None:
+            options |= decoder_parts(image_decoder, dtype)
+        if Path(folder).is_dir() and not (Path(folder) / MODEL_INDEX).is_file():
+            if image_decoder is None:
                 raise FileNotFoundError(
-                    f"'{folder}' holds no unet/; name the Stable Diffusion it was trained with as image_decoder=."
+                    f"'{folder}' holds no {MODEL_INDEX} and no Stable Diffusion; name the one that the model was "
+                    "trained with as image_decoder=."
                 )
-            image_decoder = folder
-        return cls(
-            KosmosG.from_pretrained(folder, torch_dtype).requires_grad_(False),
-            Tokenizer.from_pretrained(folder / "tokenizer"),
-            DiffusionSampler.from_pretrained(image_decoder, torch_dtype),
-        )
+            pipeline = cls(**model_parts(Path(folder), dtype), **options)
+        else:
+            pipeline = super().from_pretrained(str(folder), dtype=dtype, **options)
+        for part in (pipeline.mllm, pipeline.aligner, pipeline.unet, pipeline.vae):
+            part.requires_grad_(False)
+        return pipeline
 
-    def to(self, device: torch.device | str) -> "KosmosGPipeline":
-        """Move all parts."""
-        self.model.to(device)
-        self.sampler.to(device)
-        self._null_condition = None
-        return self
+    @property
+    def model(self) -> KosmosG:
+        """MLLM and aligner as one network."""
+        return KosmosG(self.mllm, self.aligner)
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Segments → ids and preprocessed images."""
+        longest = min(MAX_TOKENS, self.aligner.config.max_positions - FIRST_POSITION)
+        transform = UnderstandingTransform(self.mllm.vision.image_size)
+        return PromptEncoder(self.tokenizer, transform, self.mllm.config.image_tokens, longest)
+
+    @property
+    def sampler(self) -> DiffusionSampler:
+        """Conditions → images, without a progress bar."""
+        return DiffusionSampler(self.unet, self.vae, self.scheduler)
 
     def __call__(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
+        prompt: Prompt | Sequence[Prompt] | None = None,
         images: Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        **sampling: Any,
-    ) -> list[Image.Image]:
-        """B·n images, those of one prompt together.
+        *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        sampler: str | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """B·n images in `.images`, those of one prompt together.
 
         Args:
-            prompts: text with a `<i>` for each image; or segments of text and images, one prompt, known by an image
+            prompt: text with a `<i>` for each image; or segments of text and images, one prompt, known by an image
                 in the list; or a list of either, a batch.
             images: those of the placeholders, in order; for a batch of prompts, a list of lists.
             negative_prompt: what to steer away from, one for all or one each; empty means the null condition.
-            sampling: num_images_per_prompt, num_inference_steps, guidance_scale, sampler ("dpm", "ddim", "pndm"),
-                seeds, generator, latents, height, width, output_type, progress: see `DiffusionSampler`.
+            prompt_embeds, negative_prompt_embeds: conditions B×Q×C from `encode_prompt`, in place of prompts.
+            sampler: "dpm", "ddim", "pndm" (set as the released code's) or the name of any diffusers scheduler, for
+                this call; the pipeline's `scheduler` if not given.
+            seeds: one for each image, which then depends on its prompt and seed alone.
+            others: as in `diffusers.StableDiffusionPipeline`.
 
         Raises:
-            ValueError: placeholders unlike images, an empty prompt, seeds unlike images, an unknown sampler.
+            ValueError: placeholders unlike images, an empty or too long prompt, an image without pixels or of a mode
+                without a meaning in RGB, seeds unlike images, an unknown sampler.
         """
-        condition = self.encode_prompt(prompts, images=images)
-        return self.sampler(condition, self.encode_negative(negative_prompt, len(condition)), **sampling)
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt= or prompt_embeds=.")
+        if prompt_embeds is None:
+            prompt_embeds, negative_prompt_embeds = self.encode_prompt(prompt, images, negative_prompt)
+        elif images is not None or negative_prompt is not None:
+            raise ValueError("images= and negative_prompt= belong to prompt=; prompt_embeds= holds what they said.")
+        drawing = self.sampler
+        drawing.pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {"disable": False}))
+        drawn = drawing(
+            prompt_embeds,
+            self.null_condition if negative_prompt_embeds is None else negative_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            seeds=seeds,
+            generator=generator,
+            latents=latents,
+            height=height,
+            width=width,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     def encode_prompt(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
+        prompt: Prompt | Sequence[Prompt],
         images: Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
-    ) -> Tensor:
-        """Conditions B×Q×C; see `__call__`."""
-        return self._condition(read_prompts(prompts, images))
+        negative_prompt: str | Sequence[str] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(conditions, what guidance steers away from), B×Q×C both; see `__call__`."""
+        condition = self._condition(read_prompts(prompt, images))
+        return condition, self._negative(negative_prompt, len(condition)).expand(len(condition), -1, -1)
 
-    def encode_negative(self, negative_prompt: str | Sequence[str] | None, count: int) -> Tensor:
-        """What guidance steers away from: 1×Q×C, or B×Q×C where each prompt has its own."""
+    def embeddings(self, *prompt: Any, **options: Any) -> dict[str, Tensor]:
+        """`encode_prompt` as keyword arguments of diffusers' pipelines."""
+        condition, negative = self.encode_prompt(*prompt, **options)
+        placed = {"device": self._execution_device, "dtype": self.unet.dtype}
+        return {"prompt_embeds": condition.to(**placed), "negative_prompt_embeds": negative.to(**placed)}
+
+    def compose(self, kind: type[Composed], **parts: Any) -> Composed:
+        """A pipeline of diffusers over the same U-Net, VAE and scheduler; feed it `**pipe.embeddings(…)`.
+
+        The networks are shared, not copied: a LoRA file loaded into one pipeline is in all of them.
+
+        Args:
+            kind: as StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline.
+            parts: what else it needs, as controlnet=.
+        """
+        # A scheduler keeps the state of its run, so each pipeline has its own.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        return kind(unet=self.unet, vae=self.vae, scheduler=parts.pop("scheduler", scheduler), **ABSENT_PARTS, **parts)
+
+    @property
+    def null_condition(self) -> Tensor:
+        """The condition of `<s>` alone, 1×Q×C; computed once for frozen weights, as `from_pretrained` leaves them."""
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            return self._condition([[]])
+        state = weights_state(self.mllm), weights_state(self.aligner), str(self._execution_device)
+        if self._null_condition is None or self._null_condition[0] != state:
+            self._null_condition = state, self._condition([[]])
+        return self._null_condition[1]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **options: Any,
+    ) -> None:
+        """diffusers' own, but weights for CLIP's text model are left out, with a warning: there is none here.
+
+        Raises:
+            ValueError: nothing in the file is for the U-Net.
+        """
+        state, alphas = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options)
+        ours = {name: tensor for name, tensor in state.items() if not name.startswith(self.text_encoder_name)}
+        if not any("lora" in name for name in ours):
+            raise ValueError(f"'{pretrained_model_name_or_path_or_dict}' holds no LoRA weights for the U-Net.")
+        if len(ours) < len(state):
+            logger.warning(
+                f"{len(state) - len(ours)} of {len(state)} LoRA weights are for CLIP's text model, whose place the "
+                "MLLM takes; they are left out."
+            )
+        self.load_lora_into_unet(ours, alphas, self.unet, adapter_name=adapter_name, _pipeline=self, hotswap=hotswap)
+
+    def _negative(self, negative_prompt: str | Sequence[str] | None, count: int) -> Tensor:
+        """1×Q×C, or B×Q×C where each prompt has its own."""
         if not negative_prompt:
             return self.null_condition
         if isinstance(negative_prompt, str):
@@ -129,20 +272,36 @@ class KosmosGPipeline:
             )
         return self._condition([[text] for text in negative_prompt])
 
-    @property
-    def null_condition(self) -> Tensor:
-        """The condition of `<s>` alone, 1×Q×C; kept while the model is frozen, as `from_pretrained` leaves it."""
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
-            return self._condition([[]])
-        if self._null_condition is None:
-            self._null_condition = self._condition([[]])
-        return self._null_condition
-
     @torch.no_grad()
     def _condition(self, prompts: Sequence[Sequence[Segment]]) -> Tensor:
-        batch = self.encoder.collate([self.encoder(segments) for segments in prompts])
-        with evaluating(self.model):
-            return self.model.condition(batch.to(self.model.mllm.device))
+        encoder, model = self.encoder, self.model
+        batch = encoder.collate([encoder(segments) for segments in prompts])
+        with evaluating(model):
+            return model.condition(batch.to(self._execution_device))
+
+
+def decoder_parts(image_decoder: str | Path, dtype: torch.dtype) -> dict[str, Any]:
+    """U-Net, VAE and the scheduler "dpm" over the noise schedule of a Stable Diffusion."""
+    trained_with = DDIMScheduler.from_pretrained(image_decoder, subfolder="scheduler")
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(image_decoder, subfolder="unet", dtype=dtype),
+        "vae": AutoencoderKL.from_pretrained(image_decoder, subfolder="vae", dtype=dtype),
+        "scheduler": build_scheduler("dpm", trained_with),
+    }
+
+
+def model_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """What a training run wrote: mllm/, aligner/ and tokenizer/."""
+    return {
+        "mllm": load_part(MLLM, folder / "mllm", dtype),
+        "aligner": load_part(AlignerEncoder, folder / "aligner", dtype),
+        "tokenizer": Tokenizer.from_pretrained(folder / "tokenizer"),
+    }
+
+
+def weights_state(network: nn.Module) -> tuple:
+    """Differs after the weights were changed in place, moved or replaced."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in network.parameters())
 
 
 @contextmanager
@@ -155,42 +314,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def read_prompts(prompts: Prompt | Sequence[Prompt], images: Sequence[Any] | None) -> list[list[Segment]]:
-    """The forms of `KosmosGPipeline.__call__` as lists of segments.
-
-    Raises:
-        ValueError: nothing to draw, or images that fit no placeholders; a batch's error names the prompt.
-    """
-    if isinstance(prompts, str) or any(not isinstance(item, str) and is_picture(item) for item in prompts):
-        batch, pictures = [prompts], [images or ()]
-    else:
-        batch, pictures = list(prompts), list(images) if images is not None else [()] * len(prompts)
-        if not batch:
-            raise ValueError("no prompts were given; give at least one.")
-        if len(pictures) != len(batch) or any(is_picture(item) for item in pictures):
-            raise ValueError(
-                f"a batch of {len(batch)} prompts needs images as a list of {len(batch)} lists, one for each prompt."
-            )
-    return [read_prompt(prompt, list(pictures[number]), number) for number, prompt in enumerate(batch)]
-
-
-def read_prompt(prompt: Prompt, images: Sequence[Picture], number: int) -> list[Segment]:
-    """One prompt as segments; `number` is its place in the batch."""
-    if isinstance(prompt, str):
-        try:
-            segments = parse_prompt(prompt, images)
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from error
-    elif images:
-        raise ValueError(f"prompt {number} is a list of segments, which holds its images itself; give no images=.")
-    else:
-        segments = list(prompt)
-    if not any(is_picture(segment) or str(segment).strip() for segment in segments):
-        raise ValueError(f"prompt {number} is empty; give text, an image or both.")
-    return segments
-
-
-def is_picture(item: object) -> bool:
-    return isinstance(item, (Image.Image, Tensor))

@@ -6,10 +6,11 @@ DPM-Solver++ of order 2 ends at its smallest sigma, not at zero; DDIM and PNDM s
 Shapes: `B` conditions, `n` images for each, `Q` condition tokens, `C` condition width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -47,26 +48,58 @@ NOISE_SCHEDULE = (
     "trained_betas",
     "prediction_type",
 )
+# Parts of diffusers' Stable Diffusion pipelines that prompt embeddings make needless.
+ABSENT_PARTS: dict[str, Any] = {
+    "text_encoder": None,
+    "tokenizer": None,
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+
+
+def build_scheduler(sampler: str, trained_with: SchedulerMixin) -> SchedulerMixin:
+    """A fresh scheduler over the noise schedule of `trained_with`.
+
+    Args:
+        sampler: one of `SAMPLERS`, set as the released code's; or the name of any diffusers scheduler, which takes
+            its settings from `trained_with`.
+
+    Raises:
+        ValueError: an unknown sampler.
+    """
+    if sampler in SAMPLERS:
+        kind, settings = SAMPLERS[sampler]
+        schedule = {name: trained_with.config[name] for name in NOISE_SCHEDULE if name in trained_with.config}
+        return kind(**schedule, **settings, steps_offset=STEPS_OFFSET)
+    kind = getattr(diffusers, sampler, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(
+            f"sampler={sampler!r} is unknown; allowed: {', '.join(SAMPLERS)}, or a scheduler class of diffusers, as "
+            "'EulerDiscreteScheduler'."
+        )
+    return kind.from_config(trained_with.config)
+
+
+class EmbeddedStableDiffusion(StableDiffusionPipeline):
+    """diffusers' pipeline without a text encoder, to which it would hand down the scale of LoRA layers."""
+
+    def encode_prompt(self, *arguments: Any, lora_scale: float | None = None, **options: Any) -> tuple:
+        return super().encode_prompt(*arguments, **options)
 
 
 class DiffusionSampler:
     """Samples images for conditions, whoever made them: AlignerNet, or Stable Diffusion's own text encoder.
 
     Args:
-        scheduler: gives the noise schedule that the U-Net was trained with.
+        scheduler: gives the noise schedule that the U-Net was trained with, and samples where no `sampler` is named.
     """
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: SchedulerMixin):
-        self.noise_schedule = {name: scheduler.config[name] for name in NOISE_SCHEDULE if name in scheduler.config}
-        self.pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            unet=unet,
-            scheduler=self.scheduler("ddim"),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+        self.given_scheduler = scheduler
+        # Each call sets its own scheduler; this one is only in settings that diffusers does not find fault with.
+        self.pipeline = EmbeddedStableDiffusion(
+            unet=unet, vae=vae, scheduler=build_scheduler("ddim", scheduler), **ABSENT_PARTS
         )
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -99,16 +132,9 @@ class DiffusionSampler:
         self.pipeline.to(device)
         return self
 
-    def scheduler(self, sampler: str) -> SchedulerMixin:
-        """A fresh scheduler of `SAMPLERS`.
-
-        Raises:
-            ValueError: an unknown sampler.
-        """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler={sampler!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
-        kind, settings = SAMPLERS[sampler]
-        return kind(**self.noise_schedule, **settings, steps_offset=STEPS_OFFSET)
+    def scheduler(self, sampler: str | None) -> SchedulerMixin:
+        """A fresh scheduler, see `build_scheduler`; the given one for None."""
+        return self.given_scheduler if sampler is None else build_scheduler(sampler, self.given_scheduler)
 
     def __call__(
         self,
@@ -118,14 +144,16 @@ class DiffusionSampler:
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 50,
         guidance_scale: float = 6.0,
-        sampler: str = "dpm",
+        sampler: str | None = "dpm",
         seeds: Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         output_type: Literal["pil", "pt", "np", "latent"] = "pil",
-        progress: bool = False,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """B·n images, those of one condition together: ε̂ = null + w (cond − null), eq. 4.
 
@@ -137,7 +165,8 @@ class DiffusionSampler:
             generator: draws the starting noise where there are no seeds.
             latents: starting noise B·n×4×h×w instead of drawn noise.
             height, width: pixels; by default what the U-Net was trained on.
-            progress: show diffusers' progress bar.
+            sampler: see `build_scheduler`; None for the scheduler that was given.
+            others: as in `diffusers.StableDiffusionPipeline`.
 
         Raises:
             ValueError: a value that is not allowed, seeds unlike the images, a condition of another width.
@@ -154,8 +183,8 @@ class DiffusionSampler:
             )
         images = len(condition) * num_images_per_prompt
         self.pipeline.scheduler = self.scheduler(sampler)
-        self.pipeline.set_progress_bar_config(disable=not progress)
-        placed = {"device": self.unet.device, "dtype": self.unet.dtype}
+        # Under CPU offload the U-Net lies elsewhere than it computes.
+        placed = {"device": self.pipeline._execution_device, "dtype": self.unet.dtype}
         return self.pipeline(
             prompt_embeds=condition.to(**placed),
             negative_prompt_embeds=null_condition.to(**placed).expand(len(condition), -1, -1),
@@ -167,12 +196,15 @@ class DiffusionSampler:
             height=height,
             width=width,
             output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+            cross_attention_kwargs=cross_attention_kwargs,
             return_dict=False,
         )[0]
 
 
 def seeded(
-    seeds: Sequence[int], images: int, generator: torch.Generator | None, latents: Tensor | None
+    seeds: Sequence[int], images: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
 ) -> list[torch.Generator]:
     """One generator for each image, on the CPU so that a seed means the same noise on every device."""
     if generator is not None or latents is not None:

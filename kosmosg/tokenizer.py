@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
+from transformers import FeatureExtractionMixin
 
 SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
 DICTIONARY_FILE = "dict.txt"
@@ -18,8 +19,10 @@ SENTENCEPIECE_CONTROLS = 3  # <unk>, <s> and </s> of SentencePiece itself, which
 WORD_BOUNDARY = "▁"
 
 
-class Tokenizer:
+class Tokenizer(FeatureExtractionMixin):
     """SentencePiece pieces looked up by string in a dictionary (golden README, "Vocabulary").
+
+    FeatureExtractionMixin lends nothing but its name, by which diffusers' pipelines know what they can save and load.
 
     Args:
         sentencepiece_model: a SentencePiece model file.
@@ -52,6 +55,9 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return len(self.symbols)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} ids)"
 
     def encode(self, text: str) -> list[int]:
         """Ids of the pieces of `text`, without `<s>` and `</s>`.

@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from kosmosg.models.storage import StrictWeights
 from kosmosg.models.transformer import (
     LAYER_NORM_EPS,
     decoder_gain,
@@ -23,7 +24,7 @@ from kosmosg.models.transformer import (
 FIRST_POSITION = 2  # the released tables are read from row 2 on; rows 0 and 1 are never used
 
 
-class AlignerEncoder(ModelMixin, ConfigMixin):
+class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
     """M: states B×L×D → condition B×Q×C, eq. 5.
 
     Args:
@@ -82,7 +83,7 @@ class AlignerEncoder(ModelMixin, ConfigMixin):
         return self.decoder_norm(x)
 
 
-class AlignerDecoder(ModelMixin, ConfigMixin):
+class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
     """N: condition B×Q×C → reconstructed states B×L×D, eq. 6.
 
     Args:

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from kosmosg.models.decoder import CausalDecoder
 from kosmosg.models.resampler import Resampler
+from kosmosg.models.storage import StrictWeights
 from kosmosg.models.vision import VisionTower
 from kosmosg.prompt import PromptBatch
 
+MAX_TOKENS = 2048  # the longest sequence of the language model's training (tokens_per_sample)
 
-class MLLM(ModelMixin, ConfigMixin):
+
+class MLLM(StrictWeights, ModelMixin, ConfigMixin):
     """Interleaved ids and images → hidden states. Sizes of the paper: section 3.2.
 
     Args:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -49,26 +49,40 @@ def save_model(folder: str | Path, tokenizer: Tokenizer, **parts: ModelMixin | N
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+class StrictWeights:
+    """Goes before ModelMixin: reading refuses weights left over or missing, which diffusers passes over."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
+        """As diffusers', see there for the options.
+
+        Raises:
+            ValueError: the weights are not those of the recorded sizes; the first few names are told.
+        """
+        tell = options.pop("output_loading_info", False)
+        # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; either
+        # way the report below names them.
+        model, report = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
+        wrong = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
+        if wrong:
+            told = "; ".join(f"{len(keys)} {name}, as {sorted(map(str, keys))[:3]}" for name, keys in wrong.items())
+            raise ValueError(f"'{folder}' is not a {cls.__name__} of the sizes in its {CONFIG_FILE}: {told}.")
+        return (model, report) if tell else model
+
+
 def load_part(kind: type[Part], folder: Path, torch_dtype: torch.dtype = torch.float32) -> Part:
-    """`kind.from_pretrained(folder)`, but weights left over or missing are an error.
+    """`kind.from_pretrained(folder)`.
 
     Raises:
         FileNotFoundError: no such part.
-        ValueError: the weights are not those of the recorded sizes; the first few names are told.
+        ValueError: see `StrictWeights`.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"'{folder}' holds no {kind.__name__}: {CONFIG_FILE} is missing. An aligner_decoder exists after stage 2 "
             "only, an aligner after stages 2 and 3."
         )
-    # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; either way
-    # the report below names them.
-    model, report = kind.from_pretrained(str(folder), dtype=torch_dtype, output_loading_info=True)
-    wrong = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
-    if wrong:
-        told = "; ".join(f"{len(keys)} {name}, as {sorted(map(str, keys))[:3]}" for name, keys in wrong.items())
-        raise ValueError(f"'{folder}' is not a {kind.__name__} of the sizes in its {CONFIG_FILE}: {told}.")
-    return model
+    return kind.from_pretrained(str(folder), dtype=torch_dtype)
 
 
 def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] = ("dropout",)) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, TargetTransform, UnderstandingTransform
+from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, TargetTransform, UnderstandingTransform, rgb
 
 
 def test_uniform_colours():
@@ -37,3 +37,8 @@ def test_transparency_becomes_white():
 def test_an_image_without_pixels_is_refused():
     with pytest.raises(ValueError, match="0×5 pixels"):
         TargetTransform(8)(Image.new("RGB", (0, 5)))
+
+
+def test_sixteen_bits_keep_their_brightness():
+    wide = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
+    assert wide.mode == "I;16" and np.asarray(rgb(wide))[0, :, 0].tolist() == [0, 1, 255]

@@ -15,7 +15,9 @@ FAST = {"num_inference_steps": 2}
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model, tiny_stable_diffusion):
-    return KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion)
+    pipe = KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def pixels(images):
@@ -23,32 +25,36 @@ def pixels(images):
 
 
 def test_every_form_of_a_prompt_means_the_same(pipe):
-    expected = pipe.encode_prompt("a <i> in the suit of <i>", images=[RED, BLUE])
+    expected, null = pipe.encode_prompt("a <i> in the suit of <i>", images=[RED, BLUE])
+    assert torch.equal(null, pipe.null_condition)
     assert expected.shape == (1, tiny.QUERIES, tiny.CONDITION_WIDTH)
     segments = ["a ", RED, " in the suit of ", BLUE]
-    torch.testing.assert_close(pipe.encode_prompt(segments), expected)
-    torch.testing.assert_close(pipe.encode_prompt([segments, "a dog"])[:1], expected)
-    both = pipe.encode_prompt(["a dog", "a <i> in the suit of <i>"], images=[[], [RED, BLUE]])
+    torch.testing.assert_close(pipe.encode_prompt(segments)[0], expected)
+    torch.testing.assert_close(pipe.encode_prompt([segments, "a dog"])[0][:1], expected)
+    both, null = pipe.encode_prompt(["a dog", "a <i> in the suit of <i>"], images=[[], [RED, BLUE]])
+    assert null.shape == both.shape
     torch.testing.assert_close(both[1:], expected)
-    torch.testing.assert_close(both[:1], pipe.encode_prompt("a dog"))
+    torch.testing.assert_close(both[:1], pipe.encode_prompt("a dog")[0])
 
 
 def test_the_image_in_the_prompt_matters(pipe):
-    red, blue = pipe.encode_prompt(["<i>", "<i>"], images=[[RED], [BLUE]])
+    red, blue = pipe.encode_prompt(["<i>", "<i>"], images=[[RED], [BLUE]])[0]
     assert (red - blue).abs().max() > 1e-3
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
-    batch = pipe(["a dog", "a <i>"], images=[[], [RED]], num_images_per_prompt=2, seeds=[1, 2, 3, 4], **FAST)
+    batch = pipe(["a dog", "a <i>"], images=[[], [RED]], num_images_per_prompt=2, seeds=[1, 2, 3, 4], **FAST).images
     assert [image.size for image in batch] == [(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)] * 4
-    alone = pipe("a <i>", images=[RED], seeds=[4], **FAST)
+    alone = pipe("a <i>", images=[RED], seeds=[4], **FAST).images
     assert abs(pixels(alone) - pixels(batch[3:])).max() <= 1  # another batch size rounds another way
     assert abs(pixels(batch[2:3]) - pixels(batch[3:])).max() > 10
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "ddim", "pndm"])
 def test_generators_and_samplers(pipe, sampler):
-    one, two = (pipe("a dog", sampler=sampler, generator=torch.Generator().manual_seed(5), **FAST) for _ in range(2))
+    one, two = (
+        pipe("a dog", sampler=sampler, generator=torch.Generator().manual_seed(5), **FAST).images for _ in range(2)
+    )
     assert np.array_equal(pixels(one), pixels(two))
 
 
@@ -75,12 +81,16 @@ def test_sampling_is_diffusers_own(tiny_stable_diffusion):
 
 
 def test_guidance_moves_away_from_the_negative_prompt(pipe):
-    plain = pipe("a dog", seeds=[0], **FAST)
-    assert np.array_equal(pixels(plain), pixels(pipe("a dog", negative_prompt="", seeds=[0], **FAST)))
-    assert not np.array_equal(pixels(plain), pixels(pipe("a dog", negative_prompt="a red boat", seeds=[0], **FAST)))
-    each = pipe(["a dog", "a dog"], negative_prompt=["", "a red boat"], seeds=[0, 0], **FAST)
+    plain = pipe("a dog", seeds=[0], **FAST).images
+    assert np.array_equal(pixels(plain), pixels(pipe("a dog", negative_prompt="", seeds=[0], **FAST).images))
+    assert not np.array_equal(
+        pixels(plain), pixels(pipe("a dog", negative_prompt="a red boat", seeds=[0], **FAST).images)
+    )
+    each = pipe(["a dog", "a dog"], negative_prompt=["", "a red boat"], seeds=[0, 0], **FAST).images
     assert abs(pixels(plain) - pixels(each[:1])).max() <= 1
-    unguided = (pipe("a dog", negative_prompt=n, guidance_scale=1.0, seeds=[0], **FAST) for n in ("", "a red boat"))
+    unguided = (
+        pipe("a dog", negative_prompt=n, guidance_scale=1.0, seeds=[0], **FAST).images for n in ("", "a red boat")
+    )
     assert np.array_equal(*map(pixels, unguided))
 
 
@@ -114,7 +124,7 @@ def test_encoding_is_without_dropout_and_leaves_the_mode_alone(pipe):
         (["a ", RED], {"images": [RED]}, "which holds its images itself"),
         ("  ", {}, "prompt 0 is empty"),
         ([], {}, "no prompts"),
-        ("a dog", {"sampler": "euler"}, "'euler' is unknown; allowed: dpm, ddim, pndm"),
+        ("a dog", {"sampler": "euler"}, "'euler' is unknown; allowed: dpm, ddim, pndm, or a scheduler class"),
         ("a dog", {"seeds": [1], "num_images_per_prompt": 2}, "1 seeds were given for 2 images"),
         ("a dog", {"seeds": [1], "generator": torch.Generator()}, "choose one source of noise"),
         ("a dog", {"num_inference_steps": 0}, "num_inference_steps=0"),
@@ -126,9 +136,14 @@ def test_errors(pipe, prompts, options, told):
         pipe(prompts, **{**FAST, **options})
 
 
-def test_parts_that_do_not_fit(pipe, tiny_stable_diffusion, tiny_model, monkeypatch):
+def test_parts_that_do_not_fit(tiny_stable_diffusion, tiny_model, tmp_path):
     with pytest.raises(FileNotFoundError, match="image_decoder="):
         KosmosGPipeline.from_pretrained(tiny_model)
-    monkeypatch.setattr(DiffusionSampler, "condition_width", 768)
+    pipe = KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion)
+    parts = {name: part for name, part in pipe.components.items()}
+    parts["unet"].register_to_config(cross_attention_dim=768)
     with pytest.raises(ValueError, match="32 wide but the U-Net reads 768"):
-        KosmosGPipeline(pipe.model, pipe.tokenizer, pipe.sampler)
+        KosmosGPipeline(**parts)
+    parts["mllm"].register_to_config(vocab_size=7)
+    with pytest.raises(ValueError, match="MLLM's vocabulary 7"):
+        KosmosGPipeline(**parts)

@@ -1,0 +1,172 @@
+"""The pipeline as diffusers' users know it: folders, precision, offload, schedulers, callbacks, the hub."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers.utils import hub_utils
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from kosmosg.pipeline import KosmosGPipeline
+from kosmosg.tokenizer import Tokenizer
+from tests import tiny
+
+RED = Image.new("RGB", (70, 80), "red")
+CALL = {"images": [RED], "num_inference_steps": 2, "seeds": [3], "output_type": "np"}
+
+
+@pytest.fixture
+def pipe(tiny_model, tiny_stable_diffusion):
+    pipe = KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, **options):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a <i>", **{**CALL, **options}).images
+
+
+def test_saved_and_loaded_it_draws_the_same_bits(pipe, tmp_path):
+    expected = drawn(pipe)
+    pipe.save_pretrained(tmp_path / "pipe")
+    parts = {path.name for path in (tmp_path / "pipe").iterdir()}
+    assert parts == {"model_index.json", "mllm", "aligner", "tokenizer", "unet", "vae", "scheduler"}
+    again = KosmosGPipeline.from_pretrained(tmp_path / "pipe")
+    assert np.array_equal(drawn(again), expected)
+    assert isinstance(again.tokenizer, Tokenizer) and isinstance(again.scheduler, DPMSolverMultistepScheduler)
+    assert not any(parameter.requires_grad for parameter in again.model.parameters())
+    again.save_pretrained(tmp_path / "twice")
+    once, twice = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in ("pipe", "twice"))
+    assert once.pop("_name_or_path", None) != "" and twice.pop("_name_or_path", None) != ""
+    assert once == twice and once["mllm"] == ["kosmosg.models.mllm", "MLLM"]
+
+
+def test_another_stable_diffusion_takes_the_place_of_the_folders(pipe, tmp_path, tiny_stable_diffusion):
+    pipe.unet.conv_out.bias.data.add_(1.0)
+    pipe.save_pretrained(tmp_path)
+    assert not np.array_equal(drawn(KosmosGPipeline.from_pretrained(tmp_path, tiny_stable_diffusion)), drawn(pipe))
+
+
+def test_damaged_weights_are_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    config = tmp_path / "aligner" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "decoder_layers": 3}))
+    with pytest.raises(ValueError, match=r"aligner' is not a AlignerEncoder.*missing_keys"):
+        KosmosGPipeline.from_pretrained(tmp_path)
+
+
+def test_precision(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    half = KosmosGPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert {parameter.dtype for part in (half.model, half.unet, half.vae) for parameter in part.parameters()} == {
+        torch.bfloat16
+    }
+    assert np.abs(drawn(half) - drawn(pipe)).mean() < 0.1
+
+
+def test_a_moved_or_changed_model_has_another_null_condition(pipe):
+    before = pipe.null_condition
+    assert pipe.null_condition is before
+    with torch.no_grad():
+        pipe.aligner.queries.add_(1.0)
+    assert not torch.equal(pipe.null_condition, before)
+    assert pipe.to(torch.bfloat16).null_condition.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_any_scheduler_of_diffusers(pipe, sampler):
+    named = drawn(pipe, sampler=sampler)
+    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler) and not np.array_equal(named, drawn(pipe))
+    pipe.scheduler = getattr(diffusers, sampler).from_config(pipe.scheduler.config)
+    assert np.array_equal(named, drawn(pipe))
+
+
+def test_callback_interrupts_and_sees_latents(pipe):
+    seen = []
+
+    def look(inner, step, timestep, tensors):
+        seen.append((step, tensors["latents"].shape))
+        inner._interrupt = step == 0
+        return tensors
+
+    drawn(pipe, num_inference_steps=3, callback_on_step_end=look)
+    assert seen == [(0, (1, 4, tiny.LATENT_SIZE, tiny.LATENT_SIZE))]
+
+
+def test_embeddings_in_place_of_prompts(pipe):
+    condition, negative = pipe.encode_prompt("a <i>", [RED], "blurry")
+    expected = drawn(pipe, negative_prompt="blurry")
+    options = {**CALL, "images": None, "prompt_embeds": condition}
+    assert np.array_equal(pipe(negative_prompt_embeds=negative, **options).images, expected)
+    assert np.array_equal(pipe(**options).images, drawn(pipe))
+    assert np.array_equal(pipe(**options, return_dict=False)[0], drawn(pipe))
+    with pytest.raises(ValueError, match="either prompt= or prompt_embeds="):
+        pipe("a dog", **options)
+    with pytest.raises(ValueError, match="belong to prompt="):
+        pipe(**{**options, "images": [RED]})
+
+
+def test_sizes_slicing_and_output_types(pipe):
+    pixels = tiny.IMAGE_SIZE * 2
+    image = pipe("a dog", num_inference_steps=1, height=pixels, width=tiny.IMAGE_SIZE).images[0]
+    assert image.size == (tiny.IMAGE_SIZE, pixels)
+    assert pipe("a dog", num_inference_steps=1, output_type="latent").images.shape[-2:] == (tiny.LATENT_SIZE,) * 2
+    whole = drawn(pipe, num_images_per_prompt=2, seeds=[3, 4])
+    pipe.enable_attention_slicing()
+    pipe.vae.enable_slicing()
+    np.testing.assert_allclose(drawn(pipe, num_images_per_prompt=2, seeds=[3, 4]), whole, atol=1e-4)
+
+
+def test_parts_may_lie_elsewhere_than_they_compute(pipe):
+    """accelerate's hooks in the order of `model_cpu_offload_seq`, as enable_model_cpu_offload sets them."""
+    expected, hook, order = drawn(pipe), None, []
+    assert pipe.model_cpu_offload_seq == "mllm->aligner->unet->vae"
+    for name in ("mllm", "aligner", "unet"):
+        _, hook = cpu_offload_with_hook(getattr(pipe, name), "cpu", prev_module_hook=hook)
+        inner = hook.hook.pre_forward
+        hook.hook.pre_forward = lambda *a, name=name, inner=inner, **k: (order.append(name), inner(*a, **k))[1]
+    assert str(pipe._execution_device) == "cpu"
+    assert np.array_equal(drawn(pipe), expected)
+    assert order == ["mllm", "aligner", "unet", "unet"]  # the null condition is known already
+
+
+def test_pushing_to_the_hub_uploads_the_folder(pipe, monkeypatch):
+    uploaded = {}
+
+    def upload(self, folder, repo_id, **_):
+        uploaded[repo_id] = {path.name for path in Path(folder).iterdir()}
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("card"))
+    monkeypatch.setattr(KosmosGPipeline, "_upload_folder", upload)
+    pipe.push_to_hub("someone/model")
+    assert uploaded["someone/model"] >= {*pipe.components, "model_index.json"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "told"),
+    [
+        ("a <i>", {"images": [Image.new("F", (8, 8))]}, "mode 'F' has no fixed range"),
+        ("a <i>", {"images": [Image.new("RGB", (1, 101))]}, "1×101 pixels cannot be resized"),
+        ("dog " * 3000, {"images": None}, "at most 254 are allowed"),
+        ("a <i>", {"sampler": "EulerScheduler"}, "'EulerScheduler' is unknown"),
+    ],
+)
+def test_errors(pipe, prompt, options, told):
+    with pytest.raises(ValueError, match=told):
+        pipe(prompt, **{**CALL, **options})
+
+
+def test_schedulers_are_not_shared_between_pipelines(pipe):
+    euler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    composed = pipe.compose(diffusers.StableDiffusionPipeline, scheduler=euler)
+    assert composed.scheduler is euler
+    assert pipe.compose(diffusers.StableDiffusionPipeline).scheduler is not pipe.scheduler
