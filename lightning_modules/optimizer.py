@@ -2,11 +2,14 @@
 
 First update: update number n (from 1) uses the schedule's value at n − 1, so the first update has rate 0, as in the
 released code (golden README, "Optimiser"). Its Adam adds eps to sqrt(v) before the bias correction, PyTorch's after:
-with eps 1e-6 that differs in the first updates only, while the rate is near zero.
+that is PyTorch's with eps / sqrt(1 − β₂ᵗ), which is set before each update.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
@@ -21,6 +24,8 @@ class OptimizerConfig:
     """Decay rates of AdamW's moments."""
     eps: float = 1e-6
     """Added to the root of the second moment."""
+    eps_before_correction: bool = True
+    """Add eps before the bias correction, as the released code; false is PyTorch's own AdamW."""
     weight_decay: float = 0.01
     """Decoupled decay of every trained parameter, biases and norms too (as the released code)."""
     warm_up_steps: int = 375
@@ -55,5 +60,14 @@ def build_optimizer(
     optimizer = AdamW(
         parameters, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
     )
+    if config.eps_before_correction:
+        optimizer.register_step_pre_hook(partial(correct_eps, eps=config.eps))
     schedule = LambdaLR(optimizer, lambda updates: learning_rate_factor(updates, config.warm_up_steps, max_steps))
     return optimizer, schedule
+
+
+def correct_eps(optimizer: AdamW, *_: Any, eps: float) -> None:
+    """Set each group's eps so that the coming update equals one that adds `eps` before the bias correction."""
+    for group in optimizer.param_groups:
+        group["updates"] = group.get("updates", 0) + 1  # kept in checkpoints, as all of a group
+        group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** group["updates"])

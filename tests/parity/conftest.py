@@ -1,6 +1,7 @@
 """One recorded set of the released code: its sizes, tensors and checkpoints, and our model built from them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,13 +121,29 @@ class Recording:
     def text_target(self) -> TextTarget:
         return TextTarget(CLIPTextModel.from_pretrained(self.stable_diffusion, subfolder="text_encoder"), None)
 
-    def assert_activation(self, ours: Tensor, name: str) -> None:
-        """Within the activation tolerance of the recorded tensor."""
-        torch.testing.assert_close(ours, self.outputs[name], rtol=0, atol=ACTIVATIONS, msg=lambda m: f"{name}: {m}")
+    def assert_activation(
+        self, ours: Tensor, name: str, view: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> None:
+        """Within the activation tolerance of the recorded tensor; `view` brings it into our order."""
+        self._compare(ours, name, view, rtol=0, atol=ACTIVATIONS)
 
     def assert_loss(self, ours: Tensor, name: str) -> None:
         """Within the loss tolerance of the recorded number."""
-        torch.testing.assert_close(ours.reshape(-1), self.outputs[name], rtol=LOSSES, atol=0)
+        self._compare(ours.reshape(-1), name, lambda tensor: tensor, rtol=LOSSES, atol=0)
+
+    def assert_gradient(self, ours: Tensor, name: str) -> None:
+        """Within 1e-3 of the recorded gradient's largest element; many are smaller than the activation tolerance."""
+        largest = self.outputs[name].abs().max().item()
+        self._compare(ours, name, lambda tensor: tensor, rtol=0, atol=min(ACTIVATIONS, GRADIENT_NORMS * largest))
+
+    def _compare(self, ours: Tensor, name: str, view: Callable[[Tensor], Tensor], **tolerances: float) -> None:
+        """Also shows that the comparison can fail: with one value changed by 1 % it does."""
+        recorded = self.outputs[name]
+        torch.testing.assert_close(ours, view(recorded), **tolerances, msg=lambda m: f"{name}: {m}")
+        changed = recorded.clone().flatten()
+        changed[changed.abs().argmax()] *= 1.01
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(ours, view(changed.view_as(recorded)), **tolerances)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,123 @@
+"""`kosmosg generate`: a prompt and its images, or a file of prompts, to PNG files."""
+
+import argparse
+from pathlib import Path
+
+HELP = "draw images for a prompt or for a file of prompts"
+EPILOG = """\
+examples:
+  kosmosg generate kosmos-g "<i> in the suit of <i>" --images dog.png hero.png --count 4
+  kosmosg generate kosmos-g --manifest prompts.jsonl --output drawn
+
+a line of the manifest, whose paths are relative to it:
+  {"prompt": "<i> in the snow", "images": ["dog.png"], "negative_prompt": "", "seed": 0, "count": 4, "name": "dog-snow"}
+
+Image number k of a prompt has seed + k. The same command goes on where it was stopped.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", help="pipeline folder or hub id, or the folder of a training run")
+    parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
+    parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images of the placeholders, in order")
+    parser.add_argument("--manifest", type=Path, metavar="JSONL", help="a file of prompts instead of one")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="draw the manifest's good lines although others are bad"
+    )
+    parser.add_argument("--output", type=Path, default=Path("images"), metavar="DIR", help="default: images/")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that were drawn with other parameters")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; default: 0")
+    parser.add_argument("--count", type=int, default=1, help="images of the prompt; default: 1")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps; default: 50")
+    parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale; default: 6")
+    parser.add_argument("--sampler", help="dpm, ddim, pndm, or a scheduler of diffusers; default: the pipeline's own")
+    parser.add_argument("--height", type=int, help="pixels; default: what the U-Net was trained on")
+    parser.add_argument("--width", type=int, help="pixels")
+    parser.add_argument("--batch-size", type=int, default=4, help="images at once; default: 4")
+    parser.add_argument("--image-decoder", metavar="SD", help="Stable Diffusion, where the model's folder holds none")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"
+    )
+    parser.add_argument("--device", help="as cuda:1; default: a GPU if there is one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit status 0; 1 if lines of the manifest were left out. Raises ValueError and FileNotFoundError with a message
+    for the user."""
+    from rich.progress import track
+
+    from kosmosg import generation
+
+    requests, wrong = read_requests(arguments)
+    for line in wrong:
+        print(f"{arguments.manifest}: {line}")
+    if wrong and not (arguments.skip_bad and requests):
+        raise generation.GenerationError(
+            f"{len(wrong)} lines of '{arguments.manifest}' are bad, {len(requests)} good; nothing was drawn. "
+            "--skip-bad draws the good ones."
+        )
+    settings = generation.Settings(
+        arguments.steps, arguments.guidance, arguments.sampler, arguments.height, arguments.width
+    )
+    if arguments.batch_size < 1:
+        raise generation.GenerationError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    device, dtype = placement(arguments)
+    identity = {"model": model_name(arguments), "dtype": dtype}
+    jobs = generation.plan(requests, settings, arguments.output, identity)
+    left = generation.outstanding(jobs, arguments.overwrite)
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {len(jobs)} images are there already.")
+    if left:
+        drawn = generation.generate(load(arguments, device, dtype), left, settings, arguments.batch_size)
+        for _ in track(drawn, total=len(left), description="generate"):
+            pass
+    print(
+        f"{len(jobs)} images are in '{arguments.output}'" + (f"; {len(wrong)} lines were left out." if wrong else ".")
+    )
+    return 1 if wrong else 0
+
+
+def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
+    """The requests of the command line or of the manifest, and what is wrong with other lines."""
+    from kosmosg import generation
+
+    if (arguments.prompt is None) == (arguments.manifest is None):
+        raise generation.GenerationError("give either a prompt or --manifest")
+    if arguments.manifest is not None:
+        return generation.read_manifest(arguments.manifest)
+    request = generation.Request(
+        arguments.prompt, tuple(arguments.images), arguments.negative_prompt, arguments.seed, arguments.count, "image"
+    )
+    generation.check_images(request)
+    return [request], []
+
+
+def model_name(arguments: argparse.Namespace) -> str:
+    """What the images' metadata call the model: fingerprints of local folders, hub ids as they are."""
+    from kosmosg.generation import fingerprint
+
+    named = [name for name in (arguments.model, arguments.image_decoder) if name]
+    return " + ".join(fingerprint(Path(name)) if Path(name).is_dir() else name for name in named)
+
+
+def placement(arguments: argparse.Namespace) -> tuple[str, str]:
+    """(device, dtype) as given, or what suits this machine."""
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+
+
+def load(arguments: argparse.Namespace, device: str, dtype: str):
+    """The pipeline, where it is to run."""
+    import torch
+
+    from kosmosg.pipeline import KosmosGPipeline
+
+    pipeline = KosmosGPipeline.from_pretrained(
+        arguments.model, arguments.image_decoder, torch_dtype=getattr(torch, dtype)
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

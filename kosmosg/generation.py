@@ -1,0 +1,244 @@
+"""Prompts of a file → PNG files that know how they were made.
+
+A job is one image: prompt, input images, seed. Its file is written beside and renamed, and carries the job's
+parameters in its metadata, so that a stopped run goes on without a record of its own: what is there with the same
+parameters is done.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from kosmosg.prompt import PLACEHOLDER
+
+METADATA_KEY = "kosmosg"
+PROBE_BYTES = 1 << 20  # weights are known by their files' sizes, first and last MiB; reading all would take a minute
+
+
+class GenerationError(ValueError):
+    """A request that cannot be drawn, or a file in its place that was drawn otherwise."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of a manifest. `count` images are drawn, with seeds `seed`, `seed + 1`, …"""
+
+    prompt: str
+    images: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    seed: int = 0
+    count: int = 1
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise GenerationError("prompt is empty; give text, a placeholder <i> or both")
+        if (placeholders := self.prompt.count(PLACEHOLDER)) != len(self.images):
+            raise GenerationError(
+                f"the prompt has {placeholders} placeholders {PLACEHOLDER} but {len(self.images)} images"
+            )
+        if self.count < 1 or self.seed < 0:
+            raise GenerationError(
+                f"count={self.count} and seed={self.seed}; allowed: count of at least 1, seed of 0 or more"
+            )
+        if Path(self.name).name != self.name:
+            raise GenerationError(f"name={self.name!r} is no plain file name")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all images of a run share; None is the model's own."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image."""
+
+    request: Request
+    seed: int
+    file: Path
+    parameters: dict[str, Any]
+    """All that the image depends on, as in its metadata."""
+
+
+def read_manifest(file: Path) -> tuple[list[Request], list[str]]:
+    """The requests of a JSONL file, and what is wrong with the other lines; blank lines are passed over.
+
+    Paths of images are relative to the file's folder. A request without a name is called by its line number.
+
+    Raises:
+        GenerationError: the file does not exist.
+    """
+    if not file.is_file():
+        raise GenerationError(f"the manifest '{file}' does not exist")
+    requests, wrong = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            request = read_request(json.loads(line), default_name=f"{number:06d}", folder=file.parent)
+            check_images(request)
+            requests.append(request)
+        except (ValueError, TypeError) as error:
+            wrong.append(f"line {number}: {error}")
+    names = [request.name for request in requests]
+    wrong += [f"the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    return requests, wrong
+
+
+def read_request(values: Any, default_name: str, folder: Path) -> Request:
+    """One line's object as a request.
+
+    Raises:
+        GenerationError: an unknown key, or a value that is not allowed.
+    """
+    if not isinstance(values, dict):
+        raise GenerationError(f'a line is {type(values).__name__}; allowed: an object, as {{"prompt": "a dog"}}')
+    allowed = {field.name: field for field in fields(Request)}
+    if unknown := sorted(set(values) - set(allowed)):
+        raise GenerationError(f"unknown keys {unknown}; allowed: {', '.join(allowed)}")
+    if "prompt" not in values:
+        raise GenerationError("the key 'prompt' is missing")
+    images = values.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise GenerationError(f"images={images!r}; allowed: a list of paths")
+    for name, kind in (("prompt", str), ("negative_prompt", str), ("name", str), ("seed", int), ("count", int)):
+        if name in values and type(values[name]) is not kind:
+            raise GenerationError(f"{name}={values[name]!r}; allowed: {kind.__name__}")
+    return Request(**{"name": default_name, **values, "images": tuple(str(folder / image) for image in images)})
+
+
+def check_images(request: Request) -> None:
+    """Raises GenerationError: an image that is missing or no image; names it."""
+    for name in request.images:
+        try:
+            with Image.open(name) as image:
+                image.verify()
+        except FileNotFoundError as error:
+            raise GenerationError(f"the image '{name}' does not exist") from error
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise GenerationError(f"'{name}' is no readable image: {error}") from error
+
+
+def plan(requests: Sequence[Request], settings: Settings, output: Path, identity: dict[str, str]) -> list[Job]:
+    """One job for each image, in order.
+
+    Args:
+        identity: what else the images depend on: the weights and their precision.
+    """
+    hashes = {name: file_hash(Path(name)) for request in requests for name in request.images}
+    jobs = []
+    for request in requests:
+        inputs = [{"file": Path(name).name, "sha256": hashes[name]} for name in request.images]
+        shared = {"prompt": request.prompt, "images": inputs, "negative_prompt": request.negative_prompt}
+        for seed in range(request.seed, request.seed + request.count):
+            parameters = {**shared, "seed": seed, **asdict(settings), **identity}
+            jobs.append(Job(request, seed, output / f"{request.name}-{seed}.png", parameters))
+    return jobs
+
+
+def outstanding(jobs: Sequence[Job], overwrite: bool = False) -> list[Job]:
+    """The jobs whose file is not there yet.
+
+    Raises:
+        GenerationError: a file in the place of one was made with other parameters, and is not to be overwritten; names
+            the first parameter that differs.
+    """
+    left = []
+    for job in jobs:
+        found = read_parameters(job.file) if job.file.is_file() else None
+        if job.file.is_file() and found != job.parameters and not overwrite:
+            raise GenerationError(
+                f"'{job.file}' exists, but {difference(found, job.parameters)}; --overwrite replaces it"
+            )
+        if found != job.parameters:
+            left.append(job)
+    return left
+
+
+def difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
+    if found is None:
+        return "was not made by this command"
+    name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+    return f"its {name} is {found.get(name)!r} instead of {wanted.get(name)!r}"
+
+
+def generate(pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size: int) -> Iterator[Job]:
+    """Draw and store the jobs, batched across requests; yields each when its file is there.
+
+    Args:
+        pipeline: a KosmosGPipeline.
+    """
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        opened: dict[str, Image.Image] = {}
+        for name in {name for job in batch for name in job.request.images}:
+            with Image.open(name) as image:
+                image.load()
+                opened[name] = image.copy()
+        drawn = pipeline(
+            [job.request.prompt for job in batch],
+            images=[[opened[name] for name in job.request.images] for job in batch],
+            negative_prompt=[job.request.negative_prompt for job in batch],
+            seeds=[job.seed for job in batch],
+            **asdict(settings),
+        ).images
+        for job, image in zip(batch, drawn, strict=True):
+            store(image, job)
+            yield job
+
+
+def store(image: Image.Image, job: Job) -> None:
+    """Write the PNG with its parameters, whole or not at all."""
+    job.file.parent.mkdir(parents=True, exist_ok=True)
+    beside = job.file.with_name(f".{job.file.name}.{os.getpid()}")
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(METADATA_KEY, json.dumps(job.parameters, ensure_ascii=False))
+    try:
+        with beside.open("wb") as stream:
+            image.save(stream, format="png", pnginfo=text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(job.file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_parameters(file: Path) -> dict[str, Any] | None:
+    """The parameters in a PNG's metadata; None where there are none."""
+    try:
+        with Image.open(file) as image:
+            return json.loads(image.text[METADATA_KEY])  # type: ignore[attr-defined]
+    except (OSError, SyntaxError, AttributeError, KeyError, ValueError):
+        return None
+
+
+def fingerprint(folder: Path) -> str:
+    """Of all weights files in a folder: their names, sizes, first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+            for start in sorted({0, max(0, size - PROBE_BYTES)}):
+                stream.seek(start)
+                digest.update(stream.read(PROBE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,157 @@
+"""`kosmosg generate`, through its command line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kosmosg.cli import main
+from kosmosg.generation import read_parameters
+from kosmosg.pipeline import KosmosGPipeline
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tiny_stable_diffusion, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    for name, colour in (("dog", "sienna"), ("hero", "navy")):
+        Image.new("RGB", (70, 80), colour).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def generate(*arguments):
+    return main(["generate", *map(str, arguments), "--steps", "2"])
+
+
+def pixels(file):
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def test_a_prompt_is_drawn_as_the_pipeline_draws_it(model, images, capsys):
+    prompt, dog, hero = "<i> in the suit of <i>", images / "dog.png", images / "hero.png"
+    options = ("--output", images / "out", "--count", "2", "--seed", "5", "--guidance", "3", "--sampler", "ddim")
+    assert generate(model, prompt, "--images", dog, hero, *options) == 0
+    assert "2 images are in" in capsys.readouterr().out
+    files = sorted((images / "out").iterdir())
+    assert [file.name for file in files] == ["image-5.png", "image-6.png"]
+    pipe = KosmosGPipeline.from_pretrained(model)
+    pictures = [Image.open(dog), Image.open(hero)]
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "sampler": "ddim", "seeds": [5, 6]}
+    expected = pipe(prompt, pictures, num_images_per_prompt=2, **settings).images
+    for file, image in zip(files, expected, strict=True):
+        assert np.abs(pixels(file).astype(int) - np.asarray(image)).max() <= 1
+    parameters = read_parameters(files[1])
+    assert (parameters["prompt"], parameters["seed"], parameters["sampler"]) == (prompt, 6, "ddim")
+    assert [image["file"] for image in parameters["images"]] == ["dog.png", "hero.png"] and parameters["model"]
+
+
+def write_manifest(folder, *lines):
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return file
+
+
+LINES = [
+    {"prompt": "<i> in the snow", "images": ["dog.png"], "name": "dog", "count": 2},
+    "",
+    {"prompt": "<i> and <i>", "images": ["dog.png", "hero.png"], "negative_prompt": "a boat", "seed": 7},
+    {"prompt": "a red fish"},
+]
+FILES = ["000003-7.png", "000004-0.png", "dog-0.png", "dog-1.png"]
+
+
+def test_a_manifest_goes_on_where_it_was(model, images, capsys, monkeypatch):
+    manifest, out = write_manifest(images, *LINES), images / "out"
+    arguments = (model, "--manifest", manifest, "--output", out, "--batch-size", "3")
+    assert generate(*arguments) == 0
+    assert sorted(file.name for file in out.iterdir()) == FILES
+    first = {name: (out / name).read_bytes() for name in FILES}
+    (out / "dog-1.png").unlink()
+    assert generate(*arguments) == 0
+    assert "3 of 4 images are there already" in capsys.readouterr().out
+    assert np.abs(pixels(out / "dog-1.png").astype(int) - pixels_of(first["dog-1.png"])).max() <= 1
+    monkeypatch.setattr(KosmosGPipeline, "from_pretrained", None)  # nothing left: the model is not even loaded
+    assert generate(*arguments) == 0
+    assert {name: (out / name).read_bytes() for name in FILES if name != "dog-1.png"}.items() <= first.items()
+
+
+def pixels_of(content):
+    import io
+
+    return pixels(io.BytesIO(content))
+
+
+def test_files_made_otherwise_are_not_replaced_unasked(model, images, capsys):
+    arguments = (model, "a red fish", "--output", images / "out")
+    assert generate(*arguments) == 0
+    before = (images / "out" / "image-0.png").read_bytes()
+    assert generate(*arguments, "--guidance", "2") == 2
+    assert "its guidance_scale is 6.0 instead of 2.0; --overwrite" in capsys.readouterr().err
+    assert (images / "out" / "image-0.png").read_bytes() == before
+    assert generate(*arguments, "--guidance", "2", "--overwrite") == 0
+    assert (images / "out" / "image-0.png").read_bytes() != before
+    Image.new("RGB", (4, 4)).save(images / "out" / "image-1.png")
+    assert generate(*arguments, "--seed", "1") == 2
+    assert "was not made by this command" in capsys.readouterr().err
+
+
+BAD = [
+    ("{", "line 1: "),
+    ([1], "line 1: a line is list"),
+    ({"prompt": "a", "seeds": 1}, r"line 1: unknown keys ['seeds']; allowed: prompt, images"),
+    ({}, "line 1: the key 'prompt' is missing"),
+    ({"prompt": " "}, "line 1: prompt is empty"),
+    ({"prompt": "<i>"}, "line 1: the prompt has 1 placeholders <i> but 0 images"),
+    ({"prompt": "<i>", "images": ["cat.png"]}, "cat.png' does not exist"),
+    ({"prompt": "<i>", "images": ["text.png"]}, "text.png' is no readable image"),
+    ({"prompt": "a", "count": 0}, "line 1: count=0"),
+    ({"prompt": "a", "seed": "x"}, "line 1: seed='x'; allowed: int"),
+    ({"prompt": "a", "name": "../a"}, "line 1: name='../a' is no plain file name"),
+]
+
+
+@pytest.mark.parametrize(("line", "told"), BAD)
+def test_bad_lines(model, images, capsys, line, told):
+    (images / "text.png").write_text("no image")
+    manifest = write_manifest(images, line, {"prompt": "a dog"})
+    arguments = (model, "--manifest", manifest, "--output", images / "out")
+    assert generate(*arguments) == 2
+    heard = capsys.readouterr()
+    assert told in heard.out and "1 lines of" in heard.err and not (images / "out").exists()
+    assert generate(*arguments, "--skip-bad") == 1
+    assert [file.name for file in (images / "out").iterdir()] == ["000002-0.png"]
+    assert "1 lines were left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("a dog", "--manifest", "x.jsonl"), "either a prompt or --manifest"),
+        ((), "either a prompt or --manifest"),
+        (("--manifest", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
+        (("a dog", "--batch-size", "0"), "--batch-size is 0"),
+        (("a dog", "--sampler", "euler"), "sampler='euler' is unknown"),
+        (("a dog", "--count", "0"), "count=0"),
+    ],
+)
+def test_mistakes(model, tmp_path, capsys, arguments, told):
+    assert generate(model, *arguments, "--output", tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_missing_model(tmp_path, capsys):
+    assert generate(tmp_path, "a dog", "--output", tmp_path / "out") == 2
+    assert "holds no model" in capsys.readouterr().err
+
+
+def test_names_given_twice(model, images, capsys):
+    manifest = write_manifest(images, {"prompt": "a", "name": "x"}, {"prompt": "b", "name": "x"})
+    assert generate(model, "--manifest", manifest, "--output", images / "out") == 2
+    assert "the name 'x' is given twice" in capsys.readouterr().out
