@@ -65,7 +65,8 @@ class ImageDecoder(nn.Module):
         """Images B×3×H×H in [-1, 1] → a sample of the VAE's posterior, scaled, B×4×h×h.
 
         Args:
-            noise: the posterior's standard normal draw, B×4×h×h; drawn from `generator` where not given.
+            noise: the posterior's standard normal draw, B×4×h×h; drawn from `generator` where not given. With B·n
+                rows it gives n samples of each image, which is encoded once; those of one image stand together.
 
         Raises:
             ValueError: sides that the VAE cannot halve evenly.
@@ -78,7 +79,10 @@ class ImageDecoder(nn.Module):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         if noise is None:
             noise = torch.randn(posterior.mean.shape, generator=generator, device=images.device)
-        return (posterior.mean + posterior.std * noise.to(posterior.mean.dtype)) * self.vae.config.scaling_factor
+        mean, std = (
+            moment.repeat_interleave(len(noise) // len(images), 0) for moment in (posterior.mean, posterior.std)
+        )
+        return (mean + std * noise.to(mean.dtype)) * self.vae.config.scaling_factor
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t = sqrt(ᾱ_t) z_0 + sqrt(1 − ᾱ_t) ε (eq. 1)."""

@@ -32,6 +32,9 @@ def test_latents_are_the_scaled_posterior(decoder):
     zeros, ones = torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean)
     torch.testing.assert_close(decoder.latents(images, noise=zeros), posterior.mean * factor)
     torch.testing.assert_close(decoder.latents(images, noise=ones), (posterior.mean + posterior.std) * factor)
+    several = decoder.latents(images.repeat(2, 1, 1, 1), noise=torch.cat([zeros, ones, ones, zeros]))
+    once = torch.cat([decoder.latents(images, noise=noise) for noise in (zeros, ones, ones, zeros)])
+    torch.testing.assert_close(several, once)
     one, two = (decoder.latents(images, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, two) and not torch.equal(one, decoder.latents(images, noise=zeros))
 

@@ -1,6 +1,6 @@
 """What each stage trains and freezes, and that the loss reaches all of the former and nothing else."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe, with_null_row
 from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe, wrong_images
 from lightning_modules.optimizer import OptimizerConfig
-from lightning_modules.randomness import draw_diffusion, sample_numbers
+from lightning_modules.randomness import DiffusionDraws, draw_diffusion, sample_numbers
 from lightning_modules.trained_weights import CheckpointMismatchError, VisionTraining, check_trained, train_mllm
 from tests import tiny
 
@@ -206,6 +206,28 @@ def test_timestep_weighting(
     alphas = instruction_tuning.image_decoder.scheduler.alphas_cumprod[draws.timesteps]
     assert not torch.allclose(weighted, uniform)
     assert torch.allclose(weighted, uniform * weight(alphas))
+
+
+def test_several_draws_of_a_sample_are_the_losses_of_each(
+    instruction_tuning: InstructionTuningModule, prompt: PromptBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instruction_tuning.eval()
+    targets = torch.rand(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    draws = instruction_tuning._draws("train", range(6), targets)
+    draws.uniform[:] = torch.tensor([0.05, 0.5, 0.5, 0.5, 0.05, 0.5])
+    together = instruction_tuning.sample_losses(prompt, targets, draws, 0.1)
+    for number in range(3):
+        rows = [number, 3 + number]
+        one = DiffusionDraws(*(getattr(draws, field.name)[rows] for field in fields(draws)))
+        torch.testing.assert_close(instruction_tuning.sample_losses(prompt, targets, one, 0.1), together[rows])
+    instruction_tuning.recipe = InstructionTuningRecipe(draws_per_sample=3)
+    drawn = []
+    monkeypatch.setattr(instruction_tuning, "train_numbers", lambda rows: range(10, 10 + rows))
+    monkeypatch.setattr(instruction_tuning, "log_losses", lambda *_: None)
+    monkeypatch.setattr(instruction_tuning, "_draws", lambda _, numbers, __: drawn.append(numbers) or draws)
+    loss = instruction_tuning.training_step(SimpleNamespace(prompt=prompt, targets=targets), 0)
+    assert drawn == [range(30, 36)]
+    torch.testing.assert_close(loss, together.mean())
 
 
 def test_wrong_images_change_the_loss_and_nothing_else(
