@@ -24,8 +24,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffusionMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kosmosg.config import RUN_CONFIG
 from kosmosg.image_processing import UnderstandingTransform
 from kosmosg.models.aligner import FIRST_POSITION, AlignerEncoder
 from kosmosg.models.kosmosg import KosmosG
@@ -87,7 +89,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """Read a pipeline folder or hub id; or the model folder of a training run, and the Stable Diffusion it steers.
 
         Args:
-            image_decoder: Stable Diffusion folder or hub id; its U-Net and VAE take the place of the folder's.
+            image_decoder: Stable Diffusion folder or hub id; its U-Net and VAE take the place of the folder's. Of a run
+                folder, what the run was trained with is taken if none is given.
             torch_dtype: of all weights; float32 if not given.
             options: of `diffusers.DiffusionPipeline.from_pretrained`.
 
@@ -96,6 +99,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             ValueError: a part's weights are not those of its sizes, or parts do not fit each other.
         """
         dtype = torch_dtype or options.pop("dtype", torch.float32)
+        image_decoder = image_decoder or decoder_of_run(folder)
         if Path(folder).is_dir():
             folder = find_model(folder)
         if image_decoder is not None:
@@ -278,6 +282,12 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         batch = encoder.collate([encoder(segments) for segments in prompts])
         with evaluating(model):
             return model.condition(batch.to(self._execution_device))
+
+
+def decoder_of_run(folder: str | Path) -> str | None:
+    """The Stable Diffusion that a run was trained with, by its configuration; None for other folders."""
+    file = Path(folder) / RUN_CONFIG
+    return OmegaConf.select(OmegaConf.load(file), "model.image_decoder") if file.is_file() else None
 
 
 def decoder_parts(image_decoder: str | Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels; default: what the U-Net was trained on")
     parser.add_argument("--width", type=int, help="pixels")
     parser.add_argument("--batch-size", type=int, default=4, help="images at once; default: 4")
-    parser.add_argument("--image-decoder", metavar="SD", help="Stable Diffusion, where the model's folder holds none")
+    parser.add_argument("--image-decoder", metavar="SD", help="Stable Diffusion, where the model's folder names none")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"
     )
@@ -97,9 +97,15 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
 def model_name(arguments: argparse.Namespace) -> str:
     """What the images' metadata call the model: fingerprints of local folders, hub ids as they are."""
     from kosmosg.generation import fingerprint
+    from kosmosg.models.storage import find_model
+    from kosmosg.pipeline import decoder_of_run
 
-    named = [name for name in (arguments.model, arguments.image_decoder) if name]
-    return " + ".join(fingerprint(Path(name)) if Path(name).is_dir() else name for name in named)
+    local = Path(arguments.model).is_dir()
+    model = fingerprint(find_model(arguments.model)) if local else arguments.model
+    decoder = arguments.image_decoder or decoder_of_run(arguments.model)
+    if decoder is None:
+        return model
+    return f"{model} + {fingerprint(Path(decoder)) if Path(decoder).is_dir() else decoder}"
 
 
 def placement(arguments: argparse.Namespace) -> tuple[str, str]:

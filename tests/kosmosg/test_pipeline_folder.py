@@ -1,6 +1,7 @@
 """The pipeline as diffusers' users know it: folders, precision, offload, schedulers, callbacks, the hub."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,13 @@ from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from kosmosg.config import load_config
+from kosmosg.models.build import build_aligner, build_mllm
+from kosmosg.models.kosmosg import KosmosG
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.tokenizer import Tokenizer
 from tests import tiny
+from train import InstructionTuning
 
 RED = Image.new("RGB", (70, 80), "red")
 CALL = {"images": [RED], "num_inference_steps": 2, "seeds": [3], "output_type": "np"}
@@ -53,6 +58,25 @@ def test_another_stable_diffusion_takes_the_place_of_the_folders(pipe, tmp_path,
     pipe.unet.conv_out.bias.data.add_(1.0)
     pipe.save_pretrained(tmp_path)
     assert not np.array_equal(drawn(KosmosGPipeline.from_pretrained(tmp_path, tiny_stable_diffusion)), drawn(pipe))
+
+
+def test_a_run_folder_knows_its_stable_diffusion(tiny_model, tiny_stable_diffusion, pipe, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = {"stage": "instruction_tuning", "model": {"image_decoder": str(tiny_stable_diffusion)}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert np.array_equal(drawn(KosmosGPipeline.from_pretrained(tmp_path)), drawn(pipe))
+
+
+def test_the_miniature_as_a_folder(tmp_path):
+    """Toyland's model with its shipped tokenizer, CLIP, U-Net and VAE: the same bits after saving and loading."""
+    sizes = load_config(["configs/toyland/instruction_tuning.yaml"], InstructionTuning).model
+    tokenizer = Tokenizer.from_pretrained(sizes.tokenizer)
+    model = KosmosG(build_mllm(sizes, tokenizer), build_aligner(sizes))
+    model.save_pretrained(tmp_path / "run", tokenizer)
+    pipe = KosmosGPipeline.from_pretrained(tmp_path / "run", sizes.image_decoder)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = KosmosGPipeline.from_pretrained(tmp_path / "pipe")
+    assert np.array_equal(drawn(again), drawn(pipe)) and drawn(pipe).std() > 0.01
 
 
 def test_damaged_weights_are_refused(pipe, tmp_path):
