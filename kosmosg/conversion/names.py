@@ -1,14 +1,6 @@
-"""Names of the released checkpoints → ours. Strict: every name is mapped, known to be unneeded, or an error."""
+"""The released checkpoints' names and ours, both ways: every name is mapped, known to be unneeded, or unknown."""
 
-import argparse
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "out_proj"}
 LAYER = {
@@ -81,67 +73,26 @@ STACKS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 # Parts of Stable Diffusion that the released checkpoints carry along, in their libraries' own names.
 THIRD_PARTY = {"aligner.clip_encoder.": "text_encoder", "diffusion_unet.unet.": "unet", "vae.vae.": "vae"}
-TIED = ("gpt_model.decoder.output_projection.weight", "gpt_model.decoder.embed_tokens.weight")
+EMBEDDING = "gpt_model.decoder.embed_tokens.weight"
+PROJECTION = "gpt_model.decoder.output_projection.weight"  # tied to the embedding
+POSITIONS_BUFFER = "gpt_model.decoder.embed_positions._float_tensor"  # its content means nothing
+XPOS_BUFFER = "gpt_model.decoder.self_attn_sope.scale"  # xPos is never applied
 UNNEEDED = (
-    r"gpt_model\.decoder\.embed_positions\._float_tensor",  # a buffer whose content means nothing
-    r"gpt_model\.decoder\.self_attn_sope\.scale",  # xPos is never applied
-    r"gpt_model\.decoder\.output_projection\.weight",  # tied to the embedding, checked
+    re.escape(POSITIONS_BUFFER),
+    re.escape(XPOS_BUFFER),
+    re.escape(PROJECTION),  # checked to be the embedding
     r"img_model\.visual\.proj",
     r"img_model\.visual\.transformer\.resblocks\.\d+\.attn\.(in_proj_(weight|bias)|out_proj\.(weight|bias))",
     r"aligner\.clip_encoder\.text_model\.embeddings\.position_ids",
 )
+# How older diffusers call the VAE's attention, in checkpoints and in Stable Diffusion's own files.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_VAE_NAME = re.compile(rf"(.+\.attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.(weight|bias)")
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<number>\d+)\.(?P<name>.+)\.(?P<kind>weight|bias)$")
 
 
-@dataclass
-class Converted:
-    """State dicts by part (mllm, aligner, aligner_decoder, text_encoder, unet, vae) and the names left out."""
-
-    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    unneeded: list[str] = field(default_factory=list)
-
-    def put(self, part: str, name: str, tensor: Tensor) -> None:
-        self.parts.setdefault(part, {})[name] = tensor
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a released checkpoint; nothing but tensors, plain containers and argparse.Namespace is unpickled.
-
-    Raises:
-        pickle.UnpicklingError: the file holds anything else; torch names it.
-        ValueError: not a checkpoint with a `model`.
-    """
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), Mapping):
-        raise ValueError(f"'{path}' is no released checkpoint: it has no 'model' mapping at its top.")
-    return checkpoint
-
-
-def convert_state(state: Mapping[str, Tensor]) -> Converted:
-    """Rename the `model` of a released checkpoint.
-
-    Raises:
-        ValueError: a name that is neither mapped nor known to be unneeded, or an output matrix that is not the
-            embedding.
-    """
-    converted, unknown = Converted(), []
-    for name, tensor in state.items():
-        place = our_name(name)
-        if place is not None:
-            converted.put(*place, tensor)
-        elif any(re.fullmatch(pattern, name) for pattern in UNNEEDED):
-            converted.unneeded.append(name)
-        else:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} names of the checkpoint are not those of a released KOSMOS-G, as {sorted(unknown)[:5]}."
-        )
-    projection, embedding = TIED
-    if projection in state and not torch.equal(state[projection], state.get(embedding, torch.empty(0))):
-        raise ValueError(f"'{projection}' differs from '{embedding}', but the model ties them.")
-    return converted
+RELEASED_NAMES = {place: name for name, place in NAMES.items()}
+RELEASED_PREFIXES = {part: prefix for prefix, part in THIRD_PARTY.items()}
 
 
 def our_name(name: str) -> tuple[str, str] | None:
@@ -153,30 +104,31 @@ def our_name(name: str) -> tuple[str, str] | None:
         part, prefix, layer = STACKS[match["stack"]]
         if match["name"] in layer:
             return part, f"{prefix}.{match['number']}.{layer[match['name']]}.{match['kind']}"
-    if not any(re.fullmatch(pattern, name) for pattern in UNNEEDED):
+    if not is_unneeded(name):
         for prefix, part in THIRD_PARTY.items():
             if name.startswith(prefix):
-                return part, name.removeprefix(prefix)
+                return part, current_name(part, name.removeprefix(prefix))
     return None
 
 
-def convert_public_vision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower of a public CLIP state dict (`visual.*`, fused q, k, v) → CLIPVisionModel's names.
+def released_name(part: str, name: str) -> str | None:
+    """The inverse of `our_name`; None where the released model has no such tensor."""
+    if (part, name) in RELEASED_NAMES:
+        return RELEASED_NAMES[part, name]
+    for stack, (owner, prefix, layer) in STACKS.items():
+        match = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)\.(weight|bias)", name)
+        theirs = {ours: theirs for theirs, ours in layer.items()}
+        if owner == part and match and match[2] in theirs:
+            return f"{stack}.{match[1]}.{theirs[match[2]]}.{match[3]}"
+    return f"{RELEASED_PREFIXES[part]}{name}" if part in RELEASED_PREFIXES else None
 
-    Names outside `visual.` and the projection belong to parts of CLIP that KOSMOS-G leaves out.
 
-    Raises:
-        ValueError: an unknown name under `visual.`.
-    """
-    split: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not name.startswith("visual.") or name == "visual.proj":
-            continue
-        fused = re.fullmatch(r"(.+)\.attn\.in_proj_(weight|bias)", name)
-        if fused:
-            for projection, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
-                split[f"{fused[1]}.ts_attn.{projection}.{fused[2]}"] = rows
-        else:
-            split[name.replace(".attn.out_proj.", ".ts_attn.out_proj.")] = tensor
-    converted = convert_state({f"img_model.{name}": tensor for name, tensor in split.items()})
-    return {name.removeprefix("vision.clip."): tensor for name, tensor in converted.parts["mllm"].items()}
+def is_unneeded(name: str) -> bool:
+    """Whether a released name is known and nothing is computed from it."""
+    return any(re.fullmatch(pattern, name) for pattern in UNNEEDED)
+
+
+def current_name(part: str, name: str) -> str:
+    """Today's diffusers name for one in a VAE's file of any age; names of other parts are as they are."""
+    old = OLD_VAE_NAME.fullmatch(name) if part == "vae" else None
+    return f"{old[1]}.{OLD_ATTENTION[old[2]]}.{old[3]}" if old else name

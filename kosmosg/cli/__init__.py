@@ -1,0 +1,52 @@
+"""kosmosg COMMAND …: the commands for users of the model. Training and evaluation are train.py and evaluate.py.
+
+A command is a module with `add_arguments(parser)` and `run(arguments) -> int`. It imports what it needs inside `run`,
+for `--help` answers at once and torch takes seconds.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "convert": "kosmosg.cli.convert",
+    "export": "kosmosg.cli.export",
+    "inspect": "kosmosg.cli.inspect",
+}
+MISTAKE, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a mistake, told on stderr, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    # Read when the libraries are imported; our own loaders report weights themselves.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"kosmosg: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("kosmosg: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One subcommand for each of `COMMANDS`; the first line of a module's docstring is its help."""
+    parser = argparse.ArgumentParser(prog="kosmosg", description="KOSMOS-G: images and text as a prompt.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        text = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser

@@ -1,0 +1,7 @@
+"""python -m kosmosg.cli"""
+
+import sys
+
+from kosmosg.cli import main
+
+sys.exit(main())

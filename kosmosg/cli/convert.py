@@ -1,0 +1,34 @@
+"""A released checkpoint, or a public CLIP's state dict, to a model folder.
+
+    kosmosg convert checkpoint_final.pt models/kosmosg --dtype float16
+    kosmosg convert checkpoint_stage2.pt models/aligned --decoder stable-diffusion-v1-5/stable-diffusion-v1-5
+    kosmosg convert ViT-L-14.pt models/vision
+
+sentencepiece.bpe.model and dict.txt are looked for beside the checkpoint.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="OFFICIAL.pt", help="released checkpoint, or a public CLIP's state dict")
+    parser.add_argument("folder", metavar="OUT_DIR", help="model folder to write")
+    parser.add_argument("--decoder", metavar="SD", help="Stable Diffusion folder or hub id: configurations, noise "
+                        "schedule and the weights that the checkpoint lacks")  # fmt: skip
+    parser.add_argument("--spm", metavar="FILE", help="the released SentencePiece model")
+    parser.add_argument("--dict", metavar="FILE", dest="dictionary", help="the released dictionary")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as in the checkpoint")
+    parser.add_argument("--vision-heads", type=int, metavar="N", help="of the image tower; default: its width / 64")
+    parser.add_argument("--aligner-heads", type=int, metavar="N", help="of AlignerNet; default: its width / 64")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR once the new folder is complete")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from kosmosg.conversion import convert_checkpoint
+    from kosmosg.conversion.record import summary
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("checkpoint", "folder", "run")}
+    record = convert_checkpoint(arguments.checkpoint, arguments.folder, **options)
+    print(summary(record))
+    print(f"written to '{arguments.folder}'")
+    return 0

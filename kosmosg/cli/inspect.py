@@ -1,0 +1,22 @@
+"""What a model folder, run folder or released checkpoint holds, without reading its weights.
+
+kosmosg inspect models/kosmosg
+kosmosg inspect checkpoint_final.pt --json
+"""
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="model folder, run folder or released checkpoint")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from kosmosg.conversion import inspect_model
+    from kosmosg.conversion.inspection import inspection_text
+
+    found = inspect_model(arguments.path)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else inspection_text(found))
+    return 0

@@ -1,0 +1,141 @@
+"""Files of torch.save, read as data alone: nothing that a file names is imported or called.
+
+Tensors and plain containers are what torch's weights-only unpickler makes of them. The classes that headers of
+released checkpoints are made of (argparse.Namespace, OmegaConf's containers and nodes, numpy's scalars) become
+`Inert`, which keeps what was recorded and does nothing. Any other class or function is refused by name.
+"""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kosmosg.conversion.errors import ConversionError
+
+TORCHSCRIPT_MEMBER = "constants.pkl"  # of a TorchScript archive; files of torch.save have none
+NUMPY_NUMBER = re.compile(r"[fiub][1248]")
+
+
+class Inert:
+    """Stands for an object of a foreign class: its arguments and its state, unread."""
+
+    def __new__(cls, *arguments: Any) -> "Inert":
+        inert = super().__new__(cls)
+        inert.arguments, inert.state = arguments, None
+        return inert
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class InertScalar(Inert):
+    """A number of numpy's: (dtype, bytes)."""
+
+    def number(self) -> Any:
+        dtype, data = self.arguments
+        code = dtype.arguments[0]
+        if not (isinstance(code, str) and NUMPY_NUMBER.fullmatch(code)):
+            return None
+        order = dtype.state[1] if isinstance(dtype.state, tuple) else "="
+        return np.frombuffer(data, dtype=f"{order.replace('|', '=')}{code}")[0].item()
+
+
+NODES = ("AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "BytesNode", "PathNode", "EnumNode")
+FOREIGN: dict[str, type] = {
+    "argparse.Namespace": argparse.Namespace,
+    "omegaconf.dictconfig.DictConfig": Inert,
+    "omegaconf.listconfig.ListConfig": Inert,
+    **{f"omegaconf.nodes.{name}": Inert for name in (*NODES, "InterpolationResultNode")},
+    **{f"omegaconf.base.{name}": Inert for name in ("Metadata", "ContainerMetadata", "SCMode")},
+    **{f"typing.{name}": Inert for name in ("Any", "Dict", "List")},
+    "collections.defaultdict": Inert,
+    **{f"builtins.{name}": Inert for name in ("dict", "list", "tuple", "int", "float", "bool", "str", "bytes")},
+    "pathlib.PosixPath": Inert,
+    "numpy.dtype": Inert,
+    "numpy.core.multiarray.scalar": InertScalar,
+    "numpy._core.multiarray.scalar": InertScalar,
+}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A released checkpoint: its `model` memory-mapped; its headers, `args` and `cfg`, as plain containers.
+
+    Raises:
+        ConversionError: not a checkpoint with a `model`; see `read_data`.
+    """
+    checkpoint = read_data(path)
+    if not is_checkpoint(checkpoint):
+        raise ConversionError(f"'{path}' is no released checkpoint: it has no 'model' mapping of tensors at its top.")
+    try:
+        return {name: value if name == "model" else plain(value) for name, value in checkpoint.items()}
+    except RecursionError as error:
+        raise ConversionError(f"'{path}': its headers are nested without end.") from error
+
+
+def is_checkpoint(data: Any) -> bool:
+    """Whether a file's content is laid out as the released checkpoints are."""
+    model = data.get("model") if isinstance(data, dict) else None
+    return isinstance(model, Mapping) and all(isinstance(tensor, Tensor) for tensor in model.values())
+
+
+def read_data(path: str | Path) -> Any:
+    """What `torch.save` wrote, memory-mapped, and nothing but data; see the module's first lines.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConversionError: not a whole file of torch.save, a TorchScript archive, or one that names other classes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'.")
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        require_no_torchscript(path)
+    try:
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in FOREIGN.items()]):
+            # Files older than torch 1.6 are no archives and cannot be mapped; they are read whole.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise ConversionError(f"'{path}' is damaged or no file of torch.save.") from error
+        raise ConversionError(
+            f"'{path}' was not read: it names {refused[1]}, which a checkpoint of tensors and settings does not need. "
+            "Nothing of it was run."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        # Whatever the unpickler stumbles over in a file that ends early or was never one.
+        raise ConversionError(f"'{path}' is truncated, damaged or no file of torch.save.") from error
+
+
+def require_no_torchscript(path: Path) -> None:
+    """Refuse an archive that holds code, which is how public CLIP weights are also distributed."""
+    with zipfile.ZipFile(path) as archive:
+        if any(Path(name).name == TORCHSCRIPT_MEMBER for name in archive.namelist()):
+            raise ConversionError(
+                f"'{path}' is a TorchScript archive, which holds code. Where you trust it, write its weights alone: "
+                f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), 'weights.pt')."
+            )
+
+
+def plain(value: Any) -> Any:
+    """A header as dict, list, str, number, bool or None; what has no such form is None."""
+    if isinstance(value, argparse.Namespace):
+        return plain(vars(value))
+    if isinstance(value, InertScalar):
+        return value.number()
+    if isinstance(value, Inert):
+        state = value.state if isinstance(value.state, dict) else {}
+        return plain(state.get("_content", state.get("_val")))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) else None
