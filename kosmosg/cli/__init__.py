@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "convert": "kosmosg.cli.convert",
     "export": "kosmosg.cli.export",
+    "generate": "kosmosg.cli.generate",
     "inspect": "kosmosg.cli.inspect",
 }
 MISTAKE, INTERRUPTED = 2, 130

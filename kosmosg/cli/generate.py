@@ -1,23 +1,20 @@
-"""`kosmosg generate`: a prompt and its images, or a file of prompts, to PNG files."""
+"""Draw images for a prompt, or for a file of prompts.
+
+    kosmosg generate kosmos-g "<i> in the suit of <i>" --images dog.png hero.png --count 4
+    kosmosg generate kosmos-g --manifest prompts.jsonl --output drawn
+
+A line of the manifest, whose paths are relative to it; only the prompt is needed:
+
+    {"prompt": "<i> in the snow", "images": ["dog.png"], "negative_prompt": "", "seed": 0, "count": 4, "name": "dog"}
+
+Image number k of a prompt has seed + k. The PNG files hold their parameters; the same command goes on where it was.
+"""
 
 import argparse
 from pathlib import Path
 
-HELP = "draw images for a prompt or for a file of prompts"
-EPILOG = """\
-examples:
-  kosmosg generate kosmos-g "<i> in the suit of <i>" --images dog.png hero.png --count 4
-  kosmosg generate kosmos-g --manifest prompts.jsonl --output drawn
-
-a line of the manifest, whose paths are relative to it:
-  {"prompt": "<i> in the snow", "images": ["dog.png"], "negative_prompt": "", "seed": 0, "count": 4, "name": "dog-snow"}
-
-Image number k of a prompt has seed + k. The same command goes on where it was stopped.
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="pipeline folder or hub id, or the folder of a training run")
     parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images of the placeholders, in order")
