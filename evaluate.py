@@ -7,6 +7,7 @@ one goes on where it was.
     python evaluate.py configs/toyland/evaluation.yaml
     python evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
+    python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: another protocol; force=true
 """
 
 import os
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 import diffusers
 import transformers
 
+from evaluation.compare import compare
 from evaluation.config import EvaluationConfig
 from evaluation.requests import EvaluationError
 from evaluation.run import evaluate
@@ -42,6 +44,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     quiet_libraries()
     try:
+        if given[0] == "compare":
+            options = [argument for argument in given[1:] if "=" in argument]
+            if set(options) - {"force=true", "force=false"}:
+                raise ConfigError(f"compare takes output folders and force=true, but {options} was given.")
+            print(compare([path for path in given[1:] if path not in options], force="force=true" in options), end="")
+            return 0
         evaluate(load_config(given, EvaluationConfig))
     except (ConfigError, EvaluationError, FileNotFoundError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

@@ -26,6 +26,28 @@ def mean_interval(scores: Tensor, units: list[str], replicates: int, seed: int) 
     return float(low), float(high)
 
 
+def paired_interval(
+    base: list[float], base_units: list[str], other: list[float], other_units: list[str], replicates: int, seed: int
+) -> tuple[float, float]:
+    """Percentile interval of mean(other) − mean(base), drawing the same whole units for both.
+
+    Raises:
+        ValueError: the units of the two are not the same.
+    """
+    names, of_unit = np.unique([*base_units, *other_units], return_inverse=True)
+    counts, sums = [], []
+    for scores, units in ((base, of_unit[: len(base)]), (other, of_unit[len(base) :])):
+        counts.append(np.bincount(units, minlength=len(names)))
+        sums.append(np.bincount(units, weights=scores, minlength=len(names)))
+    if not np.all(np.minimum(*counts)):
+        alone = names[np.minimum(*counts) == 0].tolist()
+        raise ValueError(f"{len(alone)} units have scores on one side only, as {alone[:3]}; a pair needs both.")
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
+    means = [(drawn @ total) / (drawn @ count) for total, count in zip(sums, counts, strict=True)]
+    low, high = np.quantile(means[1] - means[0], QUANTILES)
+    return float(low), float(high)
+
+
 def fid_interval(reference: Tensor, features: Tensor, value: float, replicates: int, seed: int) -> tuple[float, float]:
     """Interval of the FID between `reference` (N×F, fixed) and `features` (N'×F, whose rows are drawn), around `value`.
 

@@ -121,8 +121,9 @@ def markdown(scores: Sequence[Score], notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
+    """Lines of a table whose first `texts` columns are words, the others numbers."""
+    rule = [*["---"] * texts, *["---:"] * (len(header) - texts)]
     return [*("| " + " | ".join(row) + " |" for row in (header, rule, *rows)), ""]
 
 
