@@ -8,6 +8,7 @@ one goes on where it was.
     python evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
     python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: another protocol; force=true
+    python evaluate.py tables runs/toyland/evaluation output=tables         # the paper's Tables 1 and 2
 """
 
 import os
@@ -19,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our 
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 import transformers
@@ -27,6 +29,7 @@ from evaluation.compare import compare
 from evaluation.config import EvaluationConfig
 from evaluation.requests import EvaluationError
 from evaluation.run import evaluate
+from evaluation.tables import write_tables
 from kosmosg.config import ConfigError, load_config
 from kosmosg.config_help import describe_schema
 
@@ -44,11 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     quiet_libraries()
     try:
-        if given[0] == "compare":
-            options = [argument for argument in given[1:] if "=" in argument]
-            if set(options) - {"force=true", "force=false"}:
-                raise ConfigError(f"compare takes output folders and force=true, but {options} was given.")
-            print(compare([path for path in given[1:] if path not in options], force="force=true" in options), end="")
+        if given[0] in COMMANDS:
+            COMMANDS[given[0]](given[1:])
             return 0
         evaluate(load_config(given, EvaluationConfig))
     except (ConfigError, EvaluationError, FileNotFoundError) as error:
@@ -58,6 +58,32 @@ def main(arguments: Sequence[str]) -> int:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def compare_command(arguments: Sequence[str]) -> None:
+    """compare FOLDER FOLDER … [force=true]"""
+    paths, options = split_options(arguments, {"force": "false"})
+    if options["force"] not in ("true", "false"):
+        raise ConfigError(f"force={options['force']} is not allowed; it is true or false.")
+    print(compare(paths, force=options["force"] == "true"), end="")
+
+
+def tables_command(arguments: Sequence[str]) -> None:
+    """tables FOLDER … [output=tables]"""
+    paths, options = split_options(arguments, {"output": "tables"})
+    for file in write_tables(paths, Path(options["output"])):
+        print(file)
+
+
+COMMANDS = {"compare": compare_command, "tables": tables_command}
+
+
+def split_options(arguments: Sequence[str], defaults: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Paths, and key=value over the defaults. Raises ConfigError: another key; lists what is allowed."""
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if unknown := sorted(set(options) - set(defaults)):
+        raise ConfigError(f"{unknown} was given beside the folders; allowed: {', '.join(defaults)}.")
+    return [argument for argument in arguments if "=" not in argument], {**defaults, **options}
 
 
 def quiet_libraries() -> None:

@@ -63,15 +63,15 @@ class Evaluated:
         return dict(found)
 
 
-def read_evaluations(paths: Sequence[str | Path]) -> list[Evaluated]:
+def read_evaluations(paths: Sequence[str | Path], least: int = 2) -> list[Evaluated]:
     """Output folders of evaluations, in order.
 
     Raises:
-        EvaluationError: fewer than two, one named twice, or a folder without a finished evaluation.
+        EvaluationError: fewer than `least`, one named twice, or a folder without a finished evaluation.
     """
     folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
-    if len(folders) < 2 or len({folder.resolve() for folder in folders}) < len(folders):
-        raise EvaluationError("compare needs two or more different evaluations: give their output folders.")
+    if len(folders) < least or len({folder.resolve() for folder in folders}) < len(folders):
+        raise EvaluationError(f"{least} or more different evaluations are needed: give their output folders.")
     found = []
     for folder, name in zip(folders, short_names(folders), strict=True):
         if missing := [file for file in (RESULTS, SAMPLES, PROVENANCE) if not (folder / file).is_file()]:

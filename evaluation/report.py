@@ -9,12 +9,11 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
+from evaluation import paper
 from evaluation.manifest import write_atomically
 from evaluation.results import (
     COLUMNS,
     METRICS,
-    PAPER_COCO,
-    PAPER_DREAMBENCH,
     TITLES,
     Score,
     table_rows,
@@ -94,8 +93,8 @@ def write_report(report: Report, file: Path) -> None:
         report=report,
         tables=[chart_rows(report.scores, table) for table in tables_of(report.scores)],
         findings=findings(report.scores),
-        paper_dreambench=PAPER_DREAMBENCH,
-        paper_coco=PAPER_COCO,
+        paper_dreambench=[(row.system, *row.values) for row in paper.DREAMBENCH],
+        paper_coco=[(row.system, *row.values) for row in paper.COCO],
         after=AFTER_STAGE_3,
     )
     write_atomically(file, page.encode())

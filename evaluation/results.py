@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from evaluation import paper
 from evaluation.manifest import write_atomically
 from evaluation.systems import TABLE_ORDER
 
@@ -15,26 +16,6 @@ METRICS = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "
 DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "fid": 2}
 TITLES = {"dreambench": "Subjects (DreamBench)", "coco": "Captions (MS-COCO)"}
 COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t"), "coco": ("fid", "clip_t")}
-PAPER_DREAMBENCH = (  # Table 1, left: DINO, CLIP-I, CLIP-T
-    ("Real images", 0.774, 0.885, None),
-    ("Textual Inversion", 0.569, 0.780, 0.255),
-    ("DreamBooth", 0.668, 0.803, 0.305),
-    ("BLIP-Diffusion, fine-tuned", 0.670, 0.805, 0.302),
-    ("Re-Imagen", 0.600, 0.740, 0.270),
-    ("SuTI", 0.741, 0.819, 0.304),
-    ("BLIP-Diffusion, zero-shot", 0.594, 0.779, 0.300),
-    ("KOSMOS-G", 0.694, 0.847, 0.287),
-)
-PAPER_COCO = (  # Table 1, right: FID
-    ("GLIDE", 12.24),
-    ("Make-A-Scene", 11.84),
-    ("DALL-E 2", 10.39),
-    ("Stable Diffusion v1.5", 9.34),
-    ("Imagen-3.4B", 7.27),
-    ("GILL-8B", 12.20),
-    ("Emu-14B", 11.66),
-    ("KOSMOS-G-1.9B", 10.99),
-)
 
 
 @dataclass(frozen=True)
@@ -114,10 +95,12 @@ def markdown(scores: Sequence[Score], notes: Sequence[str]) -> str:
         "",
     ]
     shown = [
-        [name, *("–" if value is None else f"{value:.3f}" for value in values)] for name, *values in PAPER_DREAMBENCH
+        [row.system, *("–" if value is None else f"{value:.3f}" for value in row.values)] for row in paper.DREAMBENCH
     ]
     lines += markdown_table(["DreamBench, as printed", "DINO", "CLIP-I", "CLIP-T"], shown)
-    lines += markdown_table(["MS-COCO, as printed", "FID"], [[name, f"{value:.2f}"] for name, value in PAPER_COCO])
+    lines += markdown_table(
+        ["MS-COCO, as printed", "FID"], [[row.system, f"{row.values[0]:.2f}"] for row in paper.COCO]
+    )
     return "\n".join(lines)
 
 

@@ -65,10 +65,11 @@ def test_what_does_not_compare_is_refused_or_marked(tmp_path, capsys, changes, t
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["one"], "two or more different evaluations"),
-        (["one", "one/results.json"], "two or more different evaluations"),
+        (["one"], "2 or more different evaluations"),
+        (["one", "one/results.json"], "2 or more different evaluations"),
         (["one", "nowhere"], "nowhere' holds no finished evaluation: results.json, samples.csv, provenance.json"),
-        (["one", "two", "forse=true"], "force=true, but ['forse=true'] was given"),
+        (["one", "two", "force=yes"], "force=yes is not allowed"),
+        (["one", "two", "forse=true"], "['forse'] was given beside the folders; allowed: force"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, capsys, arguments, told):

@@ -1,0 +1,51 @@
+"""What arXiv 2310.02992 prints, for looking up beside our numbers; nothing here was measured by this project."""
+
+from dataclasses import dataclass
+
+CITATION = "arXiv 2310.02992"
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One printed row: a value for each metric of its table, None where the paper has a dash.
+
+    Args:
+        remark: what stands in place of a number.
+    """
+
+    system: str
+    values: tuple[float | None, ...]
+    remark: str = ""
+
+
+# DINO, CLIP-I, CLIP-T; 30 subjects, 750 prompts, four images each.
+DREAMBENCH = (
+    Printed("Real images", (0.774, 0.885, None)),
+    Printed("Textual Inversion (fine-tuned)", (0.569, 0.780, 0.255)),
+    Printed("DreamBooth (fine-tuned)", (0.668, 0.803, 0.305)),
+    Printed("BLIP-Diffusion (fine-tuned)", (0.670, 0.805, 0.302)),
+    Printed("Re-Imagen", (0.600, 0.740, 0.270)),
+    Printed("SuTI", (0.741, 0.819, 0.304)),
+    Printed("BLIP-Diffusion", (0.594, 0.779, 0.300)),
+    Printed("KOSMOS-G", (0.694, 0.847, 0.287)),
+)
+# FID of 30,000 captions of MS-COCO val2014, zero-shot.
+COCO = (
+    Printed("GLIDE", (12.24,)),
+    Printed("Make-A-Scene", (11.84,)),
+    Printed("DALL-E 2", (10.39,)),
+    Printed("Stable Diffusion v1.5", (9.34,)),
+    Printed("Imagen-3.4B", (7.27,)),
+    Printed("GILL-8B", (12.20,)),
+    Printed("Emu-14B", (11.66,)),
+    Printed("KOSMOS-G-1.9B", (10.99,)),
+)
+# FID of the same captions after alignment, stage 2.
+ALIGNMENT = (
+    Printed("Stable Diffusion v1.5", (9.34,)),
+    Printed("End-to-end, without AlignerNet", (None,), "fails"),
+    Printed("End-to-end, with AlignerNet", (11.30,)),
+    Printed("Decoder of 12 layers alone", (None,), "fails"),
+    Printed("AlignerNet of 12 layers", (9.89,)),
+    Printed("AlignerNet of 24 layers", (9.55,)),
+)
