@@ -120,6 +120,24 @@ def test_released_protocol_holds_the_recorded_facts(shared: Path, tmp_path: Path
     assert len(DreamBench(protocol, tmp_path).requests()) == facts["total_images"]
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("paper", {"fed": "class_and_image", "noise_period": None}),
+        ("all-references", {"references": "all"}),
+    ],
+)
+def test_other_protocols_of_dreambench_differ_in_what_they_say(tmp_path: Path, name: str, changed: dict) -> None:
+    main = str(REPOSITORY / "configs" / "evaluation.yaml")
+    other = str(REPOSITORY / "configs" / "protocols" / "dreambench" / f"{name}.yaml")
+    released, protocol = (load_config(files, EvaluationConfig).dreambench for files in ([main], [main, other]))
+    assert released is not None and protocol is not None
+    assert protocol.name == f"dreambench/{name}" and identity(protocol) != identity(released)
+    sampling = {key: changed.pop(key) for key in list(changed) if key == "noise_period"}
+    back = replace(released, name=protocol.name, **changed, sampling=replace(released.sampling, **sampling))
+    assert identity(back) == identity(protocol)
+
+
 def test_captions_are_drawn_as_the_released_script_does(coco_folder: Path) -> None:
     content = json.loads((coco_folder / "annotations" / "captions_val2014.json").read_text())
     random.seed(COCO.caption_seed)
