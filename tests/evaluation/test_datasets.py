@@ -130,7 +130,10 @@ def test_released_protocol_holds_the_recorded_facts(shared: Path, tmp_path: Path
 def test_other_protocols_of_dreambench_differ_in_what_they_say(tmp_path: Path, name: str, changed: dict) -> None:
     main = str(REPOSITORY / "configs" / "evaluation.yaml")
     other = str(REPOSITORY / "configs" / "protocols" / "dreambench" / f"{name}.yaml")
-    released, protocol = (load_config(files, EvaluationConfig).dreambench for files in ([main], [main, other]))
+    released, protocol = (
+        load_config([*files, f"data.dreambench={tmp_path}"], EvaluationConfig).dreambench
+        for files in ([main], [main, other])
+    )
     assert released is not None and protocol is not None
     assert protocol.name == f"dreambench/{name}" and identity(protocol) != identity(released)
     sampling = {key: changed.pop(key) for key in list(changed) if key == "noise_period"}
