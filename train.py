@@ -6,6 +6,7 @@ checkpoints, logs, pictures and the finished model. The same command goes on wit
     python train.py configs/toyland/alignment.yaml
     python train.py configs/toyland/alignment.yaml configs/toyland/short.yaml trainer.max_steps=2
     torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml trainer.devices=8 trainer.strategy=fsdp2
+    python train.py sweep configs/sweeps/toyland/alignment.yaml trials=8 [seed=0] [key=value …]
 """
 
 import os
@@ -47,6 +48,7 @@ from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
 from lightning_modules.base import StageModule
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
 from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe
+from lightning_modules.local_sweep import run_sweep
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.run_folder import RunFolder, RunFolderError
 from lightning_modules.trained_weights import CheckpointMismatchError
@@ -201,12 +203,38 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
     trainer.fit(module, data, ckpt_path=run.latest_checkpoint(), weights_only=True)
 
 
+def sweep(arguments: Sequence[str]) -> int:
+    """A W&B sweep's file without a server: FILE [trials=N] [seed=N] [key=value … for every trial]."""
+    files = [argument for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    try:
+        if len(files) != 1:
+            raise ConfigError(f"sweep takes one file, but {files} was given.")
+        numbers = {}
+        for name, default in (("trials", None), ("seed", 0)):
+            given = options.pop(name, None)
+            if given is not None and not given.isdecimal():
+                raise ConfigError(f"{name}={given} is not allowed; it is a whole number.")
+            numbers[name] = default if given is None else int(given)
+        extra = [f"{key}={value}" for key, value in options.items()]
+        print(f"The ranking is in '{run_sweep(Path(files[0]), numbers['trials'], numbers['seed'], extra)}'.")
+    except ConfigError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     if not given:
         print(__doc__ + f"\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
         return 0 if arguments else 2
+    if given[0] == "sweep":
+        return sweep(given[1:])
     quieten_libraries()
     try:
         if len(given) < len(arguments):

@@ -4,6 +4,7 @@ Offline runs lie in the run folder's `wandb/`; `wandb sync` uploads them later. 
 """
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,8 @@ class RunWandbLogger(WandbLogger):
 def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger | None:
     """The logger of run folder `run`, whose parameters are the dataclass `experiment`; None when disabled.
 
-    The id is the folder's, so that a resumed run goes on in the same W&B run.
+    The id is the folder's, so that a resumed run goes on in the same W&B run; in a sweep it is the one that W&B's agent
+    gave.
     """
     if config.mode == "disabled":
         return None
@@ -51,7 +53,7 @@ def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger
     logger = RunWandbLogger(
         project=config.project,
         name=config.name or run.name,
-        id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12],
+        id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12],
         save_dir=run,
         mode=config.mode,
         resume="allow",
