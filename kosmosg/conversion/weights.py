@@ -128,10 +128,10 @@ def folder_weights(folder: Path, part: str) -> Weights | None:
     files = weight_files(folder)
 
     def open_all() -> dict[str, Tensor]:
-        tensors = {name: tensor for file in files for name, tensor in open_weights(file).items()}
+        opened = (named for file in files for named in open_weights(file).items())
+        tensors = {current_name(part, name): tensor for name, tensor in opened}
         # Buffers that older library versions wrote along.
-        needed = {name: t for name, t in tensors.items() if not is_unneeded(str(released_name(part, name)))}
-        return {current_name(part, name): tensor for name, tensor in needed.items()}
+        return {name: t for name, t in tensors.items() if not is_unneeded(str(released_name(part, name)))}
 
     return Weights.of(folder, open_all) if files else None
 
