@@ -22,6 +22,7 @@ from kosmosg.conversion.state import equal
 
 Shapes = Mapping[str, tuple[int, ...]]
 CHUNK_BYTES = 512 * 2**20  # of source, at most, in memory beside what is written
+CAST_ELEMENTS = 2**22  # of a tensor at a time
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -83,13 +84,18 @@ class Weights:
         save_file(tensors, file, metadata={"format": "pt"})
 
     def _cast(self, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        opened = self.open()
-        cast = {}
+        opened, cast = self.open(), {}
         for name in names:
             tensor = opened[name]
-            cast[name] = tensor.to(dtype, copy=True).contiguous() if tensor.is_floating_point() else tensor.clone()
-            if not torch.isfinite(cast[name]).all() and torch.isfinite(tensor).all():
-                raise ConversionError(f"{self.origin}: '{name}' does not fit {dtype}; choose --dtype bfloat16 or none.")
+            cast[name] = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+            # In slices, for the check takes several times the memory of what it looks at.
+            pairs = zip(tensor.reshape(-1).split(CAST_ELEMENTS), cast[name].view(-1).split(CAST_ELEMENTS), strict=True)
+            for source, target in pairs:
+                target.copy_(source)
+                if (torch.isfinite(source) & ~torch.isfinite(target)).any():
+                    raise ConversionError(
+                        f"{self.origin}: '{name}' does not fit {dtype}; choose --dtype bfloat16 or none."
+                    )
         return cast
 
     def compare(self, other: "Weights") -> str:
