@@ -22,6 +22,7 @@ from kosmosg.conversion.state import equal
 
 Shapes = Mapping[str, tuple[int, ...]]
 CHUNK_BYTES = 512 * 2**20  # of source, at most, in memory beside what is written
+CHUNKS = 8  # at least, so that a small part's chunk is small beside it
 CAST_ELEMENTS = 2**22  # of a tensor at a time
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,13 +63,16 @@ class Weights:
         return torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
 
     def chunks(self) -> Iterator[list[str]]:
-        """Names in groups of at most `CHUNK_BYTES`, or single where one is larger."""
+        """Names in groups of at most `CHUNK_BYTES` and a part of all, or single where one is larger."""
+        most = min(CHUNK_BYTES, sum(map(self.bytes, self.shapes)) // CHUNKS)
         group: list[str] = []
+        size = 0
         for name in self.shapes:
-            if group and sum(map(self.bytes, group)) + self.bytes(name) > CHUNK_BYTES:
+            if group and size + self.bytes(name) > most:
                 yield group
-                group = []
+                group, size = [], 0
             group.append(name)
+            size += self.bytes(name)
         yield group
 
     def save(self, file: Path, dtype: torch.dtype | None = None) -> None:
@@ -80,22 +84,33 @@ class Weights:
         if dtype is None or all(d == dtype or not d.is_floating_point for d in self.dtypes.values()):
             tensors = {name: tensor.contiguous() for name, tensor in self.open().items()}
         else:
-            tensors = {name: tensor for group in self.chunks() for name, tensor in self._cast(group, dtype).items()}
+            tensors = self._cast(dtype)
         save_file(tensors, file, metadata={"format": "pt"})
 
-    def _cast(self, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        opened, cast = self.open(), {}
+    def _cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        # One piece of memory goes back to the system when it is dropped; many small ones would stay with the process.
+        counts = [
+            torch.Size(shape).numel() for name, shape in self.shapes.items() if self.dtypes[name].is_floating_point
+        ]
+        room = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
+        return {name: cast for group in self.chunks() for name, cast in self._cast_some(group, room)}
+
+    def _cast_some(self, names: list[str], room: Iterator[Tensor]) -> list[tuple[str, Tensor]]:
+        opened, cast = self.open(), []
         for name in names:
             tensor = opened[name]
-            cast[name] = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+            if not tensor.is_floating_point():
+                cast.append((name, tensor.clone()))
+                continue
+            flat = next(room)
             # In slices, for the check takes several times the memory of what it looks at.
-            pairs = zip(tensor.reshape(-1).split(CAST_ELEMENTS), cast[name].view(-1).split(CAST_ELEMENTS), strict=True)
-            for source, target in pairs:
+            slices = zip(flat.split(CAST_ELEMENTS), tensor.reshape(-1).split(CAST_ELEMENTS), strict=True)
+            for target, source in slices:
                 target.copy_(source)
                 if (torch.isfinite(source) & ~torch.isfinite(target)).any():
-                    raise ConversionError(
-                        f"{self.origin}: '{name}' does not fit {dtype}; choose --dtype bfloat16 or none."
-                    )
+                    told = f"{self.origin}: '{name}' does not fit {target.dtype}; choose --dtype bfloat16 or none."
+                    raise ConversionError(told)
+            cast.append((name, flat.view(tensor.shape)))
         return cast
 
     def compare(self, other: "Weights") -> str:

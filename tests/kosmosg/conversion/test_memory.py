@@ -11,8 +11,8 @@ REPOSITORY = Path(__file__).parents[3]
 SIZES = """
 extends: [model/toyland]
 model:
-  mllm: {width: 1024, heads: 16, layers: 2, ffn_width: 4096}
-  aligner: {max_positions: 800000}
+  mllm: {width: 1024, heads: 16, layers: 5, ffn_width: 4096}
+  aligner: {ffn_width: 65536}
 """
 SLACK = 40 * 2**20  # what the conversion itself and the unpickled names take
 
@@ -23,7 +23,7 @@ def test_parts_are_in_memory_one_at_a_time(tmp_path, dtype):
     (tmp_path / "sizes.yaml").write_text(SIZES)
     command = [sys.executable, "benchmarks/convert_memory.py", "--config", str(tmp_path / "sizes.yaml")]
     command += ["--decoder", "kosmosg/toyland/weights/stable-diffusion", "--folder", str(tmp_path)]
-    command += ["--vocabulary", "64007", *(["--dtype", dtype] if dtype else [])]
+    command += ["--vocabulary", "8000", *(["--dtype", dtype] if dtype else [])]
     done = subprocess.run(command, cwd=REPOSITORY, env={"PYTHONPATH": "."}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)

@@ -1,12 +1,26 @@
 """Strictness of the name mapping; that it is right is shown in tests/parity."""
 
+import json
+from dataclasses import dataclass
+
 import pytest
 import torch
 
+from kosmosg.config import load_config
 from kosmosg.conversion import convert_public_vision, convert_state, our_name, released_name
+from kosmosg.conversion.names import is_unneeded
 from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
+from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm
 from kosmosg.models.mllm import MLLM
+from kosmosg.models.model_config import ModelConfig
+from kosmosg.tokenizer import Tokenizer
 from tests import tiny
+
+
+@dataclass
+class Full:
+    model: ModelConfig
+
 
 EMBEDDING, PROJECTION = "gpt_model.decoder.embed_tokens.weight", "gpt_model.decoder.output_projection.weight"
 
@@ -89,3 +103,23 @@ def test_old_names_of_the_vaes_attention(old):
     both = {f"vae.vae.{stem}.{name}.weight": torch.zeros(1) for name in (old, new)}
     with pytest.raises(ValueError, match="twice"):
         convert_state(both)
+
+
+def test_names_and_shapes_of_the_full_size(shared):
+    """The paper's sizes under our names, turned back, are the released checkpoints' names and shapes."""
+    recorded = json.loads((shared / "golden" / "keys_full.json").read_text())
+    config = load_config(["configs/model/kosmosg.yaml"], Full).model
+    config.vision_weights = None
+    tokenizer = Tokenizer.from_pretrained(shared / "golden" / "tokenizer")
+    with torch.device("meta"):
+        parts = {
+            ("mllm", "mllm"): build_mllm(config, tokenizer),
+            ("aligner", "aligner_M"): build_aligner(config),
+            ("aligner_decoder", "aligner_N"): build_aligner_decoder(config),
+        }
+    for (part, theirs), module in parts.items():
+        ours = {released_name(part, name): list(tensor.shape) for name, tensor in module.state_dict().items()}
+        assert ours == {name: shape for name, shape in recorded[theirs].items() if not is_unneeded(name)}
+    counts = [sum(p.numel() for p in module.parameters()) for module in parts.values()]
+    totals = recorded["param_counts"]
+    assert counts == [totals[n] for n in ("mllm_total", "aligner_M_encoder_half", "aligner_N_decoder_half")]

@@ -101,7 +101,7 @@ def test_a_tokenizer_that_is_missing_or_anothers(final, tmp_path, tiny_tokenizer
     shutil.copy(final, alone)
     spm, words = tiny_tokenizer / SENTENCEPIECE_FILE, tiny_tokenizer / DICTIONARY_FILE
     for given in ({}, {"spm": spm}, {"dictionary": words}):
-        with pytest.raises(ConversionError, match="does not exist.*give --spm and --dict"):
+        with pytest.raises(ConversionError, match=r"does not exist.*give --spm and --dict"):
             convert_checkpoint(alone, tmp_path / "out", decoder=tiny_stable_diffusion, **given)
     longer = tmp_path / "dict.txt"
     longer.write_text(words.read_text() + "another 1\n")
@@ -145,14 +145,14 @@ def test_another_stable_diffusion(final, changed, tmp_path, tiny_stable_diffusio
 
 def test_flags_that_would_do_nothing(final, changed, tmp_path, tiny_stable_diffusion, golden):
     stage1 = changed(without("aligner", "diffusion_unet", "vae"))
-    with pytest.raises(ConversionError, match="is of stage 1, which has no AlignerNet.*--decoder"):
+    with pytest.raises(ConversionError, match=r"is of stage 1, which has no AlignerNet.*--decoder"):
         convert_checkpoint(stage1, tmp_path / "out", decoder=tiny_stable_diffusion)
     with pytest.raises(ConversionError, match="has no AlignerNet, for which --aligner-heads means nothing"):
         convert_checkpoint(stage1, tmp_path / "out", aligner_heads=2)
     clip = golden / "model" / "vit_pretrained.pt"
     with pytest.raises(ConversionError, match="a public CLIP's weights, for which --decoder, --spm means nothing"):
         convert_checkpoint(clip, tmp_path / "out", decoder=tiny_stable_diffusion, spm="a")
-    with pytest.raises(ConversionError, match="vision: its heads are in no header.*--vision-heads"):
+    with pytest.raises(ConversionError, match=r"vision: its heads are in no header.*--vision-heads"):
         convert_checkpoint(clip, tmp_path / "out")
 
 
