@@ -2,7 +2,8 @@
 
     python benchmarks/convert_memory.py                        # 5.7 GB in a temporary folder, and as much again
     python benchmarks/convert_memory.py --folder /scratch --dtype float32
-    python benchmarks/convert_memory.py --config configs/model/toyland.yaml --decoder kosmosg/toyland/weights/stable-diffusion
+    python benchmarks/convert_memory.py --config configs/model/toyland.yaml --vocabulary 300 \\
+        --decoder kosmosg/toyland/weights/stable-diffusion
 
 The checkpoint has the released names and shapes: modules without values are built from the configuration, and their
 names are turned back. The peak is the conversion's own process's (VmHWM: mapped pages count).
@@ -94,7 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def write_checkpoint(file: Path, given: argparse.Namespace) -> None:
     """A final checkpoint in float16, and a tokenizer of its vocabulary beside it."""
     tokenizer = write_tokenizer(file.parent, given.vocabulary)
-    config = load_config([given.config, "model.vision_weights=null", "model.tokenizer=-"], Benchmarked).model
+    config = load_config([given.config, "model.vision_weights=null"], Benchmarked).model
     decoder = StableDiffusion.find(given.decoder)
     with torch.device("meta"):
         modules = {"mllm": build_mllm(config, tokenizer), "aligner": build_aligner(config)}

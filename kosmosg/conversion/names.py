@@ -88,6 +88,7 @@ UNNEEDED = (
 # How older diffusers call the VAE's attention, in checkpoints and in Stable Diffusion's own files.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_VAE_NAME = re.compile(rf"(.+\.attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.(weight|bias)")
+TEXT_PREFIX = "text_model."  # transformers 5 leaves it out of files of models that it built itself
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<number>\d+)\.(?P<name>.+)\.(?P<kind>weight|bias)$")
 
 
@@ -129,6 +130,8 @@ def is_unneeded(name: str) -> bool:
 
 
 def current_name(part: str, name: str) -> str:
-    """Today's diffusers name for one in a VAE's file of any age; names of other parts are as they are."""
+    """The one name for a tensor of Stable Diffusion's files, which library versions called otherwise."""
+    if part == "text_encoder":
+        return f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}"
     old = OLD_VAE_NAME.fullmatch(name) if part == "vae" else None
     return f"{old[1]}.{OLD_ATTENTION[old[2]]}.{old[3]}" if old else name

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from kosmosg.conversion.errors import ConversionError
-from kosmosg.conversion.names import released_name
+from kosmosg.conversion.names import current_name, released_name
 from kosmosg.conversion.weights import Shapes, Weights
 from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
 from kosmosg.models.mllm import MLLM
@@ -23,8 +23,6 @@ DIFFUSERS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 TRANSFORMERS = {"text_encoder": (CLIPTextModel, CLIPTextConfig), "vision": (CLIPVisionModel, CLIPVisionConfig)}
 WEIGHTS = tuple([*OURS, *DIFFUSERS, "text_encoder"])
 PIPELINE = ("mllm", "aligner", "tokenizer", "unet", "vae", "scheduler")
-# transformers' files name the text model's tensors by an older tree than its modules do.
-FILE_PREFIX = {"text_encoder": "text_model."}
 TOLD = 5
 
 
@@ -59,8 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def expected_shapes(part: str, model: nn.Module) -> Shapes:
     """Names in the part's file, and shapes."""
-    prefix = FILE_PREFIX.get(part, "")
-    return {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {current_name(part, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def require_exact(part: str, model: nn.Module, weights: Weights, hint: str = "") -> None:

@@ -95,24 +95,28 @@ def read_data(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}'.")
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        require_no_torchscript(path)
+    path.open("rb").close()  # a file that may not be read is told as such
     try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            require_no_torchscript(path)
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in FOREIGN.items()]):
             # Files older than torch 1.6 are no archives and cannot be mapped; they are read whole.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except (ConversionError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
-            raise ConversionError(f"'{path}' is damaged or no file of torch.save.") from error
+            raise ConversionError(f"'{path}' is damaged or no file of torch.save ({first_line(error)}).") from error
         raise ConversionError(
             f"'{path}' was not read: it names {refused[1]}, which a checkpoint of tensors and settings does not need. "
             "Nothing of it was run."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        # Whatever the unpickler stumbles over in a file that ends early or was never one.
-        raise ConversionError(f"'{path}' is truncated, damaged or no file of torch.save.") from error
+    except Exception as error:  # in a file that ends early or was never one, the unpickler may stumble over anything
+        raise ConversionError(
+            f"'{path}' is truncated, damaged or no file of torch.save ({first_line(error)})."
+        ) from error
 
 
 def require_no_torchscript(path: Path) -> None:
@@ -123,6 +127,10 @@ def require_no_torchscript(path: Path) -> None:
                 f"'{path}' is a TorchScript archive, which holds code. Where you trust it, write its weights alone: "
                 f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), 'weights.pt')."
             )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def plain(value: Any) -> Any:

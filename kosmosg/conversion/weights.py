@@ -22,6 +22,8 @@ from kosmosg.conversion.state import equal
 
 Shapes = Mapping[str, tuple[int, ...]]
 CHUNK_BYTES = 512 * 2**20  # of source, at most, in memory beside what is written
+CHUNKS = 8  # at least, so that a small part's chunk is small beside it
+CAST_ELEMENTS = 2**22  # of a tensor at a time
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,13 +63,16 @@ class Weights:
         return torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
 
     def chunks(self) -> Iterator[list[str]]:
-        """Names in groups of at most `CHUNK_BYTES`, or single where one is larger."""
+        """Names in groups of at most `CHUNK_BYTES` and a part of all, or single where one is larger."""
+        most = min(CHUNK_BYTES, sum(map(self.bytes, self.shapes)) // CHUNKS)
         group: list[str] = []
+        size = 0
         for name in self.shapes:
-            if group and sum(map(self.bytes, group)) + self.bytes(name) > CHUNK_BYTES:
+            if group and size + self.bytes(name) > most:
                 yield group
-                group = []
+                group, size = [], 0
             group.append(name)
+            size += self.bytes(name)
         yield group
 
     def save(self, file: Path, dtype: torch.dtype | None = None) -> None:
@@ -79,17 +84,33 @@ class Weights:
         if dtype is None or all(d == dtype or not d.is_floating_point for d in self.dtypes.values()):
             tensors = {name: tensor.contiguous() for name, tensor in self.open().items()}
         else:
-            tensors = {name: tensor for group in self.chunks() for name, tensor in self._cast(group, dtype).items()}
+            tensors = self._cast(dtype)
         save_file(tensors, file, metadata={"format": "pt"})
 
-    def _cast(self, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        opened = self.open()
-        cast = {}
+    def _cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        # One piece of memory goes back to the system when it is dropped; many small ones would stay with the process.
+        counts = [
+            torch.Size(shape).numel() for name, shape in self.shapes.items() if self.dtypes[name].is_floating_point
+        ]
+        room = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
+        return {name: cast for group in self.chunks() for name, cast in self._cast_some(group, room)}
+
+    def _cast_some(self, names: list[str], room: Iterator[Tensor]) -> list[tuple[str, Tensor]]:
+        opened, cast = self.open(), []
         for name in names:
             tensor = opened[name]
-            cast[name] = tensor.to(dtype, copy=True).contiguous() if tensor.is_floating_point() else tensor.clone()
-            if not torch.isfinite(cast[name]).all() and torch.isfinite(tensor).all():
-                raise ConversionError(f"{self.origin}: '{name}' does not fit {dtype}; choose --dtype bfloat16 or none.")
+            if not tensor.is_floating_point():
+                cast.append((name, tensor.clone()))
+                continue
+            flat = next(room)
+            # In slices, for the check takes several times the memory of what it looks at.
+            slices = zip(flat.split(CAST_ELEMENTS), tensor.reshape(-1).split(CAST_ELEMENTS), strict=True)
+            for target, source in slices:
+                target.copy_(source)
+                if (torch.isfinite(source) & ~torch.isfinite(target)).any():
+                    told = f"{self.origin}: '{name}' does not fit {target.dtype}; choose --dtype bfloat16 or none."
+                    raise ConversionError(told)
+            cast.append((name, flat.view(tensor.shape)))
         return cast
 
     def compare(self, other: "Weights") -> str:
@@ -128,10 +149,10 @@ def folder_weights(folder: Path, part: str) -> Weights | None:
     files = weight_files(folder)
 
     def open_all() -> dict[str, Tensor]:
-        tensors = {name: tensor for file in files for name, tensor in open_weights(file).items()}
+        opened = (named for file in files for named in open_weights(file).items())
+        tensors = {current_name(part, name): tensor for name, tensor in opened}
         # Buffers that older library versions wrote along.
-        needed = {name: t for name, t in tensors.items() if not is_unneeded(str(released_name(part, name)))}
-        return {current_name(part, name): tensor for name, tensor in needed.items()}
+        return {name: t for name, t in tensors.items() if not is_unneeded(str(released_name(part, name)))}
 
     return Weights.of(folder, open_all) if files else None
 

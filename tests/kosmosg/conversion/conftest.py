@@ -1,0 +1,79 @@
+"""Released checkpoints of tiny models: exported from folders, and changed by the tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTextModel
+
+from kosmosg.conversion import export_checkpoint
+from kosmosg.models.aligner import AlignerDecoder
+from kosmosg.pipeline import KosmosGPipeline
+from kosmosg.tokenizer import DICTIONARY_FILE, SENTENCEPIECE_FILE
+from tests import tiny
+from tests.parity.conftest import Recording
+
+
+@pytest.fixture(scope="session")
+def recording(golden) -> Recording:
+    return Recording(golden)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory, tiny_model, tiny_stable_diffusion) -> Path:
+    """A pipeline folder, in which all is saved by the parts' own save_pretrained."""
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def final(tmp_path_factory, tiny_pipeline) -> Path:
+    """A final checkpoint with its tokenizer beside it."""
+    return exported(tmp_path_factory.mktemp("final"), tiny_pipeline)
+
+
+@pytest.fixture(scope="session")
+def stage2(tmp_path_factory, tiny_pipeline, tiny_stable_diffusion) -> Path:
+    """A checkpoint of stage 2 with its tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("stage2")
+    model = folder / "model"
+    for part in ("mllm", "aligner", "tokenizer"):
+        (model / part).parent.mkdir(exist_ok=True)
+        (model / part).symlink_to(tiny_pipeline / part)
+    AlignerDecoder(output_width=tiny.WIDTH, **tiny.aligner_sizes()).save_pretrained(model / "aligner_decoder")
+    CLIPTextModel.from_pretrained(tiny_stable_diffusion, subfolder="text_encoder").save_pretrained(
+        model / "text_encoder"
+    )
+    return exported(folder, model)
+
+
+def exported(folder: Path, model: Path) -> Path:
+    export_checkpoint(model, folder / "checkpoint.pt")
+    for name in (SENTENCEPIECE_FILE, DICTIONARY_FILE):
+        (folder / name).symlink_to(model / "tokenizer" / name)
+    return folder / "checkpoint.pt"
+
+
+@pytest.fixture
+def changed(tmp_path, final):
+    """`changed(edit, of=final)`: a copy of a checkpoint after `edit(whole checkpoint)`, tokenizer beside it."""
+
+    def change(edit, of: Path = final) -> Path:
+        with torch.serialization.safe_globals([]):
+            checkpoint = torch.load(of, weights_only=True)
+        edit(checkpoint)
+        folder = tmp_path / "changed"
+        folder.mkdir(exist_ok=True)
+        torch.save(checkpoint, folder / "checkpoint.pt")
+        for name in (SENTENCEPIECE_FILE, DICTIONARY_FILE):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to((of.parent / name).resolve())
+        return folder / "checkpoint.pt"
+
+    return change
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of every weights file, by part."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}

@@ -1,0 +1,73 @@
+"""What `kosmosg inspect` tells of folders and checkpoints."""
+
+import json
+import shutil
+
+import pytest
+
+from kosmosg.cli import main
+from kosmosg.conversion import ConversionError, convert_checkpoint, inspect_model
+from kosmosg.models.mllm import MLLM
+from kosmosg.models.storage import load_part
+from kosmosg.pipeline import KosmosGPipeline
+from tests import tiny
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_pipeline_folder(tiny_pipeline):
+    found, pipe = inspect_model(tiny_pipeline), KosmosGPipeline.from_pretrained(tiny_pipeline)
+    counts = {name: count(getattr(pipe, name)) for name in ("mllm", "aligner", "unet", "vae")}
+    assert {name: part["parameters"] for name, part in found["parts"].items()} == counts
+    assert found["parameters"] == sum(counts.values()) and found["missing for the pipeline"] == []
+    assert found["kind"] == "model folder" and found["stage"] == "final" and found["dtype"] == "float32"
+    assert found["vocabulary"] == len(pipe.tokenizer) and found["sizes"]["mllm"]["width"] == tiny.WIDTH
+
+
+def test_a_run_folder(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("stage: instruction_tuning\nseed: 3\n")
+    found = inspect_model(tmp_path)
+    assert found["kind"] == "run folder" and found["missing for the pipeline"] == ["unet", "vae", "scheduler"]
+    assert found["provenance"] == {"run": str(tmp_path), "stage": "instruction_tuning", "seed": 3}
+
+
+def test_checkpoints_and_what_they_become(final, stage2, tiny_stable_diffusion, tmp_path, tiny_model):
+    found = inspect_model(final)
+    mllm = load_part(MLLM, tiny_model / "mllm")
+    assert found["kind"] == "released checkpoint" and found["stage"] == "final"
+    assert found["parts"]["mllm"]["parameters"] == count(mllm)  # the tied matrix is counted once
+    assert found["missing for the pipeline"] == ["tokenizer", "scheduler"]
+    assert found["sizes"]["header"]["decoder_attention_heads"] == tiny.mllm_sizes()["heads"]
+    assert found["vocabulary"] == mllm.config.vocab_size
+    assert inspect_model(stage2)["stage"] == "stage 2" and "text_encoder" in inspect_model(stage2)["parts"]
+    record = convert_checkpoint(final, tmp_path / "out", decoder=tiny_stable_diffusion, dtype="bfloat16")
+    converted = inspect_model(tmp_path / "out")
+    assert converted["dtype"] == "bfloat16" and converted["parameters"] == found["parameters"]
+    assert converted["provenance"]["converted from"]["sha256"] == record["source"]["sha256"]
+
+
+def test_the_command(final, capsys, tiny_model):
+    assert main(["inspect", str(final), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == inspect_model(final)
+    assert main(["inspect", str(tiny_model)]) == 0
+    told = capsys.readouterr().out
+    assert f"{inspect_model(tiny_model)['parameters']:,} parameters" in told
+    assert "missing for the pipeline: unet, vae, scheduler" in told and "width=32" in told
+
+
+def test_what_is_no_model(tmp_path, tiny_model, capsys):
+    with pytest.raises(FileNotFoundError, match="nothing' does not exist"):
+        inspect_model(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        inspect_model(tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "mllm" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConversionError, match="truncated"):
+        inspect_model(tmp_path)
+    file.unlink()
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"kosmosg: '{file.parent}' has a config.json but no weights")

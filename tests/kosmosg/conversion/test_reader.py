@@ -1,0 +1,101 @@
+"""Files of others are read as data: what would run is refused by name, headers of known classes become plain."""
+
+import argparse
+import os
+import pathlib
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from kosmosg.cli import main
+from kosmosg.conversion import ConversionError, read_checkpoint
+
+WEIGHTS = {"a": torch.ones(1)}
+
+
+class Runs:
+    """Unpickled by anything but a reader of data, it calls `function(*arguments)`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("place", ["args", "cfg", "model", "extra_state"])
+def test_code_is_not_run_and_is_named(tmp_path, place, capsys):
+    marker, path = tmp_path / "marker", tmp_path / "checkpoint.pt"
+    for function, argument, name in ((os.system, f"touch {marker}", "posix.system"), (print, "ran", "print"),
+                                     (eval, f"open({str(marker)!r}, 'w')", "eval")):  # fmt: skip
+        torch.save({"model": WEIGHTS, **{place: {"a": Runs(function, argument)}}}, path)
+        assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+        assert main(["inspect", str(path)]) == 2
+        told = capsys.readouterr()
+        assert told.err.count(f"names {name},") == 2 and told.err.count(str(path)) == 2
+        assert "Traceback" not in told.err and "ran" not in told.out.split()
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_known_classes_do_nothing(tmp_path):
+    """Classes of headers are stand-ins: not even their own constructors run."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": WEIGHTS, "args": {"path": pathlib.PosixPath("/etc"), "list": Runs(list, "abc")}}, path)
+    assert read_checkpoint(path)["args"] == {"path": None, "list": None}
+
+
+def test_a_real_omegaconf_header(tmp_path):
+    values = {"model": {"decoder_attention_heads": 4, "lr": [0.1, 2], "none": None, "on": True}, "name": "a", "x": 0.5}
+    cfg = OmegaConf.create(values)
+    OmegaConf.set_struct(cfg, True)
+    torch.save({"args": None, "cfg": cfg, "model": WEIGHTS}, tmp_path / "checkpoint.pt")
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["cfg"] == values
+
+
+def test_namespaces_and_numpys_numbers(tmp_path):
+    header = argparse.Namespace(lr=(0.1,), best=np.float32(1.5), count=np.int64(-3), inner=argparse.Namespace(on=True))
+    torch.save({"args": header, "model": WEIGHTS}, tmp_path / "checkpoint.pt")
+    expected = {"lr": [0.1], "best": 1.5, "count": -3, "inner": {"on": True}}
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["args"] == expected
+
+
+def test_headers_without_end(tmp_path):
+    header = {}
+    header["self"] = header
+    torch.save({"args": header, "model": WEIGHTS}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConversionError, match="nested without end"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_files_older_than_archives(tmp_path):
+    torch.save({"model": WEIGHTS}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / "old.pt")["model"]["a"], WEIGHTS["a"])
+
+
+def test_torchscript_is_refused_with_a_way_out(tmp_path):
+    path = tmp_path / "ViT-L-14.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    with pytest.raises(ConversionError, match=r"TorchScript archive.*torch\.jit\.load.*state_dict"):
+        read_checkpoint(path)
+
+
+def test_other_files(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(FileNotFoundError, match=r"no file '.*checkpoint\.pt'"):
+        read_checkpoint(path)
+    torch.save({"model": {"a": torch.randn(1000)}}, path)
+    whole = path.read_bytes()
+    for content in (whole[:-200], whole[:100], b"", b"no weights at all", os.urandom(500)):
+        path.write_bytes(content)
+        with pytest.raises(ConversionError, match=r"checkpoint\.pt' is"):
+            read_checkpoint(path)
+    for content in ({"weights": {}}, {"model": {"a": 1}}, [1], torch.ones(2)):
+        torch.save(content, path)
+        with pytest.raises(ConversionError, match="no 'model'"):
+            read_checkpoint(path)
