@@ -10,6 +10,7 @@ Shapes: `N` images of any H×W, `C` channels.
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -63,28 +64,27 @@ class Mixed(nn.Module):
 
     def __init__(self, width: int, *branches: list[Step]):
         super().__init__()
-        self.branches = branches
+        self.branches: list[list[str | list[str]]] = []
         for branch in branches:
-            channels = width
+            channels, steps = width, []
             for step in branch:
                 if isinstance(step, str):
+                    steps.append(step)
                     continue
-                twins: tuple = step if isinstance(step[0], tuple) else (step,)
-                for name, *layer in twins:
+                layers: Any = step if isinstance(step[0], tuple) else (step,)
+                for name, *layer in layers:
                     self.add_module(name, ConvBN(channels, *layer))
-                channels = sum(out for _, out, *_ in twins)
+                channels = sum(out for _, out, *_ in layers)
+                steps.append([name for name, *_ in layers])
+            self.branches.append(steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self._branch(branch, x) for branch in self.branches], dim=1)
+        return torch.cat([self._branch(steps, x) for steps in self.branches], dim=1)
 
-    def _branch(self, branch: list[Step], x: Tensor) -> Tensor:
-        for step in branch:
-            if isinstance(step, str):
-                x = POOLS[step](x)
-            elif isinstance(step[0], tuple):
-                x = torch.cat([self.get_submodule(name)(x) for name, *_ in step], dim=1)
-            else:
-                x = self.get_submodule(step[0])(x)
+    def _branch(self, steps: list[str | list[str]], x: Tensor) -> Tensor:
+        for step in steps:
+            pooled = isinstance(step, str)
+            x = POOLS[step](x) if pooled else torch.cat([self.get_submodule(name)(x) for name in step], dim=1)
         return x
 
 
