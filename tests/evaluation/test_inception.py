@@ -1,9 +1,11 @@
 """FID's Inception-v3 gives the recorded features; weights that are not its own are refused."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,8 +13,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from evaluation import inception
+from evaluation.config import EvaluationConfig
+from evaluation.encoders import feature_network
 from evaluation.inception import FEATURES, InceptionV3
-from evaluation.requests import EvaluationError
+from evaluation.protocol import FeatureNetwork, Resize
+from evaluation.requests import EvaluationError, read_image
+from evaluation.resizing import resize
+from evaluation.scoring import load_encoders
+from evaluation.weights import hash_encoder
+from kosmosg.config import load_config
+from tests.conftest import REPOSITORY
+from tests.evaluation import tiny_world
 
 TOLERANCE = 1e-4
 
@@ -93,6 +104,50 @@ def test_other_semantics_are_told_apart(weights, recorded: Path, monkeypatch: py
         resize = inception.resize_tensorflow1
         monkeypatch.setattr(inception, "resize_tensorflow1", lambda *a: (resize(*a) - 127.5) / 127.5 * 128 + 128)
     assert max(deviation(network, recorded).values()) > 3 * TOLERANCE
+
+
+def test_images_of_any_size_in_one_batch(weights, network: InceptionV3, tmp_path: Path) -> None:
+    """Features of each image alone, in order, though images of one size are looked at together."""
+    file = tmp_path / "weights.safetensors"
+    save_file(weights, file)
+    images = [tiny_world.picture(1), tiny_world.picture(2).resize((80, 50)), tiny_world.picture(3)]
+    found = feature_network(FeatureNetwork(str(file), network="inception"), file, torch.device("cpu")).images(images)
+    assert found.shape == (3, 2048)
+    for row, image in zip(found, images, strict=True):
+        alone = network(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])["2048"][0]
+        assert torch.allclose(row, alone, atol=1e-5)
+    assert (found[0] - found[2]).abs().max() > 1e-4
+
+
+def test_each_side_has_its_own_resize(weights, network, encoders_folder: Path, coco_folder: Path, tmp_path) -> None:
+    file, photo = tmp_path / "weights.pth", next((coco_folder / "val2014").iterdir())
+    torch.save(weights, file)
+    arguments = ["coco.real_resize.size=40", "coco.generated_resize={size: 32, library: pil, antialias: true}"]
+    config = load_config(
+        [
+            str(REPOSITORY / "configs" / "evaluation_coco.yaml"),
+            *arguments,
+            f"data.coco={coco_folder}",
+            f"local_weights={{inception-2015-12-05: {file}, openai/clip-vit-base-patch32: {encoders_folder / 'clip'}}}",
+        ],
+        EvaluationConfig,
+    )
+    encoders = load_encoders("coco", config)
+    assert encoders.fid_real is not None and encoders.fid_generated is not None and config.coco is not None
+    for encode, stated in (
+        (encoders.fid_real, Resize(40, "tensor", "bilinear", False)),
+        (encoders.fid_generated, Resize(32, "pil", "bilinear", True)),
+    ):
+        pixels = torch.from_numpy(np.array(resize(read_image(photo), stated))).permute(2, 0, 1)
+        assert torch.allclose(encode([photo])[0], network(pixels[None])["2048"][0], atol=1e-5)
+    assert (encoders.fid_real([photo]) - encoders.fid_generated([photo])).abs().max() > 1e-4
+
+
+def test_hash_is_the_files_own(tmp_path: Path) -> None:
+    """Whatever the file is called, and as published sums are."""
+    for name in ("pt_inception.pth", "weights-inception.pth"):
+        (tmp_path / name).write_bytes(b"abc")
+        assert hash_encoder(tmp_path / name) == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_never_trains(network: InceptionV3) -> None:

@@ -40,18 +40,17 @@ def test_the_same_key_reads_the_file(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_another_key_computes_anew(tmp_path: Path, name: str) -> None:
-    compute, console = Counted(), Console(record=True, quiet=False, width=200)
+# The first names the same file, though it is another protocol.
+@pytest.mark.parametrize(
+    "changed", [{"protocol": "coco x 1 aaaa"}, {"data": "e"}, {"weights": "v"}, {"n": "5"}], ids=KEYS
+)
+def test_another_key_computes_anew(tmp_path: Path, changed: dict[str, str]) -> None:
+    compute, console, other = Counted(), Console(record=True, width=200), {**KEY, **changed}
     reference_features(tmp_path, KEY, compute, console)
-    # Of another fingerprint, under the file name of this one.
-    other = {**KEY, name: "5" if name == "n" else KEY[name].replace("/", "-").replace("@", "-").replace("#", "-") + "-"}
-    if name == "protocol":
-        other["protocol"] = "coco x 1 aaaa"
     compute.rows = int(other["n"])
     found = reference_features(tmp_path, other, compute, console)
     assert compute.calls == 2 and len(found) == int(other["n"])
-    assert f"another {name}" in console.export_text()
+    assert f"another {next(iter(changed))}" in console.export_text()
     assert torch.equal(reference_features(tmp_path, other, compute, console), found) and compute.calls == 2
 
 
