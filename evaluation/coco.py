@@ -1,4 +1,4 @@
-"""MS-COCO 2014 validation: captions to draw, real images to compare with; the official folder layout.
+"""MS-COCO 2014 validation: captions to draw or to take from a list, real images to compare with; the official layout.
 
 `annotations/captions_val2014.json` and `val2014/<file_name>`.
 """
@@ -37,34 +37,68 @@ class Coco:
             self.annotations = [(row["image_id"], row["caption"]) for row in content["annotations"]]
         except (KeyError, TypeError, ValueError) as error:
             raise DataSetError(f"'{file}' is not of COCO's structure: {type(error).__name__}: {error}") from error
-        self.check()
+        self._check_annotations()
+        self.taken = self._taken()
+        self._check_images()
 
-    def check(self) -> None:
-        """See the class for what is raised."""
+    def _check_images(self) -> None:
+        needed = sorted({path.name for path in self._images()})
         there = {path.name for path in (self.folder / IMAGES).iterdir()} if (self.folder / IMAGES).is_dir() else set()
-        missing = sorted(name for name in self.file_names.values() if name not in there)
+        missing = [name for name in needed if name not in there]
         if missing:
             shown = ", ".join(missing[:SHOWN_PROBLEMS])
             raise DataSetError(
-                f"COCO at '{self.folder}': {len(missing)} of {len(self.file_names)} images are missing in {IMAGES}/: "
+                f"COCO at '{self.folder}': {len(missing)} of {len(needed)} images are missing in {IMAGES}/: "
                 + shown
                 + (" …" if len(missing) > SHOWN_PROBLEMS else "")
             )
+        sides = {"real images": len(self.references()), "held-out images": len(self.held_out_images())}
+        for side, count in sides.items():
+            if self.protocol.kid is not None and 0 < count < self.protocol.kid.subset_size:
+                raise DataSetError(
+                    f"COCO at '{self.folder}' has {count} {side} but coco.kid draws {self.protocol.kid.subset_size} at "
+                    "once; set coco.kid.subset_size to at most that."
+                )
+
+    def _check_annotations(self) -> None:
         unknown = sorted({str(image) for image, _ in self.annotations if image not in self.file_names})
         if unknown:
             raise DataSetError(
                 f"COCO at '{self.folder}': captions of {len(unknown)} images that are not listed: "
                 + ", ".join(unknown[:SHOWN_PROBLEMS])
             )
-        if self.protocol.captions > len(self.annotations):
+        if self.protocol.caption_list is None and self.protocol.captions > len(self.annotations):
             raise DataSetError(
                 f"COCO at '{self.folder}' has {len(self.annotations)} captions but the protocol draws "
                 f"{self.protocol.captions}; set coco.captions to at most that."
             )
 
+    def _taken(self) -> list[tuple[str, str]]:
+        """(file name, caption) of every taken caption, in order."""
+        if self.protocol.caption_list is None:
+            drawn = random.Random(self.protocol.caption_seed).sample(self.annotations, self.protocol.captions)
+            return [(self.file_names[image], caption) for image, caption in drawn]
+        file = self.folder / self.protocol.caption_list
+        try:
+            taken = [(row["file_name"], row["caption"]) for row in json.loads(file.read_text(encoding="utf-8"))]
+        except FileNotFoundError as error:
+            raise DataSetError(
+                f"COCO at '{self.folder}': '{self.protocol.caption_list}' is missing, which coco.caption_list names; "
+                f"write it there, as a JSON list of {{file_name, caption}}."
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataSetError(
+                f"'{file}' is no JSON list of {{file_name, caption}}: {type(error).__name__}: {error}"
+            ) from error
+        if len(taken) != self.protocol.captions:
+            raise DataSetError(
+                f"'{file}' lists {len(taken)} captions but coco.captions={self.protocol.captions}; a list is taken "
+                "whole."
+            )
+        return taken
+
     def requests(self) -> list[Request]:
-        """The drawn captions, each once."""
-        drawn = random.Random(self.protocol.caption_seed).sample(self.annotations, self.protocol.captions)
+        """The taken captions, each once."""
         sampling = self.protocol.sampling
         return [
             Request(
@@ -75,7 +109,7 @@ class Coco:
                 seed=image_seed(sampling.seed, index, period=sampling.noise_period),
                 unit=str(index),
             )
-            for index, (_, caption) in enumerate(drawn)
+            for index, (_, caption) in enumerate(self.taken)
         ]
 
     def scored(self, request: Request, file: Path) -> ScoredImage:
@@ -83,23 +117,29 @@ class Coco:
         return ScoredImage(file, request.unit, request.text)
 
     def references(self) -> list[Path]:
-        """The real side of FID: all images, or one half."""
+        """The real side of FID: all images, one half, or those of the taken captions, as often as they are taken."""
+        if self.protocol.references == "listed":
+            return [self.folder / IMAGES / name for name, _ in self.taken]
         return self._halves()[0] if self.protocol.references == "half" else self._images()
 
     def held_out_images(self) -> list[ScoredImage]:
-        """The other half's images, one caption each, as many as captions are drawn; none where all are references."""
-        if self.protocol.references == "all":
+        """The other half's images, one caption each, as many as captions are drawn; none without halves."""
+        if self.protocol.references != "half":
             return []
         captions = {self.folder / IMAGES / self.file_names[image]: caption for image, caption in self.annotations}
         images = [file for file in self._halves()[1] if file in captions][: self.protocol.captions]
-        return [ScoredImage(file, str(index), captions[file]) for index, file in enumerate(images)]
+        return [ScoredImage(file, str(index), captions[file], real=True) for index, file in enumerate(images)]
 
     def files(self) -> list[Path]:
         """Every file that a number depends on."""
-        return [self.folder / ANNOTATIONS, *self._images()]
+        listed = [] if self.protocol.caption_list is None else [self.folder / self.protocol.caption_list]
+        return [self.folder / ANNOTATIONS, *listed, *self._images()]
 
     def _images(self) -> list[Path]:
-        return [self.folder / IMAGES / name for name in sorted(self.file_names.values())]
+        """Every image that can be looked at, each once."""
+        listed = {name for name, _ in self.taken}
+        names = listed if self.protocol.references == "listed" else set(self.file_names.values())
+        return [self.folder / IMAGES / name for name in sorted(names)]
 
     def _halves(self) -> tuple[list[Path], list[Path]]:
         images = self._images()

@@ -16,12 +16,12 @@ import numpy as np
 from evaluation.bootstrap import paired_interval
 from evaluation.requests import EvaluationError
 from evaluation.results import (
-    COLUMNS,
     DECIMALS,
     METRICS,
     TITLES,
     Score,
     cells,
+    columns,
     markdown_table,
     read_results,
     sizes,
@@ -151,29 +151,35 @@ def comparison_table(evaluations: Sequence[Evaluated], table: str, marked: set[s
     """The rows of all evaluations. A row that is the same in comparable ones, as real images, is shown once."""
     lines = [f"## {TITLES[table]}", ""]
     lines += [f"- '{e.name}'{MARK if e.name in marked else ''}: protocol `{e.protocol(table)}`" for e in evaluations]
-    header = ["Evaluation", "System", *(METRICS[metric] for metric in COLUMNS[table]), "n"]
+    metrics = shared_columns(evaluations, table)
+    header = ["Evaluation", "System", *(METRICS[metric] for metric in metrics), "n"]
     rows, seen = [], set()
     for evaluation in evaluations:
         for system, found in table_rows(evaluation.scores, table):
-            row = [system, *cells(found, table), sizes(found)]
+            row = [system, *cells(found, metrics), sizes(found)]
             if evaluation.name in marked or tuple(row) not in seen:
                 seen.add(tuple(row))
                 rows.append([evaluation.name + (MARK if evaluation.name in marked else ""), *row])
     return [*lines, "", *markdown_table(header, rows, texts=2)]
 
 
+def shared_columns(evaluations: Sequence[Evaluated], table: str) -> list[str]:
+    """The columns of a table that holds the rows of all."""
+    return columns([score for evaluation in evaluations for score in evaluation.scores], table)
+
+
 def difference_table(evaluations: Sequence[Evaluated], table: str, marked: set[str]) -> list[str]:
     """Each system against itself in the first evaluation; cosines paired by subject, so that their spread cancels."""
-    first, rows = evaluations[0], []
+    first, rows, metrics = evaluations[0], [], shared_columns(evaluations, table)
     mine, base = first.samples(), dict(table_rows(first.scores, table))
     for other in evaluations[1:]:
         theirs = other.samples()
         bootstrap = other.provenance.get("config", {}).get("bootstrap", {})
         for system, found in table_rows(other.scores, table):
-            if system not in base or cells(found, table) == cells(base[system], table):
+            if system not in base or cells(found, metrics) == cells(base[system], metrics):
                 continue
             texts = []
-            for metric in COLUMNS[table]:
+            for metric in metrics:
                 key = (table, system, metric)
                 if metric not in found or metric not in base[system]:
                     texts.append("–")
@@ -185,7 +191,7 @@ def difference_table(evaluations: Sequence[Evaluated], table: str, marked: set[s
             rows.append([f"{other.name}{MARK if other.name in marked else ''} − {first.name}", system, *texts])
     if not rows:
         return []
-    header = ["Difference", "System", *(METRICS[metric] for metric in COLUMNS[table])]
+    header = ["Difference", "System", *(METRICS[metric] for metric in metrics)]
     return [*markdown_table(header, rows, texts=2)]
 
 

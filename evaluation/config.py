@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from omegaconf import MISSING
 
-from evaluation.protocol import CocoProtocol, DreamBenchProtocol
-from evaluation.weights import encoder_folder
+from evaluation.protocol import CocoProtocol, DreamBenchProtocol, Encoder
+from evaluation.weights import encoder_file, encoder_folder
 
 
 @dataclass
@@ -90,7 +90,9 @@ class EvaluationConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     local_weights: dict[str, str] = field(default_factory=dict)
-    """Folders that stand for hub ids named by a protocol, for machines without a network."""
+    """Folders and files that stand for what a protocol names: Inception's weight file; hub ids, where no network is."""
+    reference_features: str | None = None
+    """Folder that keeps the features of FID's real side, for evaluations to share; null: references/ in the output."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "encoder_batch_size"):
@@ -117,9 +119,10 @@ class EvaluationConfig:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
-    def encoder_folder(self, weights: str) -> Path:
-        """Where the weights that a protocol names lie. Raises FileNotFoundError."""
-        return encoder_folder(self.local_weights.get(weights, weights))
+    def encoder_path(self, encoder: Encoder) -> Path:
+        """Folder or file of the weights that a protocol names. Raises FileNotFoundError."""
+        weights = self.local_weights.get(encoder.weights, encoder.weights)
+        return encoder_file(weights) if encoder.in_one_file else encoder_folder(weights)
 
 
 def _require_images(key: str, prompt: str, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The networks that look at images for the metrics: CLIP, DINO, and the feature network of FID. From transformers.
+"""The networks that look at images for the metrics: CLIP and DINO of transformers, and the feature networks of FID.
 
 Shapes: `N` images or texts, `F` features, `S` pixels.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,8 @@ from transformers import (
     ViTModel,
 )
 
-from evaluation.protocol import Encoder, FeatureNetwork, Preprocessing
+from evaluation.inception import InceptionV3
+from evaluation.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing
 from evaluation.requests import EvaluationError
 
 Preprocess = Callable[[list[Image.Image]], Tensor]
@@ -75,11 +77,33 @@ class ResNetFeatures:
         return self.model(pixel_values=self.preprocess(images).to(self.device)).pooler_output.flatten(1).cpu()
 
 
-FEATURE_NETWORKS: dict[str, Callable[[FeatureNetwork, Path, torch.device], ResNetFeatures]] = {"resnet": ResNetFeatures}
+class InceptionFeatures:
+    """The 2048 features of FID's Inception-v3, fed the bytes of images of any size."""
+
+    def __init__(self, encoder: FeatureNetwork, file: Path, device: torch.device):
+        self.model = InceptionV3(file).to(device)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×2048; images of one size are looked at together."""
+        features = torch.empty(len(images), 2048)
+        for size in {image.size for image in images}:
+            rows = [row for row, image in enumerate(images) if image.size == size]
+            pixels = torch.from_numpy(np.stack([np.asarray(images[row]) for row in rows])).permute(0, 3, 1, 2)
+            features[rows] = self.model(pixels.to(self.device))["2048"].cpu()
+        return features
+
+
+FeatureEncoder = ResNetFeatures | InceptionFeatures
+FEATURE_NETWORKS: dict[str, Callable[[FeatureNetwork, Path, torch.device], FeatureEncoder]] = {
+    "resnet": ResNetFeatures,
+    INCEPTION: InceptionFeatures,
+}
 """By the protocol's `fid.network`."""
 
 
-def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device) -> ResNetFeatures:
+def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device) -> FeatureEncoder:
     """The network that a protocol names.
 
     Raises:

@@ -74,7 +74,7 @@ class Manifest:
         """Write an image, then its row.
 
         Args:
-            storage: png or jpeg.
+            storage: as in the protocol; memory's bytes are kept as PNG, which loses nothing.
             values: the fields of `Row` but file and sha256.
 
         Raises:
@@ -84,7 +84,10 @@ class Manifest:
         if index in self.rows:
             raise ManifestError(f"'{self.file}' has image {index} already; an image is made once.")
         buffer = io.BytesIO()
-        image.save(buffer, format=storage, **({"quality": JPEG_QUALITY} if storage == "jpeg" else {}))
+        if storage == "jpeg":
+            image.save(buffer, format="jpeg", quality=JPEG_QUALITY)
+        else:
+            image.save(buffer, format="png")
         name = f"{IMAGES}/{index:06d}.{'jpg' if storage == 'jpeg' else 'png'}"
         write_atomically(self.folder / name, buffer.getvalue())
         row = Row(**values, file=name, sha256=hashlib.sha256(buffer.getvalue()).hexdigest())

@@ -16,6 +16,7 @@ from evaluation.protocol import identity
 from evaluation.provenance import hash_files, hash_json
 from evaluation.requests import Request
 from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system
+from evaluation.weights import hash_encoder
 
 FOLDER_DIGITS = 8
 
@@ -52,7 +53,7 @@ class Evaluation:
         ]
         self.systems = self._systems()
         self.encoders = {
-            f"{table.name}.{name}": hash_files(config.encoder_folder(encoder.weights))
+            f"{table.name}.{name}": hash_encoder(config.encoder_path(encoder))
             for table in self.tables
             for name in ("clip", "dino", "fid")
             if (encoder := getattr(table.dataset.protocol, name, None)) is not None
@@ -111,6 +112,12 @@ class Evaluation:
                     f"Intervals: {bootstrap.fid_replicates} draws of generated images, centred on the value; "
                     f"{bootstrap.replicates} of captions for CLIP-T."
                 )
+                kid = table.dataset.protocol.kid
+                if kid is not None:
+                    notes.append(
+                        f"KID: the mean over {kid.subsets} subsets of {kid.subset_size} images of each side; its "
+                        "interval is ±1.96 standard deviations over them, so how it varies at that size, not at n."
+                    )
         return notes
 
     def _datasets(self) -> list[tuple[str, DreamBench | Coco]]:

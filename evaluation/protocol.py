@@ -13,6 +13,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 FINGERPRINT_DIGITS = 8
+INCEPTION = "inception"
 
 
 @dataclass
@@ -25,8 +26,9 @@ class Sampling:
     """w of eq. 4; no negative prompt."""
     image_size: int = 512
     """Side of the generated images in pixels."""
-    storage: Literal["png", "jpeg"] = "png"
-    """How images are stored before they are scored; jpeg is of quality 95."""
+    storage: Literal["memory", "png", "jpeg"] = "png"
+    """What is scored. memory: bytes cut from floats (255·x truncated), as in scripts that score while they sample; png:
+    bytes rounded, as in saved files; jpeg: these at quality 95."""
     seed: int = 0
     """What every image's own seed is derived from."""
     noise_period: int | None = None
@@ -68,11 +70,58 @@ class Encoder:
     preprocessing: Preprocessing | None = None
     """null: as the folder's own preprocessor_config.json says."""
 
+    @property
+    def in_one_file(self) -> bool:
+        """Whether the weights are one file; else a transformers folder."""
+        return False
+
 
 @dataclass
 class FeatureNetwork(Encoder):
     network: str = "resnet"
-    """An entry of `evaluation.encoders.FEATURE_NETWORKS`."""
+    """An entry of `evaluation.encoders.FEATURE_NETWORKS`; inception has one weight file, .pth or .safetensors."""
+
+    def __post_init__(self) -> None:
+        if self.in_one_file and self.preprocessing is not None:
+            raise ValueError(
+                "coco.fid.preprocessing is not allowed with coco.fid.network=inception, which resizes to 299 px and "
+                "scales by itself; what comes before it is coco.real_resize and coco.generated_resize."
+            )
+
+    @property
+    def in_one_file(self) -> bool:
+        return self.network == INCEPTION
+
+
+@dataclass
+class Resize:
+    size: int = 256
+    """Shorter side after resizing, and side of the centre crop that follows, in pixels."""
+    library: Literal["tensor", "pil"] = "tensor"
+    """tensor: torch's interpolate on [0, 1], 255·x truncated to bytes as torchmetrics does; pil: PIL on bytes."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of the resize."""
+    antialias: bool = False
+    """Whether shrinking averages over what it leaves out. Tensors in torchvision: not by default once, now they do."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("resize", "size", self.size, 1)
+        if self.library == "pil" and not self.antialias:
+            raise ValueError("resize.antialias=false is not allowed with resize.library=pil; PIL always antialiases.")
+
+
+@dataclass
+class KID:
+    subsets: int = 100
+    """Draws of `subset_size` images from each side, without repetition within a draw; KID is their mean."""
+    subset_size: int = 1000
+    """Images in a draw."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("kid", "subsets", self.subsets, 2)
+        _require_at_least("kid", "subset_size", self.subset_size, 2)
 
 
 @dataclass
@@ -152,15 +201,39 @@ class DreamBenchProtocol(Protocol):
 class CocoProtocol(Protocol):
     captions: int = 30_000
     """Annotations drawn with Python's `random.Random(caption_seed).sample`; an image can occur more than once."""
-    caption_seed: int = 0
-    """Of that draw, and of the split into halves."""
-    references: Literal["all", "half"] = "all"
-    """Real side of FID: all images, or a random half; the other half then gives the row of real images."""
+    caption_seed: int | None = 0
+    """Of that draw, and of the split into halves; null where a caption_list leaves nothing to draw."""
+    caption_list: str | None = None
+    """JSON list of {"file_name", "caption"} in the data set's folder, taken whole and in order instead of a draw."""
+    references: Literal["all", "half", "listed"] = "all"
+    """Real side of FID: all images; a random half, the other half then giving the row of real images; or the image of
+    every taken caption, as often as it is taken."""
+    real_resize: Resize | None = None
+    """Of real images before FID's network; null: they are given as they are."""
+    generated_resize: Resize | None = None
+    """Of generated images before FID's network; null: they are given at their own size."""
     fid: FeatureNetwork | None = None
-    """Feature network of FID; torchmetrics' arithmetic in double precision."""
+    """Feature network of FID and KID; torchmetrics' arithmetic in double precision."""
+    kid: KID | None = None
+    """Beside FID, from the same features: the kernel (x·y / F + 1)³; null leaves it out."""
 
     def __post_init__(self) -> None:
         _require_at_least("coco", "captions", self.captions, 2)
+        if (self.caption_list is None) == (self.caption_seed is None):
+            raise ValueError(
+                f"coco.caption_seed={self.caption_seed} is not allowed with coco.caption_list={self.caption_list}; "
+                "captions are either drawn by a seed or listed in a file."
+            )
+        if self.caption_list is not None and self.references == "half":
+            raise ValueError(
+                "coco.references=half is not allowed with a coco.caption_list, as no seed halves the images; allowed: "
+                "all, listed."
+            )
+        if self.kid is not None and self.kid.subset_size > self.captions:
+            raise ValueError(
+                f"coco.kid.subset_size={self.kid.subset_size} is not allowed; it must be at most "
+                f"coco.captions={self.captions}."
+            )
 
 
 def identity(protocol: Protocol) -> str:

@@ -12,10 +12,10 @@ from PIL import Image
 from evaluation import paper
 from evaluation.manifest import write_atomically
 from evaluation.results import (
-    COLUMNS,
     METRICS,
     TITLES,
     Score,
+    columns,
     table_rows,
     tables_of,
 )
@@ -114,9 +114,9 @@ def embed(file: Path) -> str:
 
 def chart_rows(scores: Sequence[Score], table: str) -> dict:
     """A table with, for each cell, where its value and interval lie on the column's scale, in percent."""
-    rows = table_rows(scores, table)
+    rows, metrics = table_rows(scores, table), columns(scores, table)
     scales = {}
-    for metric in COLUMNS[table]:
+    for metric in metrics:
         found = [row[metric] for _, row in rows if metric in row]
         if found:
             low, high = min(score.low for score in found), max(score.high for score in found)
@@ -125,7 +125,7 @@ def chart_rows(scores: Sequence[Score], table: str) -> dict:
     drawn = []
     for system, row in rows:
         cells = []
-        for metric in COLUMNS[table]:
+        for metric in metrics:
             score = row.get(metric)
             if score is None:
                 cells.append(None)
@@ -139,7 +139,7 @@ def chart_rows(scores: Sequence[Score], table: str) -> dict:
     return {
         "title": TITLES[table],
         "protocol": next(iter(rows[0][1].values())).protocol,
-        "columns": [METRICS[metric] for metric in COLUMNS[table]],
+        "columns": [METRICS[metric] for metric in metrics],
         "rows": drawn,
     }
 
@@ -149,7 +149,7 @@ def findings(scores: Sequence[Score]) -> list[Finding]:
     lines = []
     for table in tables_of(scores):
         rows = dict(table_rows(scores, table))
-        for metric in COLUMNS[table]:
+        for metric in columns(scores, table):
             before, after = (rows.get(name, {}).get(metric) for name in (BEFORE_STAGE_3, AFTER_STAGE_3))
             if before is not None and after is not None:
                 apart = before.high < after.low or after.high < before.low

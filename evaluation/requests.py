@@ -44,12 +44,17 @@ class Request:
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image file with the text and the reference images that it is compared with."""
+    """An image file with the text and the reference images that it is compared with.
+
+    Args:
+        real: a photo of the data set, which FID resizes as its real side.
+    """
 
     file: Path
     unit: str
     text: str
     references: tuple[Path, ...] = ()
+    real: bool = False
 
 
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:

@@ -12,10 +12,12 @@ from evaluation import paper
 from evaluation.manifest import write_atomically
 from evaluation.systems import TABLE_ORDER
 
-METRICS = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "fid": "FID ↓"}
-DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "fid": 2}
+METRICS = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "fid": "FID ↓", "kid": "KID ↓"}
+DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "fid": 2, "kid": 5}
 TITLES = {"dreambench": "Subjects (DreamBench)", "coco": "Captions (MS-COCO)"}
-COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t"), "coco": ("fid", "clip_t")}
+COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t"), "coco": ("fid", "kid", "clip_t")}
+OPTIONAL = ("kid",)
+"""Columns that stand only where a protocol asks for them."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Score:
 
     Args:
         table: dreambench or coco.
-        metric: dino, clip_i, clip_t or fid.
-        n: pairs that were averaged; images, for FID.
+        metric: dino, clip_i, clip_t, fid or kid.
+        n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocol.identity`.
     """
 
@@ -78,13 +80,13 @@ def tables_of(scores: Sequence[Score]) -> list[str]:
 
 def markdown(scores: Sequence[Score], notes: Sequence[str]) -> str:
     """results.md."""
-    lines = ["# Results", "", "Value (95 % bootstrap interval) over n pairs; n images for FID.", ""]
+    lines = ["# Results", "", "Value (95 % interval) over n pairs; n images for FID and KID.", ""]
     for table in tables_of(scores):
-        rows = table_rows(scores, table)
+        rows, metrics = table_rows(scores, table), columns(scores, table)
         protocol = next(iter(rows[0][1].values())).protocol
         lines += [f"## {TITLES[table]}", "", f"Protocol `{protocol}`.", ""]
-        header = ["System", *(METRICS[metric] for metric in COLUMNS[table]), "n"]
-        lines += markdown_table(header, [[system, *cells(found, table), sizes(found)] for system, found in rows])
+        header = ["System", *(METRICS[metric] for metric in metrics), "n"]
+        lines += markdown_table(header, [[system, *cells(found, metrics), sizes(found)] for system, found in rows])
     lines += [f"- {note}" for note in notes]
     lines += [
         "",
@@ -110,9 +112,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: 
     return [*("| " + " | ".join(row) + " |" for row in (header, rule, *rows)), ""]
 
 
-def cells(found: dict[str, Score], table: str) -> list[str]:
+def columns(scores: Sequence[Score], table: str) -> list[str]:
+    """The metrics of a table, optional ones where there are scores of them."""
+    found = {score.metric for score in scores if score.table == table}
+    return [metric for metric in COLUMNS[table] if metric not in OPTIONAL or metric in found]
+
+
+def cells(found: dict[str, Score], metrics: Sequence[str]) -> list[str]:
     """The texts of a row, a dash where the system has no such score."""
-    return [found[metric].text() if metric in found else "–" for metric in COLUMNS[table]]
+    return [found[metric].text() if metric in found else "–" for metric in metrics]
 
 
 def sizes(found: dict[str, Score]) -> str:
@@ -123,16 +131,16 @@ def sizes(found: dict[str, Score]) -> str:
 def print_results(scores: Sequence[Score], console: Console) -> None:
     """The tables on a terminal."""
     for table in tables_of(scores):
-        rows = table_rows(scores, table)
+        rows, metrics = table_rows(scores, table), columns(scores, table)
         protocol = next(iter(rows[0][1].values())).protocol
         printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)", show_lines=True)
         printed.add_column("System", no_wrap=True)
-        for metric in COLUMNS[table]:
+        for metric in metrics:
             printed.add_column(METRICS[metric], justify="right", no_wrap=True)
         printed.add_column("n", justify="right", no_wrap=True)
         for system, found in rows:
             # Value and interval on two lines: the table then fits a terminal of 80 columns.
             printed.add_row(
-                system, *(cell.replace(" (", "\n").rstrip(")") for cell in cells(found, table)), sizes(found)
+                system, *(cell.replace(" (", "\n").rstrip(")") for cell in cells(found, metrics)), sizes(found)
             )
         console.print(printed)

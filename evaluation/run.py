@@ -2,6 +2,7 @@
 
 <output>/<table>/<system>-<hash>/   images and manifest
 <output>/samples.csv                the score of every pair
+<output>/references/                features of FID's real side, for the next evaluation under the same protocol
 <output>/results.json  results.md  report.html  sheets/*.png
 <output>/provenance.json            written last: the evaluation is finished
 """
@@ -13,13 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
+from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
 from evaluation.dreambench import DreamBench
 from evaluation.manifest import write_atomically
 from evaluation.pages import Manifests, draw_pages
 from evaluation.plan import Evaluation, Table
 from evaluation.provenance import environment
+from evaluation.references import reference_features
 from evaluation.results import Score, markdown, print_results, read_results, write_results
 from evaluation.scoring import Encoders, Sample, Scorer, load_encoders, write_samples
 from evaluation.systems import COPY_OF_INPUT, REAL_IMAGES
@@ -77,14 +81,15 @@ def score_table(
     dataset = table.dataset
     if isinstance(dataset, DreamBench):
         rows = [(REAL_IMAGES, dataset.other_real_images()), (COPY_OF_INPUT, dataset.copies_of_input())]
-        references: list[Path] = []
+        real = kid = None
     else:
-        rows, references = [(REAL_IMAGES, dataset.held_out_images())], dataset.references()
+        rows, kid = [(REAL_IMAGES, dataset.held_out_images())], dataset.protocol.kid
+        real = real_side(evaluation, table, dataset, encoders)
     for system in evaluation.systems:
         manifest = manifests[table.name, system.name]
         manifest.verify()
         rows.append((system.name, [dataset.scored(r, manifest.image_file(r.index)) for r in table.requests]))
-    scorer = Scorer(table.name, table.protocol, encoders, evaluation.config.bootstrap, references)
+    scorer = Scorer(table.name, table.protocol, encoders, evaluation.config.bootstrap, real, kid)
     scores: list[Score] = []
     samples: list[Sample] = []
     for name, images in rows:
@@ -93,6 +98,21 @@ def score_table(
             scores += found[0]
             samples += found[1]
     return scores, samples
+
+
+def real_side(evaluation: Evaluation, table: Table, dataset: Coco, encoders: Encoders) -> Tensor:
+    """The features of FID's real side, N×F, from an earlier evaluation where there was one."""
+    references, encode = dataset.references(), encoders.fid_real
+    assert encode is not None
+    key = {
+        "protocol": table.protocol,
+        "data": table.data,
+        "weights": evaluation.encoders[f"{table.name}.fid"],
+        "n": str(len(references)),
+    }
+    kept = evaluation.config.reference_features
+    folder = evaluation.output / "references" if kept is None else Path(kept)
+    return reference_features(folder, key, lambda: encode(references), evaluation.console)
 
 
 def is_finished(evaluation: Evaluation) -> bool:

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from evaluation.bootstrap import fid_interval, mean_interval
+from evaluation.bootstrap import fid_interval, kid_interval, mean_interval
 from evaluation.config import Bootstrap, EvaluationConfig
 from evaluation.encoders import CLIPEncoder, DinoEncoder, Remembered, feature_network
 from evaluation.manifest import write_atomically
-from evaluation.metrics import CosineMean, FeatureFID
+from evaluation.metrics import CosineMean, FeatureFID, FeatureKID
+from evaluation.protocol import KID, Resize
 from evaluation.requests import ScoredImage, read_image
+from evaluation.resizing import resize
 from evaluation.results import Score
 
 Features = Callable[[Sequence], Tensor]
@@ -43,7 +46,8 @@ class Encoders:
     clip_images: Features
     clip_texts: Features
     dino: Features | None = None
-    fid: Features | None = None
+    fid_real: Features | None = None
+    fid_generated: Features | None = None
 
 
 def load_encoders(table: str, config: EvaluationConfig) -> Encoders:
@@ -53,15 +57,21 @@ def load_encoders(table: str, config: EvaluationConfig) -> Encoders:
         FileNotFoundError, ValueError: weights that are missing or of another network.
     """
     protocol, device, size = getattr(config, table), config.torch_device(), config.encoder_batch_size
-    clip = CLIPEncoder(protocol.clip, config.encoder_folder(protocol.clip.weights), device)
+    clip = CLIPEncoder(protocol.clip, config.encoder_path(protocol.clip), device)
     encoders = {"clip_images": Remembered(clip.images, size, read_image), "clip_texts": Remembered(clip.texts, size)}
     if table == "dreambench":
-        dino = DinoEncoder(protocol.dino, config.encoder_folder(protocol.dino.weights), device)
+        dino = DinoEncoder(protocol.dino, config.encoder_path(protocol.dino), device)
         encoders["dino"] = Remembered(dino.images, size, read_image)
     else:
-        fid = feature_network(protocol.fid, config.encoder_folder(protocol.fid.weights), device)
-        encoders["fid"] = Remembered(fid.images, size, read_image)
+        fid = feature_network(protocol.fid, config.encoder_path(protocol.fid), device)
+        encoders["fid_real"] = Remembered(fid.images, size, reader(protocol.real_resize))
+        encoders["fid_generated"] = Remembered(fid.images, size, reader(protocol.generated_resize))
     return Encoders(**encoders)
+
+
+def reader(stated: Resize | None) -> Callable[[Path], Image.Image]:
+    """Reads files and resizes them as one side of FID is."""
+    return lambda file: resize(read_image(file), stated)
 
 
 @dataclass(frozen=True)
@@ -69,14 +79,16 @@ class Scorer:
     """Scores of one table.
 
     Args:
-        references: the real side of FID; empty where the table has none.
+        real: features N×F of FID's real side; None where the table has none.
+        kid: how KID is drawn; None leaves it out.
     """
 
     table: str
     protocol: str
     encoders: Encoders
     bootstrap: Bootstrap
-    references: Sequence[Path] = ()
+    real: Tensor | None = None
+    kid: KID | None = None
 
     def __call__(self, system: str, images: Sequence[ScoredImage]) -> tuple[list[Score], list[Sample]]:
         """Every metric that the images allow: fidelity where they have references, CLIP-T where they have a text."""
@@ -108,19 +120,33 @@ class Scorer:
                 Sample(self.table, system, metric, image.unit, str(image.file), str(other), score)
                 for (image, other), score in zip(compared, found.tolist(), strict=True)
             ]
-        if self.references and encoders.fid is not None:
-            scores.append(self._fid(system, images))
+        if self.real is not None:
+            made = self._fid_features(images)
+            scores.append(self._fid(system, self.real, made))
+            if self.kid is not None:
+                scores.append(self._kid(system, self.kid, self.real, made))
         return scores, samples
 
-    def _fid(self, system: str, images: Sequence[ScoredImage]) -> Score:
-        assert self.encoders.fid is not None
-        real, made = self.encoders.fid(list(self.references)), self.encoders.fid([image.file for image in images])
+    def _fid_features(self, images: Sequence[ScoredImage]) -> Tensor:
+        """Features of one row, N×F; real photos are resized as the real side is."""
+        assert self.encoders.fid_real is not None and self.encoders.fid_generated is not None
+        encode = self.encoders.fid_real if all(image.real for image in images) else self.encoders.fid_generated
+        return encode([image.file for image in images])
+
+    def _kid(self, system: str, kid: KID, real: Tensor, made: Tensor) -> Score:
+        metric = FeatureKID(kid)
+        for features, side in ((real, True), (made, False)):
+            metric.update(features, torch.arange(len(features)), real=side)
+        value, deviation = map(float, metric.compute())
+        return self._score(system, "kid", value, kid_interval(value, deviation), len(made))
+
+    def _fid(self, system: str, real: Tensor, made: Tensor) -> Score:
         distance = FeatureFID(real.shape[1])
         distance.update(real, real=True)
         distance.update(made, real=False)
         value = float(distance.compute())
         interval = fid_interval(real, made, value, self.bootstrap.fid_replicates, self.bootstrap.seed)
-        return self._score(system, "fid", value, interval, len(images))
+        return self._score(system, "fid", value, interval, len(made))
 
     def _score(self, system: str, metric: str, value: float, interval: tuple[float, float], n: int) -> Score:
         return Score(self.table, system, metric, value, *interval, n, self.protocol)

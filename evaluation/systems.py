@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from omegaconf import OmegaConf
@@ -13,6 +15,7 @@ from evaluation.generation import Batch, Generate, System
 from evaluation.protocol import Sampling
 from evaluation.provenance import hash_json
 from evaluation.requests import EvaluationError
+from evaluation.resizing import truncated
 from evaluation.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffusion_folder
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.storage import CONFIG_FILE, find_model
@@ -51,15 +54,17 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
             pipeline.scheduler = sampler.scheduler(sampling.sampler)
-            return pipeline(
+            images = pipeline(
                 batch.prompts,
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
                 height=sampling.image_size,
                 width=sampling.image_size,
                 generator=seeded(batch.seeds, len(batch.seeds), None, None),
+                output_type=output_type(sampling),
                 return_dict=False,
             )[0]
+            return as_bytes(images)
 
         return generate
 
@@ -86,7 +91,7 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
         pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
-            return pipeline.sampler(
+            images = pipeline.sampler(
                 unique_conditions(pipeline, batch),
                 pipeline.null_condition,
                 num_inference_steps=sampling.steps,
@@ -95,13 +100,25 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
                 seeds=batch.seeds,
                 height=sampling.image_size,
                 width=sampling.image_size,
+                output_type=output_type(sampling),
             )
+            return as_bytes(images)
 
         return generate
 
     return System(
         name, load, hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, IMAGE_PARTS)]), reads_images=True
     )
+
+
+def output_type(sampling: Sampling) -> Literal["np", "pil"]:
+    """Floats where the protocol scores what was in memory; else what diffusers would save, whose bytes are rounded."""
+    return "np" if sampling.storage == "memory" else "pil"
+
+
+def as_bytes(images: list[Image.Image] | np.ndarray) -> list[Image.Image]:
+    """What a pipeline gave; floats B×H×W×3 in [0, 1] are truncated."""
+    return [truncated(image) for image in images] if isinstance(images, np.ndarray) else images
 
 
 def unique_conditions(pipeline: KosmosGPipeline, batch: Batch) -> Tensor:

@@ -1,5 +1,6 @@
 """Where weights lie: a folder, or the local snapshot of a hub id; and the hash of what lies there."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -45,6 +46,28 @@ def encoder_folder(weights: str) -> Path:
             f"'{weights}' holds no encoder: config.json is missing. Give a transformers folder or hub id."
         )
     return Path(snapshot_download(weights, allow_patterns=list(ENCODER_FILES)))
+
+
+def encoder_file(weights: str) -> Path:
+    """The weight file of a network that is not of transformers.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"there is no weight file '{weights}'; download it, and tell where it lies by "
+            f"local_weights={{{weights}: /path/to/file}}."
+        )
+    return Path(weights)
+
+
+def hash_encoder(path: Path) -> str:
+    """Of a folder, over names and contents; of a file, its SHA-256, whatever it is called."""
+    if path.is_dir():
+        return hash_files(path)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_parts(folder: Path, parts: tuple[str, ...]) -> str:

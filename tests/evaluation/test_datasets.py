@@ -11,7 +11,7 @@ import pytest
 from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
 from evaluation.dreambench import DreamBench
-from evaluation.protocol import CocoProtocol, DreamBenchProtocol, identity
+from evaluation.protocol import KID, CocoProtocol, DreamBenchProtocol, identity
 from evaluation.requests import DataSetError, read_image, spread
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
@@ -148,6 +148,62 @@ def test_captions_are_drawn_as_the_released_script_does(coco_folder: Path) -> No
     requests = Coco(COCO, coco_folder).requests()
     assert [request.prompt for request in requests] == expected
     assert all(request.inputs == () for request in requests)
+
+
+@pytest.fixture
+def listed(coco_folder: Path, tmp_path: Path) -> Path:
+    """A COCO whose list takes three captions of two images, one of which has no place in the first list's order."""
+    folder = shutil.copytree(coco_folder, tmp_path / "coco")
+    names = [f"COCO_val2014_{number:012d}.png" for number in (7, 2, 7)]
+    rows = [{"file_name": name, "caption": f"caption {row}"} for row, name in enumerate(names)]
+    (folder / "list.json").write_text(json.dumps(rows))
+    return folder
+
+
+LISTED = CocoProtocol(name="coco/l", captions=3, caption_seed=None, caption_list="list.json", references="listed")
+
+
+def test_listed_captions_are_taken_whole(listed: Path) -> None:
+    coco = Coco(LISTED, listed)
+    assert [request.text for request in coco.requests()] == ["caption 0", "caption 1", "caption 2"]
+    assert [path.name[-6:] for path in coco.references()] == ["07.png", "02.png", "07.png"], "as often as taken"
+    assert coco.held_out_images() == [] and {path.name for path in coco.files()} == {
+        "captions_val2014.json",
+        "list.json",
+        "COCO_val2014_000000000002.png",
+        "COCO_val2014_000000000007.png",
+    }
+    assert len(Coco(replace(LISTED, references="all"), listed).references()) == tiny_world.CAPTIONED
+    (listed / "val2014" / "COCO_val2014_000000000003.png").unlink()
+    assert len(Coco(LISTED, listed).references()) == 3, "an image that is not looked at may be missing"
+    (listed / "val2014" / "COCO_val2014_000000000002.png").unlink()
+    with pytest.raises(DataSetError, match=r"1 of 2 images are missing in val2014/: COCO_val2014_000000000002\.png"):
+        Coco(LISTED, listed)
+
+
+def test_drawn_captions_name_their_images(coco_folder: Path) -> None:
+    coco = Coco(replace(COCO, references="listed"), coco_folder)
+    content = json.loads((coco_folder / "annotations" / "captions_val2014.json").read_text())
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    drawn = random.Random(0).sample(content["annotations"], COCO.captions)
+    assert [path.name for path in coco.references()] == [names[row["image_id"]] for row in drawn]
+
+
+def test_mistaken_lists_are_named(listed: Path) -> None:
+    with pytest.raises(DataSetError, match=r"lists 3 captions but coco\.captions=4"):
+        Coco(replace(LISTED, captions=4), listed)
+    with pytest.raises(DataSetError, match=r"'other\.json' is missing, which coco\.caption_list names"):
+        Coco(replace(LISTED, caption_list="other.json"), listed)
+    (listed / "list.json").write_text('[{"file": "a"}]')
+    with pytest.raises(DataSetError, match=r"is no JSON list of \{file_name, caption\}: KeyError"):
+        Coco(LISTED, listed)
+
+
+def test_too_few_images_for_kid(coco_folder: Path) -> None:
+    """Seven captions are drawn but a half has six photos."""
+    with pytest.raises(DataSetError, match=r"has 6 real images but coco\.kid draws 7 at once"):
+        Coco(replace(COCO, captions=7, kid=KID(subset_size=7)), coco_folder)
+    Coco(replace(COCO, captions=7, kid=KID(subset_size=6)), coco_folder)
 
 
 def test_halves_are_disjoint(coco_folder: Path) -> None:

@@ -57,6 +57,19 @@ def content(manifest: Manifest) -> dict[str, bytes]:
     return {str(path.relative_to(manifest.folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.parametrize(("storage", "suffix"), [("memory", "png"), ("png", "png"), ("jpeg", "jpg")])
+def test_storage(tmp_path: Path, requests: list[Request], storage, suffix: str) -> None:
+    """Only JPEG changes pixels."""
+    manifest = Manifest(tmp_path / "stored", IDENTITY)
+    sampling = replace(SAMPLING, storage=storage, image_size=64)
+    generate(SYSTEM, requests[:1], sampling, manifest, inputs_folder=tmp_path, batch_size=1)
+    (drawn,) = draw(Batch([requests[0].prompt], [[Image.new("RGB", (5, 5))]], [requests[0].seed]), sampling)
+    file = manifest.image_file(0)
+    with Image.open(file) as image:
+        assert file.suffix == f".{suffix}" and image.format == ("JPEG" if storage == "jpeg" else "PNG")
+        assert (image.tobytes() == drawn.tobytes()) == (storage != "jpeg")
+
+
 def test_rows_tell_everything(tmp_path: Path, requests: list[Request]) -> None:
     manifest = run(tmp_path, requests)
     rows = [json.loads(line) for line in manifest.file.read_text().splitlines()]

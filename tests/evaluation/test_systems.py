@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from evaluation.generation import Batch
 from evaluation.protocol import Sampling
 from evaluation.requests import EvaluationError
+from evaluation.resizing import truncated
 from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system, unique_conditions
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import DiffusionSampler
@@ -69,6 +71,27 @@ def test_kosmosg_is_the_pipeline(
     made = system.load()(batch, SAMPLING)
     assert encoded == [2]
     assert np.abs(pixels(made) - pixels(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("reads_images", [False, True], ids=["stable-diffusion", "kosmosg"])
+def test_memory_is_cut_from_the_floats(
+    tiny_model: Path, tiny_stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch, reads_images: bool
+) -> None:
+    """255·x truncated, where files hold 255·x rounded."""
+    decoder = str(tiny_stable_diffusion)
+    system = (
+        kosmosg_system(AFTER_STAGE_3, str(tiny_model), decoder, CPU)
+        if reads_images
+        else stable_diffusion_system(decoder, CPU)
+    )
+    make, batch = system.load(), Batch(["a red fish", "a dog"], [[], []], [5, 6])
+    floats: list[np.ndarray] = []
+    monkeypatch.setattr("evaluation.systems.truncated", lambda image: floats.append(image) or truncated(image))
+    memory = pixels(make(batch, replace(SAMPLING, storage="memory")))
+    files = pixels(make(batch, SAMPLING))
+    assert len(floats) == 2 and np.array_equal(memory, np.floor(np.stack(floats) * np.float32(255)))
+    assert np.array_equal(files, (np.stack(floats) * 255).round())
+    assert set(np.unique(files - memory)) == {0, 1}
 
 
 def test_each_image_has_the_condition_of_its_prompt(tiny_model: Path, tiny_stable_diffusion: Path) -> None:

@@ -1,0 +1,105 @@
+"""Every shipped protocol loads by itself, says what it is, and each of its values is one that counts."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from evaluation.config import EvaluationConfig
+from evaluation.protocol import KID, CocoProtocol, FeatureNetwork, Preprocessing, Protocol, Resize, identity
+from kosmosg.config import ConfigError, load_config
+from tests.conftest import REPOSITORY
+
+NEEDED = ["output=o", "models.image_decoder=d"]
+FOLDER = REPOSITORY / "configs" / "protocols"
+SHIPPED = sorted(FOLDER.rglob("*.yaml"))
+RELEASED = [FOLDER / "coco" / f"{name}.yaml" for name in ("kosmosg-live", "kosmosg-cached", "metaquery-30k")]
+
+
+def load(*files: Path) -> Protocol:
+    table = files[-1].parent.name
+    config = load_config([*map(str, files), f"data.{table}=d", *NEEDED], EvaluationConfig)
+    protocol = getattr(config, table)
+    assert isinstance(protocol, Protocol)
+    return protocol
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(FOLDER)))
+def test_protocol_is_complete(file: Path) -> None:
+    protocol, text = load(file), file.read_text()
+    assert protocol.name == file.relative_to(FOLDER).with_suffix("").as_posix()
+    assert "version:" in text and text.startswith("# "), "a header says what is reproduced"
+    assert protocol.clip is not None and identity(protocol) == identity(load(file))
+
+
+def test_names_and_fingerprints_are_apart() -> None:
+    assert len({identity(load(file)).partition("#")[2] for file in SHIPPED}) == len(SHIPPED) >= 6
+
+
+@pytest.mark.parametrize("file", RELEASED, ids=lambda file: file.stem)
+def test_a_protocol_put_over_another_is_itself(file: Path) -> None:
+    """A value that one file leaves to the default would be the other's."""
+    for other in RELEASED:
+        assert asdict(load(other, file)) == asdict(load(file))
+
+
+def test_the_released_script_has_two_protocols() -> None:
+    """They differ in what is known to differ (trap C of the protocols' notes), and in nothing else."""
+    live, cached = load(RELEASED[0]), load(RELEASED[1])
+    assert isinstance(live, CocoProtocol) and isinstance(cached, CocoProtocol)
+    assert live.generated_resize is None and cached.generated_resize == cached.real_resize == live.real_resize
+    same = replace(
+        cached,
+        name=live.name,
+        generated_resize=None,
+        sampling=replace(cached.sampling, storage="memory"),
+    )
+    assert identity(same) == identity(live)
+    assert (live.sampling.sampler, live.sampling.steps, live.sampling.guidance_scale) == ("ddim", 250, 3.0)
+    assert live.real_resize == Resize(256, "tensor", "bilinear", antialias=False)
+    assert (live.captions, live.caption_seed, live.references) == (30_000, 0, "all")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Resize(library="pil"), "resize.antialias=false is not allowed with resize.library=pil"),
+        (lambda: Resize(size=0), "resize.size=0 is not allowed"),
+        (lambda: KID(subset_size=1), "kid.subset_size=1 is not allowed"),
+        (lambda: CocoProtocol(captions=10, kid=KID()), "subset_size=1000 is not allowed; it must be at most"),
+        (lambda: CocoProtocol(caption_list="a.json"), "caption_seed=0 is not allowed with coco.caption_list=a.json"),
+        (lambda: CocoProtocol(caption_seed=None), "either drawn by a seed or listed"),
+        (
+            lambda: CocoProtocol(caption_list="a.json", caption_seed=None, references="half"),
+            "coco.references=half is not allowed with a coco.caption_list",
+        ),
+        (
+            lambda: FeatureNetwork("w", Preprocessing(), "inception"),
+            "coco.fid.preprocessing is not allowed with coco.fid.network=inception",
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_would_do_nothing_are_refused(make, told: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make()
+    assert told in str(error.value)
+
+
+def test_a_typo_is_answered() -> None:
+    with pytest.raises(ConfigError, match="real_resize"):
+        load_config([str(RELEASED[0]), "data.coco=d", *NEEDED, "coco.real_resise=null"], EvaluationConfig)
+    with pytest.raises(ConfigError, match="tensor"):
+        load_config([str(RELEASED[0]), "data.coco=d", *NEEDED, "coco.real_resize.library=cv2"], EvaluationConfig)
+
+
+def test_weight_file_is_asked_for_by_name(tmp_path: Path) -> None:
+    arguments = [str(REPOSITORY / "configs" / "evaluation_coco.yaml"), f"data.coco={tmp_path}"]
+    config = load_config(arguments, EvaluationConfig)
+    assert config.coco is not None and config.coco.fid is not None
+    with pytest.raises(FileNotFoundError, match=r"local_weights=\{inception-2015-12-05: /path/to/file\}"):
+        config.encoder_path(config.coco.fid)
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"x")
+    config = load_config([*arguments, f"local_weights.inception-2015-12-05={file}"], EvaluationConfig)
+    assert config.coco is not None and config.coco.fid is not None
+    assert config.encoder_path(config.coco.fid) == file
