@@ -8,6 +8,7 @@ import torch
 from omegaconf import MISSING
 
 from evaluation.protocol import CocoProtocol, DreamBenchProtocol, Encoder
+from evaluation.tracking import Tracking
 from evaluation.weights import encoder_file, encoder_folder
 
 
@@ -93,6 +94,8 @@ class EvaluationConfig:
     """Folders and files that stand for what a protocol names: Inception's weight file; hub ids, where no network is."""
     reference_features: str | None = None
     """Folder that keeps the features of FID's real side, for evaluations to share; null: references/ in the output."""
+    wandb: Tracking = field(default_factory=Tracking)
+    """Weights & Biases."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "encoder_batch_size"):

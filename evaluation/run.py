@@ -27,6 +27,7 @@ from evaluation.references import reference_features
 from evaluation.results import Score, markdown, print_results, read_results, write_results
 from evaluation.scoring import Encoders, Sample, Scorer, load_encoders, write_samples
 from evaluation.systems import COPY_OF_INPUT, REAL_IMAGES
+from evaluation.tracking import track
 
 PROVENANCE = "provenance.json"
 
@@ -71,6 +72,7 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
     draw_pages(evaluation, manifests, scores, provenance)
     content = {"key": evaluation.key(), "written": provenance, "config": asdict(config)}
     write_atomically(output / PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    track(config.wandb, output, scores, content)
     return scores
 
 
