@@ -64,6 +64,8 @@ def convert_checkpoint(
     path, target = Path(checkpoint), Path(folder)
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    if target.is_file():
+        raise ConversionError(f"'{target}' is a file; name the folder to write.")
     inputs = [path, *(Path(given) for given in (decoder, spm, dictionary) if given is not None)]
     require_free(target, overwrite, inputs)
     if is_public_clip(path):

@@ -26,6 +26,9 @@ NUMPY_NUMBER = re.compile(r"[fiub][1248]")
 class Inert:
     """Stands for an object of a foreign class: its arguments and its state, unread."""
 
+    arguments: tuple
+    state: Any
+
     def __new__(cls, *arguments: Any) -> "Inert":
         inert = super().__new__(cls)
         inert.arguments, inert.state = arguments, None

@@ -189,6 +189,8 @@ def test_a_folder_that_exists(final, tmp_path, tiny_stable_diffusion):
     shutil.copy(final, out / "checkpoint.pt")
     with pytest.raises(ConversionError, match=r"checkpoint\.pt' lies in '.*out', which --overwrite would replace"):
         convert_checkpoint(out / "checkpoint.pt", out, overwrite=True, **options)
+    with pytest.raises(ConversionError, match=r"1\.jpg' is a file; name the folder"):
+        convert_checkpoint(final, mistaken / "1.jpg", overwrite=True, **options)
     assert (mistaken / "1.jpg").exists() and (out / "checkpoint.pt").exists()
 
 
