@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         for _ in track(drawn, total=len(left), description="generate"):
             pass
     print(
-        f"{len(jobs)} images are in '{arguments.output}'" + (f"; {len(wrong)} lines were left out." if wrong else ".")
+        f"{f'{len(jobs)} images are' if len(jobs) > 1 else '1 image is'} in '{arguments.output}'"
+        + (f"; {len(wrong)} lines were left out." if wrong else ".")
     )
     return 1 if wrong else 0
 
