@@ -9,6 +9,7 @@ one goes on where it was.
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
     python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: another protocol; force=true
     python evaluate.py tables runs/toyland/evaluation output=tables         # the paper's Tables 1 and 2
+    python evaluate.py requests configs/toyland/evaluation.yaml             # what a rival draws: models.external
 """
 
 import os
@@ -27,6 +28,8 @@ import transformers
 
 from evaluation.compare import compare
 from evaluation.config import EvaluationConfig
+from evaluation.external import write_requests
+from evaluation.plan import datasets
 from evaluation.requests import EvaluationError
 from evaluation.run import evaluate
 from evaluation.tables import write_tables
@@ -75,7 +78,14 @@ def tables_command(arguments: Sequence[str]) -> None:
         print(file)
 
 
-COMMANDS = {"compare": compare_command, "tables": tables_command}
+def requests_command(arguments: Sequence[str]) -> None:
+    """requests evaluation.yaml [more.yaml | key=value …]: what rivals are asked to draw, into <output>/requests/"""
+    config = load_config(arguments, EvaluationConfig)
+    for table, dataset in datasets(config):
+        print(write_requests(table, dataset.requests(), Path(config.output) / "requests"))
+
+
+COMMANDS = {"compare": compare_command, "tables": tables_command, "requests": requests_command}
 
 
 def split_options(arguments: Sequence[str], defaults: dict[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -28,6 +28,8 @@ class Models:
     """Run or model folder of the alignment stage; null leaves the row out."""
     after_stage_3: str | None = None
     """Run or model folder of the instruction tuning stage; null leaves the row out."""
+    external: dict[str, str] = field(default_factory=dict)
+    """Rivals by name: folders of images that they made for our requests, see evaluation/external.py."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from rich.console import Console
 from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
 from evaluation.dreambench import DreamBench
+from evaluation.external import read_external
 from evaluation.generation import System, generate
 from evaluation.manifest import Manifest
 from evaluation.protocol import identity
@@ -49,9 +50,15 @@ class Evaluation:
                 hash_files(dataset.folder, dataset.files()),
                 dataset.requests(),
             )
-            for name, dataset in self._datasets()
+            for name, dataset in datasets(config)
         ]
         self.systems = self._systems()
+        self.external = {
+            (table.name, name): found
+            for table in self.tables
+            for name, folder in config.models.external.items()
+            if (found := read_external(name, Path(folder), table.name, table.requests)) is not None
+        }
         self.encoders = {
             f"{table.name}.{name}": hash_encoder(config.encoder_path(encoder))
             for table in self.tables
@@ -87,6 +94,7 @@ class Evaluation:
             [
                 [(table.protocol, table.data) for table in self.tables],
                 [(system.name, system.model) for system in self.systems],
+                [(table, rival.name, rival.model) for (table, _), rival in self.external.items()],
                 self.encoders,
                 asdict(self.config.bootstrap),
                 asdict(self.config.gallery),
@@ -120,15 +128,6 @@ class Evaluation:
                     )
         return notes
 
-    def _datasets(self) -> list[tuple[str, DreamBench | Coco]]:
-        config = self.config
-        found: list[tuple[str, DreamBench | Coco]] = []
-        if config.dreambench is not None and config.data.dreambench is not None:
-            found.append(("dreambench", DreamBench(config.dreambench, Path(config.data.dreambench))))
-        if config.coco is not None and config.data.coco is not None:
-            found.append(("coco", Coco(config.coco, Path(config.data.coco))))
-        return found
-
     def _systems(self) -> list[System]:
         models, device = self.config.models, self.config.torch_device()
         systems = [stable_diffusion_system(models.image_decoder, device)]
@@ -136,6 +135,20 @@ class Evaluation:
             if folder is not None:
                 systems.append(kosmosg_system(name, folder, models.image_decoder, device))
         return systems
+
+
+def datasets(config: EvaluationConfig) -> list[tuple[str, DreamBench | Coco]]:
+    """The data sets of a configuration by table, checked.
+
+    Raises:
+        DataSetError: what is missing.
+    """
+    found: list[tuple[str, DreamBench | Coco]] = []
+    if config.dreambench is not None and config.data.dreambench is not None:
+        found.append(("dreambench", DreamBench(config.dreambench, Path(config.data.dreambench))))
+    if config.coco is not None and config.data.coco is not None:
+        found.append(("coco", Coco(config.coco, Path(config.data.coco))))
+    return found
 
 
 def slug(name: str) -> str:

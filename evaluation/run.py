@@ -91,6 +91,9 @@ def score_table(
         manifest = manifests[table.name, system.name]
         manifest.verify()
         rows.append((system.name, [dataset.scored(r, manifest.image_file(r.index)) for r in table.requests]))
+    for (name, _), rival in evaluation.external.items():
+        if name == table.name:
+            rows.append((rival.name, [dataset.scored(r, rival.files[r.index]) for r in table.requests]))
     scorer = Scorer(table.name, table.protocol, encoders, evaluation.config.bootstrap, real, kid)
     scores: list[Score] = []
     samples: list[Sample] = []
@@ -133,5 +136,6 @@ def provenance_of(evaluation: Evaluation, seconds: float) -> dict[str, str]:
         **{f"{table.name} seed": str(table.dataset.protocol.sampling.seed) for table in evaluation.tables},
         **{f"{table.name} data": table.data for table in evaluation.tables},
         **{system.name: system.model for system in evaluation.systems},
+        **{f"{rival.name}, {table}": rival.model for (table, _), rival in evaluation.external.items()},
         **evaluation.encoders,
     }

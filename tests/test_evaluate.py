@@ -169,3 +169,68 @@ def test_interruption_is_told(
 def test_help_lists_the_keys(capsys: pytest.CaptureFixture) -> None:
     assert evaluate.main(["configs/toyland/evaluation.yaml", "--help"]) == 0
     assert "models.after_stage_3" in capsys.readouterr().out
+
+
+@pytest.fixture
+def rival(finished: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> Path:
+    """A rival whose images are KOSMOS-G's after stage 3, by what `evaluate.py requests` asked for."""
+    assert evaluate.main(["requests", *arguments, f"output={tmp_path}"]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "requests" / f"{t}.jsonl") for t in ("dreambench", "coco")
+    ]
+    folder = tmp_path / "rival"
+    for table in ("dreambench", "coco"):
+        own = next((finished / table).glob("kosmos-g-after-stage-3-*"))
+        (folder / table).mkdir(parents=True)
+        lines = []
+        for line in (tmp_path / "requests" / f"{table}.jsonl").read_text().splitlines():
+            asked = json.loads(line)
+            name = f"{asked['index']}.png"
+            shutil.copy(own / "images" / f"{asked['index']:06d}.png", folder / table / name)
+            lines.append(json.dumps({"index": asked["index"], "file": name, "prompt": asked["text"]}))
+        (folder / table / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_rival_with_our_images_has_our_scores(
+    finished: Path, rival: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "evaluation")
+    assert evaluate.main([*arguments, f"output={output}", f"models.external.Rival={rival}"]) == 0
+    scores: dict[str, dict] = {}
+    for row in json.loads((output / "results.json").read_text()):
+        key = (row["table"], row["metric"])
+        scores.setdefault(row["system"], {})[key] = {k: v for k, v in row.items() if k != "system"}
+    assert scores["Rival"] == scores["KOSMOS-G after stage 3"]
+    assert "Rival, coco" in (output / "report.html").read_text()
+    before = (output / "results.json").read_bytes()
+    shutil.copy(rival / "dreambench" / "0.png", rival / "dreambench" / "1.png")
+    assert evaluate.main([*arguments, f"output={output}", f"models.external.Rival={rival}"]) == 0
+    assert (output / "results.json").read_bytes() != before, "changed images are scored anew"
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda lines: lines[1:], "1 of 9 images are missing, as index 0"),
+        (lambda lines: [*lines, lines[0]], "index 0 is given twice"),
+        (lambda lines: [*lines, '{"index": 99, "file": "0.png"}'], "line 10 has index 99, which is no request's"),
+        (lambda lines: [lines[0].replace("0.png", "x.png"), *lines[1:]], "x.png' does not exist"),
+        (lambda lines: ['{"index": 0, "file": "0.png", "prompt": "a cat"}', *lines[1:]], "index 0 is of 'a cat', but"),
+        (lambda lines: ["[]", *lines[1:]], "line 1 is no object with index and file"),
+    ],
+)
+def test_a_rival_that_does_not_answer(rival: Path, arguments: list[str], tmp_path: Path, capsys, damage, told) -> None:
+    manifest = rival / "dreambench" / "manifest.jsonl"
+    manifest.write_text("\n".join(damage(manifest.read_text().splitlines())))
+    assert evaluate.main([*arguments, f"output={tmp_path / 'out'}", f"models.external.Rival={rival}"]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "told"),
+    [("Rival", "/nowhere", "there is no folder '/nowhere'"), ("Real images", "/", "the name of a row of ours")],
+)
+def test_a_rival_that_is_not_there(arguments: list[str], tmp_path: Path, capsys, name, folder, told) -> None:
+    assert evaluate.main([*arguments, f"output={tmp_path}", f"models.external.{name}={folder}"]) == 2
+    assert told in capsys.readouterr().err
