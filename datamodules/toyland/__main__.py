@@ -98,4 +98,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started it in the background
     sys.exit(main(sys.argv[1:]))
