@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -234,6 +235,28 @@ def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path):
     assert not (folder / "shards" / "edit").exists()
     assert build(folder) == 0
     assert digests(folder) == digests(world)
+
+
+def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block():
+    begun, taken, passed = threading.Event(), threading.Event(), []
+
+    def take():
+        begun.wait(timeout=10)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        taken.set()
+
+    thread = threading.Thread(target=take)
+    thread.start()  # before the block: it does not inherit the mask
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), drawing.interrupts_held_back():
+            begun.set()
+            assert taken.wait(timeout=10)
+            passed.append(sum(range(1000)))
+        assert passed and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        thread.join()
 
 
 @pytest.mark.slow
