@@ -127,21 +127,25 @@ def compare(paths: Sequence[str | Path], force: bool = False) -> str:
     evaluations = read_evaluations(paths)
     first = evaluations[0]
     tables = tables_of([score for evaluation in evaluations for score in evaluation.scores])
-    lines = ["# Comparison", ""]
-    refused: dict[str, list[str]] = {}
-    for table in tables:
-        having = [e for e in evaluations if e.protocol(table) is not None]
-        against = {e.name: obstacles(having[0], e, table) for e in having[1:]}
-        for name, reasons in against.items():
-            if reasons:
-                refused[f"{TITLES[table]}: '{having[0].name}' and '{name}'"] = reasons
-        marked = {name for name, reasons in against.items() if reasons}
-        lines += comparison_table(having, table, marked) + difference_table(having, table, marked)
+    having = {table: [e for e in evaluations if e.protocol(table) is not None] for table in tables}
+    against = {
+        table: {e.name: reasons for e in rows[1:] if (reasons := obstacles(rows[0], e, table))}
+        for table, rows in having.items()
+    }
+    refused = {
+        f"{TITLES[table]}: '{having[table][0].name}' and '{name}'": reasons
+        for table, others in against.items()
+        for name, reasons in others.items()
+    }
     if refused and not force:
         told = "\n".join(f"  {pair}:\n    " + "\n    ".join(reasons) for pair, reasons in refused.items())
         raise EvaluationError(
             f"these numbers do not compare:\n{told}\nforce=true shows them nevertheless, and marks them{MARK}."
         )
+    lines = ["# Comparison", ""]
+    for table, rows in having.items():
+        marked = set(against[table])
+        lines += comparison_table(rows, table, marked) + difference_table(rows, table, marked)
     lines += [f"{MARK.strip()} Not comparable with '{first.name}':"] if refused else []
     lines += [f"- {pair}: {'; '.join(reasons)}" for pair, reasons in refused.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -169,7 +173,10 @@ def shared_columns(evaluations: Sequence[Evaluated], table: str) -> list[str]:
 
 
 def difference_table(evaluations: Sequence[Evaluated], table: str, marked: set[str]) -> list[str]:
-    """Each system against itself in the first evaluation; cosines paired by subject, so that their spread cancels."""
+    """Each system against itself in the first evaluation; cosines paired by subject, so that their spread cancels.
+
+    Without an interval where there is nothing to pair: FID, and subjects that only one of them has.
+    """
     first, rows, metrics = evaluations[0], [], shared_columns(evaluations, table)
     mine, base = first.samples(), dict(table_rows(first.scores, table))
     for other in evaluations[1:]:
@@ -183,7 +190,7 @@ def difference_table(evaluations: Sequence[Evaluated], table: str, marked: set[s
                 key = (table, system, metric)
                 if metric not in found or metric not in base[system]:
                     texts.append("–")
-                elif key in mine and key in theirs:
+                elif key in mine and key in theirs and set(mine[key][1]) == set(theirs[key][1]):
                     texts.append(paired_text(mine[key], theirs[key], DECIMALS[metric], bootstrap))
                 else:
                     difference = found[metric].value - base[system][metric].value

@@ -14,10 +14,17 @@ from evaluation.scoring import Sample, write_samples
 AFTER = "KOSMOS-G after stage 3"
 
 
-def write(folder: Path, shift: float = 0.0, protocol: str = "dreambench/x@1#aaaa", steps: int = 50, **written) -> Path:
-    """A finished evaluation of four subjects with two prompts each; `shift` is added to every cosine."""
+def write(
+    folder: Path,
+    shift: float = 0.0,
+    protocol: str = "dreambench/x@1#aaaa",
+    steps: int = 50,
+    subjects: int = 4,
+    **written,
+) -> Path:
+    """A finished evaluation of some subjects with two prompts each; `shift` is added to every cosine."""
     folder.mkdir(parents=True)
-    cosines = [(f"subject{k // 2}", 0.1 * k + shift) for k in range(8)]
+    cosines = [(f"subject{k // 2}", 0.1 * k + shift) for k in range(2 * subjects)]
     samples = [Sample("dreambench", AFTER, "dino", unit, "a.png", "b.png", score) for unit, score in cosines]
     write_samples(samples, folder / "samples.csv", folder)
     mean = float(np.mean([score for _, score in cosines]))
@@ -46,6 +53,7 @@ def test_rows_side_by_side_and_paired_differences(tmp_path, capsys):
     ("changes", "told"),
     [
         ({"protocol": "dreambench/x@1#cccc", "steps": 100}, "sampling.steps: 50 and 100"),
+        ({"protocol": "dreambench/x@1#cccc", "subjects": 3}, "protocol dreambench/x@1#aaaa and dreambench/x@1#cccc"),
         ({"dreambench_data": "e"}, "dreambench data: other files"),
         ({"dreambench.dino": "v"}, "dreambench.dino: other files"),
     ],
