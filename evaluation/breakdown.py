@@ -49,8 +49,11 @@ class Part:
 
     def text(self) -> str:
         """`0.694 (0.671–0.716)`; of a single unit there is no interval."""
-        value, low, high = (f"{number:.{DECIMALS[self.metric]}f}" for number in (self.value, self.low, self.high))
-        return f"{value} ({low}–{high})" if self.units > 1 else value
+        numbers = (self.value, self.low, self.high)
+        value, low, high = (f"{number:.{DECIMALS[self.metric]}f}".replace("-", "−") for number in numbers)
+        if self.units == 1:
+            return value
+        return f"{value} ({low}–{high})" if self.low >= 0 else f"{value} ({low} … {high})"
 
 
 def breakdown(samples: Sequence[Sample], kinds: Mapping[str, str], bootstrap: Bootstrap) -> list[Part]:

@@ -16,7 +16,7 @@ from evaluation.systems import AFTER_STAGE_3, TABLE_ORDER
 
 TABLE = "guidance"
 FIDELITY, EDITABILITY = ("dino", "clip_i"), "clip_t"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 360, 58, 18, 18, 44  # pixels
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 560, 360, 58, 18, 8, 44, 17  # pixels; the legend adds its lines
 TICKS = 5
 COLORS = ("#7b8494", "#2563a8", "#4d7c0f", "#7c3aed", "#0f766e", "#a16207")
 ACCENT, INK, SOFT, LINE = "#c2410c", "#1c2026", "#69707c", "#e3e6ea"
@@ -81,20 +81,22 @@ def chart(points: Points, fidelity: str) -> str:
         for system, line in points.items()
     }
     shown = [point for line in lines.values() for point in line]
+    top = TOP + LEGEND * len(lines)
+    height = HEIGHT + LEGEND * len(lines)
     across = Axis([point[1] for point in shown], LEFT, WIDTH - RIGHT)
-    upward = Axis([point[2] for point in shown], HEIGHT - BOTTOM, TOP)
-    parts = [*across.grid(vertical=True), *upward.grid(vertical=False)]
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, METRICS[EDITABILITY].replace("↑", "→"), SOFT))
-    middle = (TOP + HEIGHT - BOTTOM) / 2
+    upward = Axis([point[2] for point in shown], height - BOTTOM, top)
+    parts = [*across.lines_up(upward), *upward.lines_across(across)]
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, height - 8, METRICS[EDITABILITY].replace("↑", "→"), SOFT))
+    middle = (top + height - BOTTOM) / 2
     parts.append(text(14, middle, METRICS[fidelity].replace("↑", "→"), SOFT, turn=f"rotate(-90 14 {middle:.1f})"))
     for number, (system, line) in enumerate(lines.items()):
         color = ACCENT if system == AFTER_STAGE_3 else COLORS[number % len(COLORS)]
         parts += draw_line(line, across, upward, color)
-        parts.append(f'<circle cx="{LEFT + 12}" cy="{TOP + 10 + 16 * number}" r="4" fill="{color}"/>')
-        parts.append(text(LEFT + 22, TOP + 14 + 16 * number, system, INK, anchor="start"))
+        parts.append(f'<circle cx="{LEFT + 6}" cy="{TOP + LEGEND * number}" r="4" fill="{color}"/>')
+        parts.append(text(LEFT + 16, TOP + 4 + LEGEND * number, system, INK, anchor="start"))
     label = f"{METRICS[fidelity][:-2]} against {METRICS[EDITABILITY][:-2]} over guidance scales"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="{label}" font-family="system-ui, DejaVu Sans, sans-serif">' + "".join(parts) + "</svg>"
     )
 
@@ -118,18 +120,28 @@ class Axis:
         first = math.ceil(self.low / step)
         return [step * number for number in range(first, math.floor(self.high / step) + 1)]
 
-    def grid(self, vertical: bool) -> list[str]:
-        """Lines at the ticks, with their values at the left or below."""
+    def lines_up(self, upward: "Axis") -> list[str]:
+        """Lines at the ticks of the horizontal axis, with their values below."""
         parts = []
         for tick in self.ticks():
-            at, value = self(tick), f"{tick:.3f}".rstrip("0").rstrip(".").replace("-", "−")
-            if vertical:
-                parts.append(f'<path d="M{at:.1f},{TOP} V{HEIGHT - BOTTOM}" stroke="{LINE}"/>')
-                parts.append(text(at, HEIGHT - BOTTOM + 16, value, SOFT))
-            else:
-                parts.append(f'<path d="M{LEFT},{at:.1f} H{WIDTH - RIGHT}" stroke="{LINE}"/>')
-                parts.append(text(LEFT - 6, at + 4, value, SOFT, anchor="end"))
+            at = self(tick)
+            parts.append(f'<path d="M{at:.1f},{upward.end} V{upward.start}" stroke="{LINE}"/>')
+            parts.append(text(at, upward.start + 16, short(tick), SOFT))
         return parts
+
+    def lines_across(self, across: "Axis") -> list[str]:
+        """Lines at the ticks of the vertical axis, with their values at the left."""
+        parts = []
+        for tick in self.ticks():
+            at = self(tick)
+            parts.append(f'<path d="M{across.start},{at:.1f} H{across.end}" stroke="{LINE}"/>')
+            parts.append(text(across.start - 6, at + 4, short(tick), SOFT, anchor="end"))
+        return parts
+
+
+def short(value: float) -> str:
+    """`0.25`, `−0.1`, `0`."""
+    return f"{round(value, 3) + 0.0:.3f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
 def draw_line(line: Sequence[tuple[float, Score, Score]], across: Axis, upward: Axis, color: str) -> list[str]:

@@ -95,6 +95,7 @@ def test_intervals_are_over_units() -> None:
     live, dog, boat = parts[KIND, "live"], parts[SUBJECT, "dog"], parts[SUBJECT, "boat"]
     assert (live.low, live.high) == pytest.approx((0.2, 0.6)) and live.units == 2
     assert (dog.low, dog.high) == pytest.approx((0.4, 0.8)) and dog.units == 2
+    assert replace(dog, value=-0.1, low=-0.2, high=0.05).text() == "−0.100 (−0.200 … 0.050)"
     assert boat.units == 1 and boat.text() == "0.600" and dog.text() == "0.600 (0.400–0.800)"
 
 
