@@ -6,6 +6,7 @@ one goes on where it was.
 
     python evaluate.py configs/toyland/evaluation.yaml
     python evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
+    torchrun --nproc-per-node 8 evaluate.py configs/evaluation.yaml …       # the same images, to the byte
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
     python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: another protocol; force=true
     python evaluate.py tables runs/toyland/evaluation output=tables         # the paper's Tables 1 and 2
@@ -30,6 +31,7 @@ from evaluation.compare import compare
 from evaluation.config import EvaluationConfig
 from evaluation.external import write_requests
 from evaluation.plan import datasets
+from evaluation.processes import ProcessError
 from evaluation.requests import EvaluationError
 from evaluation.run import evaluate
 from evaluation.tables import write_tables
@@ -55,12 +57,19 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         evaluate(load_config(given, EvaluationConfig))
     except (ConfigError, EvaluationError, FileNotFoundError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def tell(error: Exception) -> None:
+    """A mistake, once: of several processes, the first tells what all run into, each what befell itself."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not isinstance(error, (ConfigError, ProcessError)):
+        print(f"evaluate.py{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
 
 
 def compare_command(arguments: Sequence[str]) -> None:

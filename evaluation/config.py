@@ -48,6 +48,32 @@ class Bootstrap:
 
 
 @dataclass
+class Curve:
+    """Fidelity against editability on DreamBench: rows of the table made again at other guidance scales."""
+
+    guidance_scales: list[float] = field(default_factory=list)
+    """Points of the curve; none leaves it out."""
+    systems: list[str] = field(default_factory=list)
+    """Rows that have a curve, by their names in the table; empty takes all that are made."""
+    max_subjects: int | None = None
+    """Only this many, spread evenly; null as in the protocol."""
+    max_templates: int | None = None
+    """Only this many of each list, spread evenly; null as in the protocol."""
+    images_per_prompt: int | None = None
+    """null as in the protocol."""
+
+    def __post_init__(self) -> None:
+        for scale in self.guidance_scales:
+            if scale < 0 or self.guidance_scales.count(scale) > 1:
+                raise ValueError(
+                    f"curve.guidance_scales={self.guidance_scales} is not allowed; they are at least 0, each once."
+                )
+        for name in ("max_subjects", "max_templates", "images_per_prompt"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"curve.{name}={getattr(self, name)} is not allowed; it must be at least 1.")
+
+
+@dataclass
 class Gallery:
     subjects: int = 8
     """Shown in the report, spread over the data set."""
@@ -86,12 +112,14 @@ class EvaluationConfig:
     """Intervals."""
     gallery: Gallery = field(default_factory=Gallery)
     """Pictures of the report."""
+    curve: Curve = field(default_factory=Curve)
+    """Fidelity against editability over guidance scales."""
     batch_size: int = 50
     """Images made at once."""
     encoder_batch_size: int = 100
     """Images looked at once by a metric's network."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
+    """auto takes a GPU if there is one; of several processes on a machine, each its own."""
     local_weights: dict[str, str] = field(default_factory=dict)
     """Folders and files that stand for what a protocol names: Inception's weight file; hub ids, where no network is."""
     reference_features: str | None = None
@@ -107,6 +135,10 @@ class EvaluationConfig:
             raise ValueError(
                 "there is nothing to evaluate: extend a protocol, for example protocols/dreambench/toyland."
             )
+        if self.curve.guidance_scales and self.dreambench is None:
+            raise ValueError(
+                f"curve.guidance_scales={self.curve.guidance_scales} is not allowed without a dreambench protocol."
+            )
         required = {"dreambench": ("clip", "dino"), "coco": ("clip", "fid")}
         for table, encoders in required.items():
             protocol = getattr(self, table)
@@ -118,11 +150,11 @@ class EvaluationConfig:
                 if getattr(protocol, name) is None:
                     raise ValueError(f"{table}.{name} has no value; a protocol names its encoders.")
 
-    def torch_device(self) -> torch.device:
-        """The device that `device` means here."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+    def torch_device(self, local_rank: int = 0) -> torch.device:
+        """The device that `device` means in the process of that number on this machine; GPUs are dealt out in turn."""
+        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
 
     def encoder_path(self, encoder: Encoder) -> Path:
         """Folder or file of the weights that a protocol names. Raises FileNotFoundError."""

@@ -32,6 +32,10 @@ class DreamBench:
             name: self.protocol.subjects[name] for name in spread(list(self.protocol.subjects), protocol.max_subjects)
         }
         self.check()
+        self._first_prompt, prompts = {}, 0
+        for name in self.subjects:
+            self._first_prompt[name] = prompts
+            prompts += len(self.templates(name))
 
     def check(self) -> None:
         """See the class for what is raised."""
@@ -96,7 +100,12 @@ class DreamBench:
 
     def scored(self, request: Request, file: Path) -> ScoredImage:
         """A made image with what it is compared with."""
-        return ScoredImage(file, request.unit, request.text, self.references(request.unit))
+        templates = self.templates(request.unit)
+        place = request.index // self.protocol.images_per_prompt - self._first_prompt[request.unit]
+        given = self.kept_image(request.unit)
+        return ScoredImage(
+            file, request.unit, request.text, self.references(request.unit), template=templates[place][0], given=given
+        )
 
     def copies_of_input(self) -> list[ScoredImage]:
         """The baseline that repeats its input whatever the prompt: how much of a score is mere copying."""
@@ -108,8 +117,9 @@ class DreamBench:
         for name in self.subjects:
             for file in self.real_images(name):
                 others = tuple(reference for reference in self.references(name) if reference != file)
+                kept = self.kept_image(name)
                 if others:
-                    images.append(ScoredImage(file, name, "", others))
+                    images.append(ScoredImage(file, name, "", others, given=kept if kept in others else None))
         return images
 
     def files(self) -> list[Path]:

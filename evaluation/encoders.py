@@ -23,6 +23,7 @@ from transformers import (
 from evaluation.inception import InceptionV3
 from evaluation.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing
 from evaluation.requests import EvaluationError
+from evaluation.sharing import Sharing
 
 Preprocess = Callable[[list[Image.Image]], Tensor]
 
@@ -148,20 +149,28 @@ class Remembered:
     """Features of files or texts, computed once for each however often it is asked for.
 
     Args:
+        name: under which all processes of a launch have this encoder.
         encode: a list of items → N×F.
         read: applied to an item before it is encoded.
     """
 
     def __init__(
-        self, encode: Callable[[list], Tensor], batch_size: int, read: Callable[[Any], Any] = lambda item: item
+        self,
+        name: str,
+        encode: Callable[[list], Tensor],
+        sharing: Sharing,
+        read: Callable[[Any], Any] = lambda item: item,
     ):
-        self.encode, self.batch_size, self.read = encode, batch_size, read
+        self.name, self.encode, self.sharing, self.read = name, encode, sharing, read
         self.features: dict[Any, Tensor] = {}
 
     def __call__(self, items: Sequence) -> Tensor:
         """N items → N×F, in their order."""
         new = [item for item in dict.fromkeys(items) if item not in self.features]
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            self.features.update(zip(part, self.encode([self.read(item) for item in part]), strict=True))
+        if new:
+            self.features.update(zip(new, self.sharing.compute(self.name, self.batch, new), strict=True))
         return torch.stack([self.features[item] for item in items])
+
+    def batch(self, items: Sequence) -> Tensor:
+        """N items → N×F, at once and not remembered."""
+        return self.encode([self.read(item) for item in items])

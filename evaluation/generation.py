@@ -1,13 +1,15 @@
-"""Requests → images in a manifest: batched across subjects, one seed per image, going on where it was."""
+"""Requests → images in a manifest: batched across subjects, shared by processes, going on where they were."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 
-from evaluation.manifest import Manifest
+from evaluation.manifest import Manifest, ManifestError
+from evaluation.processes import Processes
+from evaluation.progress import progress
 from evaluation.protocol import Sampling
 from evaluation.requests import Request, read_image
 
@@ -51,48 +53,67 @@ def generate(
     inputs_folder: Path,
     batch_size: int,
     label: str = "",
+    processes: Processes | None = None,
+    console: Console | None = None,
 ) -> None:
-    """Make every image that the manifest lacks; `label` stands before the bar, the system's name if empty.
+    """Make every image that the manifest lacks, together with the other processes; the first one shows the progress.
 
-    Batches are cut by index alone. One that was interrupted is computed as a whole again, though only its missing
-    images are stored: results of matrix products depend on the batch in their last bits, and a resumed run is to give
-    the very images of an uninterrupted one.
+    Batches are cut by index alone, whoever makes them, and each goes as a whole to the next process that is free. One
+    that was interrupted is computed as a whole again, though only its missing images are stored: results of matrix
+    products depend on the batch in their last bits, and any number of processes, however often killed, is to give the
+    very images of one uninterrupted run.
+
+    Args:
+        label: stands before the bar; the system's name if empty.
 
     Raises:
-        ManifestError: another process is at it.
+        ManifestError: another launch is at it.
+        ProcessError: another process failed.
         DataSetError: an input image is unreadable.
         ValueError: the system gave another number of images.
     """
-    make: Generate | None = None
-    done = sum(request.index in manifest.rows for request in requests)
-    with manifest.locked(), progress_bar() as progress:
-        task = progress.add_task(label or system.name, total=len(requests), completed=done)
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
-            missing = [request for request in batch if request.index not in manifest.rows]
-            if not missing:
-                continue
-            make = make or system.load()
-            images = make(assemble(system, batch, inputs_folder), sampling)
-            if len(images) != len(batch):
-                raise ValueError(f"system '{system.name}' gave {len(images)} images for {len(batch)} prompts.")
-            for request, image in zip(batch, images, strict=True):
-                if request.index in manifest.rows:
-                    continue
-                manifest.store(
-                    image,
-                    sampling.storage,
-                    index=request.index,
-                    prompt=fed_prompt(system, request),
-                    inputs=request.inputs if system.reads_images else (),
-                    seed=request.seed,
-                    sampler=sampling.sampler,
-                    steps=sampling.steps,
-                    guidance_scale=sampling.guidance_scale,
-                    model=system.model,
-                )
-                progress.advance(task)
-        manifest.finish()
+    processes = processes or Processes.alone()
+    console = (console or Console()) if processes.first else Console(quiet=True)
+    made, taken = processes.counter(), processes.counter()
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    with manifest.locked(processes) as there:
+        batches = [batch for batch in batches if any(request.index not in there for request in batch)]
+        missing = sum(request.index not in there for request in requests)
+        with progress(label or system.name, len(requests), len(requests) - missing, lambda: made.value, console):
+            make = None
+            while (number := taken.take()) < len(batches):
+                make = make or system.load()
+                images = make(assemble(system, batches[number], inputs_folder), sampling)
+                if len(images) != len(batches[number]):
+                    raise ValueError(
+                        f"system '{system.name}' gave {len(images)} images for {len(batches[number])} prompts."
+                    )
+                for request, image in zip(batches[number], images, strict=True):
+                    if request.index not in there:
+                        store(manifest, system, request, sampling, image)
+                        made.add(1)
+            processes.wait()
+    if processes.first and (lost := [request.index for request in requests if request.index not in manifest.rows]):
+        raise ManifestError(
+            f"'{manifest.file}' lacks {len(lost)} of {len(requests)} images, as {lost[0]}, though all were made: are "
+            "all processes given the same folder? Start the same command again, and they are made anew."
+        )
+
+
+def store(manifest: Manifest, system: System, request: Request, sampling: Sampling, image: Image.Image) -> None:
+    """The image and the row that tells what it was made from."""
+    manifest.store(
+        image,
+        sampling.storage,
+        index=request.index,
+        prompt=fed_prompt(system, request),
+        inputs=request.inputs if system.reads_images else (),
+        seed=request.seed,
+        sampler=sampling.sampler,
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        model=system.model,
+    )
 
 
 def assemble(system: System, requests: Sequence[Request], inputs_folder: Path) -> Batch:
@@ -110,15 +131,3 @@ def assemble(system: System, requests: Sequence[Request], inputs_folder: Path) -
 def fed_prompt(system: System, request: Request) -> str:
     """What stands in the manifest as the image's prompt."""
     return request.prompt if system.reads_images else request.text
-
-
-def progress_bar() -> Progress:
-    """A bar with the count, the time gone and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )

@@ -1,7 +1,10 @@
 """A folder of generated images and its manifest: one JSON line per image, whatever kills the process.
 
 An image is written beside and renamed, and only then its line appended. So a line always has its image; an image
-without a line is simply made again. A torn last line, and lines whose image was deleted, are dropped on opening.
+without a line is simply made again. A torn last line, and lines whose image was deleted, do not count.
+
+Of several processes each appends to a file of its own: the first to manifest.jsonl, number 3 to manifest.3.jsonl. They
+are one manifest when it is read, whoever wrote them; at the beginning and the end of a launch they become one file.
 """
 
 import fcntl
@@ -9,16 +12,19 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
+from evaluation.processes import Processes
 from evaluation.requests import EvaluationError
 
-MANIFEST = "manifest.jsonl"
+MANIFEST, SHARDS = "manifest.jsonl", "manifest.*.jsonl"
 IDENTITY = "identity.json"
 LOCK = ".lock"
 IMAGES = "images"
@@ -50,28 +56,28 @@ class Manifest:
 
     Args:
         folder: made where it does not exist.
-        identity: plain values of everything that the images depend on: protocol, system, hashes of model and data.
+        identity: plain values of everything that the images depend on: protocol, system, hashes of model and data; None
+            in processes that write while the first one has checked it. These know no rows but their own.
 
     Raises:
         ManifestError: the folder holds images of another identity, or lines that cannot be read.
     """
 
-    def __init__(self, folder: Path, identity: dict):
-        self.folder = folder
+    def __init__(self, folder: Path, identity: dict | None):
+        self.folder, self.file = folder, folder / MANIFEST
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        self._require_identity(identity)
-        self.rows = {row.index: row for row in self._read()}
-
-    @property
-    def file(self) -> Path:
-        return self.folder / MANIFEST
+        self.rows: dict[int, Row] = {}
+        if identity is not None:
+            self._require_identity(identity)
+            self.rows = self._read(self._files())
+        self._appended = self.file
 
     def image_file(self, index: int) -> Path:
         """Where the image of a row lies."""
         return self.folder / self.rows[index].file
 
     def store(self, image: Image.Image, storage: str, **values) -> Row:
-        """Write an image, then its row.
+        """Write an image, then its row; inside `locked`.
 
         Args:
             storage: as in the protocol; memory's bytes are kept as PNG, which loses nothing.
@@ -91,16 +97,10 @@ class Manifest:
         name = f"{IMAGES}/{index:06d}.{'jpg' if storage == 'jpeg' else 'png'}"
         write_atomically(self.folder / name, buffer.getvalue())
         row = Row(**values, file=name, sha256=hashlib.sha256(buffer.getvalue()).hexdigest())
-        with self.file.open("ab") as stream:
+        with self._appended.open("ab") as stream:
             stream.write(_line(row))
         self.rows[index] = row
         return row
-
-    def finish(self) -> None:
-        """Put the rows into the order of their indices, where repairs have disturbed it."""
-        if list(self.rows) != sorted(self.rows):
-            self.rows = dict(sorted(self.rows.items()))
-            self._rewrite(self.rows.values())
 
     def verify(self) -> None:
         """Compare every image with its row's hash.
@@ -116,20 +116,63 @@ class Manifest:
                 )
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from writing here, and clear away what a killed one left half written.
+    def locked(self, processes: Processes) -> Iterator[set[int]]:
+        """Keep other launches from writing here while the processes of this one do; gives the indices that are there.
+
+        Afterwards the first process has all rows, in one file and in the order of their indices.
 
         Raises:
-            ManifestError: another process does.
+            ManifestError: another launch is at it, or a process that a killed launch has left behind.
         """
-        with (self.folder / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ManifestError(f"another process is generating into '{self.folder}'; let it finish.") from error
-            for half_written in (self.folder / IMAGES).glob(".*"):
-                half_written.unlink()
-            yield
+        with (self.folder / LOCK).open("a+") as lock:
+            if processes.first:
+                # Alone for a moment, so that nobody of an earlier launch can be left; then one among its own.
+                self._take(lock, fcntl.LOCK_EX)
+                self._clear()
+                self._merge(self._files())
+                self._take(lock, fcntl.LOCK_SH)
+            there = set(processes.share(lambda: sorted(self.rows)))
+            if not processes.first:
+                self._take(lock, fcntl.LOCK_SH)
+                self._appended = self._shard(processes.rank)
+            yield there
+            processes.wait()
+            if processes.first:
+                # By name and without looking for the images: what a network file system lists may be old.
+                self._merge([self.file, *map(self._shard, range(1, processes.count))], look=False)
+            processes.wait()
+
+    def _take(self, lock: IO[str], kind: int) -> None:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ManifestError(f"another process is generating into '{self.folder}'; let it finish.") from error
+        except OSError as error:
+            raise ManifestError(
+                f"'{self.folder}' lies on a file system without locks ({error}), so that two launches would disturb "
+                "each other; have it mounted with them (flock), or choose another output folder."
+            ) from error
+
+    def _clear(self) -> None:
+        """Remove what a killed process left half written."""
+        for half_written in (*self.folder.glob(f".{MANIFEST}.*"), *(self.folder / IMAGES).glob(".*")):
+            half_written.unlink()
+
+    def _shard(self, rank: int) -> Path:
+        return self.folder / f"manifest.{rank}.jsonl"
+
+    def _files(self) -> list[Path]:
+        return [self.file, *sorted(self.folder.glob(SHARDS))]
+
+    def _merge(self, files: Sequence[Path], look: bool = True) -> None:
+        """All rows into the first of the files."""
+        self.rows = self._read(files, look)
+        content = b"".join(map(_line, self.rows.values()))
+        if content != (self.file.read_bytes() if self.file.is_file() else b""):
+            write_atomically(self.file, content)
+        # A kill before this leaves rows that stand in two files: they count once.
+        for shard in files[1:]:
+            shard.unlink(missing_ok=True)
 
     def _require_identity(self, identity: dict) -> None:
         file = self.folder / IDENTITY
@@ -150,34 +193,36 @@ class Manifest:
                 "output folder, or delete this one."
             )
 
-    def _read(self) -> list[Row]:
-        if not self.file.is_file():
-            return []
-        content = self.file.read_bytes()
-        rows: list[Row] = []
-        # What follows the last line break was cut off by a kill.
-        lines = content.split(b"\n")[:-1]
-        for number, line in enumerate(lines, start=1):
-            try:
-                values = json.loads(line)
-                rows.append(Row(**{**values, "inputs": tuple(values["inputs"])}))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ManifestError(
-                    f"'{self.file}', line {number} is no row ({error}); its fields are "
-                    f"{', '.join(field.name for field in fields(Row))}. Delete the folder to start anew."
-                ) from error
-        kept = {row.index: row for row in rows if (self.folder / row.file).is_file()}
-        if b"".join(map(_line, kept.values())) != content:
-            self._rewrite(kept.values())
-        return list(kept.values())
+    def _read(self, files: Sequence[Path], look: bool = True) -> dict[int, Row]:
+        """The rows of all files by index and in its order; with `look`, those whose image is there."""
+        found = {row.index: row for file in files for row in _read_rows(file)}
+        there = (index for index in sorted(found) if not look or (self.folder / found[index].file).is_file())
+        return {index: found[index] for index in there}
 
-    def _rewrite(self, rows) -> None:
-        write_atomically(self.file, b"".join(map(_line, rows)))
+
+def _read_rows(file: Path) -> list[Row]:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:  # nothing was written yet, or it was merged this moment
+        return []
+    rows: list[Row] = []
+    # What follows the last line break was cut off by a kill.
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            values = json.loads(line)
+            rows.append(Row(**{**values, "inputs": tuple(values["inputs"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ManifestError(
+                f"'{file}', line {number} is no row ({error}); its fields are "
+                f"{', '.join(field.name for field in fields(Row))}. Delete the folder to start anew."
+            ) from error
+    return rows
 
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Write beside, then rename: `file` is whole or absent."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    # Processes of different machines may have the same number.
+    beside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     beside.write_bytes(content)
     beside.replace(file)
 

@@ -2,30 +2,44 @@
 
 from pathlib import Path
 
+from evaluation import guidance
+from evaluation.breakdown import Part
 from evaluation.curves import charts
 from evaluation.dreambench import DreamBench
 from evaluation.gallery import common_requests, pair_grid, shown_requests, shown_subjects, swap_grid
-from evaluation.manifest import Manifest
+from evaluation.manifest import Manifest, write_atomically
 from evaluation.plan import Evaluation, Table
-from evaluation.report import CaptionBlock, Grid, Report, SubjectBlock, write_report
+from evaluation.report import CaptionBlock, Grid, Input, Report, SubjectBlock, write_report
 from evaluation.requests import spread
 from evaluation.results import Score
-from evaluation.sheets import sheet
-from evaluation.systems import AFTER_STAGE_3
+from evaluation.sheets import contact_sheet, sheet
+from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 
-SHOWN_CAPTIONS = 8
+SHOWN_CAPTIONS, SHOWN_PROMPTS = 8, 3
 Manifests = dict[tuple[str, str], Manifest]
 
 
-def draw_pages(evaluation: Evaluation, manifests: Manifests, scores: list[Score], provenance: dict[str, str]) -> None:
+def draw_pages(
+    evaluation: Evaluation,
+    manifests: Manifests,
+    grids: tuple[Grid | None, Grid | None],
+    scores: list[Score],
+    parts: list[Part],
+    provenance: dict[str, str],
+) -> None:
     """Write report.html and sheets/."""
     config, output = evaluation.config, evaluation.output
     tables = {table.name: table for table in evaluation.tables}
-    subjects, swap, pair = [], None, None
+    subjects, stages, inputs = [], None, []
+    swap, pair = grids
     if "dreambench" in tables:
         subjects = subject_blocks(evaluation, tables["dreambench"], manifests)
-        swap, pair = swap_grids(evaluation, tables["dreambench"])
+        stages = stage_grid(evaluation, tables["dreambench"], manifests)
+        inputs = input_images(tables["dreambench"])
         write_sheets(evaluation, tables["dreambench"], manifests, swap, pair)
+        write_stage_sheets(output / "sheets", stages, inputs)
+    for metric, svg in guidance.charts(scores):
+        write_atomically(output / "sheets" / f"guidance_{metric}.svg", svg.encode())
     names = [system.name for system in evaluation.systems]
     runs = [
         ("Stage 2, alignment", config.models.before_stage_3),
@@ -33,7 +47,10 @@ def draw_pages(evaluation: Evaluation, manifests: Manifests, scores: list[Score]
     ]
     report = Report(
         scores=scores,
+        parts=parts,
+        inputs=inputs,
         subjects=subjects,
+        stages=stages,
         swap=swap,
         pair=pair,
         pair_prompt=config.gallery.pair_prompt or "",
@@ -44,6 +61,36 @@ def draw_pages(evaluation: Evaluation, manifests: Manifests, scores: list[Score]
         provenance=provenance,
     )
     write_report(report, output / "report.html")
+
+
+def input_images(table: Table) -> list[Input]:
+    """Every subject with the one image that is given of it, as in the paper's Fig. 8."""
+    dataset = table.dataset
+    assert isinstance(dataset, DreamBench)
+    return [
+        Input(name, subject.class_noun, dataset.kept_image(name), subject.kind)
+        for name, subject in dataset.subjects.items()
+    ]
+
+
+def stage_grid(evaluation: Evaluation, table: Table, manifests: Manifests) -> Grid | None:
+    """The same prompts and noise before and after instruction tuning, as in the paper's Fig. 6; None without both."""
+    dataset, gallery = table.dataset, evaluation.config.gallery
+    assert isinstance(dataset, DreamBench)
+    stages = {BEFORE_STAGE_3: "before", AFTER_STAGE_3: "after"}
+    if not all((table.name, name) in manifests for name in stages):
+        return None
+    subjects = shown_subjects(dataset, gallery.subjects)
+    prompts, requests = common_requests(dataset, table.requests, subjects, SHOWN_PROMPTS)
+    if not prompts:
+        return None
+    rows, labels = [], []
+    for place, prompt in enumerate(prompts):
+        for name, stage in stages.items():
+            manifest = manifests[table.name, name]
+            rows.append([manifest.image_file(requests[subject][place].index) for subject in subjects])
+            labels.append(f"{prompt}: {stage}")
+    return Grid(top=[dataset.kept_image(name) for name in subjects], rows=rows, labels=labels)
 
 
 def subject_blocks(evaluation: Evaluation, table: Table, manifests: Manifests) -> list[SubjectBlock]:
@@ -62,13 +109,14 @@ def subject_blocks(evaluation: Evaluation, table: Table, manifests: Manifests) -
     return blocks
 
 
-def swap_grids(evaluation: Evaluation, table: Table) -> tuple[Grid | None, Grid | None]:
-    """Draw the two galleries with KOSMOS-G after stage 3; none without it."""
+def swap_grids(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
+    """Draw the two galleries with KOSMOS-G after stage 3; none without it. The first process has them, all draw."""
+    table = next((table for table in evaluation.tables if isinstance(table.dataset, DreamBench)), None)
+    system = next((system for system in evaluation.systems if system.name == AFTER_STAGE_3), None)
+    if table is None or system is None:
+        return None, None
     dataset, gallery = table.dataset, evaluation.config.gallery
     assert isinstance(dataset, DreamBench)
-    system = next((system for system in evaluation.systems if system.name == AFTER_STAGE_3), None)
-    if system is None:
-        return None, None
     swap = swap_grid(dataset, gallery)
     requests = [request for row in swap.rows for request in row]
     pair = pair_grid(dataset, gallery, start=len(requests))
@@ -77,6 +125,8 @@ def swap_grids(evaluation: Evaluation, table: Table) -> tuple[Grid | None, Grid 
     if not requests:
         return None, None
     manifest = evaluation.generate_into("gallery", table, system, requests)
+    if not evaluation.processes.first:
+        return None, None
 
     def files(rows) -> list[list[Path]]:
         return [[manifest.image_file(request.index) for request in row] for row in rows]
@@ -131,6 +181,15 @@ def write_sheets(
         corner = "first input: at the left; second: above"
         rows = [[corner, *pair.top], *([left, *row] for left, row in zip(pair.left, pair.rows, strict=True))]
         save(sheet([""] * (1 + len(pair.top)), rows), folder / "pairs.png")
+
+
+def write_stage_sheets(folder: Path, stages: Grid | None, inputs: list[Input]) -> None:
+    """sheets/stages.png and inputs.png."""
+    save(contact_sheet([image.file for image in inputs], [image.class_noun for image in inputs]), folder / "inputs.png")
+    if stages is not None:
+        rows = [["input", *stages.top]]
+        rows += [[label, *row] for label, row in zip(stages.labels, stages.rows, strict=True)]
+        save(sheet([""] * (1 + len(stages.top)), rows), folder / "stages.png")
 
 
 def save(picture, file: Path) -> None:

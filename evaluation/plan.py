@@ -7,15 +7,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from evaluation import guidance
 from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
 from evaluation.dreambench import DreamBench
 from evaluation.external import read_external
 from evaluation.generation import System, generate
+from evaluation.guidance import protocol_at
 from evaluation.manifest import Manifest
+from evaluation.processes import Processes
 from evaluation.protocol import identity
 from evaluation.provenance import hash_files, hash_json
-from evaluation.requests import Request
+from evaluation.requests import EvaluationError, Request
+from evaluation.scoring import NEAR_COPY
 from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system
 from evaluation.weights import hash_encoder
 
@@ -33,26 +37,40 @@ class Table:
     requests: list[Request]
 
 
+@dataclass(frozen=True)
+class Point:
+    """One guidance scale of the curve: fewer requests, or as many, under a protocol of their own."""
+
+    scale: float
+    table: Table
+    systems: list[System]
+
+    @property
+    def name(self) -> str:
+        return f"{guidance.TABLE} {self.scale:g}"
+
+    def folder(self, tables: Sequence[Table]) -> str:
+        """Of its images: those of a table that asks for the very same."""
+        return next((table.name for table in tables if table.protocol == self.table.protocol), self.table.name)
+
+
 class Evaluation:
     """What a configuration asks for, checked: data sets are whole, models fit, before anything is generated.
+
+    Args:
+        data: the hashes of the data sets by table, where another process has computed them.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or does not fit, by name.
     """
 
-    def __init__(self, config: EvaluationConfig, console: Console):
-        self.config, self.console, self.output = config, console, Path(config.output)
-        self.tables = [
-            Table(
-                name,
-                dataset,
-                identity(dataset.protocol),
-                hash_files(dataset.folder, dataset.files()),
-                dataset.requests(),
-            )
-            for name, dataset in datasets(config)
-        ]
+    def __init__(
+        self, config: EvaluationConfig, console: Console, processes: Processes, data: dict[str, str] | None = None
+    ):
+        self.config, self.console, self.processes, self.output = config, console, processes, Path(config.output)
+        self.tables = [table_of(name, dataset, (data or {}).get(name)) for name, dataset in datasets(config)]
         self.systems = self._systems()
+        self.points = self._points()
         self.external = {
             (table.name, name): found
             for table in self.tables
@@ -66,7 +84,9 @@ class Evaluation:
             if (encoder := getattr(table.dataset.protocol, name, None)) is not None
         }
 
-    def generate_into(self, folder: str, table: Table, system: System, requests: Sequence[Request]) -> Manifest:
+    def generate_into(
+        self, folder: str, table: Table, system: System, requests: Sequence[Request], label: str = ""
+    ) -> Manifest:
         """The images of `requests`, in a folder named after all they depend on: a changed model starts a new one."""
         values = {
             "system": system.name,
@@ -76,7 +96,7 @@ class Evaluation:
             "requests": hash_json([asdict(request) for request in requests]),
         }
         name = f"{slug(system.name)}-{hash_json(values)[:FOLDER_DIGITS]}"
-        manifest = Manifest(self.output / folder / name, values)
+        manifest = Manifest(self.output / folder / name, values if self.processes.first else None)
         generate(
             system,
             requests,
@@ -84,12 +104,15 @@ class Evaluation:
             manifest,
             inputs_folder=table.dataset.folder,
             batch_size=self.config.batch_size,
-            label=f"{folder}: {system.name}",
+            label=label or f"{folder}: {system.name}",
+            processes=self.processes,
+            console=self.console,
         )
         return manifest
 
     def key(self) -> str:
         """Hash of everything that the results depend on."""
+        curve = [(p.scale, p.table.protocol, [system.name for system in p.systems]) for p in self.points]
         return hash_json(
             [
                 [(table.protocol, table.data) for table in self.tables],
@@ -98,8 +121,14 @@ class Evaluation:
                 self.encoders,
                 asdict(self.config.bootstrap),
                 asdict(self.config.gallery),
+                curve,
             ]
         )
+
+    def kinds(self) -> dict[str, str]:
+        """Of DreamBench's subjects: object or live."""
+        found = [table.dataset.subjects for table in self.tables if isinstance(table.dataset, DreamBench)]
+        return {name: subject.kind for subjects in found for name, subject in subjects.items()}
 
     def notes(self) -> list[str]:
         """What a reader of the tables must know."""
@@ -112,6 +141,10 @@ class Evaluation:
                     f"Subjects: {len(table.dataset.subjects)}, compared with {against}, so that a mere copy of the "
                     f"input is the upper end of DINO and CLIP-I. Intervals: {bootstrap.replicates} bootstrap draws of "
                     "subjects."
+                )
+                notes.append(
+                    f"Near copies: the share of images whose DINO cosine with the input image is at least {NEAR_COPY}, "
+                    "under every protocol. The row of real images tells how many other photos of a subject reach that."
                 )
             else:
                 references = len(table.dataset.references())
@@ -128,8 +161,23 @@ class Evaluation:
                     )
         return notes
 
+    def _points(self) -> list[Point]:
+        curve, found = self.config.curve, []
+        names = [system.name for system in self.systems]
+        if unknown := [name for name in curve.systems if name not in names]:
+            raise EvaluationError(f"curve.systems={unknown} are no rows that are made; allowed: {', '.join(names)}.")
+        systems = [system for system in self.systems if system.name in (curve.systems or names)]
+        for table in self.tables:
+            if not isinstance(table.dataset, DreamBench):
+                continue
+            for scale in curve.guidance_scales:
+                protocol = protocol_at(table.dataset.protocol, curve, scale)
+                dataset = DreamBench(protocol, table.dataset.folder)
+                found.append(Point(scale, table_of(guidance.TABLE, dataset, table.data), systems))
+        return found
+
     def _systems(self) -> list[System]:
-        models, device = self.config.models, self.config.torch_device()
+        models, device = self.config.models, self.config.torch_device(self.processes.local_rank)
         systems = [stable_diffusion_system(models.image_decoder, device)]
         for name, folder in ((BEFORE_STAGE_3, models.before_stage_3), (AFTER_STAGE_3, models.after_stage_3)):
             if folder is not None:
@@ -149,6 +197,12 @@ def datasets(config: EvaluationConfig) -> list[tuple[str, DreamBench | Coco]]:
     if config.coco is not None and config.data.coco is not None:
         found.append(("coco", Coco(config.coco, Path(config.data.coco))))
     return found
+
+
+def table_of(name: str, dataset: DreamBench | Coco, data: str | None = None) -> Table:
+    """The table of a data set; `data` is the hash of its files where it is known."""
+    data = data or hash_files(dataset.folder, dataset.files())
+    return Table(name, dataset, identity(dataset.protocol), data, dataset.requests())
 
 
 def slug(name: str) -> str:

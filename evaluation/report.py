@@ -9,16 +9,10 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from evaluation import paper
+from evaluation import breakdown, guidance, paper
+from evaluation.breakdown import Part
 from evaluation.manifest import write_atomically
-from evaluation.results import (
-    METRICS,
-    TITLES,
-    Score,
-    columns,
-    table_rows,
-    tables_of,
-)
+from evaluation.results import COLUMNS, METRICS, TITLES, Score, columns, table_rows, tables_of
 from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,6 +42,16 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Input:
+    """A subject and the one image that is given of it; `kind` is object or live."""
+
+    name: str
+    class_noun: str
+    file: Path
+    kind: str
+
+
+@dataclass(frozen=True)
 class CaptionBlock:
     """One caption and the image of each system."""
 
@@ -71,7 +75,10 @@ class Report:
     """All that the page shows; an empty part leaves its section out."""
 
     scores: Sequence[Score]
+    parts: Sequence[Part]
+    inputs: list[Input]
     subjects: list[SubjectBlock]
+    stages: Grid | None
     swap: Grid | None
     pair: Grid | None
     pair_prompt: str
@@ -93,6 +100,11 @@ def write_report(report: Report, file: Path) -> None:
         report=report,
         tables=[chart_rows(report.scores, table) for table in tables_of(report.scores)],
         findings=findings(report.scores),
+        guidance=[(METRICS[metric], svg) for metric, svg in guidance.charts(report.scores)],
+        breakdowns=[(system, part_tables(report.parts, system)) for system in breakdown.systems_of(report.parts)],
+        shown_system=breakdown.shown_system(report.parts),
+        part_columns=[METRICS[metric] for metric in COLUMNS[breakdown.TABLE]],
+        input_of={image.name: image for image in report.inputs},
         paper_dreambench=[(row.system, *row.values) for row in paper.DREAMBENCH],
         paper_coco=[(row.system, *row.values) for row in paper.COCO],
         after=AFTER_STAGE_3,
@@ -142,6 +154,18 @@ def chart_rows(scores: Sequence[Score], table: str) -> dict:
         "columns": [METRICS[metric] for metric in metrics],
         "rows": drawn,
     }
+
+
+def part_tables(parts: Sequence[Part], system: str) -> list[dict]:
+    """Kinds, subjects and templates of a system: title, and rows of (name, texts in the order of the columns, n)."""
+    tables = []
+    for by, title in breakdown.TITLES.items():
+        rows = [
+            (name, [found[m].text() if m in found else "–" for m in COLUMNS[breakdown.TABLE]], breakdown.count(found))
+            for name, found in breakdown.part_rows(parts, system, by)
+        ]
+        tables.append({"by": by, "title": title, "rows": rows})
+    return tables
 
 
 def findings(scores: Sequence[Score]) -> list[Finding]:

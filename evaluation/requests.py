@@ -48,6 +48,8 @@ class ScoredImage:
 
     Args:
         real: a photo of the data set, which FID resizes as its real side.
+        template: of the prompt, with `{}` for the subject; empty where there is none.
+        given: the input image that the system saw, of which it may be a copy.
     """
 
     file: Path
@@ -55,6 +57,8 @@ class ScoredImage:
     text: str
     references: tuple[Path, ...] = ()
     real: bool = False
+    template: str = ""
+    given: Path | None = None
 
 
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:
@@ -74,7 +78,7 @@ def spread(items: Sequence, count: int | None) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def read_image(file: Path) -> Image.Image:
+def read_image(file: Path | str) -> Image.Image:
     """The image in RGB.
 
     Raises:

@@ -12,12 +12,19 @@ from evaluation import paper
 from evaluation.manifest import write_atomically
 from evaluation.systems import TABLE_ORDER
 
-METRICS = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "fid": "FID ↓", "kid": "KID ↓"}
-DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "fid": 2, "kid": 5}
+METRICS = {
+    "dino": "DINO ↑",
+    "clip_i": "CLIP-I ↑",
+    "clip_t": "CLIP-T ↑",
+    "near_copies": "Near copies",
+    "fid": "FID ↓",
+    "kid": "KID ↓",
+}
+DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "near_copies": 3, "fid": 2, "kid": 5}
 TITLES = {"dreambench": "Subjects (DreamBench)", "coco": "Captions (MS-COCO)"}
-COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t"), "coco": ("fid", "kid", "clip_t")}
-OPTIONAL = ("kid",)
-"""Columns that stand only where a protocol asks for them."""
+COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t", "near_copies"), "coco": ("fid", "kid", "clip_t")}
+OPTIONAL = ("kid", "near_copies")
+"""Columns that stand only where there are such scores."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,11 @@ class Score:
     """One number of a table with its 95 % interval.
 
     Args:
-        table: dreambench or coco.
-        metric: dino, clip_i, clip_t, fid or kid.
+        table: dreambench, coco, or guidance: a point of the curve over guidance scales.
+        metric: dino, clip_i, clip_t, near_copies, fid or kid.
         n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocol.identity`.
+        guidance_scale: of a point of the curve; elsewhere the protocol says it.
     """
 
     table: str
@@ -39,6 +47,7 @@ class Score:
     high: float
     n: int
     protocol: str
+    guidance_scale: float | None = None
 
     def text(self) -> str:
         """`0.694 (0.671–0.716)`"""
@@ -47,8 +56,9 @@ class Score:
 
 
 def write_results(scores: Sequence[Score], file: Path) -> None:
-    """results.json: a list of the fields of `Score`."""
-    write_atomically(file, json.dumps([asdict(score) for score in scores], indent=1, ensure_ascii=False).encode())
+    """results.json: a list of the fields of `Score`, those without a value left out."""
+    rows = [{name: value for name, value in asdict(score).items() if value is not None} for score in scores]
+    write_atomically(file, json.dumps(rows, indent=1, ensure_ascii=False).encode())
 
 
 def read_results(file: Path) -> list[Score]:
@@ -78,8 +88,8 @@ def tables_of(scores: Sequence[Score]) -> list[str]:
     return [table for table in TITLES if any(score.table == table for score in scores)]
 
 
-def markdown(scores: Sequence[Score], notes: Sequence[str]) -> str:
-    """results.md."""
+def markdown(scores: Sequence[Score], notes: Sequence[str], sections: Sequence[str] = ()) -> str:
+    """results.md; the lines of further `sections` stand between our tables and the paper's."""
     lines = ["# Results", "", "Value (95 % interval) over n pairs; n images for FID and KID.", ""]
     for table in tables_of(scores):
         rows, metrics = table_rows(scores, table), columns(scores, table)
@@ -90,6 +100,7 @@ def markdown(scores: Sequence[Score], notes: Sequence[str]) -> str:
     lines += [f"- {note}" for note in notes]
     lines += [
         "",
+        *sections,
         "# The paper's numbers",
         "",
         "Printed in Table 1 of arXiv 2310.02992: other data, other encoders, full-size models. They are here to be "
@@ -134,7 +145,7 @@ def print_results(scores: Sequence[Score], console: Console) -> None:
         rows, metrics = table_rows(scores, table), columns(scores, table)
         protocol = next(iter(rows[0][1].values())).protocol
         printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)", show_lines=True)
-        printed.add_column("System", no_wrap=True)
+        printed.add_column("System")
         for metric in metrics:
             printed.add_column(METRICS[metric], justify="right", no_wrap=True)
         printed.add_column("n", justify="right", no_wrap=True)

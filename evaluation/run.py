@@ -2,6 +2,7 @@
 
 <output>/<table>/<system>-<hash>/   images and manifest
 <output>/samples.csv                the score of every pair
+<output>/breakdown.csv              means by kind of subject, subject and template
 <output>/references/                features of FID's real side, for the next evaluation under the same protocol
 <output>/results.json  results.md  report.html  sheets/*.png
 <output>/provenance.json            written last: the evaluation is finished
@@ -9,23 +10,29 @@
 
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
 
+from evaluation.breakdown import breakdown, write_breakdown
+from evaluation.breakdown import markdown as breakdown_markdown
 from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
 from evaluation.dreambench import DreamBench
+from evaluation.guidance import markdown as guidance_markdown
 from evaluation.manifest import write_atomically
-from evaluation.pages import Manifests, draw_pages
+from evaluation.pages import Manifests, draw_pages, swap_grids
 from evaluation.plan import Evaluation, Table
+from evaluation.processes import Processes
 from evaluation.provenance import environment
 from evaluation.references import reference_features
 from evaluation.results import Score, markdown, print_results, read_results, write_results
-from evaluation.scoring import Encoders, Sample, Scorer, load_encoders, write_samples
+from evaluation.scoring import Encoders, Sample, Scorer, load_encoders, shared_encoders, write_samples
+from evaluation.sharing import Sharing
 from evaluation.systems import COPY_OF_INPUT, REAL_IMAGES
 from evaluation.tracking import track
 
@@ -33,31 +40,87 @@ PROVENANCE = "provenance.json"
 
 
 def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[Score]:
-    """Run an evaluation and print its tables. Raises what `Evaluation` and the generation do."""
-    console = console or Console()
-    evaluation = Evaluation(config, console)
-    if is_finished(evaluation):
-        console.print(f"'{evaluation.output}' is finished: the same protocols, models and data. Nothing to do.")
-        scores = read_results(evaluation.output / "results.json")
-    else:
-        scores = generate_and_score(evaluation)
-    print_results(scores, console)
-    console.print(f"The report is in '{evaluation.output / 'report.html'}'.")
+    """Run an evaluation and print its tables, alone or as one of several processes, of which the first has the scores.
+
+    Raises:
+        ProcessError: another process failed.
+        Others: what `Evaluation` and the generation do.
+    """
+    with Processes.of_environment() as processes:
+        console = (console or Console()) if processes.first else Console(quiet=True)
+        evaluation = plan(config, console, processes)
+        if processes.share(lambda: is_finished(evaluation)):
+            console.print(f"'{evaluation.output}' is finished: the same protocols, models and data. Nothing to do.")
+            scores = read_results(evaluation.output / "results.json") if processes.first else []
+        else:
+            scores = generate_and_score(evaluation)
+        if processes.first:
+            print_results(scores, console)
+            console.print(f"The report is in '{evaluation.output / 'report.html'}'.")
     return scores
 
 
+def plan(config: EvaluationConfig, console: Console, processes: Processes) -> Evaluation:
+    """The first process looks before the others: what is wrong is told once, what is downloaded is downloaded once."""
+    if processes.first:
+        evaluation = Evaluation(config, console, processes)
+        processes.share(lambda: {table.name: table.data for table in evaluation.tables})
+        return evaluation
+    return Evaluation(config, console, processes, processes.share(dict))
+
+
 def generate_and_score(evaluation: Evaluation) -> list[Score]:
-    """Generate, score, write tables and pages, and the provenance last of all."""
-    config, output = evaluation.config, evaluation.output
+    """Generate together; the first process scores, while the others lend it a hand, and writes tables and pages."""
+    config, output, processes = evaluation.config, evaluation.output, evaluation.processes
     started = time.monotonic()
     # Encoders first: weights that are not theirs must not come to light after hours of generation.
-    encoders = {table.name: load_encoders(table.name, config) for table in evaluation.tables}
+    sharing = Sharing(processes, output / ".features", config.encoder_batch_size, evaluation.console)
+    encoders = {table.name: load_encoders(table.name, config, sharing) for table in evaluation.tables}
     output.mkdir(parents=True, exist_ok=True)
+    manifests = generate_all(evaluation)
+    grids = swap_grids(evaluation)
+    if not processes.first:
+        sharing.serve(shared_encoders(encoders))
+        return []
+    scores, samples = score_all(evaluation, encoders, manifests)
+    sharing.dismiss()
+    parts = breakdown(samples, evaluation.kinds(), config.bootstrap)
+    write_samples(samples, output / "samples.csv", output)
+    write_breakdown(parts, output / "breakdown.csv")
+    write_results(scores, output / "results.json")
+    sections = [*breakdown_markdown(parts), *guidance_markdown(scores)]
+    write_atomically(output / "results.md", markdown(scores, evaluation.notes(), sections).encode())
+    provenance = provenance_of(evaluation, time.monotonic() - started)
+    draw_pages(evaluation, manifests, grids, scores, parts, provenance)
+    content = {"key": evaluation.key(), "written": provenance, "config": asdict(config)}
+    write_atomically(output / PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    track(config.wandb, output, scores, content)
+    return scores
+
+
+def generate_all(evaluation: Evaluation) -> Manifests:
+    """The images of every table, and of the points of the curve."""
     manifests = {
         (table.name, system.name): evaluation.generate_into(table.name, table, system, table.requests)
         for table in evaluation.tables
         for system in evaluation.systems
     }
+    for point in evaluation.points:
+        for system in point.systems:
+            manifests[point.name, system.name] = evaluation.generate_into(
+                point.folder(evaluation.tables),
+                point.table,
+                system,
+                point.table.requests,
+                f"{point.name}: {system.name}",
+            )
+    return manifests
+
+
+def score_all(
+    evaluation: Evaluation, encoders: Mapping[str, Encoders], manifests: Manifests
+) -> tuple[list[Score], list[Sample]]:
+    """Scores of the tables and of the curve; samples of the tables alone."""
     scores: list[Score] = []
     samples: list[Sample] = []
     for table in evaluation.tables:
@@ -65,15 +128,15 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
             found = score_table(evaluation, table, encoders[table.name], manifests)
         scores += found[0]
         samples += found[1]
-    write_samples(samples, output / "samples.csv", output)
-    write_results(scores, output / "results.json")
-    write_atomically(output / "results.md", markdown(scores, evaluation.notes()).encode())
-    provenance = provenance_of(evaluation, time.monotonic() - started)
-    draw_pages(evaluation, manifests, scores, provenance)
-    content = {"key": evaluation.key(), "written": provenance, "config": asdict(config)}
-    write_atomically(output / PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False).encode())
-    track(config.wandb, output, scores, content)
-    return scores
+    for point in evaluation.points:
+        table = point.table
+        scorer = Scorer(table.name, table.protocol, encoders["dreambench"], evaluation.config.bootstrap)
+        for system in point.systems:
+            manifest = manifests[point.name, system.name]
+            manifest.verify()
+            images = [table.dataset.scored(r, manifest.image_file(r.index)) for r in table.requests]
+            scores += [replace(score, guidance_scale=point.scale) for score in scorer(system.name, images)[0]]
+    return scores, samples
 
 
 def score_table(
@@ -131,10 +194,12 @@ def provenance_of(evaluation: Evaluation, seconds: float) -> dict[str, str]:
     return {
         **environment(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processes": str(evaluation.processes.count),
         "time": f"{seconds:.0f} s for what was not there already",
         **{f"{table.name} protocol": table.protocol for table in evaluation.tables},
         **{f"{table.name} seed": str(table.dataset.protocol.sampling.seed) for table in evaluation.tables},
         **{f"{table.name} data": table.data for table in evaluation.tables},
+        **{f"{point.name} protocol": point.table.protocol for point in evaluation.points},
         **{system.name: system.model for system in evaluation.systems},
         **{f"{rival.name}, {table}": rival.model for (table, _), rival in evaluation.external.items()},
         **evaluation.encoders,

@@ -5,9 +5,10 @@ Shapes: `N` pairs, `F` features.
 
 import csv
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,13 +23,17 @@ from evaluation.protocol import KID, Resize
 from evaluation.requests import ScoredImage, read_image
 from evaluation.resizing import resize
 from evaluation.results import Score
+from evaluation.sharing import Encode, Sharing
 
 Features = Callable[[Sequence], Tensor]
+NEAR_COPY = 0.95
+"""DINO cosine with the input image from which on an image counts as a near copy of it. One for all protocols and not to
+be configured, so that the rate means one thing; how many photos of a subject reach it tells the row of real images."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The score of one pair: an image against a reference image or a text."""
+    """The score of one pair: an image against a reference image, its input image or a text."""
 
     table: str
     system: str
@@ -37,6 +42,7 @@ class Sample:
     file: str
     against: str
     score: float
+    template: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,26 +56,39 @@ class Encoders:
     fid_generated: Features | None = None
 
 
-def load_encoders(table: str, config: EvaluationConfig) -> Encoders:
+def load_encoders(table: str, config: EvaluationConfig, sharing: Sharing) -> Encoders:
     """The encoders that the protocol of `table` names.
 
     Raises:
         FileNotFoundError, ValueError: weights that are missing or of another network.
     """
-    protocol, device, size = getattr(config, table), config.torch_device(), config.encoder_batch_size
+    protocol, device = getattr(config, table), config.torch_device(sharing.processes.local_rank)
+
+    def remembered(name: str, encode: Callable[[list], Tensor], read: Callable[[Any], Any]) -> Remembered:
+        return Remembered(f"{table}.{name}", encode, sharing, read)
+
     clip = CLIPEncoder(protocol.clip, config.encoder_path(protocol.clip), device)
-    encoders = {"clip_images": Remembered(clip.images, size, read_image), "clip_texts": Remembered(clip.texts, size)}
+    encoders = {
+        "clip_images": remembered("clip_images", clip.images, read_image),
+        "clip_texts": remembered("clip_texts", clip.texts, str),
+    }
     if table == "dreambench":
         dino = DinoEncoder(protocol.dino, config.encoder_path(protocol.dino), device)
-        encoders["dino"] = Remembered(dino.images, size, read_image)
+        encoders["dino"] = remembered("dino", dino.images, read_image)
     else:
         fid = feature_network(protocol.fid, config.encoder_path(protocol.fid), device)
-        encoders["fid_real"] = Remembered(fid.images, size, reader(protocol.real_resize))
-        encoders["fid_generated"] = Remembered(fid.images, size, reader(protocol.generated_resize))
+        encoders["fid_real"] = remembered("fid_real", fid.images, reader(protocol.real_resize))
+        encoders["fid_generated"] = remembered("fid_generated", fid.images, reader(protocol.generated_resize))
     return Encoders(**encoders)
 
 
-def reader(stated: Resize | None) -> Callable[[Path], Image.Image]:
+def shared_encoders(encoders: Mapping[str, Encoders]) -> dict[str, Encode]:
+    """Those of every table by name, for processes that serve."""
+    found = [getattr(of_table, field.name) for of_table in encoders.values() for field in fields(of_table)]
+    return {encoder.name: encoder.batch for encoder in found if isinstance(encoder, Remembered)}
+
+
+def reader(stated: Resize | None) -> Callable[[Path | str], Image.Image]:
     """Reads files and resizes them as one side of FID is."""
     return lambda file: resize(read_image(file), stated)
 
@@ -96,12 +115,14 @@ class Scorer:
         samples: list[Sample] = []
         pairs = [(image, reference) for image in images for reference in image.references]
         told = [(image, image.text) for image in images if image.text]
+        shown = [(image, image.given) for image in images if image.given is not None]
         encoders = self.encoders
         plan = [
             ("dino", pairs, encoders.dino, encoders.dino),
             ("clip_i", pairs, encoders.clip_images, encoders.clip_images),
+            ("clip_t", told, encoders.clip_images, encoders.clip_texts),
+            ("near_copies", shown, encoders.dino, encoders.dino),
         ]
-        plan.append(("clip_t", told, encoders.clip_images, encoders.clip_texts))
         for metric, compared, left, right in plan:
             if not compared or left is None or right is None:
                 continue
@@ -111,13 +132,16 @@ class Scorer:
                 right([other for _, other in compared]),
                 torch.arange(len(compared)),
             )
-            found = cosines.samples()
+            found, value = cosines.samples(), float(cosines.compute())
+            if metric == "near_copies":
+                found = (found >= NEAR_COPY).double()
+                value = float(found.mean())
             units = [image.unit for image, _ in compared]
             low, high = mean_interval(found, units, self.bootstrap.replicates, self.bootstrap.seed)
             interval = (max(0.0, low), max(0.0, high))  # clamped as the mean is
-            scores.append(self._score(system, metric, float(cosines.compute()), interval, len(compared)))
+            scores.append(self._score(system, metric, value, interval, len(compared)))
             samples += [
-                Sample(self.table, system, metric, image.unit, str(image.file), str(other), score)
+                Sample(self.table, system, metric, image.unit, str(image.file), str(other), score, image.template)
                 for (image, other), score in zip(compared, found.tolist(), strict=True)
             ]
         if self.real is not None:
@@ -156,10 +180,11 @@ def write_samples(samples: Sequence[Sample], file: Path, folder: Path) -> None:
     """CSV of every pair's score; paths under `folder` are written relative to it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "system", "metric", "unit", "file", "against", "score"])
+    writer.writerow(["table", "system", "metric", "unit", "template", "file", "against", "score"])
     for sample in samples:
         paths = [_relative(path, folder) for path in (sample.file, sample.against)]
-        writer.writerow([sample.table, sample.system, sample.metric, sample.unit, *paths, f"{sample.score:.6f}"])
+        told = [sample.table, sample.system, sample.metric, sample.unit, sample.template]
+        writer.writerow([*told, *paths, f"{sample.score:.6f}"])
     write_atomically(file, text.getvalue().encode())
 
 

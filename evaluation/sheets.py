@@ -43,6 +43,20 @@ def sheet(
     return page
 
 
+def contact_sheet(pictures: Sequence[Path | Image.Image], captions: Sequence[str], columns: int = 10) -> Image.Image:
+    """Pictures in rows of `columns`, each with a line of text below."""
+    step, wide = CELL + LINE + 2 * GAP, min(columns, len(pictures))
+    size = (2 * MARGIN + wide * (CELL + GAP) - GAP, 2 * MARGIN + -(-len(pictures) // columns) * step - GAP)
+    page = Image.new("RGB", size, PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=FONT_SIZE)
+    for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = MARGIN + place % columns * (CELL + GAP), MARGIN + place // columns * step
+        page.paste(fit(picture), (left, top))
+        line = textwrap.shorten(caption, CELL // LETTER, placeholder="…")
+        draw.text((left + CELL / 2, top + CELL + GAP), line, fill=FAINT, font=font, anchor="ma")
+    return page
+
+
 def fit(picture: Path | Image.Image, side: int = CELL) -> Image.Image:
     """The picture at the size of a cell; whole multiples of small pictures keep their pixels sharp."""
     image = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")

@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
-from torch import Tensor
 
+from evaluation.conditions import Conditions
 from evaluation.generation import Batch, Generate, System
 from evaluation.protocol import Sampling
 from evaluation.provenance import hash_json
@@ -20,7 +20,6 @@ from evaluation.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffu
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
-from kosmosg.prompt import parse_prompt
 from kosmosg.sampling import DiffusionSampler, seeded
 
 REAL_IMAGES = "Real images"
@@ -89,10 +88,11 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
 
     def load() -> Generate:
         pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
+        conditions = Conditions(pipeline)
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
             images = pipeline.sampler(
-                unique_conditions(pipeline, batch),
+                conditions(batch),
                 pipeline.null_condition,
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
@@ -119,21 +119,6 @@ def output_type(sampling: Sampling) -> Literal["np", "pil"]:
 def as_bytes(images: list[Image.Image] | np.ndarray) -> list[Image.Image]:
     """What a pipeline gave; floats B×H×W×3 in [0, 1] are truncated."""
     return [truncated(image) for image in images] if isinstance(images, np.ndarray) else images
-
-
-def unique_conditions(pipeline: KosmosGPipeline, batch: Batch) -> Tensor:
-    """Conditions B×Q×C; a prompt that occurs several times in the batch, with other seeds, is encoded once."""
-    keys = [
-        (prompt, tuple(id(image) for image in images))
-        for prompt, images in zip(batch.prompts, batch.images, strict=True)
-    ]
-    first: dict[tuple, int] = {}
-    for position, key in enumerate(keys):
-        first.setdefault(key, position)
-    segments = [parse_prompt(batch.prompts[i], batch.images[i]) for i in first.values()]
-    rows = {key: row for row, key in enumerate(first)}
-    condition, _ = pipeline.encode_prompt(segments)
-    return condition[[rows[key] for key in keys]]
 
 
 def require_stage(name: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ from evaluation.compare import Evaluated, read_evaluations
 from evaluation.manifest import write_atomically
 from evaluation.paper import ALIGNMENT, CITATION, COCO, DREAMBENCH, Printed
 from evaluation.requests import EvaluationError
-from evaluation.results import DECIMALS, METRICS, Score, markdown_table, sizes, table_rows
+from evaluation.results import DECIMALS, METRICS, OPTIONAL, Score, markdown_table, sizes, table_rows
 from evaluation.systems import BEFORE_STAGE_3, REAL_IMAGES, STABLE_DIFFUSION
 
 PRINTED = f"As printed in {CITATION}"
@@ -44,14 +44,16 @@ class PaperTable:
 def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
     """Table 1, left and right, and Table 2, as far as the evaluations have numbers for them."""
     plan = (
-        ("table-1-dreambench", "Table 1, left: subjects (DreamBench)", "dreambench", ("dino", "clip_i", "clip_t"),
-         DREAMBENCH, None),
+        ("table-1-dreambench", "Table 1, left: subjects (DreamBench)", "dreambench",
+         ("dino", "clip_i", "clip_t", "near_copies"), DREAMBENCH, None),
         ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ("fid",), COCO, None),
         ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ("fid",), ALIGNMENT,
          (REAL_IMAGES, STABLE_DIFFUSION, BEFORE_STAGE_3)),
     )  # fmt: skip
     tables = []
-    for name, title, table, metrics, printed, systems in plan:
+    measured = {score.metric for evaluation in evaluations for score in evaluation.scores}
+    for name, title, table, wanted, printed, systems in plan:
+        metrics = [metric for metric in wanted if metric not in OPTIONAL or metric in measured]
         ours = [group for e in evaluations if (group := our_group(e, table, metrics, systems)) is not None]
         if ours:
             header = ["System", *(METRICS[metric] for metric in metrics), "n"]
@@ -62,8 +64,12 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
 def printed_group(printed: Sequence[Printed], metrics: Sequence[str]) -> Group:
     rows = []
     for row in printed:
-        values = zip(row.values, metrics, strict=True)
-        cells = [row.remark or "–" if value is None else f"{value:.{DECIMALS[metric]}f}" for value, metric in values]
+        # What is measured here beside the paper's own metrics stands at the end, and no paper prints it.
+        values = [*row.values, *[None] * (len(metrics) - len(row.values))]
+        cells = [
+            row.remark or "–" if value is None else f"{value:.{DECIMALS[metric]}f}"
+            for value, metric in zip(values, metrics, strict=True)
+        ]
         rows.append([row.system, *cells, "–"])
     return Group(PRINTED, rows)
 

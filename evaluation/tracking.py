@@ -13,8 +13,8 @@ import wandb
 
 from evaluation.results import Score
 
-STORED = ("results.json", "results.md", "samples.csv", "report.html", "provenance.json")
-COLUMNS = ("table", "system", "metric", "value", "low", "high", "n", "protocol")
+STORED = ("results.json", "results.md", "samples.csv", "breakdown.csv", "report.html", "provenance.json")
+COLUMNS = ("table", "system", "metric", "value", "low", "high", "n", "protocol", "guidance_scale")
 
 
 @dataclass
@@ -49,7 +49,7 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
     try:
         rows = [asdict(score) for score in scores]
         run.log({"scores": wandb.Table(columns=list(COLUMNS), data=[[row[name] for name in COLUMNS] for row in rows])})
-        run.summary.update({f"{s.table}/{s.metric}/{s.system}": s.value for s in scores})
+        run.summary.update({summary_key(score): score.value for score in scores})
         artifact = wandb.Artifact(f"evaluation-{run.id}", type="evaluation", metadata={"protocols": protocols(scores)})
         for name in STORED:
             if (output / name).is_file():
@@ -57,6 +57,12 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
         run.log_artifact(artifact)
     finally:
         run.finish()
+
+
+def summary_key(score: Score) -> str:
+    """`dreambench/dino/KOSMOS-G after stage 3`; points of the curve end with their guidance scale."""
+    point = "" if score.guidance_scale is None else f"/{score.guidance_scale:g}"
+    return f"{score.table}/{score.metric}/{score.system}{point}"
 
 
 def protocols(scores: Sequence[Score]) -> list[str]:

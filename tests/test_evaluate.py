@@ -25,12 +25,14 @@ SYSTEMS = {
     "KOSMOS-G before stage 3",
     "KOSMOS-G after stage 3",
 }
+AFTER = "KOSMOS-G after stage 3"
+WHOLE = ["curve.guidance_scales=[4,1.5]", "curve.systems=[KOSMOS-G after stage 3]", "encoder_batch_size=4"]
 
 
 @pytest.fixture(scope="module")
 def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "evaluation"
-    assert evaluate.main([*arguments, f"output={output}"]) == 0
+    assert evaluate.main([*arguments, *WHOLE, f"output={output}"]) == 0
     return output
 
 
@@ -45,24 +47,31 @@ def manifests_of(output: Path) -> dict[str, bytes]:
 def test_results_have_the_agreed_form(finished: Path) -> None:
     rows = json.loads((finished / "results.json").read_text())
     for row in rows:
-        assert list(row) == ["table", "system", "metric", "value", "low", "high", "n", "protocol"]
+        assert list(row)[:8] == ["table", "system", "metric", "value", "low", "high", "n", "protocol"]
+        assert list(row)[8:] == (["guidance_scale"] if row["table"] == "guidance" else [])
         assert row["low"] <= row["value"] <= row["high"]
-        assert re.fullmatch(rf"{row['table']}/toyland@1#[0-9a-f]{{8}}", row["protocol"])
-    found = {(row["table"], row["system"], row["metric"]) for row in rows}
-    fidelity = {("dreambench", system, metric) for system in SYSTEMS for metric in ("dino", "clip_i")}
+        name = "dreambench" if row["table"] == "guidance" else row["table"]
+        assert re.fullmatch(rf"{name}/toyland@1#[0-9a-f]{{8}}", row["protocol"])
+    found = {(row["table"], row["system"], row["metric"]) for row in rows if row["table"] != "guidance"}
+    fidelity = {("dreambench", s, metric) for s in SYSTEMS for metric in ("dino", "clip_i", "near_copies")}
     told = {("dreambench", system, "clip_t") for system in SYSTEMS - {"Real images"}}
     captions = {("coco", system, metric) for system in SYSTEMS - {"Copy of the input"} for metric in ("fid", "clip_t")}
     assert found == fidelity | told | captions
     copy = {row["metric"]: row["value"] for row in rows if row["system"] == "Copy of the input"}
-    assert copy["dino"] == pytest.approx(1) and copy["clip_i"] == pytest.approx(1)
+    assert copy["dino"] == pytest.approx(1) and copy["clip_i"] == pytest.approx(1) and copy["near_copies"] == 1
     assert {row["n"] for row in rows if row["table"] == "coco"} == {6}
 
 
 def test_samples_average_to_the_results(finished: Path) -> None:
     with (finished / "samples.csv").open() as stream:
         samples = list(csv.DictReader(stream))
+    assert all(
+        bool(sample["template"]) == (sample["table"] == "dreambench")
+        for sample in samples
+        if sample["system"] != "Real images"
+    )
     for row in json.loads((finished / "results.json").read_text()):
-        if row["metric"] == "fid":
+        if row["metric"] == "fid" or row["table"] == "guidance":
             continue
         key = {name: row[name] for name in ("table", "system", "metric")}
         own = [float(sample["score"]) for sample in samples if key.items() <= sample.items()]
@@ -82,7 +91,50 @@ def test_report_and_tables(finished: Path) -> None:
         "systems.png",
         "swap.png",
         "pairs.png",
+        "stages.png",
+        "inputs.png",
+        "guidance_dino.svg",
+        "guidance_clip_i.svg",
     }
+
+
+def test_breakdown_is_of_the_samples(finished: Path) -> None:
+    """Every part of every system that answers prompts; parts of one kind make up the whole."""
+    with (finished / "breakdown.csv").open() as stream:
+        parts = list(csv.DictReader(stream))
+    scores = {(row["system"], row["metric"]): row for row in json.loads((finished / "results.json").read_text())[:19]}
+    for by, count in (("kind", 2), ("subject", 3), ("template", 4)):
+        for metric in ("dino", "clip_i", "clip_t", "near_copies"):
+            own = [part for part in parts if (part["by"], part["metric"], part["system"]) == (by, metric, AFTER)]
+            assert len(own) == count and all(float(p["low"]) <= float(p["value"]) <= float(p["high"]) for p in own)
+            whole, n = scores[AFTER, metric], sum(int(part["n"]) for part in own)
+            mean = sum(float(part["value"]) * int(part["n"]) for part in own) / n
+            assert n == whole["n"] and max(0.0, mean) == pytest.approx(whole["value"], abs=1e-5)
+    assert {part["system"] for part in parts} == SYSTEMS - {"Real images"}
+    tables = (finished / "results.md").read_text()
+    assert "## By subject" in tables and "| a {} in the snow |" in tables
+
+
+def test_curve_over_guidance(finished: Path) -> None:
+    """Two points under protocols of their own; the table's own scale is not made again."""
+    rows = [row for row in json.loads((finished / "results.json").read_text()) if row["table"] == "guidance"]
+    own = next(row for row in json.loads((finished / "results.json").read_text()) if row["table"] == "dreambench")
+    assert {(row["system"], row["guidance_scale"]) for row in rows} == {(AFTER, 1.5), (AFTER, 4.0)}
+    by_scale = {row["guidance_scale"]: row["protocol"] for row in rows}
+    assert by_scale[4.0] == own["protocol"] != by_scale[1.5]
+    table = {
+        r["metric"]: r
+        for r in json.loads((finished / "results.json").read_text())
+        if r["system"] == AFTER and r["table"] == "dreambench"
+    }
+    for row in rows:
+        if row["guidance_scale"] == 4.0:
+            assert {k: row[k] for k in ("value", "low", "high", "n")} == {
+                k: table[row["metric"]][k] for k in ("value", "low", "high", "n")
+            }
+    assert len(list((finished / "guidance").iterdir())) == 1
+    assert "Over guidance scales" in (finished / "report.html").read_text()
+    assert "## Over guidance scales" in (finished / "results.md").read_text()
 
 
 def test_finished_evaluation_is_reused(
@@ -93,7 +145,7 @@ def test_finished_evaluation_is_reused(
 
     monkeypatch.setattr("evaluation.plan.generate", fail)
     before = (finished / "results.json").stat().st_mtime_ns
-    assert evaluate.main([*arguments, f"output={finished}"]) == 0
+    assert evaluate.main([*arguments, *WHOLE, f"output={finished}"]) == 0
     assert (finished / "results.json").stat().st_mtime_ns == before
     assert "KOSMOS-G after stage 3" in capsys.readouterr().out
 
@@ -112,21 +164,26 @@ def test_changed_protocol_starts_new_images_and_keeps_the_old(
 
 @pytest.mark.slow
 def test_killed_evaluation_goes_on_to_the_same_end(arguments: list[str], finished: Path, tmp_path: Path) -> None:
+    """Two processes of torchrun, one of which is killed, and the other does not wait for it; then two again."""
     output = tmp_path / "evaluation"
-    command = [sys.executable, "evaluate.py", *arguments, f"output={output}"]
+    script = ["evaluate.py", *arguments, *WHOLE, f"output={output}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
     # The last bits of an image depend on the number of threads: the killed runs take as many as the whole one did.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    options = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}}
     total = len(images_of(finished))
-    for wanted in (1, total // 3, 2 * total // 3):
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(output.rglob("images/*.png"))) < wanted:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    process = subprocess.Popen(torchrun, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(output.rglob("images/[0-9]*.png"))) < total // 2:
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert process.wait(60) != 0 and len(images_of(output)) < total
+    subprocess.run(torchrun, **options, check=True, stdout=subprocess.DEVNULL)
     assert manifests_of(output) == manifests_of(finished)
     assert images_of(output) == images_of(finished)
-    assert (output / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+    for file in ("results.json", "samples.csv", "breakdown.csv"):
+        # Paths of the samples are relative to the output.
+        assert (output / file).read_bytes() == (finished / file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -146,6 +203,12 @@ def test_killed_evaluation_goes_on_to_the_same_end(arguments: list[str], finishe
         (["coco.real_resize.library=pil"], "resize.antialias=false is not allowed"),
         (["coco.captions=100000"], "has 12 captions but the protocol draws 100000"),
         (["gallery.pair_prompt=<i> alone"], "must hold <i> 2 times"),
+        (["curve.guidance_scales=[2,2]"], "curve.guidance_scales=[2.0, 2.0] is not allowed"),
+        (["curve.guidance_scales=[2]", "dreambench=null"], "is not allowed without a dreambench protocol"),
+        (
+            ["curve.guidance_scales=[2]", "curve.systems=[SD]"],
+            "curve.systems=['SD'] are no rows that are made; allowed",
+        ),
     ],
 )
 def test_mistakes_are_answered(

@@ -31,9 +31,9 @@ class KosmosG(nn.Module):
             )
         self.mllm, self.aligner = mllm, aligner
 
-    def condition(self, batch: PromptBatch) -> Tensor:
-        """Prompts → condition B×Q×C."""
-        return self.aligner(self.mllm(batch), batch.padding)
+    def condition(self, batch: PromptBatch, features: Tensor | None = None) -> Tensor:
+        """Prompts → condition B×Q×C; `features` as in `MLLM.forward`."""
+        return self.aligner(self.mllm(batch, features), batch.padding)
 
     def null_condition(self) -> Tensor:
         """The condition of `<s>` alone, 1×Q×C: what classifier-free guidance steers away from.

@@ -63,13 +63,14 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin):
         """Preprocessed images I×3×S×S → I×K×D."""
         return self.resampler(self.vision(images))
 
-    def embed(self, batch: PromptBatch) -> Tensor:
-        """Input of the first layer, B×L×D.
+    def embed(self, batch: PromptBatch, features: Tensor | None = None) -> Tensor:
+        """Input of the first layer, B×L×D; `features` I×K×D spares the images their way through the tower.
 
         Raises:
             ValueError: the number of image slots is not K times the number of images.
         """
-        features = None if batch.images is None else self.image_features(batch.images)
+        if batch.images is not None and features is None:
+            features = self.image_features(batch.images)
         # On a GPU the count would cost a synchronisation in every step; PromptEncoder.collate has checked it.
         if batch.image_mask.device.type == "cpu":
             images = 0 if batch.images is None else len(batch.images)
@@ -81,9 +82,13 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin):
                 )
         return self.decoder.embed(batch.ids, batch.padding, batch.image_mask, features)
 
-    def forward(self, batch: PromptBatch) -> Tensor:
-        """Hidden states B×L×D: the final LayerNorm's output at every position, `<s>` and image slots included."""
-        return self.decoder(self.embed(batch))
+    def forward(self, batch: PromptBatch, features: Tensor | None = None) -> Tensor:
+        """Hidden states B×L×D: the final LayerNorm's output at every position, `<s>` and image slots included.
+
+        Args:
+            features: I×K×D, what `image_features` gave for the batch's images, where it is known already.
+        """
+        return self.decoder(self.embed(batch, features))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, …×vocab_size. Stage 1 only."""

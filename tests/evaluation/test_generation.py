@@ -12,6 +12,7 @@ from PIL import Image
 
 from evaluation.generation import Batch, System, generate
 from evaluation.manifest import LOCK, Manifest, ManifestError
+from evaluation.processes import Processes
 from evaluation.protocol import Sampling
 from evaluation.requests import Request, image_seed
 
@@ -191,7 +192,7 @@ def test_damaged_line_is_named(tmp_path: Path, requests: list[Request]) -> None:
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path, requests: list[Request]) -> None:
     other = Manifest(tmp_path / "images-of-double", IDENTITY)
-    with other.locked(), pytest.raises(ManifestError, match="another process"):
+    with other.locked(Processes.alone()), pytest.raises(ManifestError, match="another process"):
         run(tmp_path, requests)
 
 

@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from rich.console import Console
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
@@ -14,9 +15,11 @@ from evaluation.bootstrap import fid_interval, mean_interval
 from evaluation.config import Bootstrap
 from evaluation.encoders import CLIPEncoder, DinoEncoder, Remembered, ResNetFeatures, load, preprocessing
 from evaluation.metrics import CosineMean, FeatureFID
+from evaluation.processes import Processes
 from evaluation.protocol import Encoder, FeatureNetwork, Preprocessing
 from evaluation.requests import EvaluationError, ScoredImage, read_image
 from evaluation.scoring import Encoders, Scorer
+from evaluation.sharing import Sharing
 from tests import tiny
 from tests.evaluation import tiny_world
 
@@ -171,14 +174,15 @@ def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
         load(ViTModel, encoders_folder / "fid", add_pooling_layer=False)
 
 
-def test_each_item_is_encoded_once() -> None:
+def test_each_item_is_encoded_once(tmp_path: Path) -> None:
     asked: list[list[int]] = []
 
     def encode(items: list[int]) -> torch.Tensor:
         asked.append(items)
         return torch.tensor(items)[:, None].float()
 
-    features = Remembered(encode, batch_size=2)
+    sharing = Sharing(Processes.alone(), tmp_path, batch_size=2, console=Console(quiet=True))
+    features = Remembered("numbers", encode, sharing)
     assert features([3, 1, 3, 2]).flatten().tolist() == [3, 1, 3, 2]
     assert features([2, 4]).flatten().tolist() == [2, 4]
     assert asked == [[3, 1], [2], [4]]

@@ -1,0 +1,159 @@
+"""Near copies, parts of a mean, and the curve over guidance scales."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from evaluation.breakdown import KIND, SUBJECT, TEMPLATE, breakdown, markdown, part_rows, shown_system
+from evaluation.config import Bootstrap, Curve
+from evaluation.dreambench import DreamBench
+from evaluation.guidance import Axis, chart, charts, points_of, protocol_at
+from evaluation.guidance import markdown as guidance_markdown
+from evaluation.protocol import DreamBenchProtocol, identity
+from evaluation.requests import ScoredImage
+from evaluation.results import Score
+from evaluation.scoring import NEAR_COPY, Encoders, Sample, Scorer
+from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3
+
+BOOTSTRAP = Bootstrap(replicates=200)
+PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=2)
+
+
+def test_near_copies_are_those_of_the_input(tmp_path: Path) -> None:
+    """Whatever the references are: the given image alone says what a copy is."""
+    given, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    cosines = {"a": NEAR_COPY + 0.001, "b": NEAR_COPY - 0.001, "c": 1.0, "d": -1.0}
+    known = {tmp_path / name: normalize(c * given + (1 - c * c) ** 0.5 * other, dim=0) for name, c in cosines.items()}
+    known |= {tmp_path / "given": given, tmp_path / "other": other}
+    images = [
+        ScoredImage(tmp_path / name, subject, "", (tmp_path / "other",), given=tmp_path / "given")
+        for name, subject in zip("abcd", ("dog", "dog", "dog", "cat"), strict=True)
+    ]
+    images.append(ScoredImage(tmp_path / "other", "cat", "", (tmp_path / "given",)))  # a photo: nothing was given
+
+    def features(items) -> torch.Tensor:
+        return torch.stack([known[item] for item in items])
+
+    encoders = Encoders(features, features, dino=features)
+    scores, samples = Scorer("dreambench", "p@1#0", encoders, BOOTSTRAP)("System", images)
+    (rate,) = [score for score in scores if score.metric == "near_copies"]
+    assert rate.value == 0.5 and rate.n == 4 and rate.low <= 0.5 <= rate.high
+    assert [s.score for s in samples if s.metric == "near_copies"] == [1, 0, 1, 0]
+
+
+def test_images_know_template_and_input(dreambench_folder: Path) -> None:
+    dataset = DreamBench(replace(PROTOCOL, max_templates=2), dreambench_folder)
+    found = [dataset.scored(request, Path("x")) for request in dataset.requests()]
+    assert [image.template for image in found[:4]] == ["a {} in the snow"] * 2 + ["a {} wearing a hat"] * 2
+    assert [image.template for image in found[8:]] == ["a {} in the snow"] * 2 + ["a {} on the beach"] * 2
+    assert {image.unit: image.given.name for image in found if image.given} == {
+        "fish": "01.png",
+        "dog": "00.png",
+        "boat": "00.png",
+    }
+    every = DreamBench(replace(PROTOCOL, references="all"), dreambench_folder)
+    photos = {(image.unit, image.file.name): image.given for image in every.other_real_images()}
+    assert photos["fish", "01.png"] is None, "the kept image is no copy of itself"
+    assert photos["fish", "00.png"] == dreambench_folder / "fish" / "01.png"
+
+
+def samples_of(system: str = AFTER_STAGE_3) -> list[Sample]:
+    """DINO: 0.2 of the cat, 0.4 and 0.8 of the dog, 0.6 of the boat; CLIP-T is 1 - DINO."""
+    rows = [("cat", "red", 0.2), ("dog", "red", 0.4), ("dog", "wet", 0.8), ("boat", "wet", 0.6), ("cat", "wet", 0.2)]
+    return [
+        Sample("dreambench", system, metric, unit, f"{i}.png", "r", value, template)
+        for i, (unit, template, dino) in enumerate(rows)
+        for metric, value in (("dino", dino), ("clip_t", 1 - dino))
+    ]
+
+
+KINDS = {"cat": "live", "dog": "live", "boat": "object"}
+
+
+def test_parts_are_means_the_worst_first() -> None:
+    photos = [Sample("dreambench", "Real images", "dino", "cat", "a", "b", 1.0)]
+    captions = [Sample("coco", AFTER_STAGE_3, "clip_t", "0", "a", "b", 1.0)]
+    parts = breakdown([*samples_of(), *photos, *captions], KINDS, BOOTSTRAP)
+    assert {part.system for part in parts} == {AFTER_STAGE_3}, "photos answer no prompts, captions have no subject"
+
+    def rows(by: str, metric: str) -> list[tuple[str, float, int]]:
+        found = part_rows(parts, AFTER_STAGE_3, by)
+        return [(name, pytest.approx(row[metric].value), row[metric].n) for name, row in found]
+
+    assert rows(SUBJECT, "dino") == [("cat", 0.2, 2), ("boat", 0.6, 1), ("dog", 0.6, 2)]
+    assert rows(TEMPLATE, "clip_t") == [("wet", 1.4 / 3, 3), ("red", 0.7, 2)]
+    assert rows(KIND, "dino") == [("live", 0.4, 4), ("object", 0.6, 1)]
+
+
+def test_intervals_are_over_units() -> None:
+    """A kind's over its subjects; a subject's over its templates; none where there is one."""
+    parts = {(part.by, part.part): part for part in breakdown(samples_of(), KINDS, BOOTSTRAP) if part.metric == "dino"}
+    live, dog, boat = parts[KIND, "live"], parts[SUBJECT, "dog"], parts[SUBJECT, "boat"]
+    assert (live.low, live.high) == pytest.approx((0.2, 0.6)) and live.units == 2
+    assert (dog.low, dog.high) == pytest.approx((0.4, 0.8)) and dog.units == 2
+    assert replace(dog, value=-0.1, low=-0.2, high=0.05).text() == "−0.100 (−0.200 … 0.050)"
+    assert boat.units == 1 and boat.text() == "0.600" and dog.text() == "0.600 (0.400–0.800)"
+
+
+def test_results_show_the_last_model() -> None:
+    parts = breakdown([*samples_of(BEFORE_STAGE_3), *samples_of()], KINDS, BOOTSTRAP)
+    assert shown_system(parts) == AFTER_STAGE_3 and shown_system(parts[: len(parts) // 2]) == BEFORE_STAGE_3
+    text = "\n".join(markdown(parts))
+    assert text.count("| live |") == 2 and text.index("| cat |") < text.index("| dog |") < text.index("| wet |")
+    assert markdown([]) == [] and shown_system([]) is None
+
+
+def point(system: str, scale: float, dino: float, clip_t: float) -> list[Score]:
+    values = {"dino": dino, "clip_i": dino, "clip_t": clip_t, "near_copies": 0.0}
+    protocol = f"p@1#{scale:g}"
+    return [
+        Score("guidance", system, m, v, v - 0.05, v + 0.05, 30, protocol, scale) for m, v in values.items()
+    ]  # fmt: skip
+
+
+SCORES = [
+    *point(AFTER_STAGE_3, 7.5, 0.7, 0.28),
+    *point(AFTER_STAGE_3, 1.5, 0.5, 0.30),
+    *point("A <rival>", 7.5, 0.6, 0.31),
+    Score("dreambench", AFTER_STAGE_3, "dino", 0.7, 0.6, 0.8, 30, "p@1#0"),
+]
+
+
+def test_points_are_in_the_order_of_scales() -> None:
+    points = points_of(SCORES)
+    assert [(system, [scale for scale, _ in line]) for system, line in points.items()] == [
+        (AFTER_STAGE_3, [1.5, 7.5]),
+        ("A <rival>", [7.5]),
+    ]
+    text = "\n".join(guidance_markdown(SCORES))
+    assert f"| {AFTER_STAGE_3} | 1.5 | 0.500 (0.450–0.550) |" in text and "`p@1#7.5`" in text
+    assert guidance_markdown(SCORES[-1:]) == [] and charts(SCORES[-1:]) == []
+
+
+def test_chart_places_fidelity_upwards_and_obedience_to_the_right() -> None:
+    svg = chart(points_of(SCORES), "dino")
+    circles = [tuple(map(float, found)) for found in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4"', svg)]
+    dots = [circle for circle in circles if circle[0] > 100]  # the others are the legend's
+    (low, high), rival = dots[:2], dots[2]
+    assert low[1] > high[1] and low[0] > high[0], "1.5 lies lower and further right than 7.5"
+    assert high[1] < rival[1] < low[1] and rival[0] > low[0]
+    assert "A &lt;rival&gt;" in svg and ">1.5<" in svg
+
+
+def test_ticks_are_round_and_inside() -> None:
+    axis = Axis([Score("t", "s", "dino", 0.3, 0.213, 0.467, 1, "p")], 0, 100)
+    assert axis.ticks() == pytest.approx([0.2, 0.3, 0.4])
+    assert axis(axis.low) == 0 and axis(axis.high) == 100
+
+
+def test_a_point_is_a_protocol_of_its_own() -> None:
+    curve = Curve(guidance_scales=[3.0], max_subjects=5, images_per_prompt=1)
+    at = protocol_at(PROTOCOL, curve, 3.0)
+    assert (at.sampling.guidance_scale, at.max_subjects, at.max_templates, at.images_per_prompt) == (3.0, 5, None, 1)
+    assert identity(at) != identity(PROTOCOL)
+    same = protocol_at(PROTOCOL, Curve(guidance_scales=[7.5]), PROTOCOL.sampling.guidance_scale)
+    assert identity(same) == identity(PROTOCOL)
