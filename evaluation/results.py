@@ -29,6 +29,7 @@ class Score:
         metric: dino, clip_i, clip_t, fid or kid.
         n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocol.identity`.
+        experiment, stage, seed: of a system that is one of several runs, see `evaluation.generation.Variant`.
     """
 
     table: str
@@ -39,6 +40,9 @@ class Score:
     high: float
     n: int
     protocol: str
+    experiment: str | None = None
+    stage: str | None = None
+    seed: int | None = None
 
     def text(self) -> str:
         """`0.694 (0.671–0.716)`"""

@@ -9,7 +9,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -102,7 +102,8 @@ def score_table(
             found = scorer(name, images)
             scores += found[0]
             samples += found[1]
-    return scores, samples
+    variants = {system.name: asdict(system.variant) for system in evaluation.systems if system.variant is not None}
+    return [replace(score, **variants.get(score.system, {})) for score in scores], samples
 
 
 def real_side(evaluation: Evaluation, table: Table, dataset: Coco, encoders: Encoders) -> Tensor:
