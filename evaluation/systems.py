@@ -95,15 +95,17 @@ def run_folders(patterns: Sequence[str]) -> list[Path]:
     """The run folders that are named, and of patterns the finished ones, each once.
 
     Raises:
-        EvaluationError: a folder that is no finished run, or a pattern that fits none.
+        EvaluationError: a folder that is no finished run, or patterns that fit none.
     """
     found: list[Path] = []
     for pattern in patterns:
         folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
         finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
-        if not finished:
-            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder, nor a pattern of any.")
+        if not finished and not glob.has_magic(pattern):
+            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
         found += [folder for folder in finished if folder not in found]
+    if patterns and not found:
+        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
     return found
 
 
