@@ -99,7 +99,7 @@ def require_class(kind: type[ModelMixin], folder: Path) -> None:
         ValueError: names both.
     """
     if (saved := saved_class(folder)) not in (None, kind.__name__):
-        raise ValueError(f"'{folder}' holds a {saved}, but a {kind.__name__} is asked for: it is of another model.")
+        raise ValueError(f"'{folder}' holds a {saved}, not a {kind.__name__}: it is of another model.")
 
 
 def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] = ("dropout",)) -> None:
