@@ -13,13 +13,14 @@ export TOKENIZERS_PARALLELISM := false
 # A command that goes on where it was when it is started again; told, too, when it is stopped before it can tell itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ goes on from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test toyland toyland-short toyland-parts lint clean-toyland
+.PHONY: help setup test toyland toyland-table-2 toyland-short toyland-parts lint clean-toyland
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup          virtual environment in .venv with the pinned packages"
 	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones)"
 	@echo "make toyland        set up and run the whole paper in miniature"
+	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-parts  train the miniature's CLIP, VAE, U-Net, DINO and FID network anew, into runs/toyland-parts"
 	@echo "make lint           ruff"
@@ -42,6 +43,24 @@ toyland: setup
 	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
+
+# The rows of Table 2: the stage whose file each one changes, and its file in configs/ablations/.
+TABLE_2 := alignment/alignernet_24_layers alignment/alignernet_12_layers alignment/decoder_12_layers \
+           instruction_tuning/end_to_end_with_alignernet instruction_tuning/end_to_end_without_alignernet
+SEEDS ?= 0 1 2
+TOYLAND_RUNS ?= runs/toyland
+
+# Seed by seed, so that all rows stand after a third of the time.
+toyland-table-2: export HF_HUB_OFFLINE := 1
+toyland-table-2: setup
+	$(foreach seed,$(SEEDS),$(foreach row,$(TABLE_2),$(call table_2_run,$(row),$(seed))))
+	$(call resumable,$(RUN) evaluate.py configs/toyland/ablations.yaml)
+	$(RUN) evaluate.py tables $(TOYLAND_RUNS)/ablations/evaluation output=$(TOYLAND_RUNS)/ablations/tables
+
+define table_2_run
+	$(call resumable,$(RUN) train.py configs/toyland/$(patsubst %/,%,$(dir $(1))).yaml configs/ablations/$(notdir $(1)).yaml configs/toyland/table_2.yaml seed=$(2))
+
+endef
 
 toyland-short: export HF_HUB_OFFLINE := 1
 toyland-short: export TOYLAND_DATA := data/toyland-short

@@ -18,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +46,7 @@ from kosmosg.sampling import DiffusionSampler
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
 from lightning_modules.base import StageModule
+from lightning_modules.compute import flops_of_update
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
 from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe
 from lightning_modules.local_sweep import run_sweep
@@ -63,8 +64,12 @@ class Experiment:
 
     stage: str = MISSING
     """Name of the stage, see STAGES."""
+    runs: str = "runs"
+    """Where run folders lie, for `run` and `init_from` to refer to."""
     run: str = MISSING
     """Run folder."""
+    ablation: str | None = None
+    """Name of the ablation, under which evaluations gather its seeds, see configs/ablations/; null: none."""
     seed: int = 0
     """Of initial weights, noise, timesteps and dropout; data.seed is the order's."""
     init_from: str | None = None
@@ -183,9 +188,11 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
         tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
         module = build_module(experiment, tokenizer)
         data, pictures = experiment.datamodule(tokenizer, module), experiment.pictures(run, tokenizer, module)
+        options = experiment.trainer
+        if options.max_flops is not None:
+            options = replace(options, max_steps=affordable_updates(options, run, module, data))
     except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
         raise ConfigError(str(error)) from error
-    options = experiment.trainer
     loggers = [MetricsFile(run.path / "metrics.csv", first_step=run.resumed_step())]
     loggers += filter(None, [wandb_logger(experiment.wandb, run.path, experiment)])
     trainer = build_trainer(
@@ -201,6 +208,19 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
         ],
     )
     trainer.fit(module, data, ckpt_path=run.latest_checkpoint(), weights_only=True)
+
+
+def affordable_updates(
+    options: TrainerConfig, run: RunFolder, module: StageModule, data: lightning.LightningDataModule
+) -> int:
+    """The length of a run that `trainer.max_flops` sets."""
+
+    def count() -> int:
+        data.setup()
+        return flops_of_update(module, data.val_dataloader(), options)
+
+    assert options.max_flops is not None
+    return run.updates(options.max_flops, count)
 
 
 def sweep(arguments: Sequence[str]) -> int:

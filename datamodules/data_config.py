@@ -37,6 +37,8 @@ class DataConfig:
     """Page-locked batches for faster copies; used only where there is a GPU."""
     validation_samples: int = 256
     """Rows of each validation, over all processes; rounded up to whole batches."""
+    validation_sources: list[str] | None = None
+    """Sources in use whose held-out shards are validated on; null: all that have some."""
     max_bad_share: float = 0.01
     """The run stops if a larger share of samples is unusable (0 … 1)."""
     min_bad_count: int = 20

@@ -77,7 +77,14 @@ class MixtureDataModule(lightning.LightningDataModule):
             names = ", ".join(f"data.{name}.shards" for name in self.sources())
             raise DataError(f"no source of data is in use; set at least one of {names} and a weight above 0.")
         self.train_dataset = self._dataset({name: source.shards for name, source in used.items()}, self.config.seed)
-        held_out = {name: source.validation for name, source in used.items() if source.validation}
+        chosen = self.config.validation_sources
+        if chosen is not None and (unknown := sorted(set(chosen) - set(self.sources()))):
+            raise DataError(f"data.validation_sources names {unknown}; allowed: {', '.join(self.sources())}.")
+        held_out = {
+            name: source.validation
+            for name, source in used.items()
+            if source.validation and (chosen is None or name in chosen)
+        }
         if held_out:
             self.validation_dataset = self._dataset(held_out, seed=0)  # the same samples whatever the run's seed
         self._check_identity()

@@ -28,6 +28,25 @@ Generate = Callable[[Batch, Sampling], list[Image.Image]]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Which run of an experiment a system is.
+
+    Args:
+        experiment: what all seeds share: an ablation, or the stage itself.
+        stage: alignment where the MLLM was frozen, whatever the loss; else instruction_tuning.
+    """
+
+    experiment: str
+    stage: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        return f"{self.experiment}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
 class System:
     """A named way to make images.
 
@@ -36,12 +55,14 @@ class System:
         load: reads the weights; called only when an image is missing.
         model: hash of the weights and of all else that images depend on besides prompt, seed and sampling.
         reads_images: whether it is fed `Request.prompt` with its inputs, or `Request.text` alone.
+        variant: None for the rows that every evaluation has.
     """
 
     name: str
     load: Callable[[], Generate]
     model: str
     reads_images: bool
+    variant: Variant | None = None
 
 
 def generate(

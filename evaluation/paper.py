@@ -11,11 +11,13 @@ class Printed:
 
     Args:
         remark: what stands in place of a number.
+        experiment: our ablation of the same row, a file of configs/ablations/.
     """
 
     system: str
     values: tuple[float | None, ...]
     remark: str = ""
+    experiment: str = ""
 
 
 # DINO, CLIP-I, CLIP-T; 30 subjects, 750 prompts, four images each.
@@ -43,9 +45,9 @@ COCO = (
 # FID of the same captions after alignment, stage 2.
 ALIGNMENT = (
     Printed("Stable Diffusion v1.5", (9.34,)),
-    Printed("End-to-end, without AlignerNet", (None,), "fails"),
-    Printed("End-to-end, with AlignerNet", (11.30,)),
-    Printed("Decoder of 12 layers alone", (None,), "fails"),
-    Printed("AlignerNet of 12 layers", (9.89,)),
-    Printed("AlignerNet of 24 layers", (9.55,)),
+    Printed("End-to-end, without AlignerNet", (None,), "fails", experiment="end_to_end_without_alignernet"),
+    Printed("End-to-end, with AlignerNet", (11.30,), experiment="end_to_end_with_alignernet"),
+    Printed("Decoder of 12 layers alone", (None,), "fails", experiment="decoder_12_layers"),
+    Printed("AlignerNet of 12 layers", (9.89,), experiment="alignernet_12_layers"),
+    Printed("AlignerNet of 24 layers", (9.55,), experiment="alignernet_24_layers"),
 )

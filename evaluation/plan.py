@@ -20,7 +20,14 @@ from evaluation.protocol import identity
 from evaluation.provenance import hash_files, hash_json
 from evaluation.requests import EvaluationError, Request
 from evaluation.scoring import NEAR_COPY
-from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system
+from evaluation.systems import (
+    AFTER_STAGE_3,
+    BEFORE_STAGE_3,
+    kosmosg_system,
+    run_folders,
+    run_system,
+    stable_diffusion_system,
+)
 from evaluation.weights import hash_encoder
 
 FOLDER_DIGITS = 8
@@ -182,6 +189,13 @@ class Evaluation:
         for name, folder in ((BEFORE_STAGE_3, models.before_stage_3), (AFTER_STAGE_3, models.after_stage_3)):
             if folder is not None:
                 systems.append(kosmosg_system(name, folder, models.image_decoder, device))
+        for folder in run_folders(models.runs):
+            systems.append(system := run_system(folder, models.image_decoder, device))
+            if system.name in [other.name for other in systems[:-1]]:
+                raise EvaluationError(
+                    f"models.runs: '{folder}' is a second run called '{system.name}'; evaluate it by itself, with "
+                    "another output."
+                )
         return systems
 
 

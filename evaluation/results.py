@@ -37,6 +37,7 @@ class Score:
         n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocol.identity`.
         guidance_scale: of a point of the curve; elsewhere the protocol says it.
+        experiment, stage, seed: of a system that is one of several runs, see `evaluation.generation.Variant`.
     """
 
     table: str
@@ -48,6 +49,9 @@ class Score:
     n: int
     protocol: str
     guidance_scale: float | None = None
+    experiment: str | None = None
+    stage: str | None = None
+    seed: int | None = None
 
     def text(self) -> str:
         """`0.694 (0.671–0.716)`"""

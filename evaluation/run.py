@@ -165,7 +165,8 @@ def score_table(
             found = scorer(name, images)
             scores += found[0]
             samples += found[1]
-    return scores, samples
+    variants = {system.name: asdict(system.variant) for system in evaluation.systems if system.variant is not None}
+    return [replace(score, **variants.get(score.system, {})) for score in scores], samples
 
 
 def real_side(evaluation: Evaluation, table: Table, dataset: Coco, encoders: Encoders) -> Tensor:

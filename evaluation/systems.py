@@ -1,6 +1,9 @@
-"""The systems of the tables that make images: Stable Diffusion from text, KOSMOS-G before and after stage 3."""
+"""The systems of the tables that make images: Stable Diffusion from text, KOSMOS-G before and after stage 3, any run."""
 
+import glob
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evaluation.conditions import Conditions
-from evaluation.generation import Batch, Generate, System
+from evaluation.generation import Batch, Generate, System, Variant
 from evaluation.protocol import Sampling
 from evaluation.provenance import hash_json
 from evaluation.requests import EvaluationError
@@ -28,6 +31,7 @@ STABLE_DIFFUSION = "Stable Diffusion (text)"
 BEFORE_STAGE_3 = "KOSMOS-G before stage 3"
 AFTER_STAGE_3 = "KOSMOS-G after stage 3"
 TABLE_ORDER = (REAL_IMAGES, COPY_OF_INPUT, STABLE_DIFFUSION, BEFORE_STAGE_3, AFTER_STAGE_3)
+FINISHED = "finished.json"
 MODEL_PARTS = ("mllm", "aligner", "tokenizer")
 STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
 
@@ -83,6 +87,38 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
         EvaluationError: a run of another stage, or a model that was aligned with another Stable Diffusion.
     """
     require_stage(name, Path(folder))
+    return model_system(name, folder, image_decoder, device)
+
+
+def run_folders(patterns: Sequence[str]) -> list[Path]:
+    """The run folders that are named, and of patterns the finished ones, each once.
+
+    Raises:
+        EvaluationError: a folder that is no finished run, or patterns that fit none.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
+        finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
+        if not finished and not glob.has_magic(pattern):
+            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
+        found += [folder for folder in finished if folder not in found]
+    if patterns and not found:
+        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
+    return found
+
+
+def run_system(folder: Path, image_decoder: str, device: torch.device) -> System:
+    """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
+    config = OmegaConf.load(folder / RUN_CONFIG)
+    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trains")}
+    stage = "alignment" if values["recipe.trains"] == "aligner" else values["stage"]
+    variant = Variant(values["ablation"] or stage, stage, values["seed"])
+    return replace(model_system(variant.name, str(folder), image_decoder, device), variant=variant)
+
+
+def model_system(name: str, folder: str, image_decoder: str, device: torch.device) -> System:
+    """KOSMOS-G of a model or run folder of any stage after the first; see `kosmosg_system`."""
     model, decoder = find_model(folder), stable_diffusion_folder(image_decoder)
     require_fit(name, model, decoder)
 

@@ -1,6 +1,8 @@
 """The paper's Tables 1 and 2 from finished evaluations, as Markdown, LaTeX and HTML: `evaluate.py tables A B …`.
 
 Printed numbers and ours stand in groups of their own, each under its protocol: they were made under different ones.
+Runs of one experiment with several seeds are gathered in a row, under the paper's name for it where there is one. "fails"
+is quoted from the paper alone; ours give the number.
 """
 
 import html
@@ -13,6 +15,7 @@ from evaluation.manifest import write_atomically
 from evaluation.paper import ALIGNMENT, CITATION, COCO, DREAMBENCH, Printed
 from evaluation.requests import EvaluationError
 from evaluation.results import DECIMALS, METRICS, OPTIONAL, Score, markdown_table, sizes, table_rows
+from evaluation.seeds import seed_groups
 from evaluation.systems import BEFORE_STAGE_3, REAL_IMAGES, STABLE_DIFFUSION
 
 PRINTED = f"As printed in {CITATION}"
@@ -45,16 +48,20 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
     """Table 1, left and right, and Table 2, as far as the evaluations have numbers for them."""
     plan = (
         ("table-1-dreambench", "Table 1, left: subjects (DreamBench)", "dreambench",
-         ("dino", "clip_i", "clip_t", "near_copies"), DREAMBENCH, None),
-        ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ("fid",), COCO, None),
-        ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ("fid",), ALIGNMENT,
-         (REAL_IMAGES, STABLE_DIFFUSION, BEFORE_STAGE_3)),
+         ("dino", "clip_i", "clip_t", "near_copies"), DREAMBENCH, None, "instruction_tuning"),
+        ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ("fid",), COCO, None,
+         "instruction_tuning"),
+        ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ("fid", "clip_t"), ALIGNMENT,
+         (REAL_IMAGES, STABLE_DIFFUSION, BEFORE_STAGE_3), "alignment"),
     )  # fmt: skip
     tables = []
     measured = {score.metric for evaluation in evaluations for score in evaluation.scores}
-    for name, title, table, wanted, printed, systems in plan:
+    for name, title, table, wanted, printed, systems, stage in plan:
         metrics = [metric for metric in wanted if metric not in OPTIONAL or metric in measured]
         ours = [group for e in evaluations if (group := our_group(e, table, metrics, systems)) is not None]
+        names = {row.experiment: row.system for row in printed if row.experiment}
+        for heading, rows in seed_groups(evaluations, table, metrics, stage, names):
+            ours.append(Group(heading, rows))
         if ours:
             header = ["System", *(METRICS[metric] for metric in metrics), "n"]
             tables.append(PaperTable(name, title, header, [printed_group(printed, metrics), *ours]))
@@ -64,20 +71,16 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
 def printed_group(printed: Sequence[Printed], metrics: Sequence[str]) -> Group:
     rows = []
     for row in printed:
-        # What is measured here beside the paper's own metrics stands at the end, and no paper prints it.
-        values = [*row.values, *[None] * (len(metrics) - len(row.values))]
-        cells = [
-            row.remark or "–" if value is None else f"{value:.{DECIMALS[metric]}f}"
-            for value, metric in zip(values, metrics, strict=True)
-        ]
-        rows.append([row.system, *cells, "–"])
+        values = zip(row.values, metrics, strict=False)  # what is measured here beside the paper's metrics, it lacks
+        cells = [row.remark or "–" if value is None else f"{value:.{DECIMALS[metric]}f}" for value, metric in values]
+        rows.append([row.system, *cells, *["–"] * (len(metrics) - len(cells)), "–"])
     return Group(PRINTED, rows)
 
 
 def our_group(evaluation: Evaluated, table: str, metrics: Sequence[str], systems: Sequence[str] | None) -> Group | None:
-    """An evaluation's rows, all or those of `systems`; None where it has no such table."""
+    """An evaluation's rows, all or those of `systems`, but for runs among several; None where it has no such table."""
     rows = []
-    for system, found in table_rows(evaluation.scores, table):
+    for system, found in table_rows([score for score in evaluation.scores if score.seed is None], table):
         shown: dict[str, Score] = {metric: found[metric] for metric in metrics if metric in found}
         if shown and (systems is None or system in systems):
             cells = [shown[metric].text() if metric in shown else "–" for metric in metrics]

@@ -6,6 +6,7 @@
 - A run folder (it holds the resolved `config.yaml`) is an argument like its YAML.
 - Relative paths *in* a configuration are relative to the working directory, as on a command line.
 - In `key=value`, the value is read as YAML; `null` and the string `None` (which W&B sweeps pass) mean None.
+- `${divide:${model.mllm.layers},2}` is a whole share of another value, for files that fit every size of the model.
 
 Schemas are dataclasses that stand beside what they configure; `__post_init__` checks values.
 """
@@ -46,6 +47,7 @@ def load_config(arguments: Sequence[str], schema: type[Schema] | Callable[[dict[
     `schema` is a dataclass, or a function that picks one from the merged plain values (`train.py` picks by `stage`).
     Raises ConfigError: unknown argument or file, circular `extends`, unknown key, value of a wrong type or range.
     """
+    OmegaConf.register_resolver("divide", divide, replace=True)
     layers = [layer for argument in arguments for layer in read_argument(argument)]
     if not isinstance(schema, type):
         schema = schema(_plain_values(layers))
@@ -66,6 +68,13 @@ def load_config(arguments: Sequence[str], schema: type[Schema] | Callable[[dict[
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def divide(number: int, divisor: int) -> int:
+    """`${divide:number,divisor}`. Raises ValueError: the quotient is not whole."""
+    if not divisor or number % divisor:
+        raise ValueError(f"{number} cannot be divided by {divisor} without a remainder")
+    return number // divisor
 
 
 def save_config(config: Any, file: Path) -> None:

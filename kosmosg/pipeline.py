@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from kosmosg.config import RUN_CONFIG
 from kosmosg.image_processing import UnderstandingTransform
-from kosmosg.models.aligner import FIRST_POSITION, AlignerEncoder
+from kosmosg.models.aligner import Aligner, load_aligner
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MAX_TOKENS, MLLM
 from kosmosg.models.storage import find_model, load_part
@@ -59,7 +59,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def __init__(
         self,
         mllm: MLLM,
-        aligner: AlignerEncoder,
+        aligner: Aligner,
         tokenizer: Tokenizer,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
@@ -125,7 +125,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     @property
     def encoder(self) -> PromptEncoder:
         """Segments → ids and preprocessed images."""
-        longest = min(MAX_TOKENS, self.aligner.config.max_positions - FIRST_POSITION)
+        longest = min(MAX_TOKENS, self.aligner.max_length or MAX_TOKENS)
         transform = UnderstandingTransform(self.mllm.vision.image_size)
         return PromptEncoder(self.tokenizer, transform, self.mllm.config.image_tokens, longest)
 
@@ -304,7 +304,7 @@ def model_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """What a training run wrote: mllm/, aligner/ and tokenizer/."""
     return {
         "mllm": load_part(MLLM, folder / "mllm", dtype),
-        "aligner": load_part(AlignerEncoder, folder / "aligner", dtype),
+        "aligner": load_aligner(folder / "aligner", dtype),
         "tokenizer": Tokenizer.from_pretrained(folder / "tokenizer"),
     }
 

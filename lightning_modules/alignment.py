@@ -110,6 +110,9 @@ class AlignmentModule(StageModule):
             "rec_loss": rec,
         }
 
+    def batch_loss(self, batch: Any) -> Tensor:
+        return self.losses(batch)["loss"]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses = self.losses(batch)
         self.log_losses("train", losses, len(batch.prompt))

@@ -61,6 +61,10 @@ class StageModule(lightning.LightningModule):
         """Write the stage's result as a model folder."""
         raise NotImplementedError
 
+    def batch_loss(self, batch: Any) -> Tensor:
+        """The training loss of a batch, with draws of its own: for what looks at a step from outside of a run."""
+        raise NotImplementedError
+
     @property
     def forward_pass(self) -> int:
         """Number of this forward pass since the run began, from 0; accumulated passes count singly."""

@@ -5,20 +5,23 @@ Jacobian (eq. 9). With probability 0.1 a sample's whole condition gives way to t
 gradients too: it is computed as one more row of the same batch. Trained: M, decoder, resampler, end of the image
 tower. Frozen: U-Net, VAE, rest of the tower.
 
+With `recipe.trains: aligner` and captions alone this is the end-to-end alignment of section 4.3: eq. 3 in place of
+stage 2's losses, the MLLM frozen (configs/ablations/end_to_end_with_alignernet.yaml).
+
 Shapes: `B` batch, `L` tokens, `I` images of the batch, `Q` queries, `C` condition width, `H` target pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kosmosg.losses import TimestepWeighting, diffusion_loss, timestep_weights
-from kosmosg.models.aligner import AlignerEncoder
+from kosmosg.models.aligner import Aligner
 from kosmosg.models.build import build_aligner, build_mllm
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG, drop_condition
@@ -35,6 +38,10 @@ from lightning_modules.trained_weights import VisionTraining, train_mllm
 
 @dataclass
 class InstructionTuningRecipe:
+    trains: Literal["all", "aligner"] = "all"
+    """aligner: the MLLM is frozen, without dropout, as in stage 2."""
+    new_aligner: bool = False
+    """Start the aligner from random weights; init_from then gives the MLLM alone."""
     condition_drop: float = 0.1
     """Probability that a sample's condition is replaced by the null condition."""
     draws_per_sample: int = 1
@@ -61,7 +68,7 @@ class InstructionTuningModule(StageModule):
     def __init__(
         self,
         mllm: MLLM,
-        aligner: AlignerEncoder,
+        aligner: Aligner,
         image_decoder: ImageDecoder,
         recipe: InstructionTuningRecipe,
         optimizer: OptimizerConfig,
@@ -75,14 +82,17 @@ class InstructionTuningModule(StageModule):
             )
         self.mllm, self.aligner, self.image_decoder = mllm, aligner, image_decoder
         self.recipe = recipe
-        train_mllm(mllm, recipe.vision_training)
+        if recipe.trains == "all":
+            train_mllm(mllm, recipe.vision_training)
+        else:
+            mllm.requires_grad_(False)
         aligner.requires_grad_(True)
 
     @classmethod
     def build(cls, experiment: StageExperiment, tokenizer: Tokenizer) -> "InstructionTuningModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
-            build_aligner(experiment.model, experiment.init_from),
+            build_aligner(experiment.model, None if experiment.recipe.new_aligner else experiment.init_from),
             ImageDecoder.from_pretrained(experiment.model.image_decoder),
             experiment.recipe,
             experiment.optimizer,
@@ -90,7 +100,7 @@ class InstructionTuningModule(StageModule):
         )
 
     def frozen_networks(self) -> Sequence[nn.Module]:
-        return (self.image_decoder,)
+        return (self.image_decoder,) if self.recipe.trains == "all" else (self.image_decoder, self.mllm)
 
     def sharded_networks(self) -> Sequence[nn.Module]:
         return (self.mllm, self.aligner)
@@ -116,10 +126,11 @@ class InstructionTuningModule(StageModule):
         alphas = self.image_decoder.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         return timestep_weights(alphas, self.recipe.timestep_weighting)
 
+    def batch_loss(self, batch: Any) -> Tensor:
+        return self._training_loss(batch, range(len(batch.prompt)))
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        numbers, each = self.train_numbers(len(batch.prompt)), self.recipe.draws_per_sample
-        draws = self._draws("train", range(numbers.start * each, numbers.stop * each), batch.targets)
-        loss = self.sample_losses(batch.prompt, batch.targets, draws, self.recipe.condition_drop).mean()
+        loss = self._training_loss(batch, self.train_numbers(len(batch.prompt)))
         self.log_losses("train", {"loss": loss}, len(batch.prompt))
         return loss
 
@@ -146,6 +157,11 @@ class InstructionTuningModule(StageModule):
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """mllm/, aligner/ and tokenizer/."""
         KosmosG(self.mllm, self.aligner).save_pretrained(folder, tokenizer)
+
+    def _training_loss(self, batch: Any, numbers: range) -> Tensor:
+        each = self.recipe.draws_per_sample
+        draws = self._draws("train", range(numbers.start * each, numbers.stop * each), batch.targets)
+        return self.sample_losses(batch.prompt, batch.targets, draws, self.recipe.condition_drop).mean()
 
     def _draws(self, purpose: str, numbers: range, targets: Tensor) -> DiffusionDraws:
         vae = self.image_decoder.vae.config

@@ -55,6 +55,9 @@ class LanguageModellingModule(StageModule):
             language_modelling_loss(hidden[:rows, :length], self.mllm.output_matrix, labels) + 0 * hidden[rows:].sum()
         )
 
+    def batch_loss(self, batch: Any) -> Tensor:
+        return self.loss(batch.prompt, batch.labels)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch.prompt, batch.labels) * self._token_share(batch.labels)
         self.log_losses("train", {"loss": loss}, len(batch.prompt))

@@ -5,6 +5,7 @@ versions.json  packages, Python, git revision of every start
 metrics.csv    everything logged
 checkpoints/   step-*.ckpt
 grids/         pictures of fixed prompts
+compute.json   FLOPs of an update and the number of updates, where `trainer.max_flops` sets the length
 model/         the finished model, written beside and renamed
 finished.json  the last thing written: the run is complete
 """
@@ -23,14 +24,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
-from kosmosg.config import RUN_CONFIG, save_config
+from kosmosg.config import RUN_CONFIG, ConfigError, load_config, save_config
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "webdataset", "omegaconf", "wandb", "sentencepiece")
 CHECKPOINT_PATTERN = "step-*.ckpt"
 # What may differ between two starts of one run: nothing that the weights depend on.
-FREE_KEYS = ("wandb", "grids", "trainer.val_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+FREE_KEYS = (
+    "run",
+    "runs",
+    "wandb",
+    "grids",
+    "trainer.val_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+)
 FREE_KEYS += ("trainer.log_every", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator")
 FREE_KEYS += ("data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.accept_changed_data")
 FREE_KEYS += ("data.max_bad_share", "data.min_bad_count")
@@ -94,7 +101,7 @@ class RunFolder:
     def _record(self, config: Any) -> None:
         recorded = self.path / RUN_CONFIG
         if recorded.is_file() and (self.latest_checkpoint() or self.finished()):
-            different = _differences(yaml.safe_load(recorded.read_text()), _plain(config))
+            different = _differences(self._recorded(config), _plain(config))
             if different:
                 raise RunFolderError(
                     f"run folder '{self.path}' holds a run with another configuration: {'; '.join(different)}. Give "
@@ -102,6 +109,28 @@ class RunFolder:
                 )
         save_config(config, recorded)
         self._record_versions()
+
+    def _recorded(self, config: Any) -> dict[str, Any]:
+        """What config.yaml says, completed by the defaults of keys that came with a later version."""
+        try:
+            return _plain(load_config([str(self.path)], type(config)))
+        except ConfigError as error:
+            raise RunFolderError(f"run folder '{self.path}' holds a run of another version: {error}") from error
+
+    def updates(self, max_flops: float, count: Callable[[], int]) -> int:
+        """How many updates cost `max_flops`; `count` gives the FLOPs of one, and is not asked again by a resumed run.
+
+        Raises:
+            ValueError: not one.
+        """
+        file = self.path / "compute.json"
+        if not (file.is_file() and self.latest_checkpoint()):
+            flops = count()
+            if max_flops < flops:
+                raise ValueError(f"trainer.max_flops is {max_flops:.3g}, but one update costs {flops:.3g} FLOPs")
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(file, {"flops_of_update": flops, "max_flops": max_flops, "updates": int(max_flops // flops)})
+        return json.loads(file.read_text())["updates"]
 
     def write_model(self, save: Callable[[Path], None]) -> None:
         """Fill model/ through `save(folder)`: beside it first, then renamed, so that it is never half there."""
@@ -149,7 +178,7 @@ def _differences(recorded: Any, given: Any, key: str = "") -> list[str]:
         names = dict.fromkeys([*recorded, *given])
         below = (_differences(recorded.get(n), given.get(n), f"{key}.{n}".lstrip(".")) for n in names)
         return [difference for differences in below for difference in differences]
-    return [] if recorded == given or key == "run" else [f"{key} is {recorded!r} there and {given!r} here"]
+    return [] if recorded == given else [f"{key} is {recorded!r} there and {given!r} here"]
 
 
 def _git_revision() -> str | None:

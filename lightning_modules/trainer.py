@@ -15,6 +15,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 class TrainerConfig:
     max_steps: int = 1000
     """Updates of the weights; the learning rate reaches 0 there."""
+    max_flops: float | None = None
+    """Training compute in place of max_steps, so that unlike models train equally dear: as many updates as cost so many
+    FLOPs over all processes, see lightning_modules/compute.py."""
     val_every: int = 100
     """Updates between validations, each over data.validation_samples rows of the held-out shards, if there are any."""
     checkpoint_every: int = 100
@@ -40,6 +43,8 @@ class TrainerConfig:
         for name in ("max_steps", "val_every", "checkpoint_every", "keep_checkpoints", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.max_flops is not None and self.max_flops <= 0:
+            raise ValueError(f"trainer.max_flops is {self.max_flops}; allowed: above 0, or null")
         for name, least in (("devices", 0), ("num_nodes", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}; allowed: {least} or more")

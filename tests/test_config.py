@@ -135,6 +135,15 @@ def test_run_folder_and_its_file_are_arguments(configs: Path, tmp_path: Path) ->
         load_config([str(tmp_path)], Schema)
 
 
+def test_whole_shares_of_other_values() -> None:
+    half = "vision={layers: 6, half: '${divide:${vision.layers},2}'}"
+    assert load_config(["name=x", half], Schema).vision == {"layers": 6, "half": 3}
+    with pytest.raises(ConfigError, match=r"7 cannot be divided by 2 without a remainder"):
+        load_config(["name=x", half, "vision.layers=7"], Schema)
+    with pytest.raises(ConfigError, match=r"divided by 0"):
+        load_config(["name=x", "vision={half: '${divide:4,0}'}"], Schema)
+
+
 def test_schema_chosen_by_a_value() -> None:
     @dataclass
     class Other:

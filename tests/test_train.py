@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import train
 from callbacks.checkpoint import StepCheckpoint
@@ -140,6 +141,23 @@ def test_other_configuration_in_a_started_folder_is_refused(
     assert run(configs["alignment"], "trainer.max_steps=1", "trainer.log_every=7") == 0
 
 
+def test_run_of_an_earlier_version_goes_on(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A key that came later has its default there; one that has gone is told."""
+    assert run(configs["alignment"], "trainer.max_steps=1") == 0
+    file = tmp_path / "alignment" / "config.yaml"
+    recorded = yaml.safe_load(file.read_text())
+    del recorded["runs"], recorded["trainer"]["max_flops"], recorded["model"]["aligner"]["kind"]
+    file.write_text(yaml.safe_dump(recorded))
+    assert run(configs["alignment"], "trainer.max_steps=1") == 0
+    assert run(configs["alignment"], "trainer.max_steps=1", "trainer.max_flops=1e12") == 2
+    assert "trainer.max_flops is None there and 1000000000000.0 here" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump({**recorded, "colour": "red"}))
+    assert run(configs["alignment"], "trainer.max_steps=1") == 2
+    assert "holds a run of another version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,6 +170,7 @@ def test_other_configuration_in_a_started_folder_is_refused(
         (["trainer.strategy=dp"], "expected one of ['auto', 'ddp', 'fsdp2']"),
         (["init_from=nowhere"], "'nowhere' holds no model"),
         (["model.aligner.num_queries=5"], "model.aligner.num_queries is 5, but the text model"),
+        (["data.validation_sources=[caption]"], "data.validation_sources names ['caption']; allowed: captions"),
     ],
 )
 def test_mistakes_are_told(

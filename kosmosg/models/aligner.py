@@ -1,17 +1,21 @@
 """AlignerNet: M maps the MLLM's states into Stable Diffusion's text space, N maps back (paper section 2.2).
 
 Notable: learned queries enter the decoders, so lengths match whatever they are; M masks padded keys, N masks
-nothing; no dropout. N exists in stage 2 only (golden README, "AlignerNet M", "AlignerNet N").
+nothing; no dropout. N exists in stage 2 only (golden README, "AlignerNet M", "AlignerNet N"). Without encoder layers
+(Table 2, "12-Layers Decoder") what stands in their place is the last norm of the encoder alone. `LinearAligner` is what
+remains without AlignerNet.
 
 Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries of M, `C` condition width.
 """
+
+from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from kosmosg.models.storage import StrictWeights
+from kosmosg.models.storage import StrictWeights, load_part, saved_class
 from kosmosg.models.transformer import (
     LAYER_NORM_EPS,
     decoder_gain,
@@ -30,6 +34,7 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
     Args:
         input_width: `D`.
         width: `C`, also the width of all layers.
+        encoder_layers: 0 leaves a decoder alone.
         num_queries: `Q`, the length of Stable Diffusion's text condition.
         max_positions: rows of the position table; the longest prompt has two fewer tokens.
     """
@@ -56,8 +61,14 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         self.queries = nn.Parameter(torch.randn(num_queries, width))
         self.decoder = transformer_layers(decoder_layers, width, heads, ffn_width, cross_attention=True)
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        magneto_scale(self.encoder, encoder_gain(encoder_layers, decoder_layers))
+        if encoder_layers:
+            magneto_scale(self.encoder, encoder_gain(encoder_layers, decoder_layers))
         magneto_scale(self.decoder, decoder_gain(decoder_layers))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.config.max_positions - FIRST_POSITION
 
     def encode(self, hidden: Tensor, padding: Tensor) -> Tensor:
         """Encoder half: hidden B×L×D → B×L×C; what stands at padding is meaningless."""
@@ -81,6 +92,48 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         for layer in self.decoder:
             x = layer(x, memory, memory_mask=memory_mask)
         return self.decoder_norm(x)
+
+
+class LinearAligner(StrictWeights, ModelMixin, ConfigMixin):
+    """No AlignerNet: one linear map from states B×L×D to the condition B×Q×C, position by position.
+
+    Notable: the condition has Q positions, as every condition that Stable Diffusion was trained with. A longer prompt is
+    cut, and a learned vector fills up a shorter one: CLIP's padding, too, is a state like the others, which the U-Net
+    reads unmasked.
+
+    Args:
+        input_width: `D`.
+        width: `C`.
+        num_queries: `Q`.
+    """
+
+    config_name = "config.json"
+    max_length = None
+
+    @register_to_config
+    def __init__(self, input_width: int, width: int, num_queries: int):
+        super().__init__()
+        self.projection = nn.Linear(input_width, width)
+        self.padding = nn.Parameter(torch.randn(width))
+
+    def forward(self, hidden: Tensor, padding: Tensor) -> Tensor:
+        """Hidden B×L×D, padding bool B×L (True at padding) → condition B×Q×C."""
+        length = min(hidden.shape[1], self.config.num_queries)
+        states = self.projection(hidden[:, :length])
+        states = torch.where(padding[:, :length, None], self.padding.type_as(states), states)
+        rest = self.padding.type_as(states).expand(len(hidden), self.config.num_queries - length, -1)
+        return torch.cat([states, rest], dim=1)
+
+
+Aligner = AlignerEncoder | LinearAligner
+ALIGNERS: dict[str, type[Aligner]] = {"alignernet": AlignerEncoder, "linear": LinearAligner}
+
+
+def load_aligner(folder: Path, torch_dtype: torch.dtype = torch.float32) -> Aligner:
+    """The aligner in `folder`, of whichever kind its configuration names; errors as `load_part`."""
+    saved = saved_class(folder)
+    kinds = {kind.__name__: kind for kind in ALIGNERS.values()}
+    return load_part(kinds.get(saved, AlignerEncoder), folder, torch_dtype)
 
 
 class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
@@ -114,7 +167,8 @@ class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
         self.encoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.output_projection = nn.Linear(width, output_width)
         magneto_scale(self.decoder, decoder_gain(decoder_layers))
-        magneto_scale(self.encoder, self_attention_gain(encoder_layers))
+        if encoder_layers:
+            magneto_scale(self.encoder, self_attention_gain(encoder_layers))
 
     def decode(self, condition: Tensor, length: int) -> Tensor:
         """Decoder half: the first `length` learned queries read the condition, B×L×C."""

@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import CLIPVisionModel
 
-from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
+from kosmosg.models.aligner import Aligner, AlignerDecoder, AlignerEncoder, LinearAligner
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.model_config import ModelConfig, VisionConfig
-from kosmosg.models.storage import Part, find_model, load_part, require_same_config
+from kosmosg.models.storage import Part, find_model, load_part, require_class, require_same_config
 from kosmosg.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-5
@@ -46,9 +46,12 @@ def build_mllm(config: ModelConfig, tokenizer: Tokenizer, init_from: str | Path 
     return model
 
 
-def build_aligner(config: ModelConfig, init_from: str | Path | None = None) -> AlignerEncoder:
-    """M of `config`; see `build_mllm` for `init_from` and the errors."""
+def build_aligner(config: ModelConfig, init_from: str | Path | None = None) -> Aligner:
+    """M of `config`, or what stands in its place; see `build_mllm` for `init_from` and the errors."""
     aligner = config.aligner
+    if aligner.kind == "linear":
+        sizes = {"input_width": config.mllm.width, "width": aligner.width, "num_queries": aligner.num_queries}
+        return built(LinearAligner, sizes, init_from, "aligner")
     arguments = {
         "input_width": config.mllm.width,
         "width": aligner.width,
@@ -82,6 +85,7 @@ def built(kind: type[Part], arguments: dict[str, Any], init_from: str | Path | N
     if init_from is None:
         return kind(**arguments)
     folder = find_model(init_from) / name
+    require_class(kind, folder)
     require_same_config(folder, arguments)
     # The configuration's dropout holds, which need not be what the earlier stage used.
     saved = load_part(kind, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
+from kosmosg.models.aligner import Aligner, AlignerDecoder, load_aligner
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.storage import find_model, load_part, save_model
 from kosmosg.prompt import PromptBatch
@@ -22,7 +22,7 @@ class KosmosG(nn.Module):
         ValueError: the aligner reads another width than the MLLM's.
     """
 
-    def __init__(self, mllm: MLLM, aligner: AlignerEncoder):
+    def __init__(self, mllm: MLLM, aligner: Aligner):
         super().__init__()
         if aligner.config.input_width != mllm.config.width:
             raise ValueError(
@@ -63,7 +63,7 @@ class KosmosG(nn.Module):
         folder = find_model(folder)
         return cls(
             load_part(MLLM, folder / "mllm", torch_dtype),
-            load_part(AlignerEncoder, folder / "aligner", torch_dtype),
+            load_aligner(folder / "aligner", torch_dtype),
         )
 
 

@@ -1,18 +1,19 @@
 """The schema of `configs/model/*.yaml`: all sizes of the model, and where its pretrained parts lie."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from omegaconf import MISSING
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
-def require_positive(config: object, section: str, *names: str) -> None:
-    """Refuse sizes below one, by key."""
+def require_positive(config: object, section: str, *names: str, least: int = 1) -> None:
+    """Refuse sizes below `least`, by key."""
     for name in names:
         value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"{section}.{name}={value} is not allowed; it must be at least 1.")
+        if value < least:
+            raise ValueError(f"{section}.{name}={value} is not allowed; it must be at least {least}.")
 
 
 def require_heads(section: str, width: int, heads: int) -> None:
@@ -78,6 +79,8 @@ class MLLMConfig:
 
 @dataclass
 class AlignerConfig:
+    kind: Literal["alignernet", "linear"] = "alignernet"
+    """linear: one linear map at every position in place of AlignerNet, which ignores all sizes but width and num_queries."""
     width: int = 768
     """Width of the condition, C: what the U-Net's cross-attention reads."""
     heads: int = 12
@@ -85,7 +88,7 @@ class AlignerConfig:
     ffn_width: int = 3072
     """Width of the feed-forward."""
     encoder_layers: int = 12
-    """Encoder layers of M."""
+    """Encoder layers of M; 0 leaves its decoder alone."""
     decoder_layers: int = 12
     """Decoder layers of M."""
     num_queries: int = 77
@@ -95,10 +98,8 @@ class AlignerConfig:
 
     def __post_init__(self) -> None:
         section = "model.aligner"
-        require_positive(
-            self, section, "width", "heads", "ffn_width", "encoder_layers", "decoder_layers", "num_queries"
-        )
-        require_positive(self, section, "max_positions")
+        require_positive(self, section, "width", "heads", "ffn_width", "decoder_layers", "num_queries", "max_positions")
+        require_positive(self, section, "encoder_layers", least=0)
         require_heads(section, self.width, self.heads)
 
 
@@ -109,22 +110,16 @@ class AlignerDecoderConfig:
     ffn_width: int = 3072
     """Width of the feed-forward."""
     encoder_layers: int = 12
-    """Encoder layers of N, which come after its decoder."""
+    """Encoder layers of N, which come after its decoder; 0 leaves its decoder alone."""
     decoder_layers: int = 12
     """Decoder layers of N."""
     max_positions: int = 32768
     """Rows of the query table and of the position table."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            self,
-            "model.aligner_decoder",
-            "heads",
-            "ffn_width",
-            "encoder_layers",
-            "decoder_layers",
-            "max_positions",
-        )
+        section = "model.aligner_decoder"
+        require_positive(self, section, "heads", "ffn_width", "decoder_layers", "max_positions")
+        require_positive(self, section, "encoder_layers", least=0)
 
 
 @dataclass

@@ -70,6 +70,12 @@ class StrictWeights:
         return (model, report) if tell else model
 
 
+def saved_class(folder: Path) -> str | None:
+    """Name of the class that wrote the part in `folder`; None where nothing says it."""
+    file = folder / CONFIG_FILE
+    return json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
+
+
 def load_part(kind: type[Part], folder: Path, torch_dtype: torch.dtype = torch.float32) -> Part:
     """`kind.from_pretrained(folder)`.
 
@@ -82,7 +88,18 @@ def load_part(kind: type[Part], folder: Path, torch_dtype: torch.dtype = torch.f
             f"'{folder}' holds no {kind.__name__}: {CONFIG_FILE} is missing. An aligner_decoder exists after stage 2 "
             "only, an aligner after stages 2 and 3."
         )
+    require_class(kind, folder)
     return kind.from_pretrained(str(folder), dtype=torch_dtype)
+
+
+def require_class(kind: type[ModelMixin], folder: Path) -> None:
+    """Refuse a part of another kind.
+
+    Raises:
+        ValueError: names both.
+    """
+    if (saved := saved_class(folder)) not in (None, kind.__name__):
+        raise ValueError(f"'{folder}' holds a {saved}, not a {kind.__name__}: it is of another model.")
 
 
 def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] = ("dropout",)) -> None:

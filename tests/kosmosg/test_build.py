@@ -62,6 +62,15 @@ def test_another_model_is_refused_by_the_sizes_that_differ(config, tokenizer, ti
         build_mllm(config, tokenizer, init_from=tmp_path)
 
 
+def test_another_kind_of_aligner_is_refused(config, tiny_model):
+    linear = dataclasses.replace(config, aligner=dataclasses.replace(config.aligner, kind="linear"))
+    assert {name for name, _ in build_aligner(linear).named_parameters()} == {
+        "padding", "projection.bias", "projection.weight"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="holds a AlignerEncoder, not a LinearAligner"):
+        build_aligner(linear, init_from=tiny_model)
+
+
 def test_a_stage_one_folder_has_no_aligner(config, tokenizer, tmp_path):
     save_model(tmp_path / "model", tokenizer, mllm=build_mllm(config, tokenizer))
     assert build_mllm(config, tokenizer, init_from=tmp_path).config.width == tiny.WIDTH

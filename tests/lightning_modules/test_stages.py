@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kosmosg.losses import IGNORED_LABEL
-from kosmosg.models.aligner import AlignerDecoder
+from kosmosg.models.aligner import AlignerDecoder, LinearAligner
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.text_target import TextTarget
@@ -144,6 +144,23 @@ def test_update_leaves_frozen_weights_bit_identical(
             assert zero_gradient or not torch.equal(value, before[name]), f"{name} did not move"
         else:
             assert torch.equal(value, before[name]), f"{name} is frozen but moved"
+
+
+@pytest.mark.parametrize("kind", ["alignernet", "linear"])
+def test_aligner_alone_trains_through_the_unet(
+    model: KosmosG, tiny_stable_diffusion: Path, prompt: PromptBatch, kind: str
+) -> None:
+    sizes = {"input_width": tiny.WIDTH, "width": tiny.CONDITION_WIDTH, "num_queries": tiny.QUERIES}
+    aligner = model.aligner if kind == "alignernet" else LinearAligner(**sizes)
+    decoder, recipe = ImageDecoder.from_pretrained(tiny_stable_diffusion), InstructionTuningRecipe(trains="aligner")
+    module = InstructionTuningModule(model.mllm, aligner, decoder, recipe, OptimizerConfig(), seed=0).train()
+    assert aligner.training and not any(part.training for part in model.mllm.modules())
+    instruction_loss(module, prompt).backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == name.startswith("aligner."), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        zero = name.endswith("k_proj.bias") or not parameter.requires_grad
+        assert zero or parameter.grad.abs().max() > 0, f"{name} has a zero gradient"
 
 
 def test_frozen_networks_stay_in_eval_mode(

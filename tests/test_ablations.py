@@ -1,0 +1,190 @@
+"""Ablations: every shipped file fits the full size and Toyland; what they need of the model trains, resumes and draws."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from kosmosg.config import load_config
+from kosmosg.models.build import build_aligner, build_aligner_decoder
+from kosmosg.pipeline import KosmosGPipeline
+from lightning_modules.compute import flops_of_batch, flops_of_update
+from lightning_modules.trainer import TrainerConfig
+from tests import tiny
+from tests.test_train import checkpoint, configs, losses, press_ctrl_c, run, shards, weights  # noqa: F401, fixtures
+
+REPOSITORY = Path(train.__file__).parent
+FOLDER = REPOSITORY / "configs" / "ablations"
+ABLATIONS = sorted(file for file in FOLDER.glob("*.yaml") if file.stem != "run")
+FORMS = ("", "toyland/")
+LAYERS = {"": 24, "toyland/": 4}
+
+
+def shipped(name: str, form: str, *arguments: str) -> train.Experiment:
+    file = FOLDER / f"{name}.yaml"
+    commands = re.findall(r"^#   python train.py configs/(\S+) configs/ablations/(\S+) seed=0$", file.read_text(), re.M)
+    assert [ablation for _, ablation in commands] == [file.name] * 2
+    assert commands[1][0] == f"toyland/{commands[0][0]}", "both forms are named, the full size first"
+    stage = REPOSITORY / "configs" / commands[0][0].replace("", form, 1)
+    return load_config([str(stage), str(file), *arguments], train.stage_schema)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["full", "toyland"])
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)
+def test_shipped_ablations_fit_both_sizes(file: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOYLAND_RUNS", raising=False)
+    experiment = shipped(file.stem, form, "seed=2")
+    runs = "runs/toyland" if form else "runs"
+    assert experiment.ablation == file.stem
+    assert experiment.run == f"{runs}/ablations/{file.stem}/{experiment.stage}-seed-2"
+    assert experiment.seed == experiment.data.seed == 2
+    with torch.device("meta"):
+        build_aligner(experiment.model)
+        build_aligner_decoder(experiment.model)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["full", "toyland"])
+def test_table_2_in_parts_of_the_mllms_layers(form: str) -> None:
+    def layers(name: str) -> list[int]:
+        model = shipped(name, form).model
+        return [getattr(part, half) for part in (model.aligner, model.aligner_decoder)
+                for half in ("encoder_layers", "decoder_layers")]  # fmt: skip
+
+    half, quarter = LAYERS[form] // 2, LAYERS[form] // 4
+    assert layers("alignernet_24_layers") == [half] * 4
+    assert layers("alignernet_12_layers") == [quarter] * 4
+    assert layers("decoder_12_layers") == [0, half] * 2
+    linear = shipped("end_to_end_without_alignernet", form)
+    assert (linear.model.aligner.kind, linear.recipe.trains, linear.data.validation_sources) == (
+        "linear", "aligner", ["captions"]
+    )  # fmt: skip
+    assert linear.data.constructed.weight == linear.data.edit.weight == 0 < linear.data.captions.weight
+    assert linear.init_from == shipped("alignernet_24_layers", form).init_from
+
+
+def test_what_is_not_ablated_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the further ablations changes its key, and nothing else but where it runs."""
+    changed = {
+        "without_l_rec": {"recipe.rec_weight": 0.0},
+        "without_stage_1": {"init_from": None},
+        "without_entity_dropping": {"data.entities.drop_probability": 0.0},
+        "without_edit_data": {"data.edit.weight": 0},
+        "weighting_sds": {"recipe.timestep_weighting": "sds"},
+        "weighting_velocity": {"recipe.timestep_weighting": "velocity"},
+        "weighting_uniform": {},  # it is what the full size does
+    }
+    for name, expected in changed.items():
+        ablated = shipped(name, "", "ablation=null", "run=x", "wandb.group=null", "wandb.name=null")
+        base = load_config([str(REPOSITORY / "configs" / f"{ablated.stage}.yaml"), "run=x"], train.stage_schema)
+        assert differences(base, ablated) == expected, name
+
+
+def differences(base: object, other: object, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in vars(base).items():
+        theirs = getattr(other, name)
+        if hasattr(value, "__dataclass_fields__"):
+            found |= differences(value, theirs, f"{prefix}{name}.")
+        elif value != theirs:
+            found[f"{prefix}{name}"] = theirs
+    return found
+
+
+MECHANISMS = {
+    "end_to_end_with_alignernet": ("instruction_tuning", "AlignerEncoder"),
+    "end_to_end_without_alignernet": ("instruction_tuning", "LinearAligner"),
+    "decoder_12_layers": ("alignment", "AlignerEncoder"),
+    "without_stage_1": ("alignment", "AlignerEncoder"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_it_trains_goes_on_bit_for_bit_and_draws(
+    name: str,
+    configs: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_stable_diffusion: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage, kind = MECHANISMS[name]
+    captions = yaml.safe_load(configs["alignment"].read_text())["data"]["captions"]["validation"]
+    arguments = [str(FOLDER / f"{name}.yaml"), f"runs={tmp_path}", "trainer.max_steps=2", "trainer.val_every=1"]
+    arguments += [] if name == "without_stage_1" else [f"init_from={tiny_model}"]
+    arguments += [f"data.captions.validation={captions}"] if stage == "instruction_tuning" else []
+    assert run(configs[stage], *arguments) == 0
+    whole = tmp_path / "ablations" / name / f"{stage}-seed-0"
+    press_ctrl_c(monkeypatch, after_step=1)
+    stopped = tmp_path / "stopped"
+    assert run(configs[stage], *arguments, f"run={stopped}") == 128 + signal.SIGINT
+    monkeypatch.undo()
+    assert run(configs[stage], *arguments, f"run={stopped}") == 0
+    assert losses(stopped) == losses(whole) and weights(stopped) == weights(whole)
+
+    trained = {key.split(".")[0] for key in checkpoint(whole)["state_dict"]}
+    assert trained == ({"aligner"} if stage == "instruction_tuning" else {"aligner", "aligner_decoder"})
+    same = file_bytes(whole / "model" / "mllm") == file_bytes(tiny_model / "mllm")
+    assert same == (name != "without_stage_1"), "the MLLM is frozen, and of stage 1 where there was one"
+
+    pipe = KosmosGPipeline.from_pretrained(whole, image_decoder=tiny_stable_diffusion)
+    assert type(pipe.aligner).__name__ == kind
+    drawn = pipe(["a red fish", "a small dog in the garden"], num_inference_steps=2, seeds=[0, 1]).images
+    alone = pipe("a red fish", num_inference_steps=2, seeds=[0], output_type="np").images
+    assert len(drawn) == 2 and drawn[0].size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    together = torch.tensor(list(drawn[0].tobytes())).div(255)
+    assert (together - torch.tensor(alone[0]).flatten()).abs().max() < 0.02, "an image depends on its neighbours"
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert type(KosmosGPipeline.from_pretrained(tmp_path / "pipe").aligner).__name__ == kind
+
+
+def file_bytes(folder: Path) -> bytes:
+    return next(folder.glob("*.safetensors")).read_bytes()
+
+
+def test_equal_compute_sets_the_length(
+    configs: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    folder = tmp_path / "alignment"
+    assert run(configs["alignment"], "trainer.max_flops=1e5") == 2
+    message = capsys.readouterr().err
+    cost = float(re.search(r"one update costs (\S+) FLOPs", message)[1])
+    budget = f"trainer.max_flops={3.5 * cost}"
+    assert run(configs["alignment"], budget) == 0
+    assert len(losses(folder)) == json.loads((folder / "finished.json").read_text())["step"] == 3
+    compute = json.loads((folder / "compute.json").read_text())
+    assert compute["updates"] == 3 and compute["flops_of_update"] == pytest.approx(cost, rel=0.01)
+    assert run(configs["alignment"], budget, "trainer.devices=0") == 0, "a finished run says so"
+    assert run(configs["alignment"], budget, "trainer.devices=0", f"run={tmp_path / 'other'}") == 2
+    assert "needs trainer.devices above 0" in capsys.readouterr().err
+    assert run(configs["alignment"], budget, "data.captions.validation=''", f"run={tmp_path / 'other'}") == 2
+    assert "needs held-out data" in capsys.readouterr().err
+
+
+class Doubling(torch.nn.Module):
+    """A stage of one matrix product of 2·3·4·5 FLOPs, whose backward pass costs one for each side that has a gradient."""
+
+    def __init__(self, both: bool):
+        super().__init__()
+        self.linear, self.both = torch.nn.Linear(4, 5, bias=False), both
+
+    def batch_loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.linear(batch.requires_grad_(self.both)).sum()
+
+
+@pytest.mark.parametrize(("both", "products"), [(False, 2), (True, 3)])
+def test_flops_are_those_of_both_passes(both: bool, products: int) -> None:
+    module = Doubling(both)
+    state = torch.get_rng_state()
+    assert flops_of_batch(module, torch.ones(3, 4)) == products * 2 * 3 * 4 * 5
+    assert module.linear.weight.grad is None and torch.equal(torch.get_rng_state(), state)
+    batches = [torch.ones(3, 4), torch.ones(6, 4)]
+    trainer = TrainerConfig(accumulate=2, devices=3, num_nodes=2)
+    assert flops_of_update(module, batches, trainer) == products * 2 * 4.5 * 4 * 5 * 12
