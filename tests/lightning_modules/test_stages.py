@@ -31,6 +31,7 @@ class Batch:
     labels: Tensor | None = None
     clip_ids: Tensor | None = None
     targets: Tensor | None = None
+    moments: Tensor | None = None
 
 
 @pytest.fixture
