@@ -80,6 +80,10 @@ class Sampling:
     """Images made at once."""
     steps: int = 50
     """Denoising steps."""
+    channels_last: bool = True
+    """acceleration.channels_last of the default way, here and in the evaluation."""
+    compile: bool = False
+    """acceleration.compile of the default way, here and in the evaluation."""
 
 
 @dataclass
@@ -92,6 +96,8 @@ class Evaluation:
     """Images of each prompt."""
     released_prompts: int = 5
     """Prompts that the released loop makes at once."""
+    batch_size: int = 50
+    """Images that the default way makes at once."""
     steps: int = 10
     """Denoising steps."""
 

@@ -129,11 +129,11 @@ class Evaluation:
         return notes
 
     def _systems(self) -> list[System]:
-        models, device = self.config.models, self.config.torch_device()
-        systems = [stable_diffusion_system(models.image_decoder, device)]
+        models, device, how = self.config.models, self.config.torch_device(), self.config.acceleration
+        systems = [stable_diffusion_system(models.image_decoder, device, how)]
         for name, folder in ((BEFORE_STAGE_3, models.before_stage_3), (AFTER_STAGE_3, models.after_stage_3)):
             if folder is not None:
-                systems.append(kosmosg_system(name, folder, models.image_decoder, device))
+                systems.append(kosmosg_system(name, folder, models.image_decoder, device, how))
         return systems
 
 

@@ -17,6 +17,7 @@ from evaluation.provenance import hash_json
 from evaluation.requests import EvaluationError
 from evaluation.resizing import truncated
 from evaluation.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffusion_folder
+from kosmosg.acceleration import Acceleration, accelerate
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
@@ -33,7 +34,7 @@ MODEL_PARTS = ("mllm", "aligner", "tokenizer")
 STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
 
 
-def stable_diffusion_system(weights: str, device: torch.device) -> System:
+def stable_diffusion_system(weights: str, device: torch.device, acceleration: Acceleration | None = None) -> System:
     """Stable Diffusion as it is, on the prompt with the class word.
 
     Args:
@@ -50,6 +51,7 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
             requires_safety_checker=False,
         ).to(device)
         pipeline.set_progress_bar_config(disable=True)
+        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
         sampler = DiffusionSampler(pipeline.unet, pipeline.vae, pipeline.scheduler)
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
@@ -71,7 +73,9 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
     return System(STABLE_DIFFUSION, load, hash_parts(folder, TEXT_PARTS + IMAGE_PARTS), reads_images=False)
 
 
-def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.device) -> System:
+def kosmosg_system(
+    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
     """KOSMOS-G, fed the interleaved prompt.
 
     Args:
@@ -89,6 +93,7 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
 
     def load() -> Generate:
         pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
+        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
             images = pipeline.sampler(
