@@ -30,6 +30,16 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*parts, footnote(result), ""])
 
 
+def with_section(page: str, name: str, text: str) -> str:
+    """The page with its section `name` written anew, between its two marks; at the end if it has none."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    section = f"{begin}\n{text}\n{end}"
+    if begin not in page:
+        return f"{page.rstrip()}\n\n{section}\n"
+    before, _, rest = page.partition(begin)
+    return before + section + rest.partition(end)[2]
+
+
 def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 

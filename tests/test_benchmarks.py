@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.report import with_section
 
 MEASURED = ("stage1", "stage2", "stage3", "sampling", "evaluation")
 
@@ -28,3 +29,11 @@ def test_mistakes_are_answered(capsys: pytest.CaptureFixture) -> None:
     assert "stage1|stage2" in capsys.readouterr().err
     assert main(["stage2", "size=huge"]) == 2
     assert "size=huge is unknown; allowed: cpu, gpu, tiny" in capsys.readouterr().err
+
+
+def test_a_page_keeps_its_words_around_a_section_that_is_written_anew() -> None:
+    page = with_section("# Page\n\nWords.\n", "stage2 cpu", "| 1 |")
+    page = with_section(page + "\nMore words.\n", "stage3 cpu", "| 2 |")
+    again = with_section(page, "stage2 cpu", "| 3 |")
+    assert "| 1 |" not in again and "Words." in again and "More words." in again
+    assert again.index("| 3 |") < again.index("More words.") < again.index("| 2 |")
