@@ -35,7 +35,7 @@ class Comparison:
     levers: Mapping[str, Step] = field(default_factory=dict)
     axes: Mapping[str, Mapping[int, Callable[[], Step]]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    against: str = THEIRS
+    against: str = f"the {THEIRS}"
     training: bool = True
 
     def measure(self) -> dict[str, Any]:

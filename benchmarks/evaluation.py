@@ -44,14 +44,17 @@ class World:
             tokenizer = write_tokenizer(Path(folder), max(config.vocabulary, 32))
         config.vocabulary = len(tokenizer)
         self.pipeline = KosmosGPipeline(
-            parts.mllm().eval(), parts.aligner().eval(), tokenizer, parts.unet().eval(), parts.vae().eval(), scheduler()
+            *(part.eval().requires_grad_(False) for part in (parts.mllm(), parts.aligner())),
+            tokenizer,
+            *(part.eval().requires_grad_(False) for part in (parts.unet(), parts.vae())),
+            scheduler(),
         )
         source = np.random.default_rng(config.seed)
         side = config.model.mllm.vision.image_size
         pixels = source.integers(0, 256, (stage.subjects, side, side, 3), dtype=np.uint8)
         self.subjects = [Image.fromarray(picture) for picture in pixels]
         vision = CLIPVisionConfig(**vision_config(config.model.mllm.vision))
-        self.judge = CLIPVisionModel(vision).eval().to(config.torch_device())
+        self.judge = CLIPVisionModel(vision).eval().requires_grad_(False).to(config.torch_device())
         self.prompts = [
             (f"<i> and some words, {template}", subject)
             for subject in range(stage.subjects)
@@ -140,7 +143,7 @@ def comparison(config: BenchmarkConfig) -> Comparison:
         config=config,
         ours=lambda: quick.ours(together),
         theirs=world.released,
-        against="released loop",
+        against="the released loop",
         items=len(world.prompts),
         unit="scored images",
         training=False,

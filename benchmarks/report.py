@@ -46,9 +46,7 @@ def line(cells: list[str]) -> str:
 
 def headline(result: dict[str, Any]) -> str:
     """One sentence with the ratio."""
-    return (
-        f"{times(result['ratio'])} as fast as the {result['against']} ({result['benchmark']}, size {result['size']})."
-    )
+    return f"{times(result['ratio'])} as fast as {result['against']} ({result['benchmark']}, size {result['size']})."
 
 
 def tables(result: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
@@ -58,7 +56,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
         rows = [
             [lever["lever"], times(lever["ratio"]), f"{lever['memory_by_theirs']:.2f}"] for lever in result["levers"]
         ]
-        found.append((f"Each lever alone, against the {result['against']}", ["lever", "times as fast", "memory"], rows))
+        found.append((f"Each lever alone, against {result['against']}", ["lever", "times as fast", "memory"], rows))
     if result["scaling"]:
         rows = [
             [row["axis"], str(row["size"]), f"{row['seconds']:.3f}", f"{row['growth']:.2f}", f"{row['linear']:.2f}"]
@@ -79,7 +77,7 @@ def summary(result: dict[str, Any]) -> Rows:
             f"{memory['ours_bytes'] / MEGABYTE:,.1f} MB",
         ],
         [
-            result["against"],
+            result["against"].removeprefix("the "),
             f"{seconds['theirs']:.3f}",
             f"{100 * top['share_of_theirs_for_the_same']:.0f} % for the same result",
             f"{memory['theirs_bytes'] / MEGABYTE:,.1f} MB",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from benchmarks.comparison import Comparison
 from benchmarks.config import BenchmarkConfig, read_config
@@ -21,10 +22,15 @@ def measure(arguments: Sequence[str]) -> dict[str, Any]:
     return comparison(read_config(arguments)).measure()
 
 
+def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In place, whatever diffusers would rather keep in float32."""
+    return nn.Module.to(network, dtype)
+
+
 def comparison(config: BenchmarkConfig) -> Comparison:
     """Default, diffusers, levers, scaling over images at once and steps."""
     parts, stage = Parts(config), config.sampling
-    unet, vae = parts.unet().eval().to(config.dtype), parts.vae().eval().to(config.dtype)
+    unet, vae = (cast(network.eval(), config.dtype) for network in (parts.unet(), parts.vae()))
     aligner, device = config.model.aligner, config.torch_device()
     noise = torch.Generator().manual_seed(config.seed)
     condition = torch.randn(stage.prompts, aligner.num_queries, aligner.width, generator=noise)
@@ -33,7 +39,7 @@ def comparison(config: BenchmarkConfig) -> Comparison:
     sides = {"height": config.model.image_size, "width": config.model.image_size}
 
     def sampler(acceleration: Acceleration, dtype: torch.dtype = config.dtype) -> DiffusionSampler:
-        copies = copy.deepcopy(unet).to(dtype), copy.deepcopy(vae).to(dtype)
+        copies = cast(copy.deepcopy(unet), dtype), cast(copy.deepcopy(vae), dtype)
         return DiffusionSampler(accelerate(*copies, acceleration), copies[1], scheduler())
 
     def sampled(with_sampler: DiffusionSampler, prompts: int = stage.prompts, steps: int = stage.steps, **options: Any):
