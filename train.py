@@ -37,6 +37,7 @@ from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.errors import DataError
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
+from datamodules.moments.files import moments_identity
 from kosmosg.config import ConfigError, load_config
 from kosmosg.config_help import describe_schema
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
@@ -139,7 +140,9 @@ class InstructionTuning(Experiment):
     """Pictures of held-out prompts."""
 
     def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
-        return InstructionData(self.data, self.encoder(tokenizer), TargetTransform(self.model.image_size))
+        transform = TargetTransform(self.model.image_size)
+        identity = moments_identity(module.image_decoder.vae, transform) if self.data.kept_moments else None
+        return InstructionData(self.data, self.encoder(tokenizer), transform, identity)
 
     def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
         if self.grids.every == 0:

@@ -120,6 +120,12 @@ class ImageGrid(Callback):
 
     def _reference(self, batch: Any, chosen: Sequence[int], module: lightning.LightningModule) -> list[Image.Image]:
         if self.text_target is None:
+            if batch.targets is None:  # the batch has moments in place of pixels
+                moments = batch.moments[list(chosen)].to(module.device)
+                return [
+                    to_image(image, mean=(0.5,) * 3, std=(0.5,) * 3)
+                    for image in module.image_decoder.mean_images(moments)
+                ]
             return [to_image(batch.targets[row], mean=(0.5,) * 3, std=(0.5,) * 3) for row in chosen]
         empty = self.text_target.tokenize([""])
         ids = torch.cat([batch.clip_ids[list(chosen)], empty]).to(module.device)

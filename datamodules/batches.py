@@ -60,8 +60,9 @@ class AlignmentBatch(Movable):
 
 @dataclass
 class InstructionBatch(Movable):
-    """Stage 3. `targets` B×3×H×W float32 in [-1, 1]."""
+    """Stage 3. `targets` B×3×H×W float32 in [-1, 1], or the VAE's `moments` of them, B×8×h×w."""
 
     prompt: PromptBatch
-    targets: Tensor
+    targets: Tensor | None
+    moments: Tensor | None = None
     report: ReadReport = field(default_factory=ReadReport)

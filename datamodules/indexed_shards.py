@@ -79,7 +79,9 @@ class IndexedShards:
         indexes = [_find_index(path, manifest.get(path)) for path in self.paths]
         self._bounds = [index.bounds for index in indexes]
         self._starts = np.cumsum([0] + [len(index) for index in indexes]).tolist()
-        self.identity = _identity(self.paths, indexes, manifest)
+        self.contents = _contents(self.paths, indexes, manifest)
+        self.sizes = [len(index) for index in indexes]
+        self.identity = _identity(self.paths, self.contents)
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -101,9 +103,9 @@ class IndexedShards:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of '{self.pattern}' does not exist; there are {len(self)}.")
-        number = bisect_right(self._starts, i) - 1
+        number, place = self.locate(i)
         shard = self.paths[number].name
-        begin, end = self._bounds[number][i - self._starts[number]].tolist()
+        begin, end = self._bounds[number][place].tolist()
         group = TarGroup(self._open(number), begin, end, whole=suffixes is None)
         key, members = "", {}
         while group.position < group.end:
@@ -127,6 +129,11 @@ class IndexedShards:
                     "truncated_tar", shard, key, f"'{suffix}' breaks off after {len(members[suffix])} bytes"
                 )
         return shard, key, members
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Number of the shard that holds sample `i`, and its place there."""
+        number = bisect_right(self._starts, i) - 1
+        return number, i - self._starts[number]
 
     def _open(self, number: int) -> int:
         if number in self._files:
@@ -182,10 +189,17 @@ def _read_manifests(folders: set[Path]) -> dict[Path, dict]:
     return listed
 
 
-def _identity(paths: list[Path], indexes: list[ShardIndex], manifest: dict[Path, dict]) -> str:
-    """A hash of what is read: names, and checksums where a manifest has them, else where the samples lie."""
+def _contents(paths: list[Path], indexes: list[ShardIndex], manifest: dict[Path, dict]) -> list[str]:
+    """A hash of each shard: its checksum where a manifest has it, else of where its samples lie."""
+    return [
+        manifest[path]["sha256"] if path in manifest else hashlib.sha256(index.to_bytes()).hexdigest()
+        for path, index in zip(paths, indexes, strict=True)
+    ]
+
+
+def _identity(paths: list[Path], contents: list[str]) -> str:
+    """A hash of what is read: names and contents."""
     digest = hashlib.sha256()
-    for path, index in zip(paths, indexes, strict=True):
-        content = manifest[path]["sha256"] if path in manifest else hashlib.sha256(index.to_bytes()).hexdigest()
+    for path, content in zip(paths, contents, strict=True):
         digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()

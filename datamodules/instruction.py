@@ -1,4 +1,7 @@
-"""Stage 3 data: constructed : edit : caption = 2 : 2 : 1 (paper section 3.1), each a prompt and its target image."""
+"""Stage 3 data: constructed : edit : caption = 2 : 2 : 1 (paper section 3.1), each a prompt and its target image.
+
+With kept moments the target is the VAE's moments of it, read from beside the shards; the image is then not decoded.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ from datamodules.entities import Draws, EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.images import SampleImage, StoredImage, load
 from datamodules.mixture import Request, SampleSource
+from datamodules.moments.files import KeptMoments
 from datamodules.report import ReadReport
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Sample
 from kosmosg.image_processing import TargetTransform
@@ -39,6 +43,8 @@ class InstructionDataConfig(DataConfig):
     """Pixels; image-caption pairs with a smaller width or height are left out (golden README, "Caption rows")."""
     max_pieces: int = 128
     """Longer captions of image-caption pairs are left out: SentencePiece pieces."""
+    kept_moments: bool = False
+    """Read the VAE's moments of the targets, which `python -m datamodules.moments` wrote beside the shards."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,9 +71,10 @@ class InstructionRows:
         encoder: PromptEncoder,
         target_transform: TargetTransform,
         config: InstructionDataConfig,
+        moments: KeptMoments | None = None,
     ):
         self.name, self.source, self.encoder = name, source, encoder
-        self.target_transform, self.config = target_transform, config
+        self.target_transform, self.config, self.moments = target_transform, config, moments
 
     def __call__(
         self, requests: Sequence[Request], report: ReadReport
@@ -78,13 +85,14 @@ class InstructionRows:
         for request in requests:
             try:
                 sample = self.source[request.index]
-                rows.append((self.build(sample, request.random), f"{sample.shard}/{sample.key}"))
+                kept = None if self.moments is None else self.moments(*self.source.shards.locate(request.index))
+                rows.append((self.build(sample, request.random, kept), f"{sample.shard}/{sample.key}"))
             except SampleError as error:
                 rows.append(error)
         return rows
 
-    def build(self, sample: Sample, random: Random) -> tuple[EncodedPrompt, Tensor]:
-        """One sample → prompt and target (3,H,W).
+    def build(self, sample: Sample, random: Random, kept: Tensor | None = None) -> tuple[EncodedPrompt, Tensor]:
+        """One sample → prompt and target (3,H,W), or `kept`, the moments of it.
 
         Raises:
             SampleError: an image cannot be decoded.
@@ -98,6 +106,12 @@ class InstructionRows:
         if isinstance(sample, CaptionSample) and len(prompt) - 1 > self.config.max_pieces:
             detail = f"{len(prompt) - 1} pieces, at most {self.config.max_pieces}"
             raise FilteredSample("caption_too_long", sample.shard, sample.key, detail)
+        if kept is not None:
+            return prompt, kept
+        if self.moments is not None:
+            load(target)  # raises what kept its moments from being written
+            detail = "readable, but it was not when its moments were written; write them anew"
+            raise SampleError("missing_moments", sample.shard, sample.key, detail)
         return prompt, self.target_transform(load(target))
 
     def segments(self, sample: Sample, random: Draws) -> tuple[list[str | SampleImage], SampleImage]:
@@ -122,13 +136,26 @@ class InstructionData(MixtureDataModule):
     Args:
         encoder: of the MLLM's prompts.
         target_transform: PIL image → the VAE's input.
+        moments_identity: `datamodules.moments.files.moments_identity` of the stage's VAE and of the transform; needed
+            with `kept_moments` alone.
+
+    Raises:
+        ValueError: kept moments are asked for, but not of which VAE.
     """
 
     config: InstructionDataConfig
 
-    def __init__(self, config: InstructionDataConfig, encoder: PromptEncoder, target_transform: TargetTransform):
+    def __init__(
+        self,
+        config: InstructionDataConfig,
+        encoder: PromptEncoder,
+        target_transform: TargetTransform,
+        moments_identity: str | None = None,
+    ):
         super().__init__(config)
-        self.encoder, self.target_transform = encoder, target_transform
+        if config.kept_moments and moments_identity is None:
+            raise ValueError("kept_moments=true needs moments_identity: the VAE's whose moments may be read.")
+        self.encoder, self.target_transform, self.moments_identity = encoder, target_transform, moments_identity
 
     def sources(self) -> dict[str, Source]:
         """Constructed, edit, captions."""
@@ -138,9 +165,16 @@ class InstructionData(MixtureDataModule):
         """Rows of one source."""
         kinds = {"constructed": ConstructedSample.kind, "edit": EditSample.kind, "captions": CaptionSample.kind}
         source = self.open_source(pattern, kinds[name])
-        return InstructionRows(name, source, self.encoder, self.target_transform, self.config)
+        moments = None
+        if self.config.kept_moments and self.moments_identity is not None:
+            shards = source.shards
+            moments = KeptMoments(shards.paths, shards.contents, shards.sizes, self.moments_identity)
+        return InstructionRows(name, source, self.encoder, self.target_transform, self.config, moments)
 
     def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> InstructionBatch:
         """Rows → batch."""
         prompt = self.encoder.collate([prompt for prompt, _ in rows])
-        return InstructionBatch(prompt, torch.stack([target for _, target in rows]), report)
+        targets = torch.stack([target for _, target in rows])
+        if self.config.kept_moments:
+            return InstructionBatch(prompt, None, targets, report)
+        return InstructionBatch(prompt, targets, None, report)

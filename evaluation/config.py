@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from evaluation.protocol import CocoProtocol, DreamBenchProtocol, Encoder
 from evaluation.tracking import Tracking
 from evaluation.weights import encoder_file, encoder_folder
+from kosmosg.acceleration import Acceleration
 
 
 @dataclass
@@ -123,6 +124,8 @@ class EvaluationConfig:
     """Images looked at once by a metric's network."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one; of several processes on a machine, each its own."""
+    acceleration: Acceleration = field(default_factory=Acceleration)
+    """How the image decoder is run; images are the same but for rounding."""
     local_weights: dict[str, str] = field(default_factory=dict)
     """Folders and files that stand for what a protocol names: Inception's weight file; hub ids, where no network is."""
     reference_features: str | None = None

@@ -184,13 +184,14 @@ class Evaluation:
         return found
 
     def _systems(self) -> list[System]:
-        models, device = self.config.models, self.config.torch_device(self.processes.local_rank)
-        systems = [stable_diffusion_system(models.image_decoder, device)]
+        models, how = self.config.models, self.config.acceleration
+        device = self.config.torch_device(self.processes.local_rank)
+        systems = [stable_diffusion_system(models.image_decoder, device, how)]
         for name, folder in ((BEFORE_STAGE_3, models.before_stage_3), (AFTER_STAGE_3, models.after_stage_3)):
             if folder is not None:
-                systems.append(kosmosg_system(name, folder, models.image_decoder, device))
+                systems.append(kosmosg_system(name, folder, models.image_decoder, device, how))
         for folder in run_folders(models.runs):
-            systems.append(system := run_system(folder, models.image_decoder, device))
+            systems.append(system := run_system(folder, models.image_decoder, device, how))
             if system.name in [other.name for other in systems[:-1]]:
                 raise EvaluationError(
                     f"models.runs: '{folder}' is a second run called '{system.name}'; evaluate it by itself, with "

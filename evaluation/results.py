@@ -36,8 +36,8 @@ class Score:
         metric: dino, clip_i, clip_t, near_copies, fid or kid.
         n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocol.identity`.
-        guidance_scale: of a point of the curve; elsewhere the protocol says it.
         experiment, stage, seed: of a system that is one of several runs, see `evaluation.generation.Variant`.
+        guidance_scale: of a point of the curve; elsewhere the protocol says it.
     """
 
     table: str
@@ -48,10 +48,10 @@ class Score:
     high: float
     n: int
     protocol: str
-    guidance_scale: float | None = None
     experiment: str | None = None
     stage: str | None = None
     seed: int | None = None
+    guidance_scale: float | None = None
 
     def text(self) -> str:
         """`0.694 (0.671–0.716)`"""

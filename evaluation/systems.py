@@ -1,4 +1,4 @@
-"""The systems of the tables that make images: Stable Diffusion from text, KOSMOS-G before and after stage 3, any run."""
+"""What makes the images of the tables: Stable Diffusion from text, KOSMOS-G before and after stage 3, any run."""
 
 import glob
 import json
@@ -20,6 +20,7 @@ from evaluation.provenance import hash_json
 from evaluation.requests import EvaluationError
 from evaluation.resizing import truncated
 from evaluation.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffusion_folder
+from kosmosg.acceleration import Acceleration, accelerate
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
@@ -36,7 +37,7 @@ MODEL_PARTS = ("mllm", "aligner", "tokenizer")
 STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
 
 
-def stable_diffusion_system(weights: str, device: torch.device) -> System:
+def stable_diffusion_system(weights: str, device: torch.device, acceleration: Acceleration | None = None) -> System:
     """Stable Diffusion as it is, on the prompt with the class word.
 
     Args:
@@ -53,6 +54,7 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
             requires_safety_checker=False,
         ).to(device)
         pipeline.set_progress_bar_config(disable=True)
+        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
         sampler = DiffusionSampler(pipeline.unet, pipeline.vae, pipeline.scheduler)
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
@@ -74,7 +76,9 @@ def stable_diffusion_system(weights: str, device: torch.device) -> System:
     return System(STABLE_DIFFUSION, load, hash_parts(folder, TEXT_PARTS + IMAGE_PARTS), reads_images=False)
 
 
-def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.device) -> System:
+def kosmosg_system(
+    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
     """KOSMOS-G, fed the interleaved prompt.
 
     Args:
@@ -87,7 +91,7 @@ def kosmosg_system(name: str, folder: str, image_decoder: str, device: torch.dev
         EvaluationError: a run of another stage, or a model that was aligned with another Stable Diffusion.
     """
     require_stage(name, Path(folder))
-    return model_system(name, folder, image_decoder, device)
+    return model_system(name, folder, image_decoder, device, acceleration)
 
 
 def run_folders(patterns: Sequence[str]) -> list[Path]:
@@ -108,22 +112,27 @@ def run_folders(patterns: Sequence[str]) -> list[Path]:
     return found
 
 
-def run_system(folder: Path, image_decoder: str, device: torch.device) -> System:
+def run_system(
+    folder: Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
     """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
     config = OmegaConf.load(folder / RUN_CONFIG)
     values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trains")}
     stage = "alignment" if values["recipe.trains"] == "aligner" else values["stage"]
     variant = Variant(values["ablation"] or stage, stage, values["seed"])
-    return replace(model_system(variant.name, str(folder), image_decoder, device), variant=variant)
+    return replace(model_system(variant.name, str(folder), image_decoder, device, acceleration), variant=variant)
 
 
-def model_system(name: str, folder: str, image_decoder: str, device: torch.device) -> System:
+def model_system(
+    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
     """KOSMOS-G of a model or run folder of any stage after the first; see `kosmosg_system`."""
     model, decoder = find_model(folder), stable_diffusion_folder(image_decoder)
     require_fit(name, model, decoder)
 
     def load() -> Generate:
         pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
+        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
         conditions = Conditions(pipeline)
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:

@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kosmosg.chunked_cross_entropy import chunked_cross_entropy
+
 IGNORED_LABEL = -100
-AlignmentVariant = Literal["released", "paper"]
+AlignmentVariant = Literal["released", "masked", "paper"]
+LOSS_CHUNK = 1024
 
 
-def language_modelling_loss(hidden: Tensor, output_matrix: Tensor, labels: Tensor) -> Tensor:
+def language_modelling_loss(
+    hidden: Tensor, output_matrix: Tensor, labels: Tensor, chunk: int | None = LOSS_CHUNK
+) -> Tensor:
     """Next-token cross-entropy, the mean over the labels that count (paper section 2.1).
 
     Args:
@@ -21,11 +26,16 @@ def language_modelling_loss(hidden: Tensor, output_matrix: Tensor, labels: Tenso
         output_matrix: V×D.
         labels: B×L int64; `labels[b, l]` is the token to be predicted *at* position l, that is the source's token
             l + 1; -100 is ignored. Without any label the loss is 0, so that a rank without text does not fail.
+        chunk: counted positions whose logits stand in memory at once; None for all of them.
     """
     counted = labels != IGNORED_LABEL
     # Only counted positions meet the output matrix: image slots and padding cost no logits.
-    logits = F.linear(hidden[counted], output_matrix).float()
-    return F.cross_entropy(logits, labels[counted], reduction="sum") / counted.sum().clamp(min=1)
+    hidden, labels = hidden[counted], labels[counted]
+    if chunk is None:
+        total = F.cross_entropy(F.linear(hidden, output_matrix).float(), labels, reduction="sum")
+    else:
+        total = chunked_cross_entropy(hidden, output_matrix, labels, chunk)
+    return total / counted.sum().clamp(min=1)
 
 
 def alignment_losses(
@@ -39,19 +49,21 @@ def alignment_losses(
 ) -> tuple[Tensor, Tensor]:
     """L_mse = E‖t − M(s)‖² (eq. 5) and L_rec = E‖s − N(M(s))‖² (eq. 6).
 
-    The released code takes means over elements, multiplies L_rec by Q / L and lets padding count. The paper's
-    equations are squared norms of a caption's states: sums over its real tokens and channels, means over captions.
+    - `released`: means over all elements, L_rec times Q / L with L the padded length; padding counts.
+    - `masked`: the same means without padding: L_rec of a caption is the mean over its own tokens' elements, and
+      captions count alike. Q / L, near 1 at the released lengths, is left out: a caption's loss is its own, whatever
+      batch it stands in.
+    - `paper`: the squared norms of eqs. 5 and 6: sums over a caption's real tokens and channels, means over captions.
 
     Args:
         condition: M(s), B×Q×C.
         target: t, the CLIP text model's last hidden state, B×Q×C.
         hidden: s, B×L×D.
         reconstruction: N(M(s)), B×L×D.
-        padding: bool B×L, True at padding; needed by `paper` alone.
-        variant: `released` or `paper`.
+        padding: bool B×L, True at padding; not needed by `released`.
 
     Raises:
-        ValueError: an unknown variant, `paper` without padding, or a target that is not shaped like the condition.
+        ValueError: an unknown variant, no padding where it is needed, or a target unlike the condition in shape.
     """
     if condition.shape != target.shape:
         raise ValueError(
@@ -62,11 +74,14 @@ def alignment_losses(
     rec = (reconstruction.float() - hidden.float()).square()
     if variant == "released":
         return mse.mean(), rec.mean() * (condition.shape[1] / hidden.shape[1])
+    if variant not in ("masked", "paper"):
+        raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: 'released', 'masked', 'paper'.")
+    if padding is None:
+        raise ValueError(f"alignment_losses(variant={variant!r}) needs the padding mask of the prompts.")
+    real = rec * ~padding[..., None]
     if variant == "paper":
-        if padding is None:
-            raise ValueError("alignment_losses(variant='paper') needs the padding mask of the prompts.")
-        return mse.sum(dim=(1, 2)).mean(), (rec * ~padding[..., None]).sum(dim=(1, 2)).mean()
-    raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: 'released', 'paper'.")
+        return mse.sum(dim=(1, 2)).mean(), real.sum(dim=(1, 2)).mean()
+    return mse.mean(), (real.mean(dim=2).sum(dim=1) / (~padding).sum(dim=1)).mean()
 
 
 def diffusion_loss(

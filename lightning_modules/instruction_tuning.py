@@ -2,7 +2,8 @@
 
 C = M(MLLM(prompt)); L_diff = E[w(t)‖ε_θ(z_t; C, t) − ε‖²]. The gradient reaches M and the MLLM through the U-Net's
 Jacobian (eq. 9). With probability 0.1 a sample's whole condition gives way to the null condition, which carries
-gradients too: it is computed as one more row of the same batch. Trained: M, decoder, resampler, end of the image
+gradients too: it is computed as one more row of the same batch. Targets are images, or the VAE's moments of them, read
+from disk (datamodules/moments). Trained: M, decoder, resampler, end of the image
 tower. Frozen: U-Net, VAE, rest of the tower.
 
 With `recipe.trains: aligner` and captions alone this is the end-to-end alignment of section 4.3: eq. 3 in place of
@@ -30,6 +31,7 @@ from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import StageExperiment, StageModule
 from lightning_modules.language_modelling import wrong_images
+from lightning_modules.length_groups import LengthGroups
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion
 from lightning_modules.sharding import with_blank_image_row
@@ -50,8 +52,13 @@ class InstructionTuningRecipe:
     """w(t) of eq. 8: 1 (the released code), 1 − ᾱ_t (DreamFusion's σ_t²), or 1/ᾱ_t, at most 25 (as v-prediction)."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
     """Which part of the image tower trains."""
+    length_groups: int = 1
+    """Parts of like length in which a batch's conditions are computed; the loss is the same, though dropout's draws are
+    not."""
 
     def __post_init__(self) -> None:
+        if self.length_groups < 1:
+            raise ValueError(f"recipe.length_groups is {self.length_groups}; allowed: 1 or more")
         if not 0 <= self.condition_drop < 1:
             raise ValueError(f"recipe.condition_drop is {self.condition_drop}; allowed: in [0, 1)")
         if self.draws_per_sample < 1:
@@ -59,7 +66,7 @@ class InstructionTuningRecipe:
 
 
 class InstructionTuningModule(StageModule):
-    """Batches: `prompt` PromptBatch and `targets` B×3×H×H in [-1, 1].
+    """Batches: `prompt` PromptBatch, and `targets` B×3×H×H in [-1, 1] or their `moments` B×8×h×h.
 
     Raises:
         ValueError: M is not as wide as the U-Net's cross-attention.
@@ -106,20 +113,32 @@ class InstructionTuningModule(StageModule):
         return (self.mllm, self.aligner)
 
     def sample_losses(self, prompt: PromptBatch, targets: Tensor, draws: DiffusionDraws, drop: float) -> Tensor:
-        """L_diff of each draw, B·n for n draws of each sample, those of one sample together."""
+        """L_diff of each draw, B·n for n draws of each sample, those of one sample together.
+
+        Args:
+            targets: images, or the VAE's moments of them.
+        """
         rows = len(prompt)
         each = len(draws.timesteps) // rows
-        batch = with_null_row(prompt, self.mllm.config.bos_id, self.mllm.config.pad_id)
-        if self.device_mesh is not None and prompt.images is None:
-            batch = with_blank_image_row(batch, self.mllm)
-        conditions = self.aligner(self.mllm(batch), batch.padding)
+        conditions = self.conditions(with_null_row(prompt, self.mllm.config.bos_id, self.mllm.config.pad_id))
         repeated = conditions[:rows].repeat_interleave(each, dim=0)
-        condition = drop_condition(repeated, conditions[rows : rows + 1], draws.uniform, drop)
+        condition = drop_condition(repeated, conditions[rows:], draws.uniform, drop)
         latents = self.image_decoder.latents(targets, draws.posterior)
         noisy = self.image_decoder.add_noise(latents, draws.noise, draws.timesteps)
         prediction = self.image_decoder(noisy, draws.timesteps, condition)
-        losses = diffusion_loss(prediction, draws.noise, self.weights(draws.timesteps), reduction="none")
-        return losses + 0 * conditions[rows + 1 :].sum()
+        return diffusion_loss(prediction, draws.noise, self.weights(draws.timesteps), reduction="none")
+
+    def conditions(self, prompt: PromptBatch) -> Tensor:
+        """C of each prompt, B×Q×C."""
+        groups = LengthGroups(prompt, self.recipe.length_groups)
+        return groups.join([self._group_conditions(part) for part in groups.parts])
+
+    def _group_conditions(self, prompt: PromptBatch) -> Tensor:
+        batch = prompt
+        if self.device_mesh is not None and prompt.images is None:
+            batch = with_blank_image_row(prompt, self.mllm)
+        conditions = self.aligner(self.mllm(batch), batch.padding)
+        return conditions[: len(prompt)] + 0 * conditions[len(prompt) :].sum()
 
     def weights(self, timesteps: Tensor) -> Tensor:
         """w(t) of eq. 8, B."""
@@ -139,13 +158,15 @@ class InstructionTuningModule(StageModule):
         its neighbour in the batch, val/diffusion_loss_wrong_image, beside val/diffusion_loss_with_image."""
         rows = len(batch.prompt)
         first = (batch_idx * self.trainer.world_size + self.trainer.global_rank) * rows
-        draws = self._draws("validation", range(first, first + rows), batch.targets)
-        right = self.sample_losses(batch.prompt, batch.targets, draws, drop=0.0)
+        targets = given_targets(batch)
+        draws = self._draws("validation", range(first, first + rows), targets)
+        targets = targets if self.image_decoder.are_moments(targets) else self.image_decoder.moments(targets)
+        right = self.sample_losses(batch.prompt, targets, draws, drop=0.0)
         self.log_losses("val", {"diffusion_loss": right.mean()}, rows)
         images = batch.prompt.images
         if not self.any_process(images is not None and len(images) > 1):
             return
-        wrong = self.sample_losses(wrong_images(batch.prompt), batch.targets, draws, drop=0.0)
+        wrong = self.sample_losses(wrong_images(batch.prompt), targets, draws, drop=0.0)
         with_image = batch.prompt.image_mask.any(dim=1)
         count = int(with_image.sum())
         losses = {
@@ -160,14 +181,20 @@ class InstructionTuningModule(StageModule):
 
     def _training_loss(self, batch: Any, numbers: range) -> Tensor:
         each = self.recipe.draws_per_sample
-        draws = self._draws("train", range(numbers.start * each, numbers.stop * each), batch.targets)
-        return self.sample_losses(batch.prompt, batch.targets, draws, self.recipe.condition_drop).mean()
+        targets = given_targets(batch)
+        draws = self._draws("train", range(numbers.start * each, numbers.stop * each), targets)
+        return self.sample_losses(batch.prompt, targets, draws, self.recipe.condition_drop).mean()
 
     def _draws(self, purpose: str, numbers: range, targets: Tensor) -> DiffusionDraws:
-        vae = self.image_decoder.vae.config
-        side = targets.shape[-1] // 2 ** (len(vae.block_out_channels) - 1)
-        shape = (vae.latent_channels, side, side)
+        decoder = self.image_decoder
+        side = targets.shape[-1] // (1 if decoder.are_moments(targets) else decoder.shrinkage)
+        shape = (decoder.vae.config.latent_channels, side, side)
         return draw_diffusion(self.seed, purpose, numbers, shape, self.image_decoder.num_timesteps).to(self.device)
+
+
+def given_targets(batch: Any) -> Tensor:
+    """The batch's target images, or the VAE's moments of them where these were read."""
+    return batch.targets if batch.moments is None else batch.moments
 
 
 def with_null_row(prompt: PromptBatch, bos_id: int, pad_id: int) -> PromptBatch:

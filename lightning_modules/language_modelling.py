@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kosmosg.losses import IGNORED_LABEL, language_modelling_loss
+from kosmosg.losses import IGNORED_LABEL, LOSS_CHUNK, language_modelling_loss
 from kosmosg.models.build import build_mllm
 from kosmosg.models.mllm import MLLM
 from kosmosg.prompt import PromptBatch
@@ -27,6 +27,14 @@ from lightning_modules.trained_weights import VisionTraining, train_mllm
 class LanguageModellingRecipe:
     vision_training: VisionTraining = field(default_factory=VisionTraining)
     """Which part of the image tower trains."""
+    separate_documents: bool = False
+    """Documents of one packed row neither read each other nor share positions; with false they do, as usual."""
+    loss_chunk: int | None = LOSS_CHUNK
+    """Positions whose logits stand in memory at once; null for all of the batch. The loss is the same."""
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise ValueError(f"recipe.loss_chunk is {self.loss_chunk}; allowed: 1 or more, or null")
 
 
 class LanguageModellingModule(StageModule):
@@ -34,7 +42,7 @@ class LanguageModellingModule(StageModule):
 
     def __init__(self, mllm: MLLM, recipe: LanguageModellingRecipe, optimizer: OptimizerConfig, seed: int):
         super().__init__(optimizer, seed)
-        self.mllm = mllm
+        self.mllm, self.recipe = mllm, recipe
         train_mllm(mllm, recipe.vision_training)
 
     @classmethod
@@ -50,10 +58,11 @@ class LanguageModellingModule(StageModule):
         rows, length = labels.shape
         if self.device_mesh is not None and prompt.images is None:
             prompt = with_blank_image_row(prompt, self.mllm)
-        hidden = self.mllm(prompt)
-        return (
-            language_modelling_loss(hidden[:rows, :length], self.mllm.output_matrix, labels) + 0 * hidden[rows:].sum()
+        hidden = self.mllm(prompt, separate_documents=self.recipe.separate_documents)
+        loss = language_modelling_loss(
+            hidden[:rows, :length], self.mllm.output_matrix, labels, chunk=self.recipe.loss_chunk
         )
+        return loss + 0 * hidden[rows:].sum()
 
     def batch_loss(self, batch: Any) -> Tensor:
         return self.loss(batch.prompt, batch.labels)

@@ -1,9 +1,9 @@
 """AlignerNet: M maps the MLLM's states into Stable Diffusion's text space, N maps back (paper section 2.2).
 
 Notable: learned queries enter the decoders, so lengths match whatever they are; M masks padded keys, N masks
-nothing; no dropout. N exists in stage 2 only (golden README, "AlignerNet M", "AlignerNet N"). Without encoder layers
-(Table 2, "12-Layers Decoder") what stands in their place is the last norm of the encoder alone. `LinearAligner` is what
-remains without AlignerNet.
+nothing unless told to; no dropout. N exists in stage 2 only (golden README, "AlignerNet M", "AlignerNet N"). Without
+encoder layers (Table 2, "12-Layers Decoder") what stands in their place is the last norm of the encoder alone.
+`LinearAligner` is what remains without AlignerNet.
 
 Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries of M, `C` condition width.
 """
@@ -170,25 +170,31 @@ class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
         if encoder_layers:
             magneto_scale(self.encoder, self_attention_gain(encoder_layers))
 
-    def decode(self, condition: Tensor, length: int) -> Tensor:
+    def decode(self, condition: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
         """Decoder half: the first `length` learned queries read the condition, B×L×C."""
         if length > len(self.queries):
             raise ValueError(f"length={length} exceeds max_positions={len(self.queries)} of the aligner's decoder.")
         x = self.queries[:length].type_as(condition).expand(condition.shape[0], -1, -1)
+        mask = None if padding is None else ~padding[:, None, None, :]
         for layer in self.decoder:
-            x = layer(x, condition)
+            x = layer(x, condition, mask=mask)
         return self.decoder_norm(x)
 
-    def forward(self, condition: Tensor, length: int) -> Tensor:
-        """Condition B×Q×C → states B×`length`×D, padding included.
+    def forward(self, condition: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
+        """Condition B×Q×C → states B×`length`×D.
+
+        Args:
+            padding: bool B×length, True beyond a caption's own length: its states are then those of the caption alone,
+                and what stands at padding is meaningless. Without it, padding is reconstructed as all else.
 
         Raises:
             ValueError: `length` is beyond the tables.
         """
-        x = self.decode(condition, length)
+        x = self.decode(condition, length, padding)
         x = x + position_rows(self.positions, length)
+        mask = None if padding is None else ~padding[:, None, None, :]
         for layer in self.encoder:
-            x = layer(x)
+            x = layer(x, mask=mask)
         return self.output_projection(self.encoder_norm(x))
 
 

@@ -1,6 +1,7 @@
 """The MAGNETO causal decoder over embeddings (paper section 2.1; golden README, "LM layers").
 
 Notable: no padding mask anywhere. Padding stands on the right, so causality keeps it from every real token.
+Documents packed into one row read each other unless they are told apart.
 """
 
 import math
@@ -46,22 +47,38 @@ class CausalDecoder(nn.Module):
         nn.init.zeros_(self.embed_tokens.weight[pad_id])
         magneto_scale(self.layers, self_attention_gain(layers))
 
-    def embed(self, ids: Tensor, padding: Tensor, image_mask: Tensor, image_features: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        ids: Tensor,
+        padding: Tensor,
+        image_mask: Tensor,
+        image_features: Tensor | None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Input of the first layer, B×L×D: image features take their slots, then all is scaled and positioned.
 
         Args:
             image_features: I×K×D in reading order, or None when no slot is masked.
+            documents: see `forward`; positions then begin anew with every document.
         """
         x = self.embed_tokens(ids)
         if image_features is not None:
             x = x.masked_scatter(image_mask[..., None], image_features.to(x.dtype))
-        x = x * self.embed_scale + sinusoidal_positions(padding, x.shape[-1], self.pad_id, x.dtype)
+        x = x * self.embed_scale + sinusoidal_positions(padding, x.shape[-1], self.pad_id, x.dtype, documents)
         return self.dropout(x)
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """Embeddings B×L×D → hidden states B×L×D after the final LayerNorm."""
+    def forward(self, embeddings: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Embeddings B×L×D → hidden states B×L×D after the final LayerNorm.
+
+        Args:
+            documents: number of the document that each token belongs to, B×L, rising along a row. Tokens then attend
+                within their own alone.
+        """
         xpos = XPos(embeddings.shape[1], self.head_width, embeddings.device) if self.xpos else None
         x = embeddings
+        mask = None
+        if documents is not None:
+            mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
         for layer in self.layers:
-            x = layer(x, causal=True, xpos=xpos)
+            x = layer(x, mask=mask, causal=mask is None, xpos=xpos)
         return self.norm(x)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 
@@ -60,9 +61,32 @@ class ImageDecoder(nn.Module):
         """Timesteps are drawn from 0 … num_timesteps - 1."""
         return self.scheduler.config.num_train_timesteps
 
+    @property
+    def shrinkage(self) -> int:
+        """H / h."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def are_moments(self, targets: Tensor) -> bool:
+        """Whether targets B×…×H×H are the VAE's moments rather than images."""
+        return targets.shape[1] == 2 * self.vae.config.latent_channels
+
     @torch.no_grad()
-    def latents(self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Images B×3×H×H in [-1, 1] → a sample of the VAE's posterior, scaled, B×4×h×h.
+    def moments(self, images: Tensor) -> Tensor:
+        """Images B×3×H×H in [-1, 1] → means and log-variances of the VAE's posterior, B×8×h×h.
+
+        Raises:
+            ValueError: sides that the VAE cannot halve evenly.
+        """
+        factor = self.shrinkage
+        if images.shape[-1] % factor or images.shape[-2] % factor:
+            raise ValueError(
+                f"target images are {tuple(images.shape[-2:])} but the VAE needs sides that are multiples of {factor}."
+            )
+        return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
+
+    @torch.no_grad()
+    def latents(self, targets: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Images B×3×H×H in [-1, 1], or their moments B×8×h×h → a sample of the VAE's posterior, scaled, B×4×h×h.
 
         Args:
             noise: the posterior's standard normal draw, B×4×h×h; drawn from `generator` where not given. With B·n
@@ -71,18 +95,19 @@ class ImageDecoder(nn.Module):
         Raises:
             ValueError: sides that the VAE cannot halve evenly.
         """
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if images.shape[-1] % factor or images.shape[-2] % factor:
-            raise ValueError(
-                f"target images are {tuple(images.shape[-2:])} but the VAE needs sides that are multiples of {factor}."
-            )
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        moments = targets if self.are_moments(targets) else self.moments(targets)
+        posterior = DiagonalGaussianDistribution(moments)
         if noise is None:
-            noise = torch.randn(posterior.mean.shape, generator=generator, device=images.device)
+            noise = torch.randn(posterior.mean.shape, generator=generator, device=targets.device)
         mean, std = (
-            moment.repeat_interleave(len(noise) // len(images), 0) for moment in (posterior.mean, posterior.std)
+            moment.repeat_interleave(len(noise) // len(targets), 0) for moment in (posterior.mean, posterior.std)
         )
         return (mean + std * noise.to(mean.dtype)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def mean_images(self, moments: Tensor) -> Tensor:
+        """The images that the posteriors' means stand for, B×3×H×H, about -1 … 1: targets to look at."""
+        return self.vae.decode(DiagonalGaussianDistribution(moments).mean.to(self.vae.dtype)).sample
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t = sqrt(ᾱ_t) z_0 + sqrt(1 − ᾱ_t) ε (eq. 1)."""

@@ -63,8 +63,9 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin):
         """Preprocessed images I×3×S×S → I×K×D."""
         return self.resampler(self.vision(images))
 
-    def embed(self, batch: PromptBatch, features: Tensor | None = None) -> Tensor:
-        """Input of the first layer, B×L×D; `features` I×K×D spares the images their way through the tower.
+    def embed(self, batch: PromptBatch, features: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Input of the first layer, B×L×D; `features` I×K×D spares the images their way through the tower. See
+        `CausalDecoder.forward` for `documents`.
 
         Raises:
             ValueError: the number of image slots is not K times the number of images.
@@ -80,15 +81,18 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin):
                     f"the batch has {slots} image slots but {images} images of {self.config.image_tokens} slots "
                     "each; build it with PromptEncoder(image_tokens=mllm.config.image_tokens)."
                 )
-        return self.decoder.embed(batch.ids, batch.padding, batch.image_mask, features)
+        return self.decoder.embed(batch.ids, batch.padding, batch.image_mask, features, documents)
 
-    def forward(self, batch: PromptBatch, features: Tensor | None = None) -> Tensor:
+    def forward(self, batch: PromptBatch, features: Tensor | None = None, separate_documents: bool = False) -> Tensor:
         """Hidden states B×L×D: the final LayerNorm's output at every position, `<s>` and image slots included.
 
         Args:
             features: I×K×D, what `image_features` gave for the batch's images, where it is known already.
+            separate_documents: each `<s>` in a row begins a document, whose states become those of the document alone:
+                attention stays within it and positions begin anew.
         """
-        return self.decoder(self.embed(batch, features))
+        documents = (batch.ids == self.config.bos_id).cumsum(dim=1) if separate_documents else None
+        return self.decoder(self.embed(batch, features, documents), documents)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, …×vocab_size. Stage 1 only."""

@@ -14,7 +14,9 @@ XPOS_DECAY = 0.4
 XPOS_TRAINED_LENGTH = 2048
 
 
-def sinusoidal_positions(padding: Tensor, width: int, pad_id: int, dtype: torch.dtype) -> Tensor:
+def sinusoidal_positions(
+    padding: Tensor, width: int, pad_id: int, dtype: torch.dtype, documents: Tensor | None = None
+) -> Tensor:
     """Sinusoids B×L×D: first half sines, second half cosines; zero at padding (golden README, "Positions").
 
     Positions are counted over the real tokens. The first one has index `pad_id + 1`, because the table of the
@@ -22,6 +24,7 @@ def sinusoidal_positions(padding: Tensor, width: int, pad_id: int, dtype: torch.
 
     Args:
         padding: bool B×L, True at padding.
+        documents: number of each token's document, B×L, rising along a row; positions begin anew with each.
     """
     half = width // 2
     first = pad_id + 1
@@ -32,6 +35,10 @@ def sinusoidal_positions(padding: Tensor, width: int, pad_id: int, dtype: torch.
     angles = indices[:, None] * frequencies[None, :]
     table = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
     rank = (~padding).cumsum(dim=1) - 1
+    if documents is not None:
+        begins = torch.ones_like(padding)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        rank = rank - rank.masked_fill(~begins, 0).cummax(dim=1).values
     return table[rank.clamp(min=0)] * ~padding[..., None]
 
 

@@ -42,10 +42,11 @@ def test_alignment_variants():
 
 def test_alignment_errors():
     tensors = torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)
-    with pytest.raises(ValueError, match="'released', 'paper'"):
+    with pytest.raises(ValueError, match="'released', 'masked', 'paper'"):
         alignment_losses(*tensors, variant="paperr")
-    with pytest.raises(ValueError, match="padding"):
-        alignment_losses(*tensors, variant="paper")
+    for variant in ("masked", "paper"):
+        with pytest.raises(ValueError, match="padding"):
+            alignment_losses(*tensors, variant=variant)
     with pytest.raises(ValueError, match=r"\(1, 6, 4\) but the text target \(1, 7, 4\)"):
         alignment_losses(tensors[0], torch.zeros(1, 7, 4), *tensors[2:])
 

@@ -31,6 +31,7 @@ class Batch:
     labels: Tensor | None = None
     clip_ids: Tensor | None = None
     targets: Tensor | None = None
+    moments: Tensor | None = None
 
 
 @pytest.fixture
@@ -242,7 +243,7 @@ def test_several_draws_of_a_sample_are_the_losses_of_each(
     monkeypatch.setattr(instruction_tuning, "train_numbers", lambda rows: range(10, 10 + rows))
     monkeypatch.setattr(instruction_tuning, "log_losses", lambda *_: None)
     monkeypatch.setattr(instruction_tuning, "_draws", lambda _, numbers, __: drawn.append(numbers) or draws)
-    loss = instruction_tuning.training_step(SimpleNamespace(prompt=prompt, targets=targets), 0)
+    loss = instruction_tuning.training_step(SimpleNamespace(prompt=prompt, targets=targets, moments=None), 0)
     assert drawn == [range(30, 36)]
     torch.testing.assert_close(loss, together.mean())
 
