@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.batches import instruction_batch
@@ -54,6 +55,9 @@ def comparison(config: BenchmarkConfig) -> Comparison:
     lengths = (~prompt.padding).sum(dim=1)
     together, one_by_one = float(step(default, prompt, moments)), float(step(whole, prompt, targets))
     difference = f"{abs(together / one_by_one - 1):.1e}"
+    with torch.no_grad():
+        conditions = default.conditions(prompt), whole.conditions(prompt)
+    apart = float((conditions[0] - conditions[1]).abs().max() / conditions[1].abs().max())
     theirs, samples = float(released()()), config.stage3.samples
     return Comparison(
         name="stage3",
@@ -80,5 +84,6 @@ def comparison(config: BenchmarkConfig) -> Comparison:
             f"{config.stage3.entities}; tokens here: mean {lengths.float().mean():.0f}, longest {int(lengths.max())}",
             "loss in groups from moments against whole from pixels, relative difference": difference,
             "loss against the released way's, relative difference": f"{abs(together / theirs - 1):.1e}",
+            "conditions in groups against whole, largest difference by largest value": f"{apart:.1e}",
         },
     )
