@@ -128,6 +128,7 @@ class Output:
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
         write_durably(self.manifest(), _json(manifest))
 
 

@@ -101,7 +101,9 @@ def check_room(listed: list[Group], resources: dict[str, float]) -> None:
         if asked > there:
             pools = ", ".join(f"{group.name} {group.pool.actors} × {getattr(group.pool, name):g}" for group in listed)
             remedy = f"; or set ray.cpus={-(-asked // 1):.0f}, so that they share the cores" if name == "cpus" else ""
-            raise DataError(f"the pools ask for {asked:g} {name} ({pools}), Ray has {there:g}. Make them smaller{remedy}.")
+            raise DataError(
+                f"the pools ask for {asked:g} {name} ({pools}), Ray has {there:g}. Make them smaller{remedy}."
+            )
 
 
 def as_data_error(error: Exception) -> DataError:

@@ -66,8 +66,9 @@ def cost_sheet(config: Curation, tally: Tally) -> list[str]:
         "",
         "The last column is an extrapolation, not a measurement: the measured seconds times "
         f"{config.report.images:,} / {tally.read:,}, on the same hardware, with the same models, losses and images. "
-        "Divide a stage's hours by the workers of its pool; under Ray the slowest stage sets the pace. By the same rule: "
-        f"{config.report.images * share:,.0f} samples, {stored / tally.read * config.report.images / 1e9:,.1f} GB.",
+        "Divide a stage's hours by the workers of its pool; under Ray the slowest stage sets the pace. "
+        f"By the same rule: {config.report.images * share:,.0f} samples, "
+        f"{stored / tally.read * config.report.images / 1e9:,.1f} GB.",
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from datamodules.curation.captioning import Blip2Captions, GivenCaptions
 from datamodules.curation.chunks import Chunk, read_chunk
-from datamodules.curation.config import Curation, Pool
+from datamodules.curation.config import Curation, Model, Pool
 from datamodules.curation.cutting import CutEntities
 from datamodules.curation.entity_answers import AskLanguageModel
 from datamodules.curation.entity_check import CheckEntities
@@ -71,30 +71,29 @@ def groups(config: Curation) -> list[Group]:
         "clipseg": partial(ClipSegHeat, masks, config.device),
         "toyland": partial(ToylandHeat, *world),
     }
-    safety = [Step("safety", partial(SafetyFilter, config.safety, config.device), config.safety.batch_size)]
     scoring = [Step("score", partial(ScoreMasks, *world))] if masks.by == "toyland" else []
-    return [
-        Group("prepare", [Step("prepare", partial(Prepare, config.image, config.input.limits))], config.ray.prepare),
-        *([Group("safety", safety, config.safety.pool)] if config.safety.enabled else []),
-        Group(
-            "caption",
-            [
-                Step("caption", captioner[caption.by], caption.batch_size),
-                Step("caption_filter", partial(CaptionFilter, config.text_filter)),
-            ],
-            caption.pool,
-        ),
-        Group(
-            "entities",
-            [
-                Step("entities", asker[entities.by], entities.batch_size),
-                Step("entity_check", partial(CheckEntities, entities)),
-            ],
-            entities.pool,
-        ),
-        Group("masks", [Step("masks", segmenter[masks.by], masks.batch_size)], masks.pool),
-        Group("write", [Step("cut", partial(CutEntities, config.crops, config.image)), *scoring], config.ray.write),
+    listed = [
+        Group("prepare", [Step("prepare", partial(Prepare, config.image, config.input.limits))], config.ray.prepare)
     ]
+
+    def append(step: Step, model: Model, asked: bool, *following: Step) -> None:
+        # Without a model there is nothing to hold: such a stage is done where the one before was.
+        if asked:
+            listed.append(Group(step.name, [step, *following], model.pool))
+        else:
+            listed[-1].steps.extend((step, *following))
+
+    if config.safety.enabled:
+        step = Step("safety", partial(SafetyFilter, config.safety, config.device), config.safety.batch_size)
+        append(step, config.safety, True)
+    filtering = Step("caption_filter", partial(CaptionFilter, config.text_filter))
+    append(Step("caption", captioner[caption.by], caption.batch_size), caption, caption.by == "blip2", filtering)
+    checking = Step("entity_check", partial(CheckEntities, entities))
+    asks = entities.by == "language_model"
+    append(Step("entities", asker[entities.by], entities.batch_size), entities, asks, checking)
+    append(Step("masks", segmenter[masks.by], masks.batch_size), masks, masks.by == "clipseg")
+    cutting = Step("cut", partial(CutEntities, config.crops, config.image))
+    return [*listed, Group("write", [cutting, *scoring], config.ray.write)]
 
 
 def begin(chunk: Chunk, config: Curation) -> Work:

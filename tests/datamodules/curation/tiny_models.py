@@ -1,5 +1,6 @@
 """Tiny models in the real folder layouts. The language models are built to say one thing: each word calls the next."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -95,13 +96,17 @@ def write_safety_checker(folder: Path, *, strict: bool) -> Path:
     for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
         weights.data.fill_(-2.0 if strict else 2.0)
     checker.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        folder
+    )
     return folder
 
 
 def write_classifier(folder: Path, unsafe: float) -> Path:
     """An image classifier that gives `nsfw` the probability `unsafe`."""
-    model = ViTForImageClassification(ViTConfig(**VISION, id2label={0: "normal", 1: "nsfw"}, label2id={"normal": 0, "nsfw": 1}))
+    model = ViTForImageClassification(
+        ViTConfig(**VISION, id2label={0: "normal", 1: "nsfw"}, label2id={"normal": 0, "nsfw": 1})
+    )
     model.classifier.weight.data.zero_()
     model.classifier.bias.data = torch.tensor([1 - unsafe, unsafe]).log()
     model.save_pretrained(folder)
@@ -114,7 +119,9 @@ def words() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>", "ANSWER"], **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=["<image>", "ANSWER"], **special
+    )
 
 
 def opt_config() -> OPTConfig:
@@ -143,5 +150,5 @@ def teach(model: OPTForCausalLM, chain: list[str]) -> None:
             parameter.data.zero_()
     decoder.embed_tokens.weight.data = 5 * torch.eye(len(WORDS))
     model.lm_head.weight.data.zero_()
-    for word, following in zip(chain, chain[1:], strict=False):
+    for word, following in pairwise(chain):
         model.lm_head.weight.data[WORDS.index(following), WORDS.index(word)] = 1.0
