@@ -20,8 +20,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import sys
 from collections.abc import Sequence
 
-import diffusers
-import transformers
 from rich.console import Console
 
 from datamodules.curation.config import Curation
@@ -37,9 +35,6 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         print(describe_schema(Curation))
         return 0 if arguments else 2
-    for library in (transformers, diffusers):  # no loading bars between our own
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no worker is left behind
     try:
         curate(load_config(arguments, Curation), Console())

@@ -1,4 +1,4 @@
-"""One caption for each image, by BLIP-2 (paper section 3.1) or taken from the input."""
+"""One caption for each image, by BLIP-2 (paper section 3.1)."""
 
 import torch
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
@@ -28,11 +28,3 @@ class Blip2Captions:
             ids = ids[:, self.model.config.num_query_tokens + 1 :]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [row | {"caption": " ".join(text.split())} for row, text in zip(batch, texts, strict=True)]
-
-
-class GivenCaptions:
-    """The input's own captions."""
-
-    def __call__(self, batch: Batch) -> Batch:
-        """`given` → `caption`."""
-        return [row | {"caption": row["given"]} for row in batch]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from datamodules.curation.config import Model
 from datamodules.errors import DataError
@@ -31,6 +32,7 @@ def load_model(kind: Any, config: Model, device: torch.device) -> Any:
     Raises:
         DataError: there is no such model; the message names it.
     """
+    disable_progress_bar()  # a bar for each worker would run through the curation's own
     model = load_part(kind, config, dtype=getattr(torch, config.dtype))
     return model.to(device).eval().requires_grad_(False)
 

@@ -15,6 +15,8 @@ from datamodules.curation.output import Output, Record
 from datamodules.curation.work import Group, GroupWorker, begin, groups
 from datamodules.errors import DataError
 
+PASSED_ON = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TOKENIZERS_")
+"""Variables of the environment that workers have too."""
 Block = dict[str, Any]
 """One Ray row: `work`, pickled; or, at the end, `record`."""
 
@@ -74,7 +76,7 @@ def start(config: Curation) -> None:
     """Connect to the cluster, or start Ray on this machine. Raises DataError."""
     import ray
 
-    variables = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "TRANSFORMERS_"))}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     variables |= {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     options: dict[str, Any] = {"num_cpus": config.ray.cpus} if config.ray.address is None else {}
     try:

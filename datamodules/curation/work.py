@@ -7,16 +7,13 @@ from functools import partial
 
 import torch
 
-from datamodules.curation.captioning import Blip2Captions, GivenCaptions
+from datamodules.curation.caption_filter import CaptionFilter, GivenCaptions
 from datamodules.curation.chunks import Chunk, read_chunk
 from datamodules.curation.config import Curation, Model, Pool
 from datamodules.curation.cutting import CutEntities
-from datamodules.curation.entity_answers import AskLanguageModel
 from datamodules.curation.entity_check import CheckEntities
-from datamodules.curation.filters import CaptionFilter, SafetyFilter
 from datamodules.curation.preparation import Prepare
 from datamodules.curation.rows import Batch, Stage, alive, drop_for
-from datamodules.curation.segmentation import ClipSegHeat
 from datamodules.curation.toyland import ScoreMasks, ToylandAnswers, ToylandCaptions, ToylandHeat
 from datamodules.errors import DataError
 
@@ -59,16 +56,16 @@ def groups(config: Curation) -> list[Group]:
     caption, entities, masks = config.caption, config.entities, config.masks
     world = (config.toyland, config.seed)
     captioner: dict[str, Callable[[], Stage]] = {
-        "blip2": partial(Blip2Captions, caption, config.device),
+        "blip2": partial(_blip2, caption, config.device),
         "given": GivenCaptions,
         "toyland": partial(ToylandCaptions, *world),
     }
     asker: dict[str, Callable[[], Stage]] = {
-        "language_model": partial(AskLanguageModel, entities, config.device),
+        "language_model": partial(_language_model, entities, config.device),
         "toyland": partial(ToylandAnswers, *world),
     }
     segmenter: dict[str, Callable[[], Stage]] = {
-        "clipseg": partial(ClipSegHeat, masks, config.device),
+        "clipseg": partial(_clipseg, masks, config.device),
         "toyland": partial(ToylandHeat, *world),
     }
     scoring = [Step("score", partial(ScoreMasks, *world))] if masks.by == "toyland" else []
@@ -84,7 +81,7 @@ def groups(config: Curation) -> list[Group]:
             listed[-1].steps.extend((step, *following))
 
     if config.safety.enabled:
-        step = Step("safety", partial(SafetyFilter, config.safety, config.device), config.safety.batch_size)
+        step = Step("safety", partial(_safety, config.safety, config.device), config.safety.batch_size)
         append(step, config.safety, True)
     filtering = Step("caption_filter", partial(CaptionFilter, config.text_filter))
     append(Step("caption", captioner[caption.by], caption.batch_size), caption, caption.by == "blip2", filtering)
@@ -94,6 +91,33 @@ def groups(config: Curation) -> list[Group]:
     append(Step("masks", segmenter[masks.by], masks.batch_size), masks, masks.by == "clipseg")
     cutting = Step("cut", partial(CutEntities, config.crops, config.image))
     return [*listed, Group("write", [cutting, *scoring], config.ray.write)]
+
+
+# Imported where they are built: a worker that holds no model needs neither transformers' memory nor its start.
+
+
+def _safety(*arguments) -> Stage:
+    from datamodules.curation.safety import SafetyFilter
+
+    return SafetyFilter(*arguments)
+
+
+def _blip2(*arguments) -> Stage:
+    from datamodules.curation.captioning import Blip2Captions
+
+    return Blip2Captions(*arguments)
+
+
+def _language_model(*arguments) -> Stage:
+    from datamodules.curation.entity_answers import AskLanguageModel
+
+    return AskLanguageModel(*arguments)
+
+
+def _clipseg(*arguments) -> Stage:
+    from datamodules.curation.segmentation import ClipSegHeat
+
+    return ClipSegHeat(*arguments)
 
 
 def begin(chunk: Chunk, config: Curation) -> Work:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules.curation.caption_filter import CaptionFilter
 from datamodules.curation.chunks import Chunk, plan, read_chunk
 from datamodules.curation.config import Curation, Input, Stored, TextFilter
-from datamodules.curation.filters import CaptionFilter
 from datamodules.curation.output import Output
 from datamodules.curation.preparation import Prepare
 from datamodules.curation.rows import Batch, alive, new_row

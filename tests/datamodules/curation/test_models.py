@@ -13,8 +13,8 @@ from datamodules.curation.__main__ import main
 from datamodules.curation.captioning import Blip2Captions
 from datamodules.curation.config import Caption, Curation, Entities, Safety
 from datamodules.curation.entity_answers import AskLanguageModel
-from datamodules.curation.filters import SafetyFilter
 from datamodules.curation.rows import Batch, new_row
+from datamodules.curation.safety import SafetyFilter
 from datamodules.errors import DataError
 from datamodules.images import encode_png, load
 from kosmosg.config import load_config

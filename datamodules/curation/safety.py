@@ -1,19 +1,14 @@
-"""What must not be learned: unsafe images, blocked words, captions that say nothing."""
-
-import re
-from collections import Counter
+"""Unsafe images are left out (paper section 3.1 filters inappropriate content)."""
 
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from datamodules.curation.config import Safety, TextFilter
+from datamodules.curation.config import Safety
 from datamodules.curation.models import find_device, load_image_processor, load_model, load_part
-from datamodules.curation.rows import Batch, Row, drop, row_image
+from datamodules.curation.rows import Batch, drop, row_image
 from datamodules.errors import DataError
-
-WORD = re.compile(r"\w+")
 
 
 class SafetyFilter:
@@ -53,29 +48,3 @@ class SafetyFilter:
             details = [f"'{self.config.model}' {share:.3f}" for share in shares]
         rows = zip(batch, unsafe, details, strict=True)
         return [drop(row, "unsafe_image", detail) if bad else row for row, bad, detail in rows]
-
-
-class CaptionFilter:
-    """Drops captions with blocked words, of odd length, or that repeat themselves."""
-
-    def __init__(self, config: TextFilter):
-        self.config = config
-        listed = "|".join(re.escape(word) for word in config.blocked)
-        self.blocked = re.compile(rf"\b(?:{listed})\b", re.IGNORECASE) if listed else None
-
-    def __call__(self, batch: Batch) -> Batch:
-        """Keep the sound captions."""
-        return [self._judge(row) for row in batch]
-
-    def _judge(self, row: Row) -> Row:
-        caption = row["caption"]
-        if self.blocked and (found := self.blocked.search(caption)):
-            return drop(row, "blocked_text", f"'{found.group()}' in {caption!r}")
-        words = [word.lower() for word in WORD.findall(caption)]
-        if not self.config.min_words <= len(words) <= self.config.max_words:
-            return drop(row, "caption_length", f"{len(words)} words: {caption!r}")
-        runs = Counter(zip(words, words[1:], words[2:], strict=False))
-        run, times = runs.most_common(1)[0] if runs else ((), 0)
-        if times > self.config.max_repeats:
-            return drop(row, "repeated_words", f"'{' '.join(run)}' {times} times in {caption!r}")
-        return row
