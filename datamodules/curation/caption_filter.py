@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 
-from datamodules.curation.config import TextFilter
 from datamodules.curation.rows import Batch, Row, drop
+from datamodules.curation.stage_config import TextFilter
 
 WORD = re.compile(r"\w+")
 

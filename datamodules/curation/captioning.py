@@ -3,9 +3,9 @@
 import torch
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
-from datamodules.curation.config import Caption
 from datamodules.curation.models import GREEDY, find_device, load_image_processor, load_model, load_part
 from datamodules.curation.rows import Batch, row_image
+from datamodules.curation.stage_config import Caption
 
 
 class Blip2Captions:

@@ -1,12 +1,15 @@
 """Heat maps → masks → the two crops of each entity: on white and with its background (paper Fig. 4)."""
 
+from typing import cast
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from datamodules.curation.config import Crops, Stored
+from datamodules.curation.config import Stored
 from datamodules.curation.preparation import encode
 from datamodules.curation.rows import Batch, Row, decode_grey, drop, encode_grey, row_image
+from datamodules.curation.stage_config import Crops
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are outside
 
@@ -70,7 +73,7 @@ def largest_region(heat: np.ndarray, side: int, threshold: float, dilation: floa
     mask = heat > threshold * 255
     if (reach := round(dilation * side)) > 1:
         mask = ndimage.binary_dilation(mask, np.ones((reach, reach), bool))
-    regions, count = ndimage.label(mask)
+    regions, count = cast(tuple[np.ndarray, int], ndimage.label(mask))
     if not count:
         return mask
     return regions == np.bincount(regions.ravel())[1:].argmax() + 1

@@ -3,9 +3,9 @@
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from datamodules.curation.config import Entities
 from datamodules.curation.models import GREEDY, find_device, load_model, load_part
 from datamodules.curation.rows import Batch
+from datamodules.curation.stage_config import Entities
 from datamodules.errors import DataError
 
 

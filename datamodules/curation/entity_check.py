@@ -8,8 +8,8 @@ import json
 import re
 from collections import Counter
 
-from datamodules.curation.config import Entities
 from datamodules.curation.rows import Batch, Row, drop
+from datamodules.curation.stage_config import Entities
 
 NOTHING = frozenset(("none", "nothing", "no things", "no objects", "n/a"))
 PREAMBLE = re.compile(r"^[^:\n,]{0,60}:\s*")  # "Things:", "Sure, here are the nouns:"

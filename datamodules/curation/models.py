@@ -6,7 +6,7 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from datamodules.curation.config import Model
+from datamodules.curation.stage_config import Model
 from datamodules.errors import DataError
 
 GREEDY: dict[str, Any] = {

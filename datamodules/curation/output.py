@@ -111,9 +111,8 @@ class Output:
         folder = self.scratch / f"{number:06d}-{uuid.uuid4().hex}"
         with ShardWriter(folder, self.config.prefix, len(rows)) as writer:
             for row in rows:
-                writer.write(
-                    EncodedSample(encode_row(row, self.config.image.format), f"{number:06d}{row['number']:06d}")
-                )
+                key = f"{number:06d}{row['number']:06d}"  # its own: the source's may hold dots, or lead out of a folder
+                writer.write(EncodedSample(encode_row(row, self.config.image.format), key))  # type: ignore[arg-type]
         (shard,) = writer.shards
         made, final = folder / shard["name"], self.folder / f"{self.config.prefix}-{number:06d}.tar"
         index_path(made).replace(index_path(final))

@@ -4,9 +4,10 @@ A row of the Ray dataset is a whole chunk, so that batches are cut inside chunks
 from pool to pool and come out in any order. The folder of the output is shared; the last pool writes there.
 """
 
+import logging
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from datamodules.curation.chunks import Chunk
@@ -47,6 +48,8 @@ def run_ray(config: Curation, chunks: Iterable[Chunk]) -> Iterator[Record]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
+        import ray.data
+        import ray.exceptions
     except ImportError as error:
         raise DataError("engine=ray needs the extra [curate]: pip install 'kosmosg[curate]'") from error
     listed = groups(config)
@@ -58,7 +61,7 @@ def run_ray(config: Curation, chunks: Iterable[Chunk]) -> Iterator[Record]:
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         for group in listed:
             dataset = dataset.map(
-                type(group.name, (Actor,), {}),  # so that Ray's own pages tell the pools apart
+                type(group.name, (Actor,), {}),  # type: ignore[arg-type]  # named, as Ray's own pages show it
                 fn_constructor_args=(config, group, group is listed[0], group is listed[-1]),
                 compute=ray.data.ActorPoolStrategy(size=group.pool.actors),
                 num_cpus=group.pool.cpus,
@@ -84,7 +87,7 @@ def start(config: Curation) -> None:
             address=config.ray.address,
             runtime_env={"env_vars": variables},
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             include_dashboard=False,
             **options,
         )
@@ -95,7 +98,7 @@ def start(config: Curation) -> None:
     context.print_on_execution_start = False
 
 
-def check_room(listed: list[Group], resources: dict[str, float]) -> None:
+def check_room(listed: list[Group], resources: Mapping[str, float]) -> None:
     """Raises DataError where not all pools fit at once: Ray would wait for ever for the last of them."""
     for resource, name in (("CPU", "cpus"), ("GPU", "gpus")):
         asked = sum(group.pool.actors * getattr(group.pool, name) for group in listed)

@@ -5,9 +5,9 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from datamodules.curation.config import Safety
 from datamodules.curation.models import find_device, load_image_processor, load_model, load_part
 from datamodules.curation.rows import Batch, drop, row_image
+from datamodules.curation.stage_config import Safety
 from datamodules.errors import DataError
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPSegForImageSegmentation
 
-from datamodules.curation.config import Masks
 from datamodules.curation.models import find_device, load_image_processor, load_model, load_part
 from datamodules.curation.rows import Batch, encode_grey, row_image
+from datamodules.curation.stage_config import Masks
 
 
 class ClipSegHeat:

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from datamodules.curation.config import Toyland
 from datamodules.curation.rows import Batch, Row, decode_grey, encode_grey, row_image
+from datamodules.curation.stage_config import Toyland
 from datamodules.errors import SampleError
 from datamodules.toyland.samples import sample_generator
 from kosmosg.toyland.language import caption

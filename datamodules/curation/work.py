@@ -9,11 +9,12 @@ import torch
 
 from datamodules.curation.caption_filter import CaptionFilter, GivenCaptions
 from datamodules.curation.chunks import Chunk, read_chunk
-from datamodules.curation.config import Curation, Model, Pool
+from datamodules.curation.config import Curation
 from datamodules.curation.cutting import CutEntities
 from datamodules.curation.entity_check import CheckEntities
 from datamodules.curation.preparation import Prepare
 from datamodules.curation.rows import Batch, Stage, alive, drop_for
+from datamodules.curation.stage_config import Model, Pool
 from datamodules.curation.toyland import ScoreMasks, ToylandAnswers, ToylandCaptions, ToylandHeat
 from datamodules.errors import DataError
 

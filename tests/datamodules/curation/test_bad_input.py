@@ -10,10 +10,11 @@ from PIL import Image
 
 from datamodules.curation.caption_filter import CaptionFilter
 from datamodules.curation.chunks import Chunk, plan, read_chunk
-from datamodules.curation.config import Curation, Input, Stored, TextFilter
+from datamodules.curation.config import Curation, Input, Stored
 from datamodules.curation.output import Output
 from datamodules.curation.preparation import Prepare
 from datamodules.curation.rows import Batch, alive, new_row
+from datamodules.curation.stage_config import TextFilter
 from datamodules.curation.tally import Tally
 from datamodules.curation.work import Step, Work, attempt, run_step
 from datamodules.errors import DataError

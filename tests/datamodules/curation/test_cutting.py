@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.curation.config import Crops, Stored
+from datamodules.curation.config import Stored
 from datamodules.curation.cutting import CutEntities, crop, largest_region, square_box
 from datamodules.curation.rows import decode_grey, encode_grey, new_row
+from datamodules.curation.stage_config import Crops
 from datamodules.curation.toyland import iou
 from datamodules.images import StoredImage, encode_png
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from datamodules.curation.config import Entities
 from datamodules.curation.entity_check import CheckEntities, choose_entities, parse_answer
 from datamodules.curation.rows import new_row
+from datamodules.curation.stage_config import Entities
 from datamodules.entities import COLOURS, illustrated
 from datamodules.sample import Entity
 from tests.datamodules.worlds import image

@@ -11,10 +11,11 @@ from PIL import Image
 import train
 from datamodules.curation.__main__ import main
 from datamodules.curation.captioning import Blip2Captions
-from datamodules.curation.config import Caption, Curation, Entities, Safety
+from datamodules.curation.config import Curation
 from datamodules.curation.entity_answers import AskLanguageModel
 from datamodules.curation.rows import Batch, new_row
 from datamodules.curation.safety import SafetyFilter
+from datamodules.curation.stage_config import Caption, Entities, Safety
 from datamodules.errors import DataError
 from datamodules.images import encode_png, load
 from kosmosg.config import load_config
