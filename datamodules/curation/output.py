@@ -58,9 +58,8 @@ class Output:
         """
         wanted = self._content(plan)
         file = self.own / "plan.json"
-        if not file.is_file():
-            if foreign := sorted(path.name for path in self.folder.glob("*.tar")):
-                raise DataError(f"'{self.folder}' holds shards of somebody else ({foreign[0]}); set another output=…")
+        if not any(self.records.glob("*.json")):  # nothing was made of an earlier plan
+            self._clear(file)
             self.records.mkdir(parents=True, exist_ok=True)
             write_durably(file, _json(wanted))
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -69,6 +68,15 @@ class Output:
             told = ", ".join(f"{key} was {found.get(key)!r:.80} and is now {wanted.get(key)!r:.80}" for key in changed)
             raise DataError(f"'{self.folder}' was begun from something else: {told}. Set another output=…")
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _clear(self, plan_file: Path) -> None:
+        """Remove the shards whose record was never written; those of somebody else are refused."""
+        shards = sorted(self.folder.glob("*.tar"))
+        if shards and not plan_file.is_file():
+            raise DataError(f"'{self.folder}' holds shards of somebody else ({shards[0].name}); set another output=…")
+        for shard in shards:
+            index_path(shard).unlink(missing_ok=True)
+            shard.unlink()
 
     def _content(self, plan: Plan) -> dict[str, Any]:
         """All that the shards depend on, flat."""

@@ -118,4 +118,6 @@ def as_data_error(error: Exception) -> DataError:
         if isinstance(cause, DataError):
             return DataError(str(cause))
         cause = getattr(cause, "cause", None) or cause.__cause__
-    return DataError(f"a worker of engine=ray failed: {error}")
+    # Of a worker that could not even be built, Ray keeps the text alone.
+    _, found, told = str(error).rpartition(f"{DataError.__name__}: ")
+    return DataError(told.strip() if found else f"a worker of engine=ray failed: {error}")

@@ -116,6 +116,14 @@ def test_other_pictures_and_another_toyland_are_refused(curated, tmp_path, capsy
     assert "not_toyland" in capsys.readouterr().err
 
 
+def test_a_mistake_that_made_nothing_may_be_mended_in_place(toyland, tmp_path, capsys):
+    assert world.curate(toyland, tmp_path / "set", "masks.by=clipseg", "masks.model=/nowhere") == 2
+    assert "masks.model='/nowhere'" in capsys.readouterr().err
+    (tmp_path / "set" / "train-000000.tar").write_bytes(b"killed before its record")
+    assert world.curate(toyland, tmp_path / "set", "input.chunk_size=8") == 0
+    assert world.samples(tmp_path / "set")
+
+
 def test_a_second_launch_and_a_foreign_folder_are_refused(toyland, copy, tmp_path, capsys):
     with open(copy / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
