@@ -1,0 +1,52 @@
+"""Make constructed samples of images: python -m datamodules.curation curation.yaml [more.yaml | key=value …]
+
+Every argument is a YAML file or key=value; later wins. Chunks that are done are kept; an interrupted curation goes on
+where it was.
+
+    python -m datamodules.curation configs/curation/open_images.yaml input.images=/data/open-images
+    python -m datamodules.curation configs/curation/open_images.yaml engine=ray ray.address=auto
+    python -m datamodules.curation configs/curation/toyland.yaml
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: nothing has begun
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; failures are reported by our own loaders
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from datamodules.curation.config import Curation
+from datamodules.curation.run import curate
+from datamodules.errors import DataError
+from kosmosg.config import ConfigError, load_config
+from kosmosg.config_help import describe_schema
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 finished, 2 a mistake in the arguments or folders, 130 after Ctrl-C, 143 after SIGTERM."""
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        print(__doc__)
+        print(describe_schema(Curation))
+        return 0 if arguments else 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no worker is left behind
+    try:
+        curate(load_config(arguments, Curation), Console())
+    except (ConfigError, DataError) as error:
+        print(f"datamodules.curation: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on with the chunks that are not done.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started it in the background
+    sys.exit(main(sys.argv[1:]))

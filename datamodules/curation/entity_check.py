@@ -1,0 +1,111 @@
+"""Answers → entities: parsed with patience, then checked against the caption, which alone is trusted.
+
+What is kept can be placed by training (datamodules/entities.py), which finds entities by the same rule (golden README,
+"Open-images rows"): a whole word sequence of the caption, no listed colour, no word of another entity.
+"""
+
+import json
+import re
+from collections import Counter
+
+from datamodules.curation.rows import Batch, Row, drop
+from datamodules.curation.stage_config import Entities
+
+NOTHING = frozenset(("none", "nothing", "no things", "no objects", "n/a"))
+PREAMBLE = re.compile(r"^[^:\n,]{0,60}:\s*")  # "Things:", "Sure, here are the nouns:"
+BULLET = re.compile(r"^\s*(?:[-*•–]|\d+[.)])\s*")
+SEPARATOR = re.compile(r"[,;]|\band\b|&")
+ARTICLE = re.compile(r"^(?:an?|the|some|two|three|four|five)\s+", re.IGNORECASE)
+TRIMMED = " \t\"'`“”‘’.!?()[]*_"
+
+
+class CheckEntities:
+    """`answer` → `entities`; a row without any is dropped.
+
+    `unparsable_answer` is a fault of the model: an empty answer or prose. `no_entities` is not: the caption names none,
+    or nothing of the answer is fit. Entities left out are counted in `lost_entities`.
+    """
+
+    def __init__(self, config: Entities):
+        self.config = config
+        self.ignored = {word.lower() for word in config.ignored_words}
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Check the batch's answers."""
+        return [self._check(row) for row in batch]
+
+    def _check(self, row: Row) -> Row:
+        candidates = parse_answer(row["answer"], self.config.max_words)
+        if candidates is None:
+            return drop(row, "unparsable_answer", f"{row['answer']!r} to {row['caption']!r}", filtered=False)
+        kept, lost = choose_entities(candidates, row["caption"], self.ignored, self.config.max_entities)
+        row = {name: value for name, value in row.items() if name != "answer"}
+        row |= {"entities": [{"text": text} for text in kept], "lost_entities": row["lost_entities"] + lost}
+        if not kept:
+            told = f"none of {', '.join(candidates)} is fit" if candidates else "the model names none"
+            return drop(row, "no_entities", f"{told}: {row['caption']!r}")
+        return row
+
+
+def parse_answer(answer: str, max_words: int) -> list[str] | None:
+    """The things that an answer lists: JSON, lines, bullets or commas; [] for "none", None if it lists nothing."""
+    text = answer.strip()
+    pieces = _json_list(text)
+    if pieces == []:
+        return []
+    if pieces is None:
+        # One line is asked for; what follows an empty line is talk, or the model asking itself the next question.
+        block = text.split("\n\n", 1)[0].splitlines()
+        lines = [line for line in block if line.strip()]
+        if not lines:
+            return None
+        if not (len(lines) > 1 and BULLET.match(lines[1])) and not BULLET.match(lines[0]):
+            lines = lines[:2] if lines[0].rstrip().endswith(":") else lines[:1]
+        lines = [BULLET.sub("", line) for line in lines]
+        lines[0] = PREAMBLE.sub("", lines[0])
+        pieces = [piece for line in lines for piece in SEPARATOR.split(line)]
+    cleaned = [ARTICLE.sub("", piece.strip(TRIMMED)).strip(TRIMMED) for piece in pieces]
+    cleaned = [" ".join(piece.split()) for piece in cleaned if piece]
+    if cleaned and all(piece.lower() in NOTHING for piece in cleaned):
+        return []
+    found = [piece for piece in cleaned if len(piece.split()) <= max_words]
+    return found or None
+
+
+def _json_list(text: str) -> list[str] | None:
+    begin, end = text.find("["), text.rfind("]")
+    if begin < 0 or end < begin:
+        return None
+    try:
+        listed = json.loads(text[begin : end + 1])
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return listed if isinstance(listed, list) and all(isinstance(item, str) for item in listed) else None
+
+
+def choose_entities(
+    candidates: list[str], caption: str, ignored: set[str], max_entities: int
+) -> tuple[list[str], Counter[str]]:
+    """The candidates that are fit, spelt as in the caption and in its order, and why the others are not."""
+    lost: Counter[str] = Counter()
+    found: dict[str, tuple[int, str]] = {}  # lower case → end of its first match, its spelling in the caption
+    for candidate in candidates:
+        match = re.search(rf"\b{re.escape(candidate)}\b", caption, re.IGNORECASE)
+        if match is None:
+            lost["not_in_caption"] += 1
+        elif candidate.lower() in ignored:
+            lost["ignored_word"] += 1
+        elif candidate.lower() in found:
+            lost["duplicate"] += 1
+        elif len(found) == max_entities:
+            lost["too_many"] += 1
+        else:
+            found[candidate.lower()] = match.end(), match.group()
+    kept = []
+    for word, place in found.items():
+        pattern = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
+        if sum(bool(pattern.search(other)) for other in found) > 1:
+            lost["ambiguous"] += 1
+        else:
+            kept.append(place)
+    return [text for _, text in sorted(kept)], lost

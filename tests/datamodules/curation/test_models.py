@@ -1,0 +1,162 @@
+"""The real model stages on tiny models in the real folder layouts, from a folder of images to trained-on shards."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import train
+from datamodules.curation.__main__ import main
+from datamodules.curation.captioning import Blip2Captions
+from datamodules.curation.config import Curation
+from datamodules.curation.entity_answers import AskLanguageModel
+from datamodules.curation.rows import Batch, new_row
+from datamodules.curation.safety import SafetyFilter
+from datamodules.curation.stage_config import Caption, Entities, Safety
+from datamodules.errors import DataError
+from datamodules.images import encode_png, load
+from kosmosg.config import load_config
+from tests.conftest import REPOSITORY
+from tests.datamodules.curation import tiny_models, world
+from tests.lightning_modules import miniature
+
+OPEN_IMAGES = REPOSITORY / "configs" / "curation" / "open_images.yaml"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "safety": tiny_models.write_safety_checker(folder / "safety", strict=False),
+        "caption": tiny_models.write_blip2(folder / "caption"),
+        "entities": tiny_models.write_language_model(folder / "entities"),
+        "masks": tiny_models.write_clipseg(folder / "masks"),
+    }
+
+
+def picture(number: int) -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 255, (6, 9, 3), np.uint8)
+    return Image.fromarray(noise).resize((90, 60), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(7):
+        picture(i).save(folder / f"{i}.jpg", quality=90)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    Image.new("RGB", (20, 90)).save(folder / "small.png")
+    return folder
+
+
+def arguments(models: dict[str, Path], photos: Path, output: Path) -> list[str]:
+    """The paper's configuration with other models and sizes."""
+    sizes = ["image.side=48", "image.min_side=32", "crops.min_side=4", "crops.max_area=1", "crops.threshold=0.05"]
+    named = [
+        f"{name}.{key}"
+        for name, folder in models.items()
+        for key in (f"model={folder}", "dtype=float32", "batch_size=2")
+    ]
+    return [
+        str(OPEN_IMAGES),
+        f"input.images={photos}",
+        f"output={output}",
+        "entities.chat_template=null",
+        *sizes,
+        *named,
+    ]
+
+
+@pytest.fixture(scope="module")
+def curated(models, photos, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("curated") / "set"
+    assert main([*arguments(models, photos, output), "input.chunk_size=4"]) == 0
+    return output
+
+
+def test_photos_become_samples_by_the_four_models(curated, photos):
+    counts = world.manifest(curated)["curation"]
+    assert counts["images"] == 9 and counts["written"] == 7
+    assert counts["failed"] == {"unreadable_image": 1} and counts["filtered"] == {"image_too_small": 1}
+    found = world.samples(curated)
+    for sample, record in found:
+        assert sample.caption == tiny_models.CAPTION
+        assert [entity.text for entity in sample.entities] == ["dog", "car"]
+        assert sample.target.name == "target.jpg" and load(sample.target).size == (48, 48)
+        assert record["source"] == {"shard": photos.name, "key": f"{record['source']['key'][0]}.jpg"}
+    shown = np.asarray(load(found[0][0].target), float)
+    expected = np.asarray(picture(0).crop((15, 0, 75, 60)).resize((48, 48), Image.Resampling.LANCZOS), float)
+    assert np.abs(shown - expected).mean() < 6  # JPEG twice
+
+
+def test_captions_and_answers_do_not_depend_on_the_neighbours(models):
+    rows = [new_row(i, "s", str(i)) | {"image": encode_png(picture(i))} for i in range(3)]
+    captioner = Blip2Captions(Caption(model=str(models["caption"]), dtype="float32"), "cpu")
+    together = captioner(rows)
+    assert [row["caption"] for row in together] == [row["caption"] for one in rows for row in captioner([one])]
+    asker = AskLanguageModel(Entities(model=str(models["entities"]), dtype="float32"), "cpu")
+    captions = ["a dog", "a very long caption of a car " * 4, "x {caption} {}"]
+    asked: Batch = [row | {"caption": caption} for row, caption in zip(rows, captions, strict=True)]
+    assert [row["answer"] for row in asker(asked)] == [tiny_models.ANSWER] * 3
+    assert captions[2] in asker.prompt(captions[2])
+
+
+@pytest.mark.parametrize(("strict", "kept"), [(True, 0), (False, 2)])
+def test_the_safety_checker_filters(tmp_path, strict, kept):
+    folder = tiny_models.write_safety_checker(tmp_path / "checker", strict=strict)
+    assert unsafe(folder).count(None) == kept
+
+
+def test_a_classifier_filters_by_its_threshold(tmp_path):
+    folder = tiny_models.write_classifier(tmp_path / "classifier", unsafe=0.4)
+    assert unsafe(folder) == [None, None]
+    assert unsafe(folder, threshold=0.3) == ["unsafe_image", "unsafe_image"]
+    with pytest.raises(DataError, match="normal, nsfw"):
+        unsafe(folder, blocked_labels=["porn"])
+
+
+def unsafe(folder: Path, **options) -> list[str | None]:
+    rows = [new_row(i, "s", str(i)) | {"image": encode_png(picture(i))} for i in range(2)]
+    judged = SafetyFilter(Safety(model=str(folder), dtype="float32", **options), "cpu")(rows)
+    return [row.get("dropped", {}).get("reason") for row in judged]
+
+
+def test_a_missing_model_is_named(models, photos, tmp_path, capsys):
+    wrong = models | {"masks": tmp_path / "nowhere"}
+    assert main(arguments(wrong, photos, tmp_path / "set")) == 2
+    assert f"masks.model='{tmp_path / 'nowhere'}' cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_model_without_a_chat_template_is_told_where_to_get_one(models, tmp_path):
+    folder = shutil.copytree(models["entities"], tmp_path / "bare")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match=r"entities\.chat_template"):
+        AskLanguageModel(Entities(model=str(folder)), "cpu")
+
+
+def test_mpts_form_of_conversation_is_in_the_shipped_configuration(models):
+    entities = load_config([str(OPEN_IMAGES)], Curation).entities
+    entities.model, entities.dtype = str(models["entities"]), "float32"
+    prompt = AskLanguageModel(entities, "cpu").prompt("a dog")
+    assert prompt.startswith("Below is an instruction") and prompt.endswith("Things:\n\n### Response:\n")
+    assert "### Instruction:\nBelow is the caption" in prompt
+
+
+@pytest.mark.slow
+def test_stage_3_trains_on_curated_shards(curated, tiny_tokenizer, tiny_stable_diffusion, tiny_model, tmp_path):
+    shards = miniature.write_shards(tmp_path / "shards")
+    init_from = {"instruction_tuning": tiny_model}
+    file = miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)[
+        "instruction_tuning"
+    ]
+    config = yaml.safe_load(file.read_text())
+    # Curated samples alone.
+    pattern = str(curated / "train-*.tar")
+    config["data"] |= {"constructed": {"shards": pattern, "validation": pattern}, "edit": {}, "captions": {}}
+    file.write_text(yaml.safe_dump(config))
+    assert train.main([str(file)]) == 0
+    losses = [float(loss) for _, loss in miniature.losses(tmp_path / "instruction_tuning") if loss]
+    assert len(losses) == 4 and np.isfinite(losses).all()
