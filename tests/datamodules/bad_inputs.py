@@ -186,7 +186,14 @@ def flip(shard: Path, marker: Path) -> None:
 
 
 def written(content: bytes) -> Callable[[Path, Path], None]:
-    return lambda shard, marker: shard.write_bytes(content) and None
+    """Something else in the shard's place, as other programs leave it: without index and manifest."""
+
+    def spoil(shard: Path, marker: Path) -> None:
+        for path in list(shard.parent.iterdir()):
+            path.unlink()
+        shard.write_bytes(content)
+
+    return spoil
 
 
 def remove(shard: Path, marker: Path) -> None:
