@@ -98,6 +98,10 @@ class CaptionRows:
         tokens = iter(zip(ids, lengths, strict=True))
         return [self._row(sample, *next(tokens)) if isinstance(sample, CaptionSample) else sample for sample in samples]
 
+    def tokens(self, row: CaptionRow) -> int:
+        """See `RowBuilder`."""
+        return len(row[0])
+
     def _read(self, index: int) -> CaptionSample | SampleError:
         try:
             sample = self.source[index]

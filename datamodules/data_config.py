@@ -1,8 +1,10 @@
 """What every stage can configure about its data; the stages' own schemas extend it."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from datamodules.images import Limits
+from datamodules.remote import RemoteConfig
 
 
 @dataclass
@@ -10,7 +12,7 @@ class Source:
     """Shards of one kind of sample."""
 
     shards: str = ""
-    """Path, glob or brace list of local tars; empty: the source is not used."""
+    """Path, glob, brace list or URL (see `remote`) of tars; empty: the source is not used."""
     weight: int = 1
     """Whole share of the mixture; 0: the source is not used."""
     validation: str = ""
@@ -29,6 +31,10 @@ class DataConfig:
     """Rows per process and batch."""
     seed: int = 0
     """Of the order of samples and of the choices inside them."""
+    mixing: Literal["per_sample", "per_batch"] = "per_sample"
+    """What one draw of a source fills: one row, or a whole batch of one process (released code, stage 3)."""
+    weights_of: Literal["samples", "tokens"] = "samples"
+    """What the weights are shares of: rows, or tokens, padding left out (the mean length of rows is measured)."""
     num_workers: int = 0
     """Loader processes per training process; 0 reads in the training process."""
     prefetch_factor: int = 2
@@ -47,8 +53,13 @@ class DataConfig:
     """Resume although seed, mixture or shards differ from the checkpoint's."""
     limits: Limits = field(default_factory=Limits)
     """What one sample may cost."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """Object stores that shards may be read from."""
 
     def __post_init__(self):
+        for name, allowed in (("mixing", ("per_sample", "per_batch")), ("weights_of", ("samples", "tokens"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}='{getattr(self, name)}' must be {' or '.join(allowed)}.")
         for name in ("batch_size", "prefetch_factor", "validation_samples", "min_bad_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

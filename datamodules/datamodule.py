@@ -4,24 +4,46 @@ The loader's declared length is the whole run (`max_steps` × accumulated batche
 of it: Lightning counts the batches before a resume as fetched, and an undeclared length would lose one batch.
 """
 
+import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from datamodules.agreement import Agreement, Answered, AnsweringDataset
 from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
-from datamodules.mixture import BatchPositions, MixtureDataset, RowBuilder, SampleSource
+from datamodules.mixture import BatchPositions, MixtureDataset, RowBuilder, SampleSource, token_weights
 from datamodules.report import ReadReport, SampleCounter
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 
 
 class RunLoader(DataLoader):
-    """A loader that Lightning knows to be resumable: its position is derived from the step, so it stores none."""
+    """A loader that Lightning knows to be resumable: its position is derived from the step, so it stores none.
+
+    Args:
+        agreement: is shown every batch's report, and what went wrong instead of a batch, on all processes at once.
+    """
+
+    def __init__(self, dataset: MixtureDataset, agreement: Agreement, **options: Any):
+        super().__init__(AnsweringDataset(dataset), **options)
+        self.agreement = agreement
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches.
+
+        Raises:
+            DataError: on every process, where one cannot go on or too many samples are unusable.
+        """
+        answer: Answered
+        for answer in super().__iter__():
+            yield self.agreement(answer)
 
     def state_dict(self) -> dict:
         """Nothing: see `MixtureDataModule.position`."""
@@ -62,7 +84,8 @@ class MixtureDataModule(lightning.LightningDataModule):
 
     def open_source(self, pattern: str, kind: str, suffixes: Sequence[str] | None = None) -> SampleSource:
         """The samples of `kind` in the shards of `pattern`, within the configured limits."""
-        return SampleSource(pattern, kind, self.config.limits, frozenset(suffixes) if suffixes else None)
+        wanted = frozenset(suffixes) if suffixes else None
+        return SampleSource(pattern, kind, self.config.limits, wanted, self.config.remote)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and compare them with those of the checkpoint, if one was loaded.
@@ -76,7 +99,10 @@ class MixtureDataModule(lightning.LightningDataModule):
         if not used:
             names = ", ".join(f"data.{name}.shards" for name in self.sources())
             raise DataError(f"no source of data is in use; set at least one of {names} and a weight above 0.")
-        self.train_dataset = self._dataset({name: source.shards for name, source in used.items()}, self.config.seed)
+        training = {name: source.shards for name, source in used.items()}
+        whole_batches = self.config.mixing == "per_batch"
+        turn = self.config.batch_size if whole_batches else 1
+        self.train_dataset = self._dataset(training, self.config.seed, rows_per_turn=turn)
         chosen = self.config.validation_sources
         if chosen is not None and (unknown := sorted(set(chosen) - set(self.sources()))):
             raise DataError(f"data.validation_sources names {unknown}; allowed: {', '.join(self.sources())}.")
@@ -124,17 +150,8 @@ class MixtureDataModule(lightning.LightningDataModule):
         samples = self._resumed["position"] + batches * self.config.batch_size * self._world()[1]
         return (self._resumed["step"] + since) * accumulated, samples
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the batch's unusable samples; runs in the training process.
-
-        Raises:
-            DataError: too large a share of the samples is unusable.
-        """
-        self.counter.add(batch.report)
-        return batch
-
     def state_dict(self) -> dict:
-        """Position and identity of the data, and the counts of this process."""
+        """Position and identity of the data, and the counts of all processes."""
         assert self.trainer is not None
         return {
             "version": STATE_VERSION,
@@ -166,6 +183,7 @@ class MixtureDataModule(lightning.LightningDataModule):
         hashes = [builder.source.shards.identity for builder in self.train_dataset.builders]
         return {
             "seed": self.config.seed,
+            "rows_per_turn": self.train_dataset.order.rows_per_turn,
             "sources": {
                 name: {"weight": weight, "content": content}
                 for name, weight, content in zip(names, weights, hashes, strict=True)
@@ -176,7 +194,10 @@ class MixtureDataModule(lightning.LightningDataModule):
         if self.train_dataset is None or "identity" not in self._resumed or self.config.accept_changed_data:
             return
         before, now = self._resumed["identity"], self.identity()
-        changes = [f"seed {before['seed']} → {now['seed']}"] if before["seed"] != now["seed"] else []
+        before = {"rows_per_turn": 1} | before  # checkpoints of before `mixing` was a choice
+        changes = [
+            f"{name} {before[name]} → {now[name]}" for name in ("seed", "rows_per_turn") if before[name] != now[name]
+        ]
         for name in sorted(before["sources"].keys() | now["sources"].keys()):
             old, new = before["sources"].get(name), now["sources"].get(name)
             if old is None or new is None:
@@ -191,16 +212,22 @@ class MixtureDataModule(lightning.LightningDataModule):
                 "samples that are due. Restore them, or set data.accept_changed_data=true to go on with these."
             )
 
-    def _dataset(self, patterns: dict[str, str], seed: int) -> MixtureDataset:
+    def _dataset(self, patterns: dict[str, str], seed: int, rows_per_turn: int = 1) -> MixtureDataset:
         builders = [self.builder(name, pattern) for name, pattern in patterns.items()]
         weights = [self.sources()[name].weight for name in patterns]
-        return MixtureDataset(builders, weights, seed, self.collate)
+        dataset = MixtureDataset(builders, weights, seed, self.collate, rows_per_turn)
+        if self.config.weights_of == "samples" or len(builders) == 1:
+            return dataset
+        weights = token_weights(dataset, weights)
+        logger.info("rows by tokens: %s", ", ".join(f"{name} {w}" for name, w in zip(patterns, weights, strict=True)))
+        return MixtureDataset(builders, weights, seed, self.collate, rows_per_turn)
 
     def _loader(self, dataset: MixtureDataset, steps: int, start) -> DataLoader:
         rank, world_size = self._world()
         workers = self.config.num_workers
         return RunLoader(
             dataset,
+            Agreement(self.counter),
             batch_size=None,  # the dataset makes whole batches
             sampler=BatchPositions(self.config.batch_size, steps, rank, world_size, start),
             collate_fn=_unchanged,

@@ -26,7 +26,9 @@ class SampleError(Exception):
         self.reason, self.shard, self.key, self.detail = reason, shard, key, detail
 
     def __str__(self) -> str:
-        return f"{self.shard}, sample '{self.key}': {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        text = f"{self.shard}, sample '{self.key}': {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        # Names and captions are the data's: they must not steer the terminal that a log is read in.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class FilteredSample(SampleError):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from datamodules.errors import SampleError
 from kosmosg.image_processing import LONGEST_ASPECT, rgb
@@ -13,6 +13,15 @@ from kosmosg.image_processing import LONGEST_ASPECT, rgb
 T = TypeVar("T")
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass
@@ -48,7 +57,7 @@ class StoredImage:
     limits: Limits = field(default_factory=Limits)
 
     def load(self) -> Image.Image:
-        """Decode to RGB; an animation gives its first frame, transparency becomes white.
+        """Decode to RGB; an animation gives its first frame, transparency becomes white, a photo stands upright.
 
         Raises:
             SampleError: `unreadable_image`, `image_too_large` or `extreme_aspect_ratio`.
@@ -60,7 +69,7 @@ class StoredImage:
         if max(width, height) > self.limits.max_aspect_ratio * min(width, height):
             raise self._error("extreme_aspect_ratio", f"{width}×{height}, at most 1:{self.limits.max_aspect_ratio:g}")
         self._guard(image.load)
-        return self._guard(lambda: rgb(image))
+        return self._guard(lambda: upright(rgb(image), image))
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels, from the header alone.
@@ -80,6 +89,16 @@ class StoredImage:
 
     def _error(self, reason: str, detail: str) -> SampleError:
         return SampleError(reason, self.shard, self.key, f"{self.name}: {detail}")
+
+
+def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """`pixels` turned as the EXIF orientation of `image` says. Broken EXIF data are no reason to lose an image."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # what stands there is the camera's, or anybody's
+        return pixels
+    turn = TURNS.get(orientation)
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 SampleImage = Image.Image | StoredImage

@@ -91,6 +91,10 @@ class InstructionRows:
                 rows.append(error)
         return rows
 
+    def tokens(self, row: tuple[EncodedPrompt, Tensor]) -> int:
+        """See `RowBuilder`."""
+        return len(row[0])
+
     def build(self, sample: Sample, random: Random, kept: Tensor | None = None) -> tuple[EncodedPrompt, Tensor]:
         """One sample → prompt and target (3,H,W), or `kept`, the moments of it.
 

@@ -1,6 +1,7 @@
 """Stage 1 data: text, image-caption pairs and interleaved documents, mixed by tokens 5:5:2 (paper section 3.2).
 
-Every row has the same length, so mixing rows 5:5:2 mixes tokens 5:5:2 up to padding.
+Every row has the same length, so mixing rows 5:5:2 mixes tokens 5:5:2 up to padding, and with `weights_of: tokens`
+without that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from datamodules.packing import Document, PackedRow, Packer
 from datamodules.report import ReadReport
 from datamodules.sample import CaptionSample, InterleavedSample, Sample, TextSample
 from kosmosg.prompt import PromptBatch, PromptEncoder
+
+LOOK_AHEAD = 8  # documents asked of an object store at once
 
 
 @dataclass
@@ -60,6 +63,10 @@ class PackedRows:
         """See `RowBuilder`."""
         return [self._build(request, report) for request in requests]
 
+    def tokens(self, row: PackedRow) -> int:
+        """See `RowBuilder`."""
+        return int((~row.padding).sum())
+
     def _build(self, request: Request, report: ReadReport) -> tuple[PackedRow, str] | SampleError:
         failed = len(report.errors)
         row = self.packer.pack(self._documents(request, report), report)
@@ -75,6 +82,9 @@ class PackedRows:
         for step in range(size):
             if len(report.errors) - failed >= MAX_ATTEMPTS:
                 return
+            if step % LOOK_AHEAD == 0:
+                ahead = range(step, min(step + LOOK_AHEAD, size))
+                self.source.shards.prefetch([follow((request.index + k) % size) for k in ahead])
             report.reads += 1
             try:
                 document = self._document(self.source[follow((request.index + step) % size)], request.random)

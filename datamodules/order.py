@@ -5,6 +5,7 @@ so a run resumes anywhere at once, on any number of processes and workers.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class Permutation:
         self.n = n
         self.rows = math.isqrt(n - 1) + 1
         self.columns = -(-n // self.rows)
-        self.keys = [mix(key, i) for i in range(2 * ROUNDS)]
+        self.keys = [(mix(key, i), mix(key, i + 1)) for i in range(0, 2 * ROUNDS, 2)]
 
     def __call__(self, i: int) -> int:
         """Where `i` goes."""
@@ -48,9 +49,9 @@ class Permutation:
             raise IndexError(f"{i} is outside 0 … {self.n - 1}.")
         while True:
             row, column = divmod(i, self.columns)
-            for k in range(0, 2 * ROUNDS, 2):
-                row = (row + _round(column, self.keys[k])) % self.rows
-                column = (column + _round(row, self.keys[k + 1])) % self.columns
+            for even, odd in self.keys:
+                row = (row + _round(column, even)) % self.rows
+                column = (column + _round(row, odd)) % self.columns
             i = row * self.columns + column
             if i < self.n:
                 return i
@@ -73,44 +74,58 @@ class Draw(NamedTuple):
 class MixtureOrder:
     """Position in the run → which sample of which source.
 
-    Positions are cut into blocks as long as the weights' sum. Each block holds every source exactly `weight` times,
-    in an order of its own; each source is passed through in a new permutation every epoch, every element once.
+    Positions are cut into turns of `rows_per_turn`, turns into blocks as long as the weights' sum times `repeats`. Each
+    block gives every source exactly `weight` × `repeats` turns, in an order of its own; each source is passed through
+    in a new permutation every epoch, every element once.
 
     Args:
         seed: of the whole order.
         sizes: elements of each source, at least 1 each.
         weights: whole shares, e.g. 2:2:1 (paper section 3.1).
+        rows_per_turn: consecutive positions that one draw of a source decides; 1 mixes row by row.
+        repeats: how often the weights go into a block; the longer it is, the more turns look like independent draws.
 
     Raises:
         ValueError: no source, an empty source, or a weight that is not a positive integer.
     """
 
-    def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[int]):
+    def __init__(
+        self, seed: int, sizes: Sequence[int], weights: Sequence[int], rows_per_turn: int = 1, repeats: int = 1
+    ):
         if not sizes or len(sizes) != len(weights):
             raise ValueError(f"{len(sizes)} sizes and {len(weights)} weights: every source needs one of each.")
-        if min(sizes) < 1 or min(weights) < 1 or sum(weights) > MAX_BLOCK:
+        if min(sizes) < 1 or min(weights) < 1 or sum(weights) * repeats > MAX_BLOCK:
             raise ValueError(
                 f"sizes {list(sizes)} and weights {list(weights)} must be positive integers, the weights' sum at most "
-                f"{MAX_BLOCK}; leave out a source that is not wanted."
+                f"{MAX_BLOCK // repeats}; leave out a source that is not wanted."
             )
         common = math.gcd(*weights)
         self.seed, self.sizes, self.weights = seed, tuple(sizes), tuple(weight // common for weight in weights)
-        self.block = sum(self.weights)
-        self.starts = [sum(self.weights[:i]) for i in range(len(sizes))]
+        self.rows_per_turn = rows_per_turn
+        self.turns = [weight * repeats for weight in self.weights]
+        self.block = sum(self.turns)
+        self.starts = [sum(self.turns[:i]) for i in range(len(sizes))]
         self._permutations: dict[tuple[int, int, int], Permutation] = {}
+        self._slots: tuple[int, Permutation] | None = None
 
     def __call__(self, position: int) -> Draw:
         """What stands at `position` (from 0, without end)."""
-        block, place = divmod(position, self.block)
-        slot = Permutation(self.block, mix(self.seed, 1, block))(place) if len(self.sizes) > 1 else place
-        source = max(i for i, start in enumerate(self.starts) if start <= slot)
-        drawn = block * self.weights[source] + slot - self.starts[source]
+        turn, row = divmod(position, self.rows_per_turn)
+        block, place = divmod(turn, self.block)
+        slot = self._block(block)(place) if len(self.sizes) > 1 else place
+        source = bisect_right(self.starts, slot) - 1
+        drawn = (block * self.turns[source] + slot - self.starts[source]) * self.rows_per_turn + row
         epoch, offset = divmod(drawn, self.sizes[source])
         return Draw(source, self._permutation(source, epoch, 0)(offset), epoch, offset)
 
     def redraw(self, draw: Draw, attempt: int) -> int:
         """Another element of the same source in place of an unusable one; `attempt` counts from 1."""
         return self._permutation(draw.source, draw.epoch, attempt)(draw.offset)
+
+    def _block(self, block: int) -> Permutation:
+        if self._slots is None or self._slots[0] != block:
+            self._slots = block, Permutation(self.block, mix(self.seed, 1, block))
+        return self._slots[1]
 
     def _permutation(self, source: int, epoch: int, attempt: int) -> Permutation:
         key = (source, epoch, attempt)
@@ -119,3 +134,14 @@ class MixtureOrder:
                 self._permutations.clear()
             self._permutations[key] = Permutation(self.sizes[source], mix(self.seed, 2, *key))
         return self._permutations[key]
+
+
+def whole_weights(shares: Sequence[float], total: int = 1000) -> list[int]:
+    """Shares → whole weights of about `total` together, each at least 1.
+
+    Raises:
+        ValueError: a share that is not above 0.
+    """
+    if not shares or min(shares) <= 0:
+        raise ValueError(f"shares {list(shares)} must all be above 0.")
+    return [max(1, round(total * share / sum(shares))) for share in shares]

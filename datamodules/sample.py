@@ -160,7 +160,7 @@ class _Decoder:
         record = {} if "txt" in self.members else self.json()
         found = "caption" if "txt" in self.members else record.get("kind")
         if not isinstance(found, str) or found not in KINDS:
-            raise self.error("wrong_kind", f"kind is {found!r}, allowed are {', '.join(KINDS)}")
+            raise self.error("wrong_kind", f"kind is {found!r:.60}, allowed are {', '.join(KINDS)}")
         if kind is not None and found != kind:
             raise self.error("wrong_kind", f"kind is '{found}', this source reads '{kind}'")
         decoders: dict[str, Callable[[dict], Sample]] = {
@@ -190,10 +190,10 @@ class _Decoder:
             if isinstance(segment, dict) and isinstance(segment.get("image"), str):
                 segments.append(self.image(segment["image"]))
             elif isinstance(segment, str):
-                segments.append(segment)
+                segments.append(self.encodable(segment, "segments"))
             else:
                 raise self.error(
-                    "invalid_field", f"segments holds {segment!r}; allowed are a text or {{'image': name}}"
+                    "invalid_field", f"segments holds {segment!r:.60}; allowed are a text or {{'image': name}}"
                 )
         if not segments:
             raise self.error("empty_text", "segments is empty")
@@ -203,7 +203,7 @@ class _Decoder:
         entities = []
         for i, entity in enumerate(self.sequence(record, "entities")):
             if not isinstance(entity, dict):
-                raise self.error("invalid_field", f"entities[{i}] is {entity!r}; allowed is {{'text': word}}")
+                raise self.error("invalid_field", f"entities[{i}] is {entity!r:.60}; allowed is {{'text': word}}")
             word = self.text(entity, "text", "empty_text")
             entities.append(Entity(word, self.image(f"{i}.background.png"), self.image(f"{i}.white.png")))
         return ConstructedSample(self.text(record, "caption", "empty_caption"), entities, self.image("target.png"))
@@ -212,14 +212,15 @@ class _Decoder:
         # An empty input caption is usual in edit data: the instruction is what must be there.
         caption = record.get("caption", "")
         if not isinstance(caption, str):
-            raise self.error("invalid_field", f"caption is {caption!r}, it must be a text")
+            raise self.error("invalid_field", f"caption is {caption!r:.60}, it must be a text")
+        caption = self.encodable(caption, "caption")
         instruction = self.text(record, "instruction", "empty_text")
         return EditSample(caption, instruction, self.image("source.png"), self.image("target.png"))
 
     def json(self) -> dict:
         try:
             record = json.loads(self.utf8("json"))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
             raise self.error("invalid_json", str(error)) from error
         if not isinstance(record, dict):
             raise self.error("invalid_json", f"json holds a {type(record).__name__}, it must be an object")
@@ -249,6 +250,14 @@ class _Decoder:
             raise self.error("invalid_field", f"{name} is {value!r:.60}, it must be a text")
         if not value.strip():
             raise self.error(when_empty, f"{name} is {value!r:.60}")
+        return self.encodable(value, name)
+
+    def encodable(self, value: str, name: str) -> str:
+        """A JSON text may hold half a surrogate pair, which no tokenizer takes."""
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error("not_utf8", f"{name}: {error.reason} at character {error.start}") from error
         return value
 
     def sequence(self, record: dict, name: str) -> list:

@@ -16,8 +16,9 @@ from typing import IO
 from webdataset.writer import TarWriter
 
 from datamodules.errors import DataError
-from datamodules.indexed_shards import IndexedShards, expand_pattern
+from datamodules.indexed_shards import IndexedShards
 from datamodules.sample import SCHEMA_VERSION, Sample
+from datamodules.shard_patterns import expand_pattern
 from datamodules.tar_index import ShardIndex, index_path
 
 __all__ = ["MANIFEST_SUFFIX", "IndexedShards", "ShardWriter", "expand_pattern"]

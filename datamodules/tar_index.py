@@ -5,16 +5,20 @@ without one (img2dataset writes none) are scanned once with `tarfile` and the in
 """
 
 import io
+import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from datamodules.errors import ShardError
+from datamodules.shard_files import ShardFile
 
 BLOCK = 512
+WALK_BYTES = {False: 64 * 1024, True: 4 * 1024 * 1024}  # read at once from a disk and from a store
+LARGEST_HEADER = 1024 * 1024
 INDEX_SUFFIX = ".index.npy"
 
 
@@ -31,39 +35,30 @@ class ShardIndex:
         return cls(np.array(bounds, dtype=np.int64).reshape(-1, 2), size)
 
     @classmethod
-    def scan(cls, path: Path) -> "ShardIndex":
+    def scan(cls, file: ShardFile) -> "ShardIndex":
         """Walk through the headers of a tar.
 
-        A tar that breaks off keeps its last, incomplete sample in the index: reading it then fails and is counted.
+        A tar that breaks off, or whose headers do at some place, keeps what follows as one last sample in the index:
+        reading it then fails and is counted.
 
         Raises:
             ShardError: not a tar, or one without any sample.
         """
-        size = path.stat().st_size
         bounds: list[list[int]] = []
         previous = None
         try:
-            with tarfile.open(path, "r:") as tar:
-                begin = 0  # opening the tar has read the first header already
-                while True:
-                    member = _next_member(tar)
-                    if member is None:
-                        if _is_damaged(path, begin):
-                            bounds.append([begin, size])
-                        break
-                    end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                    key = split_name(member.name)[0] if member.isfile() else None
-                    if key is not None and key != previous:
-                        bounds.append([begin, end])
-                    elif key is not None:
-                        bounds[-1][1] = end
-                    previous = key
-                    begin = tar.offset
-        except tarfile.TarError as error:
-            raise ShardError(f"'{path}' is not a readable tar ({error}); replace it or leave it out.") from error
+            for name, begin, end in _members(file):
+                key = split_name(name)[0] if name is not None else None
+                if key is not None and key == previous:
+                    bounds[-1][1] = end
+                else:
+                    bounds.append([begin, end])
+                previous = key
+        except (tarfile.TarError, OSError) as error:
+            raise ShardError(f"'{file}' is not a readable tar ({error}); replace it or leave it out.") from error
         if not bounds:
-            raise ShardError(f"'{path}' holds no samples; replace it or leave it out.")
-        return cls.from_bounds([(begin, end) for begin, end in bounds], size)
+            raise ShardError(f"'{file}' holds no samples; replace it or leave it out.")
+        return cls.from_bounds([(begin, end) for begin, end in bounds], file.size)
 
     def to_bytes(self) -> bytes:
         """As a .npy file: one row (size, N), then the bounds."""
@@ -73,9 +68,17 @@ class ShardIndex:
 
     @classmethod
     def read(cls, path: Path) -> "ShardIndex | None":
-        """Read what `to_bytes` gave; None if it is absent or is not an index."""
+        """Read a file of what `to_bytes` gave; None if it is absent or is not an index."""
         try:
-            rows = np.load(path, allow_pickle=False)
+            return cls.from_bytes(path.read_bytes())
+        except OSError:
+            return None
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "ShardIndex | None":
+        """What `to_bytes` gave; None for anything else."""
+        try:
+            rows = np.load(io.BytesIO(content), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
         if rows.ndim != 2 or rows.shape[1:] != (2,) or len(rows) < 2 or rows[0, 1] != len(rows) - 1:
@@ -86,27 +89,71 @@ class ShardIndex:
         return len(self.bounds)
 
 
-def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    try:
-        return tar.next()
-    except tarfile.ReadError:
-        if tar.offset == 0:
-            raise  # not a tar at all
-        return None  # the data of the member before breaks off
-    finally:
-        tar.members.clear()  # type: ignore[attr-defined]  # a large shard's headers would all stay in memory
+def _members(file: ShardFile) -> Iterator[tuple[str | None, int, int]]:
+    """(name, begin, end) of each entry that is no folder; (None, begin, size) for a rest that cannot be read."""
+    with tarfile.open(fileobj=Walk(file), mode="r:") as tar:  # type: ignore[arg-type]
+        begin = 0  # opening the tar has read the first header already
+        while True:
+            try:
+                member = tar.next()
+                broken = member is not None and tar.offset <= begin  # a negative size would walk in circles
+            except Exception:  # hostile headers make tarfile raise nearly anything
+                if begin == 0:
+                    raise
+                member, broken = None, True
+            tar.members.clear()  # type: ignore[attr-defined]  # a large shard's headers would all stay in memory
+            if begin < file.size and (broken or (member is None and any(file.read(BLOCK, begin)))):
+                yield None, begin, file.size
+            if broken or member is None:
+                return
+            if not member.isdir():
+                yield member.name, begin, tar.offset
+            begin = tar.offset
 
 
-def _is_damaged(path: Path, offset: int) -> bool:
-    """Whether something other than the end mark stands where tarfile found no further header."""
-    with open(path, "rb") as stream:
-        stream.seek(offset)
-        return any(stream.read(BLOCK))
+class Walk(io.RawIOBase):
+    """A shard as a stream for walking through its headers: blocks that nobody asks for are never read.
+
+    Raises:
+        OSError: more than a header is asked for at once, which would be a hostile header's size.
+    """
+
+    def __init__(self, file: ShardFile):
+        self.file, self.position, self.begin, self.block = file, 0, 0, b""
+        self.size = WALK_BYTES[file.remote]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.file.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER:
+            raise OSError(f"a header of {size} bytes at byte {self.position}; allowed are {LARGEST_HEADER}")
+        begin = self.position - self.begin
+        if not 0 <= begin <= begin + size <= len(self.block):
+            self.block, self.begin, begin = self.file.read(max(size, self.size), self.position), self.position, 0
+        content = self.block[begin : begin + size]
+        self.position += len(content)
+        return content
+
+
+def index_name(shard: str) -> str:
+    """File name of the index that belongs to a shard."""
+    return shard.removesuffix(".tar") + INDEX_SUFFIX
 
 
 def index_path(shard: Path) -> Path:
-    """The index that belongs to a shard."""
-    return shard.with_name(shard.name.removesuffix(".tar") + INDEX_SUFFIX)
+    """The index that belongs to a shard on a disk."""
+    return shard.with_name(index_name(shard.name))
 
 
 def split_name(name: str) -> tuple[str, str]:

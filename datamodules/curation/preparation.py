@@ -25,7 +25,7 @@ class Prepare:
     def _prepare(self, row: Row) -> Row:
         encoded = StoredImage(row["data"], row["key"], row["shard"], row["key"], self.limits)
         try:
-            image = ImageOps.exif_transpose(encoded.load())
+            image = encoded.load()
         except SampleError as error:
             return drop_for(row, error, "preparation")
         if min(image.size) < self.stored.min_side:

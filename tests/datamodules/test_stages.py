@@ -230,7 +230,7 @@ def test_rotten_data_stop_the_run(tmp_path, tiny_tokenizer, caplog):
     module = alignment(worlds.write_members(tmp_path / "a.tar", groups), tiny_tokenizer, max_bad_share=0.2)
     with pytest.raises(DataError, match=r"empty_caption.*max_bad_share is 0\.2"):
         for start in range(0, 100, 10):
-            module.on_before_batch_transfer(module.train_dataset[range(start, start + 10)], 0)
+            module.counter.add(module.train_dataset[range(start, start + 10)].report)
     assert module.counter.failed >= 20
     named = [record for record in caplog.records if "a.tar, sample" in record.message]
     assert 0 < len(named) <= 20

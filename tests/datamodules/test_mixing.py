@@ -1,0 +1,200 @@
+"""Mixing by rows, by whole batches and by tokens; the same global sequence for any number of processes."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import lightning
+import pytest
+
+from datamodules.data_config import DataConfig, Source
+from datamodules.errors import DataError
+from datamodules.instruction import InstructionData, InstructionDataConfig
+from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
+from datamodules.mixture import TURNS_PER_WEIGHT, BatchPositions
+from datamodules.order import MixtureOrder, whole_weights
+from datamodules.sample import CaptionSample, EditSample, TextSample
+from kosmosg.image_processing import TargetTransform
+from tests.datamodules import worlds
+from tests.datamodules.test_datamodule import RankRecorder, fit
+
+RELEASED = (2, 2, 1)  # constructed, edit, captions
+
+
+def turns(order: MixtureOrder, first: int, n: int) -> list[int]:
+    return [order(turn * order.rows_per_turn).source for turn in range(first, first + n)]
+
+
+def test_a_turn_comes_from_one_source_and_an_epoch_has_every_sample_once():
+    sizes, batch = (70, 50, 30), 10
+    order = MixtureOrder(3, sizes, RELEASED, rows_per_turn=batch, repeats=7)
+    seen = Counter()
+    for turn in range(order.block * 4):
+        draws = [order(turn * batch + row) for row in range(batch)]
+        assert len({draw.source for draw in draws}) == 1
+        seen.update((draw.source, draw.epoch, draw.index) for draw in draws)
+    assert set(seen.values()) == {1}
+    complete = Counter((source, epoch) for source, epoch, _ in seen)
+    assert all(complete[source, 0] == size for source, size in enumerate(sizes))
+
+
+def test_turns_spread_as_independent_draws_of_the_released_weights_do():
+    """Counts of a source in a step of 64 processes: mean 64·p, variance 64·p·(1-p)."""
+    order = MixtureOrder(0, (10**6,) * 3, RELEASED, 16, TURNS_PER_WEIGHT)
+    steps = [Counter(turns(order, 64 * step, 64)) for step in range(200)]
+    for source, p in enumerate((0.4, 0.4, 0.2)):
+        counts = [step[source] for step in steps]
+        mean = sum(counts) / len(counts)
+        variance = sum((count - mean) ** 2 for count in counts) / len(counts)
+        assert abs(mean - 64 * p) < 0.9
+        assert abs(variance / (64 * p * (1 - p)) - 1) < 0.35
+    pairs = Counter(itertools.pairwise(turns(order, 0, 5000)))
+    assert abs(pairs[0, 0] / 4999 - 0.16) < 0.02 and abs(pairs[2, 2] / 4999 - 0.04) < 0.01
+
+
+def test_whole_blocks_have_exactly_the_weights():
+    order = MixtureOrder(1, (10**6,) * 3, RELEASED, 16, TURNS_PER_WEIGHT)
+    assert Counter(turns(order, order.block * 10**6, order.block)) == {0: 2000, 1: 2000, 2: 1000}
+
+
+def module(folder: Path, tokenizer: Path, **options) -> InstructionData:
+    folder.mkdir(exist_ok=True)
+    sources = {}
+    for name, weight, samples in (
+        ("constructed", 2, worlds.constructed(21)),
+        ("edit", 2, worlds.edits(13)),
+        ("captions", 1, worlds.captions(9)),
+    ):
+        there = list(folder.glob(f"{name}-*.tar"))
+        sources[name] = Source(str(folder / f"{name}-*.tar") if there else worlds.write(folder, name, samples), weight)
+    config = InstructionDataConfig(**({"min_image_side": 0, "batch_size": 3} | sources | options))
+    return InstructionData(config, worlds.encoder(tokenizer), TargetTransform(worlds.SIDE))
+
+
+def test_a_local_batch_has_one_source_whatever_the_number_of_processes(tmp_path, tiny_tokenizer):
+    data = module(tmp_path, tiny_tokenizer, mixing="per_batch")
+    data.setup()
+    batches = {}
+    for world in (1, 2, 4):
+        ranks = [BatchPositions(3, 8 // world, rank, world, lambda: (0, 0)) for rank in range(world)]
+        steps = zip(*ranks, strict=True)
+        batches[world] = [data.train_dataset[positions].report for step in steps for positions in step]
+    assert all(len(set(report.sources)) == 1 for report in batches[1])
+    names = [[report.samples for report in batches[world]] for world in (1, 2, 4)]
+    assert names[0] == names[1] == names[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixing", ["per_sample", "per_batch"])
+def test_one_two_one_processes_read_the_same_sequence(tmp_path, tiny_tokenizer, mixing):
+    def make(**options):
+        return module(tmp_path / "data", tiny_tokenizer, mixing=mixing, **options)
+
+    whole = list(fit(tmp_path / "whole", make(), 16).seen.values())
+    seen = list(fit(tmp_path / "cut", make(), 4).seen.values())
+    two = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
+    path = str(tmp_path / "cut" / "step=4.ckpt")
+    fit(tmp_path / "cut", make(num_workers=1), 8, RankRecorder(tmp_path), path, **two)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    seen += [names for step in zip(*ranks, strict=True) for names in step]
+    path = str(tmp_path / "cut" / "step=8.ckpt")
+    seen += list(fit(tmp_path / "cut", make(), 12, checkpoint=path).seen.values())
+    assert seen == whole
+
+
+def test_whole_batches_of_another_size_are_another_order(tmp_path, tiny_tokenizer):
+    fit(tmp_path / "run", module(tmp_path / "data", tiny_tokenizer, mixing="per_batch"), 4)
+    path = str(tmp_path / "run" / "step=4.ckpt")
+    for change, message in (({"batch_size": 4, "mixing": "per_batch"}, "3 → 4"), ({}, "rows_per_turn 3 → 1")):
+        with pytest.raises(DataError, match=message):
+            fit(tmp_path / "run", module(tmp_path / "data", tiny_tokenizer, **change), 6, checkpoint=path)
+    resumed = module(tmp_path / "data", tiny_tokenizer, mixing="per_batch", batch_size=4, accept_changed_data=True)
+    recorder = fit(tmp_path / "run", resumed, 6, checkpoint=path)
+    sources = [{name.split("-")[0] for name in names} for names in recorder.seen.values()]
+    assert all(len(found) == 1 for found in sources)  # it goes on at a whole turn
+
+
+def test_uneven_shards_give_every_process_as_many_steps(tmp_path, tiny_tokenizer):
+    """Shards of 1, 2 and 40 samples for four processes: samples are divided, not shards."""
+    samples = worlds.captions(43)
+    for name, part in (("a", samples[:1]), ("b", samples[1:3]), ("c", samples[3:])):
+        worlds.write(tmp_path, name, part, per_shard=100)
+    data = module(tmp_path / "x", tiny_tokenizer, captions=Source(str(tmp_path / "*.tar")), edit=Source())
+    data.config.constructed = Source()
+    data.setup()
+    ranks = [list(BatchPositions(2, 11, rank, 4, lambda: (0, 0))) for rank in range(4)]
+    assert {len(steps) for steps in ranks} == {11}
+    read = [name for step in zip(*ranks, strict=True) for p in step for name in data.train_dataset[p].report.samples]
+    assert sorted(name.partition("/")[2] for name in read[:43]) == [sample.key for sample in samples]
+
+
+def test_tokens_are_shared_out_where_rows_are_documents(tmp_path, tiny_tokenizer):
+    """Long edits beside short captions: 1 : 1 by rows is far from 1 : 1 by tokens."""
+    long = [
+        EditSample(f"a fish {i} " * 9, "make it night", worlds.image(i), worlds.image(i), key=f"e{i:05d}")
+        for i in range(60)
+    ]
+    short = [CaptionSample(f"dog {i}", worlds.image(i), key=f"c{i:05d}") for i in range(60)]
+    options = {
+        "edit": Source(worlds.write(tmp_path, "edit", long), 1),
+        "captions": Source(worlds.write(tmp_path, "captions", short), 1),
+        "constructed": Source(),
+    }
+    shares = {}
+    for weights_of in ("samples", "tokens"):
+        data = module(tmp_path / "x", tiny_tokenizer, weights_of=weights_of, **options)
+        data.setup()
+        order, tokens = data.train_dataset.order, Counter()
+        for start in range(0, 240, 30):
+            batch = data.train_dataset[range(start, start + 30)]
+            for name, length in zip(batch.report.sources, (~batch.prompt.padding).sum(1).tolist(), strict=True):
+                tokens[name] += length
+        shares[weights_of] = tokens["edit"] / sum(tokens.values())
+    assert shares["samples"] > 0.75
+    assert abs(shares["tokens"] - 0.5) < 0.05
+    assert data.identity()["sources"]["edit"]["weight"] == order.weights[0] < order.weights[1]
+
+
+def test_tokens_of_packed_rows_are_shared_out_without_padding(tmp_path, tiny_tokenizer):
+    """Pairs are never divided, so their rows hold more padding than rows of text."""
+    pairs = [CaptionSample("a fish and a dog in the garden " * 2, worlds.image(i), key=f"c{i:05d}") for i in range(40)]
+    config = LanguageModellingDataConfig(
+        text=Source(worlds.write(tmp_path, "text", [TextSample("The dog sleeps. " * 200) for _ in range(40)]), 5),
+        captions=Source(worlds.write(tmp_path, "captions", pairs), 5),
+        sequence_length=64,
+        weights_of="tokens",
+    )
+    data = LanguageModellingData(config, worlds.encoder(tiny_tokenizer))
+    data.setup()
+    tokens = Counter()
+    for start in range(0, 240, 60):
+        batch = data.train_dataset[range(start, start + 60)]
+        for name, length in zip(batch.report.sources, (~batch.prompt.padding).sum(1).tolist(), strict=True):
+            tokens[name] += length
+    assert abs(tokens["text"] / sum(tokens.values()) - 0.5) < 0.02
+    weights = data.train_dataset.order.weights
+    assert weights[1] > 1.05 * weights[0]
+
+
+def test_shares_become_whole_weights():
+    assert whole_weights([2.0, 2.0, 1.0]) == [400, 400, 200]
+    assert whole_weights([1e-6, 1.0]) == [1, 1000]
+    with pytest.raises(ValueError, match="above 0"):
+        whole_weights([1.0, 0.0])
+
+
+@pytest.mark.parametrize("key, value", [("mixing", "per_epoch"), ("weights_of", "images")])
+def test_words_are_checked(key, value):
+    with pytest.raises(ValueError, match=f"{key}='{value}'"):
+        DataConfig(**{key: value})
+
+
+def test_validation_is_mixed_by_rows(tmp_path, tiny_tokenizer):
+    data = module(tmp_path, tiny_tokenizer, mixing="per_batch")
+    for source in (data.config.constructed, data.config.edit, data.config.captions):
+        source.validation = source.shards
+    data.trainer = lightning.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.setup()
+    batches = [batch.report.sources for batch in data.val_dataloader()]
+    assert any(len(set(sources)) > 1 for sources in batches)
