@@ -18,9 +18,9 @@ from kosmosg.conversion.parts import WEIGHTS, build, read_config, require_exact
 from kosmosg.conversion.record import RECORD
 from kosmosg.conversion.sizes import OUR_SECTION, RELEASED_ACTIVATION
 from kosmosg.conversion.weights import Weights, folder_weights
+from kosmosg.models.aligner import LinearAligner
 from kosmosg.models.mllm import MAX_TOKENS
 from kosmosg.models.positions import XPOS_DECAY
-from kosmosg.models.aligner import LinearAligner
 from kosmosg.models.storage import CONFIG_FILE, find_model
 
 # What a released checkpoint of each stage carries.
