@@ -30,8 +30,8 @@ class Models:
     after_stage_3: str | None = None
     """Run or model folder of the instruction tuning stage; null leaves the row out."""
     runs: list[str] = field(default_factory=list)
-    """Run folders, or patterns as `runs/ablations/*/*` for all finished ones: a row each, named after the run's ablation
-    and seed, which tables gather."""
+    """Run folders, or patterns as `runs/ablations/*/*` for all finished ones: a row each, named after the run's
+    ablation and seed; tables gather the seeds."""
     external: dict[str, str] = field(default_factory=dict)
     """Rivals by name: folders of images that they made for our requests, see evaluation/external.py."""
 

@@ -1,8 +1,8 @@
 """The paper's Tables 1 and 2 from finished evaluations, as Markdown, LaTeX and HTML: `evaluate.py tables A B …`.
 
 Printed numbers and ours stand in groups of their own, each under its protocol: they were made under different ones.
-Runs of one experiment with several seeds are gathered in a row, under the paper's name for it where there is one. "fails"
-is quoted from the paper alone; ours give the number.
+Runs of one experiment with several seeds are gathered in a row, under the paper's name for it where there is one.
+"fails" is quoted from the paper alone; ours give the number.
 """
 
 import html

@@ -1,4 +1,4 @@
-"""Training compute: runs of unlike models are made equally dear by their FLOPs, which no machine and no neighbour changes.
+"""Training compute: runs of unlike models are made equally dear by their FLOPs, which no machine changes.
 
 An update's FLOPs are those of its forward and backward passes through all networks, frozen ones included, counted by
 torch: matrix products, convolutions and attention. They are counted once, on held-out batches of the training size.

@@ -1,4 +1,4 @@
-"""Ablations: every shipped file fits the full size and Toyland; what they need of the model trains, resumes and draws."""
+"""Ablations: every shipped file fits the full size and Toyland; what they need of the model trains, resumes, draws."""
 
 import json
 import re
@@ -169,7 +169,7 @@ def test_equal_compute_sets_the_length(
 
 
 class Doubling(torch.nn.Module):
-    """A stage of one matrix product of 2·3·4·5 FLOPs, whose backward pass costs one for each side that has a gradient."""
+    """A stage of one matrix product of 2·3·4·5 FLOPs; its backward pass costs one for each side with a gradient."""
 
     def __init__(self, both: bool):
         super().__init__()

@@ -18,6 +18,7 @@ from kosmosg.conversion.parts import WEIGHTS, build, read_config, require_exact
 from kosmosg.conversion.record import RECORD
 from kosmosg.conversion.sizes import OUR_SECTION, RELEASED_ACTIVATION
 from kosmosg.conversion.weights import Weights, folder_weights
+from kosmosg.models.aligner import LinearAligner
 from kosmosg.models.mllm import MAX_TOKENS
 from kosmosg.models.positions import XPOS_DECAY
 from kosmosg.models.storage import CONFIG_FILE, find_model
@@ -77,7 +78,12 @@ def exported(part: str, folder: Path) -> Weights:
     weights = folder_weights(folder, part)
     if weights is None:
         raise ConversionError(f"'{folder}' has a {CONFIG_FILE} but no weights.")
-    require_exact(part, build(part, read_config(folder)), weights)
+    config = read_config(folder)
+    if config.get("_class_name") == LinearAligner.__name__:
+        raise ConversionError(
+            f"'{folder}' holds a {LinearAligner.__name__}, which released checkpoints have no place for."
+        )
+    require_exact(part, build(part, config), weights)
     return weights
 
 

@@ -97,9 +97,9 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
 class LinearAligner(StrictWeights, ModelMixin, ConfigMixin):
     """No AlignerNet: one linear map from states B×L×D to the condition B×Q×C, position by position.
 
-    Notable: the condition has Q positions, as every condition that Stable Diffusion was trained with. A longer prompt is
-    cut, and a learned vector fills up a shorter one: CLIP's padding, too, is a state like the others, which the U-Net
-    reads unmasked.
+    Notable: the condition has Q positions, as every condition that Stable Diffusion was trained with. A longer prompt
+    is cut, and a learned vector fills up a shorter one: CLIP's padding, too, is a state like the others, which the
+    U-Net reads unmasked.
 
     Args:
         input_width: `D`.

@@ -80,7 +80,7 @@ class MLLMConfig:
 @dataclass
 class AlignerConfig:
     kind: Literal["alignernet", "linear"] = "alignernet"
-    """linear: one linear map at every position in place of AlignerNet, which ignores all sizes but width and num_queries."""
+    """linear: one linear map at every position in AlignerNet's place; of the sizes it has width and num_queries."""
     width: int = 768
     """Width of the condition, C: what the U-Net's cross-attention reads."""
     heads: int = 12

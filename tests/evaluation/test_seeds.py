@@ -59,7 +59,8 @@ def test_scores_say_which_run_they_are_of(arguments, tiny_model, tmp_path):
     options = ["dreambench=null", "models.before_stage_3=null", "models.after_stage_3=null"]
     options += [f"output={tmp_path / 'evaluation'}", f"models.runs=['{tmp_path}/runs/*']"]
     config = load_config([*arguments, *options], EvaluationConfig)
-    assert evaluate(config) == (scores := read_results(tmp_path / "evaluation" / "results.json"))
+    scores = evaluate(config)
+    assert scores == read_results(tmp_path / "evaluation" / "results.json")
     found = {(s.system, s.experiment, s.stage, s.seed) for s in scores if s.metric == "fid"}
     assert found == {
         ("Real images", None, None, None),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kosmosg.conversion import ConversionError, export_checkpoint
 from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder, LinearAligner, load_aligner
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
@@ -55,6 +56,8 @@ def test_folders_are_read_by_their_kind(linear: LinearAligner, tiny_model: Path,
     assert torch.equal(read.null_condition(), model.eval().null_condition())
     with pytest.raises(ValueError, match="holds a LinearAligner, not a AlignerEncoder"):
         load_part(AlignerEncoder, tmp_path / "aligner")
+    with pytest.raises(ConversionError, match="which released checkpoints have no place for"):
+        export_checkpoint(tmp_path, tmp_path / "released.pt")
     assert isinstance(load_aligner(tiny_model / "aligner"), AlignerEncoder)
     with pytest.raises(FileNotFoundError, match="an aligner after stages 2 and 3"):
         load_aligner(tmp_path / "nowhere")
