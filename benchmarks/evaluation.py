@@ -54,7 +54,10 @@ class World:
         pixels = source.integers(0, 256, (stage.subjects, side, side, 3), dtype=np.uint8)
         self.subjects = [Image.fromarray(picture) for picture in pixels]
         vision = CLIPVisionConfig(**vision_config(config.model.mllm.vision))
-        self.judge = CLIPVisionModel(vision).eval().requires_grad_(False).to(config.torch_device())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            judge = CLIPVisionModel(vision)
+        self.judge = judge.eval().requires_grad_(False).to(config.torch_device())
         self.prompts = [
             (f"<i> and some words, {template}", subject)
             for subject in range(stage.subjects)
