@@ -78,6 +78,7 @@ def run_ray(config: Curation, chunks: Iterable[Chunk]) -> Iterator[Record]:
 def start(config: Curation) -> None:
     """Connect to the cluster, or start Ray on this machine. Raises DataError."""
     import ray
+    import ray.data
 
     variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     variables |= {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
@@ -93,6 +94,7 @@ def start(config: Curation) -> None:
         )
     except ConnectionError as error:
         raise DataError(f"no Ray cluster answers at ray.address='{config.ray.address}': {error}") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the curation has a bar of its own
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
