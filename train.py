@@ -5,7 +5,9 @@ checkpoints, logs, pictures and the finished model. The same command goes on wit
 
     python train.py configs/toyland/alignment.yaml
     python train.py configs/toyland/alignment.yaml configs/toyland/short.yaml trainer.max_steps=2
-    torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml trainer.devices=8 trainer.strategy=fsdp2
+    torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml configs/scale/8.yaml
+    python train.py configs/instruction_tuning.yaml configs/scale/8.yaml dry_run=true
+    python train.py export runs/instruction_tuning output=models/step-40000 [step=40000] [weights=ema|raw]
     python train.py sweep configs/sweeps/toyland/alignment.yaml trials=8 [seed=0] [key=value …]
 """
 
@@ -25,8 +27,10 @@ from typing import Any, ClassVar
 import lightning
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING
+from rich.console import Console
 
 from callbacks.checkpoint import RunInterruptedError, StepCheckpoint
+from callbacks.ema import EmaConfig, WeightAverage
 from callbacks.image_grid import GridConfig, ImageGrid
 from callbacks.metrics_file import MetricsFile
 from callbacks.model_export import ModelExport
@@ -47,12 +51,25 @@ from kosmosg.sampling import DiffusionSampler
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
 from lightning_modules.base import StageModule
+from lightning_modules.batch_layout import BatchLayout, batch_layout, count_devices
+from lightning_modules.checkpoint_folder import (
+    CheckpointDamagedError,
+    checkpoint_name,
+    checkpoint_step,
+    require_intact,
+)
 from lightning_modules.compute import flops_of_update
+from lightning_modules.consolidation import load_whole
+from lightning_modules.hardware import HardwareConfig
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
 from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe
 from lightning_modules.local_sweep import run_sweep
 from lightning_modules.optimizer import OptimizerConfig
+from lightning_modules.recompute import apply_compile, apply_recompute
+from lightning_modules.run_estimate import DoesNotFitError, report
 from lightning_modules.run_folder import RunFolder, RunFolderError
+from lightning_modules.step_guard import TooManySkippedStepsError
+from lightning_modules.tensor_storage import StorageError
 from lightning_modules.trained_weights import CheckpointMismatchError
 from lightning_modules.trainer import TrainerConfig, build_trainer, quieten_libraries
 
@@ -81,6 +98,12 @@ class Experiment:
     """AdamW and its schedule."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Length, devices and intervals."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """What a dry run assumes."""
+    dry_run: bool = False
+    """Tell what the run would take and end; nothing is read or written."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Average of the weights."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
@@ -91,6 +114,12 @@ class Experiment:
     def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
         """Callbacks that draw; none where there is no image decoder."""
         return []
+
+    def layout(self) -> BatchLayout:
+        """How an update's rows are divided. Raises ValueError: they cannot be."""
+        options = self.trainer
+        devices = count_devices(options.devices, options.num_nodes, options.accelerator)
+        return batch_layout(self.data.batch_size, options.global_batch_size, devices, options.num_nodes)  # type: ignore
 
     def encoder(self, tokenizer: Tokenizer) -> PromptEncoder:
         mllm = self.model.mllm
@@ -159,6 +188,27 @@ STAGES: dict[str, type[Experiment]] = {
 }
 
 
+# What ends a run with a message and exit status 2.
+STOPS = (
+    ConfigError,
+    DataError,
+    DoesNotFitError,
+    RunFolderError,
+    CheckpointMismatchError,
+    StorageError,
+    TooManySkippedStepsError,
+)
+
+
+LAUNCHER = "KOSMOSG_LAUNCHER"  # process that started further ones for trainer.devices
+
+
+def launched_by_ourselves() -> bool:
+    """Whether the first process started this one for trainer.devices. It tells the exit status for both: Lightning
+    kills it as soon as another one's is not 0."""
+    return os.environ.get(LAUNCHER) == str(os.getppid())
+
+
 def stage_schema(values: dict[str, Any]) -> type[Experiment]:
     """The schema of `stage:`. Raises ConfigError: unknown or missing."""
     stage = values.get("stage")
@@ -187,43 +237,97 @@ def build_module(experiment: Experiment, tokenizer: Tokenizer) -> StageModule:
 
 def fit(experiment: Experiment, run: RunFolder) -> None:
     """Build everything and train."""
+    options = experiment.trainer
     try:
+        layout = experiment.layout()
         tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
         module = build_module(experiment, tokenizer)
         data, pictures = experiment.datamodule(tokenizer, module), experiment.pictures(run, tokenizer, module)
-        options = experiment.trainer
         if options.max_flops is not None:
-            options = replace(options, max_steps=affordable_updates(options, run, module, data))
+            options = replace(options, max_steps=affordable_updates(options.max_flops, layout, run, module, data))
     except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
         raise ConfigError(str(error)) from error
-    loggers = [MetricsFile(run.path / "metrics.csv", first_step=run.resumed_step())]
+    module.global_batch, module.max_skipped_steps = layout.global_batch, options.max_skipped_steps
+    apply_recompute(module, options.recompute)
+    if options.compile:
+        apply_compile(module)
+    # The first process alone reads a checkpoint's every byte; its choice is the others', see FolderCheckpoints.
+    checkpoint = run.intact_checkpoint() if rank_zero_only.rank == 0 else run.latest_checkpoint()
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    loggers = [MetricsFile(run.path / "metrics.csv", first_step)]
     loggers += filter(None, [wandb_logger(experiment.wandb, run.path, experiment)])
     trainer = build_trainer(
         options,
+        layout,
         default_root_dir=run.path,
         logger=loggers,
         callbacks=[
             Throughput(),
             RunProgress(experiment.stage),
+            *([WeightAverage(experiment.ema.decay)] if experiment.ema.decay else []),
             *pictures,
-            ModelExport(run, tokenizer, lambda: build_module(experiment, tokenizer)),
+            ModelExport(run, tokenizer, lambda: build_module(experiment, tokenizer), experiment.ema.exported),
             StepCheckpoint(run.checkpoints, options.checkpoint_every, options.keep_checkpoints),
         ],
     )
-    trainer.fit(module, data, ckpt_path=run.latest_checkpoint(), weights_only=True)
+    if not launched_by_ourselves():
+        os.environ[LAUNCHER] = str(os.getpid())
+    trainer.fit(module, data, ckpt_path=checkpoint)
+
+
+def tell_what_it_takes(experiment: Experiment) -> None:
+    """The dry run. Raises ConfigError: the run cannot be laid out. Raises DoesNotFitError: it is too large."""
+    options = experiment.trainer
+    devices = options.devices or count_devices(options.devices, options.num_nodes, options.accelerator)
+    try:
+        layout = batch_layout(experiment.data.batch_size, options.global_batch_size, devices, options.num_nodes)  # type: ignore
+        report(experiment, layout, Console())
+    except DoesNotFitError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def export(arguments: Sequence[str]) -> int:
+    """A checkpoint to a model folder: RUN output=FOLDER [step=N] [weights=ema|raw]. Exit status."""
+    runs = [argument for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    try:
+        output, step, weights = options.pop("output", None), options.pop("step", None), options.pop("weights", None)
+        if len(runs) != 1 or output is None or options:
+            raise ConfigError(
+                "export takes a run folder and output=FOLDER; step=N and weights=ema or raw may be added."
+            )
+        if weights not in (None, "ema", "raw") or not (step is None or step.isdecimal()):
+            raise ConfigError(
+                f"export: step={step} weights={weights} is not allowed; step is a number, weights ema or raw."
+            )
+        experiment, run = load_config(runs, stage_schema), RunFolder(runs[0])
+        checkpoint = run.checkpoints / checkpoint_name(int(step)) if step else run.latest_checkpoint()
+        if checkpoint is None:
+            raise ConfigError(f"run folder '{run.path}' holds no checkpoint yet.")
+        require_intact(checkpoint)
+        tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
+        average = experiment.ema.exported if weights is None else weights == "ema"
+        module = load_whole(checkpoint, build_module(experiment, tokenizer), average)
+        module.save_model(Path(output), tokenizer)
+    except (*STOPS, CheckpointDamagedError, FileNotFoundError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    print(f"The {'average' if average else 'weights'} of '{checkpoint}' are the model in '{output}'.")
+    return 0
 
 
 def affordable_updates(
-    options: TrainerConfig, run: RunFolder, module: StageModule, data: lightning.LightningDataModule
+    max_flops: float, layout: BatchLayout, run: RunFolder, module: StageModule, data: lightning.LightningDataModule
 ) -> int:
     """The length of a run that `trainer.max_flops` sets."""
 
     def count() -> int:
         data.setup()
-        return flops_of_update(module, data.val_dataloader(), options)
+        return flops_of_update(module, data.val_dataloader(), layout)
 
-    assert options.max_flops is not None
-    return run.updates(options.max_flops, count)
+    return run.updates(max_flops, count)
 
 
 def sweep(arguments: Sequence[str]) -> int:
@@ -250,27 +354,37 @@ def sweep(arguments: Sequence[str]) -> int:
     return 0
 
 
+COMMANDS = {"sweep": sweep, "export": export}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     if not given:
         print(__doc__ + f"\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
         return 0 if arguments else 2
-    if given[0] == "sweep":
-        return sweep(given[1:])
+    if given[0] in COMMANDS:
+        return COMMANDS[given[0]](given[1:])
     quieten_libraries()
     try:
         if len(given) < len(arguments):
             print(describe_schema(type(load_config(given, stage_schema))))
             return 0
-        run = train(load_config(arguments, stage_schema))
-    except (ConfigError, DataError, RunFolderError, CheckpointMismatchError) as error:
+        experiment = load_config(arguments, stage_schema)
+        if experiment.dry_run:
+            tell_what_it_takes(experiment)
+            return 0
+        run = train(experiment)
+    except STOPS as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except RunInterruptedError as stop:
         if rank_zero_only.rank == 0:
-            print(f"Stopped and saved after step {stop.step}. The same command goes on from there.", file=sys.stderr)
-        return 128 + stop.signal
+            where = f"and saved after step {stop.step}"
+            if stop.saved != stop.step:
+                where = f"after step {stop.step}, BUT SAVED AFTER STEP {stop.saved} ALONE"
+            print(f"Stopped {where}. The same command goes on from there.", file=sys.stderr)
+        return 0 if launched_by_ourselves() else 128 + stop.signal
     if rank_zero_only.rank == 0:
         print(f"The model is in '{run / 'model'}'.")
     return 0

@@ -1,10 +1,11 @@
 """Checkpoints that are complete or absent, and a stop that loses nothing.
 
-Every checkpoint is a new file, written beside, fsynced and renamed; older ones are removed after that. Ctrl-C and
-SIGTERM end the step that is under way, save, and raise RunInterruptedError, so that the command can say how to go on.
+Every checkpoint is a new folder (lightning_modules/checkpoint_folder.py); older ones are removed after it stands. One
+that cannot be written, on a full disk say, is told loudly and training goes on. Ctrl-C and SIGTERM, to any process, end
+the step that is under way, save, and raise RunInterruptedError, so that the command can say how to go on.
 """
 
-import os
+import logging
 import signal
 from pathlib import Path
 from types import FrameType
@@ -13,28 +14,31 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_modules.run_folder import CHECKPOINT_PATTERN
+from lightning_modules.checkpoint_folder import CheckpointWriteError, checkpoint_name, remove_old
+
+logger = logging.getLogger(__name__)
 
 
 class RunInterruptedError(Exception):
-    """The run was asked to stop and has saved. `step` updates are done; `signal` asked for it."""
+    """The run was asked to stop by `signal`. `step` updates are done and saved, or where not, `saved` of them."""
 
-    def __init__(self, step: int, signal_number: int):
+    def __init__(self, step: int, signal_number: int, saved: int):
         super().__init__(f"stopped after step {step}")
-        self.step, self.signal = step, signal_number
+        self.step, self.signal, self.saved = step, signal_number, saved
 
 
 class StepCheckpoint(Checkpoint):
-    """Saves `folder/step-00000500.ckpt` every `every` updates, after the last one and before a stop; keeps `keep`."""
+    """Saves `folder/step-00000500` every `every` updates, after the last one and before a stop; keeps `keep`."""
 
     def __init__(self, folder: Path, every: int, keep: int):
         self.folder, self.every, self.keep = folder, every, keep
         self.requested: int | None = None
         self._stopping = False
-        self._saved_step = -1
+        self._saved_step = 0
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._saved_step = trainer.global_step  # where it was resumed
         # After Lightning has set its own: its SIGTERM handler would exit with status 0 and without saving.
         try:
             self._handlers = {
@@ -51,12 +55,11 @@ class StepCheckpoint(Checkpoint):
         if self._stopping or step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer)
 
-    # The log has the row of the saved step only after on_train_batch_end, hence the stop in the next hook there is.
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._stop(trainer)
-
+    # The log has the row of the saved step only after on_train_batch_end, and the row of a validation that is due only
+    # after that: a resumed run would not make it up.
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self._stop(trainer)
+        if self._stopping:
+            raise RunInterruptedError(trainer.global_step, self.requested or signal.SIGTERM, self._saved_step)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
@@ -65,34 +68,26 @@ class StepCheckpoint(Checkpoint):
 
     def save(self, trainer: lightning.Trainer) -> None:
         """Write the checkpoint of this step, then remove all but the latest."""
-        if trainer.global_step == self._saved_step:
+        step = trainer.global_step
+        if step == self._saved_step:
             return
-        self._saved_step = trainer.global_step
-        final = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        beside = self.folder / f".{final.name}"
-        trainer.save_checkpoint(beside, weights_only=False)  # with the optimiser's state and the position
+        try:
+            trainer.save_checkpoint(
+                self.folder / checkpoint_name(step), weights_only=False
+            )  # with the optimiser's state
+        except CheckpointWriteError as error:
+            if trainer.is_global_zero:
+                stands = f"the one of step {self._saved_step} stands" if self._saved_step else "there is none yet"
+                logger.error("NO CHECKPOINT of step %d: %s; %s, training goes on.", step, error, stands)
+            return
+        self._saved_step = step
         if trainer.is_global_zero:
-            _sync(beside)
-            beside.replace(final)
-            _sync(self.folder)
-            for old in sorted(self.folder.glob(CHECKPOINT_PATTERN))[: -self.keep]:
-                old.unlink()
-        trainer.strategy.barrier("checkpoint in place")
+            try:
+                remove_old(self.folder, self.keep)
+            except OSError as error:
+                logger.error("an old checkpoint could not be removed: %s", error)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # pressed twice: stop at once, the last checkpoint stands
         self.requested = number
-
-    def _stop(self, trainer: lightning.Trainer) -> None:
-        if self._stopping:
-            raise RunInterruptedError(trainer.global_step, self.requested or signal.SIGTERM)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content or a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

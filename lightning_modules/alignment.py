@@ -95,12 +95,14 @@ class AlignmentModule(StageModule):
         aligner_decoder.requires_grad_(recipe.rec_weight > 0)
 
     @classmethod
-    def build(cls, experiment: StageExperiment, tokenizer: Tokenizer) -> "AlignmentModule":
+    def build(
+        cls, experiment: StageExperiment, tokenizer: Tokenizer, text_target: TextTarget | None = None
+    ) -> "AlignmentModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
             build_aligner(experiment.model),
             build_aligner_decoder(experiment.model),
-            TextTarget.from_pretrained(experiment.model.image_decoder),
+            text_target or TextTarget.from_pretrained(experiment.model.image_decoder),
             experiment.recipe,
             experiment.optimizer,
             experiment.seed,

@@ -13,23 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.base import StageModule
-from lightning_modules.trainer import TrainerConfig
+from lightning_modules.batch_layout import BatchLayout
 
 COUNTED_BATCHES = 8  # prompts differ in length, and so do batches in their FLOPs
 
 
-def flops_of_update(module: StageModule, batches: Iterable[Any], trainer: TrainerConfig) -> int:
+def flops_of_update(module: StageModule, batches: Iterable[Any], layout: BatchLayout) -> int:
     """Mean FLOPs of an update over all processes and accumulated passes, from the first of `batches`.
 
     Raises:
-        ValueError: there are no batches, or it is not told how many processes there will be.
+        ValueError: there are no batches.
     """
-    if not trainer.devices:
-        raise ValueError("trainer.max_flops needs trainer.devices above 0: its FLOPs are those of all processes")
     counts = [flops_of_batch(module.train(), batch) for batch in itertools.islice(batches, COUNTED_BATCHES)]
     if not counts:
         raise ValueError("trainer.max_flops needs held-out data to count on: set validation= of a source in data")
-    return round(sum(counts) / len(counts)) * trainer.accumulate * trainer.devices * trainer.num_nodes
+    return round(sum(counts) / len(counts)) * layout.accumulate * layout.processes
 
 
 def flops_of_batch(module: StageModule, batch: Any) -> int:

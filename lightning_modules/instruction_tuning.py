@@ -96,11 +96,13 @@ class InstructionTuningModule(StageModule):
         aligner.requires_grad_(True)
 
     @classmethod
-    def build(cls, experiment: StageExperiment, tokenizer: Tokenizer) -> "InstructionTuningModule":
+    def build(
+        cls, experiment: StageExperiment, tokenizer: Tokenizer, image_decoder: ImageDecoder | None = None
+    ) -> "InstructionTuningModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
             build_aligner(experiment.model, None if experiment.recipe.new_aligner else experiment.init_from),
-            ImageDecoder.from_pretrained(experiment.model.image_decoder),
+            image_decoder or ImageDecoder.from_pretrained(experiment.model.image_decoder),
             experiment.recipe,
             experiment.optimizer,
             experiment.seed,

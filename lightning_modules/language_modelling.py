@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kosmosg.losses import IGNORED_LABEL, LOSS_CHUNK, language_modelling_loss
@@ -43,6 +44,7 @@ class LanguageModellingModule(StageModule):
     def __init__(self, mllm: MLLM, recipe: LanguageModellingRecipe, optimizer: OptimizerConfig, seed: int):
         super().__init__(optimizer, seed)
         self.mllm, self.recipe = mllm, recipe
+        self._pass_tokens: list[Tensor] = []  # of the update under way, pass by pass
         train_mllm(mllm, recipe.vision_training)
 
     @classmethod
@@ -70,7 +72,7 @@ class LanguageModellingModule(StageModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch.prompt, batch.labels) * self._token_share(batch.labels)
         self.log_losses("train", {"loss": loss}, len(batch.prompt))
-        return loss
+        return loss * self._against_first_pass()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """val/loss over all rows; over rows with images, val/caption_loss and the same with each image replaced by its
@@ -87,11 +89,29 @@ class LanguageModellingModule(StageModule):
     def _token_share(self, labels: Tensor) -> Tensor | float:
         """This process's share of the counted labels, times the processes: the mean over processes of the product with
         their own means is the mean over all tokens."""
-        processes = self.trainer.world_size
-        if processes == 1:
+        processes, passes = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        if processes == passes == 1:
             return 1.0
         tokens = (labels != IGNORED_LABEL).sum()
-        return tokens * processes / self.trainer.strategy.reduce(tokens.clone(), reduce_op="sum").clamp(min=1)
+        everywhere = self.trainer.strategy.reduce(tokens.clone(), reduce_op="sum").clamp(min=1)
+        self._pass_tokens = [*([] if self.forward_pass % passes == 0 else self._pass_tokens), everywhere]
+        return tokens * processes / everywhere
+
+    def pass_weight(self) -> float | Tensor:
+        """The tokens of the present forward pass, over all processes."""
+        return self._pass_tokens[-1] if self._pass_tokens else 1.0
+
+    def _against_first_pass(self) -> Tensor | float:
+        """Tokens of this pass beside those of the update's first: an update is a mean over tokens, however many passes
+        it is made of. How many tokens there are in all is known at its end alone, see finish_gradients."""
+        return self._pass_tokens[-1] / self._pass_tokens[0] if len(self._pass_tokens) > 1 else 1.0
+
+    def finish_gradients(self, gradients: list[Tensor]) -> None:
+        """From the mean over passes, weighed against the first, to the mean over all tokens."""
+        if len(self._pass_tokens) > 1:
+            factor = len(self._pass_tokens) * self._pass_tokens[0] / torch.stack(self._pass_tokens).sum()
+            for gradient in gradients:
+                gradient.mul_(factor)
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """mllm/ and tokenizer/."""

@@ -3,7 +3,7 @@
 config.yaml    resolved configuration, itself a valid argument of train.py
 versions.json  packages, Python, git revision of every start
 metrics.csv    everything logged
-checkpoints/   step-*.ckpt
+checkpoints/   step-*/, see checkpoint_folder.py
 grids/         pictures of fixed prompts
 compute.json   FLOPs of an update and the number of updates, where `trainer.max_flops` sets the length
 model/         the finished model, written beside and renamed
@@ -12,6 +12,7 @@ finished.json  the last thing written: the run is complete
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import shutil
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kosmosg.config import RUN_CONFIG, ConfigError, load_config, save_config
+from lightning_modules.checkpoint_folder import CHECKPOINT_PATTERN, CheckpointDamagedError, require_intact
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "webdataset", "omegaconf", "wandb", "sentencepiece")
-CHECKPOINT_PATTERN = "step-*.ckpt"
+DAMAGED = "damaged-"  # goes before the name of a checkpoint that is set aside
 # What may differ between two starts of one run: nothing that the weights depend on.
 FREE_KEYS = (
     "run",
@@ -39,8 +41,14 @@ FREE_KEYS = (
     "trainer.keep_checkpoints",
 )
 FREE_KEYS += ("trainer.log_every", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator")
+FREE_KEYS += ("trainer.recompute", "trainer.compile", "trainer.max_skipped_steps", "hardware", "dry_run")
+# Their product must not change, which the checkpoint itself is asked for.
+FREE_KEYS += ("data.batch_size", "trainer.global_batch_size")
 FREE_KEYS += ("data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.accept_changed_data")
 FREE_KEYS += ("data.max_bad_share", "data.min_bad_count")
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolderError(ValueError):
@@ -69,10 +77,30 @@ class RunFolder:
         """The last complete checkpoint; names are complete ones, for they are written beside and renamed."""
         return max(self.checkpoints.glob(CHECKPOINT_PATTERN), default=None)
 
-    def resumed_step(self) -> int:
-        """Updates done in the last complete checkpoint, 0 without one."""
-        checkpoint = self.latest_checkpoint()
-        return int(checkpoint.stem.removeprefix("step-")) if checkpoint else 0
+    def intact_checkpoint(self) -> Path | None:
+        """The last checkpoint whose every byte is what was written; None if the run has not saved yet.
+
+        Damaged ones are told, and set aside under another name so that the run can save that step again.
+
+        Raises:
+            RunFolderError: all of them are damaged.
+        """
+        damaged = []
+        while (checkpoint := self.latest_checkpoint()) is not None:
+            try:
+                require_intact(checkpoint)
+                return checkpoint
+            except CheckpointDamagedError as error:
+                aside = free_name(checkpoint.with_name(DAMAGED + checkpoint.name))
+                logger.warning("%s. It is set aside as '%s'; the one before is tried.", error, aside.name)
+                checkpoint.rename(aside)
+                damaged.append(aside)
+        if damaged:
+            raise RunFolderError(
+                f"run folder '{self.path}' holds no intact checkpoint: {', '.join(path.name for path in damaged)} are "
+                "damaged. Put an intact copy of one in its place, or delete the folder to begin anew."
+            )
+        return None
 
     def finished(self) -> dict[str, Any] | None:
         """What finished.json says, or None while the run is not complete."""
@@ -164,6 +192,12 @@ class RunFolder:
             }
         )
         _write_json(file, starts)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or with a number after it if there is something already."""
+    candidates = (path, *(path.with_name(f"{path.name}.{number}") for number in range(2, 1000)))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _plain(config: Any) -> dict[str, Any]:

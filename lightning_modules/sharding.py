@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from kosmosg.models.mllm import MLLM
 from kosmosg.prompt import PromptBatch
@@ -18,12 +18,16 @@ from kosmosg.prompt import PromptBatch
 DATA_PARALLEL = "data_parallel"  # Lightning's name for the mesh dimension
 
 
-def shard(networks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+def shard(networks: Sequence[nn.Module], mesh: DeviceMesh, precision: str = "32-true") -> None:
     """Shard every network over `mesh`, layer by layer; what is sharded already is left as it is.
 
     A layer list is a unit's boundary: its layers are gathered one at a time during forward and backward.
+
+    Args:
+        precision: Lightning's name of the run's precision, see `layer_policy`.
     """
     data = mesh[DATA_PARALLEL]
+    policy = layer_policy(precision, data.device_type)
     for network in networks:
         if isinstance(network, FSDPModule):
             continue
@@ -31,8 +35,22 @@ def shard(networks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
             if isinstance(module, nn.ModuleList):
                 for layer in module:
                     if not isinstance(layer, FSDPModule):
-                        fully_shard(layer, mesh=data)
+                        fully_shard(layer, mesh=data, mp_policy=policy)
         fully_shard(network, mesh=data)
+
+
+def layer_policy(precision: str, device_type: str) -> MixedPrecisionPolicy:
+    """In which precision layers are gathered; gradients are always summed in float32.
+
+    With mixed precision on a GPU the layers travel in half precision, half the traffic: autocast would cast their
+    matrices to it all the same. What is outside layers (embeddings, positions, final norms) stays float32, and so does
+    the residual stream, for inputs are not cast. On a CPU autocast leaves LayerNorm alone, which then needs its weights
+    in float32 as its input is.
+    """
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    if half is None or device_type == "cpu":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def with_blank_image_row(prompt: PromptBatch, mllm: MLLM) -> PromptBatch:

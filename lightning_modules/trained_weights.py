@@ -4,11 +4,11 @@ Loading checks the list of absent tensors exactly: a checkpoint fits a module wh
 their shapes, and nothing else. Everything frozen comes from where it was built from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kosmosg.models.mllm import MLLM
 
@@ -50,31 +50,24 @@ def train_mllm(mllm: MLLM, vision: VisionTraining) -> None:
     clip.post_layernorm.requires_grad_(vision.final_norm)
 
 
-def trained_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that train, as in the state dict."""
-    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def keep_trained(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained tensors of a state dict. `state` is empty on ranks that do not write the checkpoint."""
-    return {name: state[name] for name in trained_names(module) if name in state}
-
-
-def check_trained(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse a checkpoint that is not of this module's trained tensors.
+def check_trained(module: nn.Module, shapes: Mapping[str, Sequence[int]], origin: str) -> None:
+    """Refuse a checkpoint that is not of this module's trained tensors, by their `shapes`.
 
     Raises:
         CheckpointMismatchError: names the first tensors that are absent, left over or of another shape.
     """
-    expected = {
-        name: tuple(parameter.shape) for name, parameter in module.named_parameters() if parameter.requires_grad
-    }
-    problems = [f"{name} is absent" for name in expected if name not in state]
-    problems += [f"{name} is not trained here" for name in state if name not in expected]
+    expected = {name: tuple(parameter.shape) for name, parameter in trained_parameters(module).items()}
+    problems = [f"{name} is absent" for name in expected if name not in shapes]
+    problems += [f"{name} is not trained here" for name in shapes if name not in expected]
     problems += [
-        f"{name} is {tuple(state[name].shape)} there and {shape} here"
+        f"{name} is {tuple(shapes[name])} there and {shape} here"
         for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
+        if name in shapes and tuple(shapes[name]) != shape
     ]
     if problems:
         more = f" and {len(problems) - NAMED_IN_ERRORS} more" if len(problems) > NAMED_IN_ERRORS else ""

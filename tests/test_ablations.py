@@ -14,9 +14,9 @@ from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_aligner_decoder
 from kosmosg.pipeline import KosmosGPipeline
 from lightning_modules.compute import flops_of_batch, flops_of_update
-from lightning_modules.trainer import TrainerConfig
+from lightning_modules.batch_layout import BatchLayout
 from tests import tiny
-from tests.test_train import checkpoint, configs, losses, press_ctrl_c, run, shards, weights  # noqa: F401, fixtures
+from tests.test_train import configs, losses, press_ctrl_c, run, shards, trained_names, weights  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent
 FOLDER = REPOSITORY / "configs" / "ablations"
@@ -127,7 +127,7 @@ def test_it_trains_goes_on_bit_for_bit_and_draws(
     assert run(configs[stage], *arguments, f"run={stopped}") == 0
     assert losses(stopped) == losses(whole) and weights(stopped) == weights(whole)
 
-    trained = {key.split(".")[0] for key in checkpoint(whole)["state_dict"]}
+    trained = {key.split(".")[0] for key in trained_names(whole)}
     assert trained == ({"aligner"} if stage == "instruction_tuning" else {"aligner", "aligner_decoder"})
     same = file_bytes(whole / "model" / "mllm") == file_bytes(tiny_model / "mllm")
     assert same == (name != "without_stage_1"), "the MLLM is frozen, and of stage 1 where there was one"
@@ -186,5 +186,5 @@ def test_flops_are_those_of_both_passes(both: bool, products: int) -> None:
     assert flops_of_batch(module, torch.ones(3, 4)) == products * 2 * 3 * 4 * 5
     assert module.linear.weight.grad is None and torch.equal(torch.get_rng_state(), state)
     batches = [torch.ones(3, 4), torch.ones(6, 4)]
-    trainer = TrainerConfig(accumulate=2, devices=3, num_nodes=2)
-    assert flops_of_update(module, batches, trainer) == products * 2 * 4.5 * 4 * 5 * 12
+    layout = BatchLayout(batch_size=3, processes=6, accumulate=2)
+    assert flops_of_update(module, batches, layout) == products * 2 * 4.5 * 4 * 5 * 12

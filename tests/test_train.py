@@ -13,6 +13,10 @@ import train
 from callbacks.checkpoint import StepCheckpoint
 from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
+from lightning_modules import checkpoint_folder
+from lightning_modules.alignment import AlignmentModule
+from lightning_modules.run_folder import RunFolder
+from lightning_modules.tensor_storage import read_index, write_plain
 from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
 
@@ -68,7 +72,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(configs: dict[str, Path], t
     assert run(configs[stage], f"run={whole}") == 0
     assert run(configs[stage], f"run={killed}") == 0
     # As if killed in step 4: the log runs ahead of the checkpoint, and nothing of the end was written.
-    (killed / "checkpoints" / "step-00000004.ckpt").rename(killed / "checkpoints" / ".step-00000004.ckpt")
+    (killed / "checkpoints" / "step-00000004").rename(killed / "checkpoints" / ".step-00000004")
     (killed / "finished.json").unlink()
     assert run(configs[stage], f"run={killed}") == 0
     assert losses(killed, LOSSES[stage]) == losses(whole, LOSSES[stage])
@@ -108,8 +112,59 @@ def test_stages_follow_each_other(configs: dict[str, Path], tmp_path: Path) -> N
 
 def test_checkpoint_holds_what_trains_alone(configs: dict[str, Path], tmp_path: Path) -> None:
     assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    state = checkpoint(tmp_path / "alignment")["state_dict"]
-    assert {name.split(".")[0] for name in state} == {"aligner", "aligner_decoder"}
+    assert {name.split(".")[0] for name in trained_names(tmp_path / "alignment")} == {"aligner", "aligner_decoder"}
+
+
+def test_export_writes_the_model_of_a_checkpoint(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(configs["alignment"], "ema.decay=0.5") == 0
+    folder = tmp_path / "alignment"
+    for name, weights_of in (("last", ()), ("raw", ("weights=raw",)), ("early", ("step=2",))):
+        assert train.main(["export", str(folder), f"output={tmp_path / name}", *weights_of]) == 0
+    exported = {name: part(tmp_path, "aligner", model=name) for name in ("last", "raw", "early")}
+    assert all(torch.equal(tensor, exported["last"][name]) for name, tensor in part(folder, "aligner").items())
+    changed = next(name for name in exported["last"] if name.endswith("fc1.weight"))
+    assert not torch.equal(exported["last"][changed], exported["raw"][changed]), "the average is exported"
+    assert not torch.equal(exported["last"][changed], exported["early"][changed])
+    (folder / "checkpoints" / "step-00000002" / "state.pt").unlink()
+    assert train.main(["export", str(folder), f"output={tmp_path / 'none'}", "step=2"]) == 2
+    assert "state.pt is missing" in capsys.readouterr().err
+    assert train.main(["export", str(folder)]) == 2
+
+
+def test_full_disk_is_told_and_training_goes_on(
+    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(value: object, file: Path) -> None:
+        if "00000004" in str(file):
+            raise OSError(28, "No space left on device")
+        write_plain(value, file)
+
+    monkeypatch.setattr(checkpoint_folder, "write_plain", full)
+    assert run(configs["alignment"], "trainer.max_steps=6") == 0
+    assert "NO CHECKPOINT of step 4: No space left on device" in str(caplog.text) and "step 2 stands" in caplog.text
+    kept = sorted(path.name for path in (tmp_path / "alignment" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000006"]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_bounded(
+    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    step = AlignmentModule.training_step
+    monkeypatch.setattr(
+        AlignmentModule,
+        "training_step",
+        lambda self, *given: step(self, *given) * (float("nan") if self.trainer.global_step == 1 else 1.0),
+    )
+    assert run(configs["alignment"]) == 0
+    folder = tmp_path / "alignment"
+    assert [row[1] for row in losses(folder, ["skipped_steps"])] == ["0.0", "1.0", "1.0", "1.0"]
+    skipped = json.loads((folder / "skipped_steps.jsonl").read_text())
+    assert (skipped["update"], len(skipped["processes"][0]["samples"])) == (2, 4)
+    assert all(tensor.isfinite().all() for tensor in part(folder, "aligner").values())
+    assert run(configs["alignment"], f"run={tmp_path / 'none'}", "trainer.max_skipped_steps=0") == 2
+    assert skipped["processes"][0]["samples"][0] in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_model_is_refused(
@@ -167,7 +222,7 @@ def test_run_of_an_earlier_version_goes_on(
         (["data.captions.shards=nowhere/train-*.tar"], "nowhere/train-*.tar"),
         (["optimizer.clip=0"], "optimizer.clip is 0.0; allowed: above 0"),
         (["trainer.max_steps=0"], "trainer.max_steps is 0; allowed: 1 or more"),
-        (["trainer.strategy=dp"], "expected one of ['auto', 'ddp', 'fsdp2']"),
+        (["trainer.strategy=dp"], "expected one of ['auto', 'single', 'ddp', 'fsdp2']"),
         (["init_from=nowhere"], "'nowhere' holds no model"),
         (["model.aligner.num_queries=5"], "model.aligner.num_queries is 5, but the text model"),
         (["data.validation_sources=[caption]"], "data.validation_sources names ['caption']; allowed: captions"),
@@ -225,9 +280,11 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, after_step: int) -> None:
     monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", press)
 
 
-def checkpoint(folder: Path) -> dict:
-    latest = max((folder / "checkpoints").glob("step-*.ckpt"))
-    return torch.load(latest, weights_only=True)
+def trained_names(folder: Path) -> list[str]:
+    """Names of the model's tensors in the last checkpoint."""
+    names = read_index(RunFolder(folder).latest_checkpoint())
+    assert {name.split(".")[0] for name in names} == {"model", "optimizer"}
+    return [name.removeprefix("model.") for name in names if name.startswith("model.")]
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -235,7 +292,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted((folder / "model").rglob("*.safetensors"))}
 
 
-def part(folder: Path, name: str) -> dict[str, torch.Tensor]:
+def part(folder: Path, name: str, model: str = "model") -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(next((folder / "model" / name).glob("*.safetensors")))
+    return load_file(next((folder / model / name).glob("*.safetensors")))

@@ -72,8 +72,9 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin):
         """
         if batch.images is not None and features is None:
             features = self.image_features(batch.images)
-        # On a GPU the count would cost a synchronisation in every step; PromptEncoder.collate has checked it.
-        if batch.image_mask.device.type == "cpu":
+        # On a GPU the count would cost a synchronisation in every step; PromptEncoder.collate has checked it. A
+        # subclass of Tensor may have no values to count, as in a dry run.
+        if batch.image_mask.device.type == "cpu" and type(batch.image_mask) is Tensor:
             images = 0 if batch.images is None else len(batch.images)
             slots = int(batch.image_mask.sum())
             if slots != images * self.config.image_tokens:

@@ -1,29 +1,45 @@
-"""Two processes train like one on the same global batch, whole copies or sharded, and go on after a stop."""
+"""Two processes train like one on the same global batch, whole copies or sharded; a run goes on with another number of
+them, and after a stop or a step that is not finite on one of them."""
 
+import json
 import os
-import subprocess
-import sys
+import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
+from lightning_modules.base import StageModule
 from tests.lightning_modules import miniature
+from tests.lightning_modules.processes import run_together, start, wait
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKED = {
     "language_modelling": ("train/loss", "grad_norm", "val/caption_loss", "val/caption_loss_wrong_image"),
+    "alignment": ("train/loss", "grad_norm", "val/mse_loss", "val/mse_loss"),
     "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss", "val/diffusion_loss_wrong_image"),
 }
+FOUR_ROWS = ["trainer.global_batch_size=4", "data.validation_samples=8", "model.mllm.dropout=0"]
 
 
-def train(file: Path, run: Path, *arguments: str) -> None:
-    command = [sys.executable, "train.py", str(file), f"run={run}", "model.mllm.dropout=0", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def training(file: Path, run: Path, *arguments: str) -> Callable[[], int]:
+    return lambda: train.main([str(file), f"run={run}", *FOUR_ROWS, *arguments])
+
+
+def finish(processes: int, file: Path, run: Path, *arguments: str) -> None:
+    """Train to the end."""
+    rows = [f"data.batch_size={4 // processes}", f"trainer.devices={processes}"]
+    statuses = run_together(processes, training(file, run, *rows, *arguments), run.with_suffix(".log"))
+    assert statuses == [0] * processes, output(run)
+
+
+def output(run: Path) -> str:
+    return "".join(log.read_text()[-3000:] for log in sorted(run.parent.glob(f"{run.name}.log.*")))
 
 
 def numbers(run: Path, stage: str) -> list[tuple[float, ...]]:
@@ -36,45 +52,189 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def samples(run: Path) -> list[list[str]]:
+    """Samples of each update, in the order of the global batch, from what `record_samples` wrote."""
+    passes: dict[tuple[int, int], dict[int, list[str]]] = {}
+    for file in run.glob("samples.*.jsonl"):
+        for line in file.read_text().splitlines():
+            entry = json.loads(line)
+            passes.setdefault((entry["update"], entry["pass"]), {})[int(file.suffixes[0][1:])] = entry["samples"]
+    updates: dict[int, list[str]] = {}
+    for (update, _), of_rank in sorted(passes.items()):
+        updates.setdefault(update, []).extend(name for rank in sorted(of_rank) for name in of_rank[rank])
+    return [updates[update] for update in sorted(updates)]
+
+
+@pytest.fixture
+def record_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = StageModule.on_train_batch_start
+
+    def record(self: StageModule, batch, batch_idx: int) -> None:
+        entry = {"update": self.trainer.global_step, "pass": self.forward_pass, "samples": batch.report.samples}
+        with open(Path(self.trainer.default_root_dir) / f"samples.{self.trainer.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        begun(self, batch, batch_idx)
+
+    monkeypatch.setattr(StageModule, "on_train_batch_start", record)
+
+
+def back_to(run: Path, step: int) -> None:
+    """As if the run had been killed after the checkpoint of `step`."""
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "model")
+    for later in (run / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    for file in run.glob("samples.*.jsonl"):
+        file.write_text("".join(line for line in file.open() if json.loads(line)["update"] < step))
+
+
 @pytest.fixture
 def configs(tmp_path: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path) -> dict[str, Path]:
     shards = miniature.write_shards(tmp_path / "shards")
-    init_from = {"instruction_tuning": tiny_model}
+    init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
     return miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
 
 
 # Groups of like length call a sharded network several times in one pass; the single process takes the batch whole.
-GROUPED = {"language_modelling": [], "instruction_tuning": ["recipe.length_groups=2"]}
+# Stage 2's released loss counts padding, which each process has its own of.
+BOTH = {"language_modelling": [], "alignment": ["recipe.variant=masked"], "instruction_tuning": []}
+GROUPED = {"language_modelling": [], "alignment": [], "instruction_tuning": ["recipe.length_groups=2"]}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("stage", TRACKED)
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    [
+        ("language_modelling", "ddp"),
+        ("language_modelling", "fsdp2"),
+        ("alignment", "fsdp2"),
+        ("instruction_tuning", "ddp"),
+        ("instruction_tuning", "fsdp2"),
+    ],
+)
 def test_two_processes_equal_one(stage: str, strategy: str, configs: dict[str, Path], tmp_path: Path) -> None:
+    """Also the average of the weights, which is what is exported; sharded, layers are recomputed."""
     one, two = tmp_path / "one", tmp_path / "two"
-    # Four rows a step; validation of eight, so that both ways read the same rows.
-    train(configs[stage], one, "data.batch_size=4", "data.validation_samples=8")
-    halves = ["data.batch_size=2", "data.validation_samples=8", "trainer.devices=2", f"trainer.strategy={strategy}"]
-    train(configs[stage], two, *halves, *GROUPED[stage])
+    options = ["ema.decay=0.5", *BOTH[stage]]
+    finish(1, configs[stage], one, *options)
+    recompute = "selective" if strategy == "fsdp2" else "none"
+    sharing = [f"trainer.strategy={strategy}", f"trainer.recompute={recompute}"]
+    finish(2, configs[stage], two, *options, *GROUPED[stage], *sharing)
     # The images that are put in a wrong place are each process's own, so that one loss is left out.
     expected, found = numbers(one, stage), numbers(two, stage)
     assert len(expected) == 4
     for row, other in zip(expected, found, strict=True):
         assert other[:-1] == pytest.approx(row[:-1], rel=1e-4)
-    tensors = exported(two)
+    before, tensors = exported_before(configs[stage]), exported(two)
     for name, tensor in exported(one).items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-3), name
+        if stage == "alignment" and name.startswith("mllm."):
+            assert torch.equal(tensors[name], before[name]), f"{name} is frozen but moved"
+
+
+def exported_before(config: Path) -> dict[str, torch.Tensor]:
+    import yaml
+
+    start_from = yaml.safe_load(config.read_text())["init_from"]
+    if start_from is None:
+        return {}
+    files = sorted(Path(start_from).rglob("*.safetensors"))
+    return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_run_goes_on_with_another_number_of_processes(
+    configs: dict[str, Path], tmp_path: Path, record_samples: None
+) -> None:
+    """1 → 2 → 1 with passes accumulated, in stage 1, whose loss is a mean over tokens."""
+    stage = "language_modelling"
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    finish(1, configs[stage], whole, "ema.decay=0.5")
+    again = [str(configs[stage]), f"run={changed}", *FOUR_ROWS, "ema.decay=0.5"]
+    for step, processes, rows in ((2, 1, 4), (3, 2, 2), (4, 1, 2)):
+        arguments = [*again, f"data.batch_size={rows}", f"trainer.devices={processes}", "trainer.checkpoint_every=1"]
+        statuses = run_together(processes, lambda given=arguments: train.main(given), changed.with_suffix(".log"))
+        assert statuses == [0] * processes, output(changed)
+        if step < 4:
+            back_to(changed, step)
+    assert len(samples(whole)) == 4
+    assert samples(changed) == samples(whole)
+    for row, other in zip(numbers(whole, stage), numbers(changed, stage), strict=True):
+        assert other[:2] == pytest.approx(row[:2], abs=1e-5)
+    tensors = exported(changed)
+    for name, tensor in exported(whole).items():
         assert torch.allclose(tensors[name], tensor, atol=1e-3), name
 
 
-def test_sharded_run_goes_on_from_its_checkpoint(configs: dict[str, Path], tmp_path: Path) -> None:
+def test_other_global_batch_is_refused(configs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(1, configs["alignment"], run)
+    back_to(run, 2)
+    arguments = [str(configs["alignment"]), f"run={run}", "model.mllm.dropout=0", "data.batch_size=2"]
+    assert run_together(1, lambda: train.main([*arguments, "data.validation_samples=8"]), run.with_suffix(".log")) == [
+        2
+    ]
+    assert "set trainer.global_batch_size=4" in output(run)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_sharded_run_is_stopped_by_a_signal_to_one_process_and_goes_on_bit_for_bit(
+    told: int, configs: dict[str, Path], tmp_path: Path
+) -> None:
     stage = "instruction_tuning"
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    sharded = ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=fsdp2"]
-    train(configs[stage], whole, *sharded)
-    train(configs[stage], killed, *sharded)
-    (killed / "checkpoints" / "step-00000004.ckpt").unlink()
-    (killed / "finished.json").unlink()
-    train(configs[stage], killed, *sharded)
-    assert numbers(killed, stage) == numbers(whole, stage)
-    tensors = exported(killed)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish(2, configs[stage], whole)
+    rows = ["data.batch_size=2", "trainer.devices=2"]
+    children = start(2, training(configs[stage], stopped, *rows), stopped.with_suffix(".log"))
+    wait_for_rows(stopped, 1)
+    os.kill(children[told], signal.SIGTERM)
+    statuses = wait(children, kill_after=200)
+    if statuses != [0, 0]:  # the signal came before the last step
+        assert statuses == [128 + signal.SIGTERM] * 2, output(stopped)
+        assert "Stopped and saved after step" in output(stopped)
+        finish(2, configs[stage], stopped)
+    assert numbers(stopped, stage) == numbers(whole, stage)
+    tensors = exported(stopped)
     for name, tensor in exported(whole).items():
         assert torch.equal(tensors[name], tensor), name
+
+
+def wait_for_rows(run: Path, count: int) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        if (run / "metrics.csv").is_file() and len((run / "metrics.csv").read_text().splitlines()) > count:
+            return
+        time.sleep(0.005)
+    raise AssertionError(output(run))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_step_that_is_not_finite_on_one_process_is_skipped_on_all(
+    what: str, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, run = "alignment", tmp_path / "run"
+    step = train.STAGES[stage].module.training_step
+
+    def spoil(self: StageModule, batch, batch_idx: int) -> torch.Tensor:
+        loss = step(self, batch, batch_idx)
+        if self.trainer.global_step in (1, 2) and self.trainer.global_rank == 1:
+            if what == "loss":
+                return loss + float("inf")  # whose gradient is finite
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(train.STAGES[stage].module, "training_step", spoil)
+    finish(2, configs[stage], run)
+    rows = [float(row[1]) for row in miniature.losses(run, ["skipped_steps"])]
+    assert rows == [0, 1, 2, 2]
+    skipped = [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [entry["update"] for entry in skipped] == [2, 3]
+    assert [found["loss_is_finite"] for found in skipped[0]["processes"]] == [True, what == "gradient"]
+    assert all(len(found["samples"]) == 2 for found in skipped[0]["processes"])
+    assert all(tensor.isfinite().all() for tensor in exported(run).values())
+
+    aborted = tmp_path / "aborted"
+    rows = ["data.batch_size=2", "trainer.devices=2", "trainer.max_skipped_steps=1"]
+    statuses = run_together(2, training(configs[stage], aborted, *rows), aborted.with_suffix(".log"))
+    assert statuses == [2, 2], output(aborted)
+    assert "2 updates had a loss or gradient that is not finite; trainer.max_skipped_steps is 1" in output(aborted)
+    assert skipped[1]["processes"][1]["samples"][0] in output(aborted)

@@ -271,10 +271,10 @@ def test_end_of_the_image_tower_that_trains(model: KosmosG, blocks: int) -> None
 
 def test_absent_and_left_over_tensors_are_named() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1).requires_grad_(False))
-    state = {name: value for name, value in module.state_dict().items() if name.startswith("0.")}
+    state = {name: value.shape for name, value in module.state_dict().items() if name.startswith("0.")}
     check_trained(module, state, "it")
     with pytest.raises(CheckpointMismatchError, match=r"1\.bias is not trained here"):
-        check_trained(module, dict(module.state_dict()), "it")
+        check_trained(module, {name: value.shape for name, value in module.state_dict().items()}, "it")
     with pytest.raises(CheckpointMismatchError, match=r"0\.bias is absent"):
         check_trained(module, {"0.weight": state["0.weight"]}, "it")
 
