@@ -38,6 +38,8 @@ def draw_pages(
         inputs = input_images(tables["dreambench"])
         write_sheets(evaluation, tables["dreambench"], manifests, swap, pair)
         write_stage_sheets(output / "sheets", stages, inputs)
+    if "coco" in tables:
+        write_caption_sheet(evaluation, tables["coco"], manifests)
     for metric, svg in guidance.charts(scores):
         write_atomically(output / "sheets" / f"guidance_{metric}.svg", svg.encode())
     names = [system.name for system in evaluation.systems]
@@ -190,6 +192,21 @@ def write_stage_sheets(folder: Path, stages: Grid | None, inputs: list[Input]) -
         rows = [["input", *stages.top]]
         rows += [[label, *row] for label, row in zip(stages.labels, stages.rows, strict=True)]
         save(sheet([""] * (1 + len(stages.top)), rows), folder / "stages.png")
+
+
+def write_caption_sheet(evaluation: Evaluation, table: Table, manifests: Manifests) -> None:
+    """sheets/captions.png: a caption a row, a system a column; of the runs of one experiment, the first."""
+    shown: dict[str, str] = {}
+    for system in evaluation.systems:
+        shown.setdefault(system.name if system.variant is None else system.variant.experiment, system.name)
+    columns = {label.replace("_", " "): manifests[table.name, name] for label, name in shown.items()}
+    rows = [
+        [request.text, *(manifest.image_file(request.index) for manifest in columns.values())]
+        for request in spread(table.requests, SHOWN_CAPTIONS)
+    ]
+    folder = evaluation.output / "sheets"
+    folder.mkdir(exist_ok=True)
+    save(sheet(["caption", *columns], rows), folder / "captions.png")
 
 
 def save(picture, file: Path) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from evaluate import main
 from evaluation.config import EvaluationConfig
 from evaluation.requests import EvaluationError
 from evaluation.results import Score, read_results, write_results
 from evaluation.run import evaluate
+from evaluation.sheets import CELL, GAP
 from evaluation.systems import STABLE_DIFFUSION, run_folders, run_system
 from kosmosg.config import load_config
 from tests.evaluation.test_compare import write
@@ -70,6 +72,8 @@ def test_scores_say_which_run_they_are_of(arguments, tiny_model, tmp_path):
     }
     report = (tmp_path / "evaluation" / "report.html").read_text()
     assert "decoder_12_layers, seed 1" in report
+    with Image.open(tmp_path / "evaluation" / "sheets" / "captions.png") as sheet:
+        assert sheet.width // (CELL + GAP) == 3, "caption, Stable Diffusion, and one run of the experiment"
     config.models.runs.append(str(write_run(tmp_path / "twice", tiny_model, ablation="decoder_12_layers")))
     with pytest.raises(EvaluationError, match=r"twice' is a second run called 'decoder_12_layers, seed 0'"):
         evaluate(config)
