@@ -27,6 +27,7 @@ from lightning_modules.run_folder import RunFolder, RunFolderError
 from lightning_modules.tensor_storage import StorageError, load_tensors, read_index
 from tests.lightning_modules.processes import run_together
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TENSORS = {"model.a": torch.arange(12.0).view(4, 3), "optimizer.a.step": torch.tensor(3.0)}
 
 
@@ -181,11 +182,12 @@ def test_full_disk_leaves_what_stands_and_nothing_else(tmp_path: Path, monkeypat
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    for place in ("write_plain", "save_tensors"):
+    def full_at_once(tensors: object, folder: Path) -> None:
+        full(tensors, folder / "__0_0.distcp")
+
+    for place, failing in (("write_plain", full), ("save_tensors", full_at_once)):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                checkpoint_folder, place, full if place == "write_plain" else lambda *_: full(None, tmp_path / ".x")
-            )
+            patch.setattr(checkpoint_folder, place, failing)
             with pytest.raises(CheckpointWriteError, match="No space left on device"):
                 save(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
@@ -219,6 +221,7 @@ def save_and_die(folder: Path, at: int) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_kill_at_every_file_operation_of_a_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     kills = 0
     for at in range(1, 200):
