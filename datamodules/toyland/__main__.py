@@ -7,19 +7,18 @@ reused, an interrupted one is drawn again.
     python -m datamodules.toyland output=data/other coco.images=100 processes=1
 """
 
-import fcntl
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.errors import DataError
+from datamodules.folder_lock import held
 from datamodules.shards import sync_folder
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.drawing import drawing
@@ -59,18 +58,6 @@ def build(config: ToylandData, console: Console) -> None:
                 told = f"{part.name}: {total:,} samples in {time.monotonic() - begin:.0f} s"
                 console.print(told, highlight=False)
         console.print(f"Toyland is in '{output}'.", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def held(output: Path) -> Iterator[None]:
-    """Nobody else writes here meanwhile. Raises DataError: somebody does."""
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"another process is writing to '{output}'; wait for it or set another output=…") from error
-        yield
 
 
 def progress(console: Console) -> Progress:
