@@ -26,6 +26,10 @@ class Draws(Protocol):
         """Uniform in [0, 1)."""
         ...
 
+    def randint(self, a: int, b: int) -> int:
+        """Uniform in a … b, both included."""
+        ...
+
 
 @dataclass
 class EntityRules:

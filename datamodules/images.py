@@ -109,6 +109,15 @@ def load(image: SampleImage) -> Image.Image:
     return image.load() if isinstance(image, StoredImage) else rgb(image)
 
 
+def suffix_of(image: SampleImage) -> str:
+    """The file suffix for what `encode_png` gives, by content: jpg, webp, else png."""
+    if not isinstance(image, StoredImage):
+        return "png"
+    if image.data.startswith(b"\xff\xd8"):
+        return "jpg"
+    return "webp" if image.data[:4] == b"RIFF" and image.data[8:12] == b"WEBP" else "png"
+
+
 def encode_png(image: SampleImage) -> bytes:
     """The bytes to store: as they are if already encoded, else PNG."""
     if isinstance(image, StoredImage):

@@ -55,10 +55,12 @@ class InstructionDataConfig(DataConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
 
-def edit_segments(sample: EditSample, caption_drop: float, draws: Draws) -> list[str | SampleImage]:
-    """`caption image instruction`, the caption emptied with probability `caption_drop` (one draw)."""
+def edit_segments(sample: EditSample, caption_drop: float, draws: Draws) -> tuple[list[str | SampleImage], SampleImage]:
+    """`caption image instruction` and the target: the caption emptied with probability `caption_drop` (first draw),
+    the pair one of the sample's (second draw)."""
     caption = "" if draws.random() < caption_drop else sample.caption
-    return [*([caption] if caption else []), sample.source, sample.instruction]
+    source, target = sample.pairs[draws.randint(0, len(sample.pairs) - 1)]
+    return [*([caption] if caption else []), source, sample.instruction], target
 
 
 class InstructionRows:
@@ -123,7 +125,7 @@ class InstructionRows:
         if isinstance(sample, ConstructedSample):
             return entity_segments(sample, self.config.entities, random), sample.target
         if isinstance(sample, EditSample):
-            return edit_segments(sample, self.config.edit_caption_drop, random), sample.target
+            return edit_segments(sample, self.config.edit_caption_drop, random)
         sample = cast(CaptionSample, sample)
         if sample.image is None:
             raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")

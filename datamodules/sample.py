@@ -1,4 +1,4 @@
-"""The sample schema, version 1: what one sample of a shard holds (docs/architecture.md, "datamodules").
+"""The sample schema, version 1: what one sample of a shard holds (docs/data.md).
 
 Every kind encodes to the members of one tar group and decodes from them. Decoders are explicit: JSON, UTF-8 and
 Pillow for JPEG, PNG and WebP. Nothing is ever unpickled.
@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from datamodules.errors import SampleError
-from datamodules.images import SUFFIXES, Limits, SampleImage, StoredImage, encode_png
+from datamodules.images import SUFFIXES, Limits, SampleImage, StoredImage, encode_png, suffix_of
 
 SCHEMA_VERSION = 1
 TEXT_MEMBERS = ("json", "txt")
+MOST_PAIRS = 1000
 EXECUTABLE = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib", "cloudpickle"))
 
 
@@ -44,7 +45,7 @@ class CaptionSample:
 
     def encode(self) -> dict[str, bytes]:
         """The sample as tar members."""
-        members = {"txt": self.caption.encode()} | ({"png": encode_png(self.image)} if self.image else {})
+        members = {"txt": self.caption.encode()} | (_image_member("", self.image) if self.image else {})
         return members | ({"json": _json(**self.metadata)} if self.metadata else {})
 
 
@@ -64,9 +65,9 @@ class InterleavedSample:
             if isinstance(segment, str):
                 listed.append(segment)
                 continue
-            name = f"{len(members)}.png"
-            members[name] = encode_png(segment)
-            listed.append({"image": name})
+            member = _image_member(f"{len(members)}.", segment)
+            listed.append({"image": next(iter(member))})
+            members |= member
         return members | {"json": _json(kind=self.kind, segments=listed)}
 
 
@@ -93,16 +94,19 @@ class ConstructedSample:
     def encode(self) -> dict[str, bytes]:
         """The sample as tar members."""
         listed = [{"text": entity.text} for entity in self.entities]
-        members = {"target.png": encode_png(self.target)}
+        members = _image_member("target.", self.target)
         for i, entity in enumerate(self.entities):
-            members[f"{i}.background.png"] = encode_png(entity.background)
-            members[f"{i}.white.png"] = encode_png(entity.white)
+            members |= _image_member(f"{i}.background.", entity.background)
+            members |= _image_member(f"{i}.white.", entity.white)
         return members | {"json": _json(kind=self.kind, caption=self.caption, entities=listed)}
 
 
 @dataclass
 class EditSample:
-    """An image, an instruction and the edited image, with the caption of the unedited one."""
+    """An image, an instruction and the edited image, with the caption of the unedited one.
+
+    `more` holds further (source, target) pairs of the same caption and instruction; training draws one pair.
+    """
 
     kind: ClassVar[str] = "edit"
     caption: str
@@ -111,19 +115,41 @@ class EditSample:
     target: SampleImage
     key: str = ""
     shard: str = ""
+    more: list[tuple[SampleImage, SampleImage]] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> list[tuple[SampleImage, SampleImage]]:
+        """All (source, target) pairs."""
+        return [(self.source, self.target), *self.more]
 
     def encode(self) -> dict[str, bytes]:
         """The sample as tar members."""
-        return {
-            "json": _json(kind=self.kind, caption=self.caption, instruction=self.instruction),
-            "source.png": encode_png(self.source),
-            "target.png": encode_png(self.target),
-        }
+        count = {"pairs": len(self.pairs)} if self.more else {}
+        members = {"json": _json(kind=self.kind, caption=self.caption, instruction=self.instruction, **count)}
+        for number, (source, target) in enumerate(self.pairs):
+            place = f"{number}." if number else ""
+            members |= _image_member(f"{place}source.", source) | _image_member(f"{place}target.", target)
+        return members
 
 
-Sample = TextSample | CaptionSample | InterleavedSample | ConstructedSample | EditSample
+@dataclass
+class ImageSample:
+    """An image without words: what curation starts from. No stage trains on it."""
+
+    kind: ClassVar[str] = "image"
+    image: SampleImage
+    key: str = ""
+    shard: str = ""
+    metadata: dict = field(default_factory=dict)
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample as tar members."""
+        return _image_member("", self.image) | {"json": _json(**self.metadata | {"kind": self.kind})}
+
+
+Sample = TextSample | CaptionSample | InterleavedSample | ConstructedSample | EditSample | ImageSample
 KINDS: dict[str, type] = {
-    cls.kind: cls for cls in (TextSample, CaptionSample, InterleavedSample, ConstructedSample, EditSample)
+    cls.kind: cls for cls in (TextSample, CaptionSample, InterleavedSample, ConstructedSample, EditSample, ImageSample)
 }
 
 
@@ -169,6 +195,7 @@ class _Decoder:
             "interleaved": self.interleaved_sample,
             "constructed": self.constructed_sample,
             "edit": self.edit_sample,
+            "image": self.image_sample,
         }
         sample = decoders[found](record)
         sample.key, sample.shard = self.key, self.shard
@@ -215,7 +242,14 @@ class _Decoder:
             raise self.error("invalid_field", f"caption is {caption!r:.60}, it must be a text")
         caption = self.encodable(caption, "caption")
         instruction = self.text(record, "instruction", "empty_text")
-        return EditSample(caption, instruction, self.image("source.png"), self.image("target.png"))
+        count = record.get("pairs", 1)
+        if not isinstance(count, int) or not 1 <= count <= MOST_PAIRS:
+            raise self.error("invalid_field", f"pairs is {count!r:.60}, it must be a number in 1 … {MOST_PAIRS}")
+        more = [(self.image(f"{i}.source.png"), self.image(f"{i}.target.png")) for i in range(1, count)]
+        return EditSample(caption, instruction, self.image("source.png"), self.image("target.png"), more=more)
+
+    def image_sample(self, record: dict) -> ImageSample:
+        return ImageSample(self.image(next((suffix for suffix in SUFFIXES if suffix in self.members), "png")))
 
     def json(self) -> dict:
         try:
@@ -265,6 +299,10 @@ class _Decoder:
         if not isinstance(value, list):
             raise self.error("invalid_field", f"{name} is {value!r:.60}, it must be a list")
         return value
+
+
+def _image_member(place: str, image: SampleImage) -> dict[str, bytes]:
+    return {place + suffix_of(image): encode_png(image)}
 
 
 def _json(**record) -> bytes:

@@ -10,6 +10,7 @@ The same samples give the same bytes, whoever writes them and when.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -37,22 +38,27 @@ class ShardWriter:
         folder: made if absent.
         prefix: of the file names, e.g. `captions` for `captions-000000.tar`.
         samples_per_shard: the last shard may hold fewer.
+        stands: records (as in `shards`) of the first shards, which an interrupted writing completed; others of this
+            prefix are written anew.
 
     Raises:
         ValueError: samples_per_shard below 1, or a prefix that is not a plain file name.
-        FileExistsError: the folder already holds shards of this prefix.
+        FileExistsError: the folder already holds shards of this prefix; not raised with `stands`.
     """
 
-    def __init__(self, folder: str | Path, prefix: str, samples_per_shard: int = 1000):
+    def __init__(
+        self, folder: str | Path, prefix: str, samples_per_shard: int = 1000, stands: Sequence[dict] | None = None
+    ):
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1.")
         if not prefix or Path(prefix).name != prefix:
             raise ValueError(f"prefix '{prefix}' must be a plain file name without folders.")
         self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
-        if there := sorted(path.name for path in self.folder.glob(f"{prefix}-*.tar")):
+        there = sorted(path.name for path in self.folder.glob(f"{prefix}-*.tar"))
+        if there and stands is None:
             raise FileExistsError(f"'{folder}' already holds {len(there)} shards of '{prefix}' (first {there[0]}).")
-        self.shards: list[dict] = []
+        self.shards: list[dict] = list(stands or ())
         self._keys: set[str] = set()
         self._stream: IO[bytes] | None = None
         self._writer: TarWriter | None = None
@@ -80,6 +86,10 @@ class ShardWriter:
         self._bounds.append((begin, tar.offset))  # type: ignore[attr-defined]
         if len(self._bounds) == self.samples_per_shard:
             self._close_shard()
+
+    def holds(self, key: str) -> bool:
+        """Whether the shard that is being written has a sample of this key."""
+        return key in self._keys
 
     def close(self) -> Path:
         """Complete the last shard and write the manifest; returns its path.

@@ -2,17 +2,16 @@
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.images import encode_png
+from datamodules.processes import interrupts_held_back
 from datamodules.toyland.evaluation_sets import coco_image, subject_images, subject_names
 from datamodules.toyland.samples import MAKERS, sample_generator
 
@@ -85,24 +84,3 @@ def drawing(processes: int | None) -> Iterator[Draw]:
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and never reaches a process started in it: those inherit the mask.
-
-    The terminal interrupts the whole group, and each process would print a traceback, the loudest while it starts.
-    The mask alone does not hold back the block itself: another thread (of a linear algebra library) may take the
-    signal, and Python then raises KeyboardInterrupt here, between a process and what it is being told to do.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    held: list[FrameType | None] = []
-    signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
-        if held and callable(handler):
-            handler(signal.SIGINT, held[0])

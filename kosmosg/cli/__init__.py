@@ -1,14 +1,17 @@
 """kosmosg COMMAND …: the commands for users of the model. Training and evaluation are train.py and evaluate.py.
 
 A command is a module with `add_arguments(parser)` and `run(arguments) -> int`. It imports what it needs inside `run`,
-for `--help` answers at once and torch takes seconds.
+for `--help` answers at once and torch takes seconds. Other packages add commands by an entry point in the group
+`kosmosg.commands`, whose name is the command's and whose value is such a module.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
+from types import ModuleType
 
 COMMANDS = {
     "convert": "kosmosg.cli.convert",
@@ -16,6 +19,7 @@ COMMANDS = {
     "generate": "kosmosg.cli.generate",
     "inspect": "kosmosg.cli.inspect",
 }
+COMMAND_GROUP = "kosmosg.commands"
 MISTAKE, INTERRUPTED = 2, 130
 
 
@@ -36,11 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One subcommand for each of `COMMANDS`; the first line of a module's docstring is its help."""
+    """One subcommand for each command; the first line of a module's docstring is its help."""
     parser = argparse.ArgumentParser(prog="kosmosg", description="KOSMOS-G: images and text as a prompt.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
-        module = importlib.import_module(module_name)
+    for name, module in command_modules():
         text = module.__doc__ or ""
         command = commands.add_parser(
             name,
@@ -51,3 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
+
+
+def command_modules() -> Iterator[tuple[str, ModuleType]]:
+    """Our commands, then those that installed packages add, each by name."""
+    yield from ((name, importlib.import_module(module)) for name, module in COMMANDS.items())
+    added = {entry.name: entry for entry in entry_points(group=COMMAND_GROUP) if entry.name not in COMMANDS}
+    yield from ((name, added[name].load()) for name in sorted(added))

@@ -23,10 +23,17 @@ RELEASED = EntityRules(drop="per_caption")
 
 class RecordedDraws:
     def __init__(self, draws: list):
-        self.draws = [value for kind, *_, value in draws if kind == "random"]
+        self.draws = list(draws)
 
     def random(self) -> float:
-        return self.draws.pop(0)
+        kind, value = self.draws.pop(0)
+        assert kind == "random"
+        return value
+
+    def randint(self, a: int, b: int) -> int:
+        kind, low, high, value = self.draws.pop(0)
+        assert (kind, low, high) == ("randint", a, b)
+        return value
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +84,13 @@ def test_constructed_rows_are_the_recorded_ones(loaders, encoder):
 
 def test_edit_rows_are_the_recorded_ones(loaders, encoder):
     for row in loaders["instructpix2pix"]:
-        pair = next(value for kind, *_, value in row["draws"] if kind == "randint")
-        sample = EditSample(row["input"], row["edit"], column(2 + 2 * pair), column(3 + 2 * pair))
-        segments = edit_segments(sample, loaders["random_drop_caption_prob"], RecordedDraws(row["draws"]))
-        assert [int(image.name) for image in (sample.source, sample.target)] == row["image_columns"]
+        (source, target), *more = [(column(2 + 2 * i), column(3 + 2 * i)) for i in range(row["n_pairs"])]
+        sample = EditSample(row["input"], row["edit"], source, target, more=more)
+        draws = RecordedDraws(row["draws"])
+        segments, target = edit_segments(sample, loaders["random_drop_caption_prob"], draws)
+        assert not draws.draws
+        images = [item for item in [*segments, target] if not isinstance(item, str)]
+        assert [int(image.name) for image in images] == row["image_columns"]
         ids, mask = tokens(encoder, segments)
         assert ids == row["tokens"] and mask == row["input_mask"]
 

@@ -1,0 +1,1 @@
+"""Looking at shards: counts, histograms, what is unusable and why, and a sheet of pictures to look at."""

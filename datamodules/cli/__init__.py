@@ -1,0 +1,39 @@
+"""Data sets: convert what is published, download images, check and show shards.
+
+    kosmosg data convert instructpix2pix clip-filtered-dataset data/edit
+    kosmosg data check 'data/edit/train-*.tar' --sheet edit.png
+    kosmosg data show data/edit/train-000000.tar --index 3
+    kosmosg data download openimages train-images-boxable-with-rotation.csv images
+
+The layouts, their settings and the sample schema: docs/data.md.
+"""
+
+import argparse
+
+from datamodules.cli import check, convert, download, show
+
+COMMANDS = {"convert": convert, "download": download, "check": check, "show": show}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        text = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(data_command=module.run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises ValueError with a message for the user: the data or the arguments cannot be used."""
+    from datamodules.errors import DataError, SampleError
+
+    try:
+        return arguments.data_command(arguments)
+    except (DataError, SampleError) as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,101 @@
+"""The released code's own shards: tab-separated rows with base64 images (columns in the golden README).
+
+    openimage        caption, comma-separated tags, image, then for each tag: crop with background, crop on white
+    instructpix2pix  caption, instruction, then pairs of images: before, after
+    laion            id, caption, image, width, height (anything after it is ignored)
+
+The released edit loader strips its rows, so that an empty caption shifts all columns; here an empty caption is one.
+"""
+
+import base64
+import binascii
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import MISSING
+
+from datamodules.errors import FilteredSample
+from datamodules.images import StoredImage
+from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, Sample
+from datamodules.sources.config import ImageConversionConfig
+from datamodules.sources.files import find_files, lines
+from datamodules.sources.layout import Layout, Numbered, Record
+from datamodules.sources.pictures import picture
+from datamodules.sources.tables import decoded
+
+
+@dataclass
+class ReleasedTsvConfig(ImageConversionConfig):
+    """Shards of the released code."""
+
+    rows: Literal["openimage", "instructpix2pix", "laion"] = MISSING
+    """What the rows are."""
+
+
+class ReleasedTsv(Layout[ReleasedTsvConfig]):
+    """Constructed, edit or caption samples."""
+
+    schema = ReleasedTsvConfig
+
+    def files(self) -> list[Path]:
+        return find_files(self.source, (".tsv",))
+
+    def records(self, file: Path, start: int) -> Numbered:
+        return lines(file, start, self.config.max_record_bytes, self.name_of(file))
+
+    def samples(self, record: Record, left_out: Counter[str]) -> Iterable[Sample]:
+        readers: dict[str, Callable[[Record, list[str]], Sample]] = {
+            "openimage": self._constructed,
+            "instructpix2pix": self._edit,
+            "laion": self._caption,
+        }
+        return [readers[self.config.rows](record, decoded(record, record.content).split("\t"))]
+
+    def _constructed(self, record: Record, columns: list[str]) -> ConstructedSample:
+        tags = columns[1].split(",") if len(columns) > 1 and columns[1] else []
+        if len(columns) != 3 + 2 * len(tags):
+            detail = f"{len(columns)} columns for {len(tags)} tags, expected {3 + 2 * len(tags)}"
+            raise record.error("wrong_columns", detail)
+        if not columns[0].strip():
+            raise record.error("empty_caption", "the first column holds no text")
+        if not all(tag.strip() for tag in tags):
+            raise record.error("empty_text", f"an empty one among the tags {columns[1]!r:.100}")
+        target, *crops = (self._image(record, columns, i) for i in range(2, len(columns)))
+        entities = [Entity(tag, *crops[2 * i : 2 * i + 2]) for i, tag in enumerate(tags)]
+        return ConstructedSample(columns[0], entities, target)
+
+    def _edit(self, record: Record, columns: list[str]) -> EditSample:
+        if len(columns) < 4 or len(columns) % 2:
+            detail = f"{len(columns)} columns, expected caption, instruction and pairs of images"
+            raise record.error("wrong_columns", detail)
+        if not columns[1].strip():
+            raise record.error("empty_text", "the second column, the instruction, holds no text")
+        images = [self._image(record, columns, i) for i in range(2, len(columns))]
+        (source, target), *more = zip(images[::2], images[1::2], strict=True)
+        return EditSample(columns[0], columns[1], source, target, more=more)
+
+    def _caption(self, record: Record, columns: list[str]) -> CaptionSample:
+        if len(columns) < 5:
+            raise record.error("wrong_columns", f"{len(columns)} columns, expected id, caption, image, width, height")
+        _, caption, _, *sides = columns[:5]
+        if not caption.strip():
+            raise record.error("empty_caption", "the second column holds no text")
+        # Both stages of the released code leave such rows out.
+        if not all(side.isdecimal() for side in sides):
+            raise FilteredSample("size_not_integer", record.name, str(record.number), f"{sides[0]!r}×{sides[1]!r}")
+        width, height = map(int, sides)
+        if min(width, height) < self.config.images.min_side:
+            detail = f"{width}×{height}, at least {self.config.images.min_side} a side"
+            raise FilteredSample("image_too_small", record.name, str(record.number), detail)
+        metadata = {"id": columns[0], "original_width": width, "original_height": height}
+        return CaptionSample(caption, self._image(record, columns, 2, sized=True), metadata=metadata)
+
+    def _image(self, record: Record, columns: list[str], number: int, sized: bool = False) -> StoredImage:
+        try:
+            content = base64.b64decode(columns[number], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise record.error("invalid_base64", f"column {number}: {error}") from error
+        return picture(record, content, str(number), self.config, sized=sized)
