@@ -146,7 +146,7 @@ def test_tokens_are_shared_out_where_rows_are_documents(tmp_path, tiny_tokenizer
         data = module(tmp_path / "x", tiny_tokenizer, weights_of=weights_of, **options)
         data.setup()
         order, tokens = data.train_dataset.order, Counter()
-        for start in range(0, 240, 30):
+        for start in range(0, 1920, 30):
             batch = data.train_dataset[range(start, start + 30)]
             for name, length in zip(batch.report.sources, (~batch.prompt.padding).sum(1).tolist(), strict=True):
                 tokens[name] += length
