@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -16,10 +17,12 @@ from evaluation import inception
 from evaluation.config import EvaluationConfig
 from evaluation.encoders import feature_network
 from evaluation.inception import FEATURES, InceptionV3
+from evaluation.processes import Processes
 from evaluation.protocol import FeatureNetwork, Resize
 from evaluation.requests import EvaluationError, read_image
 from evaluation.resizing import resize
 from evaluation.scoring import load_encoders
+from evaluation.sharing import Sharing
 from evaluation.weights import hash_encoder
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
@@ -132,7 +135,8 @@ def test_each_side_has_its_own_resize(weights, network, encoders_folder: Path, c
         ],
         EvaluationConfig,
     )
-    encoders = load_encoders("coco", config)
+    sharing = Sharing(Processes.alone(), tmp_path / "features", batch_size=4, console=Console(quiet=True))
+    encoders = load_encoders("coco", config, sharing)
     assert encoders.fid_real is not None and encoders.fid_generated is not None and config.coco is not None
     for encode, stated in (
         (encoders.fid_real, Resize(40, "tensor", "bilinear", False)),
