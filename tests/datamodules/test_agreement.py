@@ -1,6 +1,7 @@
 """What one process meets stops all of them, and counts are those of the whole run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,27 +15,26 @@ from tests.datamodules.test_datamodule import Recorder, fit
 TWO = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
 
 
-class CountRecorder(Recorder):
+class WrittenData(AlignmentData):
     """Leaves in a file what each process counted, and with what error it ended."""
 
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
+    folder: Path
 
     def write(self, error: str = "") -> None:
-        counter = self.trainer.datamodule.counter
-        found = counter.state_dict() | {"error": error, "steps": len(self.seen)}
-        (self.folder / f"rank{self.global_rank}.json").write_text(json.dumps(found))
+        found = self.counter.state_dict() | {"error": error, "steps": len(self.trainer.lightning_module.seen)}
+        (self.folder / f"rank{self.trainer.global_rank}.json").write_text(json.dumps(found))
 
-    def on_train_end(self):
-        self.write()
-
-    def on_exception(self, error):
-        self.write(f"{type(error).__name__}: {error}")
+    def on_exception(self, exception):
+        self.write(f"{type(exception).__name__}: {exception}")
         torch.distributed.barrier()  # the launcher ends the others at the first exit; a lone one would wait here
 
 
-class BrokenOnOneRank(AlignmentData):
+class CountRecorder(Recorder):
+    def on_train_end(self):
+        self.trainer.datamodule.write()
+
+
+class BrokenOnOneRank(WrittenData):
     """A data module of which the second process finds nothing usable any more from some step on."""
 
     def setup(self, stage=None):
@@ -50,16 +50,18 @@ class BrokenOnOneRank(AlignmentData):
         dataset.__class__ = Broken
 
 
-def alignment(tmp_path, tokenizer, bad, kind=AlignmentData, **options):
+def alignment(tmp_path, tokenizer, bad, kind=WrittenData, **options):
     groups = [(f"k{i:04d}", {"txt": b"" if i in bad else b"a dog"}) for i in range(80)]
     config = AlignmentDataConfig(
         captions=Source(worlds.write_members(tmp_path / "a.tar", groups)), batch_size=3, **options
     )
-    return kind(config, worlds.encoder(tokenizer), worlds.clip_tokenize)
+    module = kind(config, worlds.encoder(tokenizer), worlds.clip_tokenize)
+    module.folder = tmp_path
+    return module
 
 
 def run(tmp_path, data, steps) -> list[dict]:
-    recorder = CountRecorder(tmp_path)
+    recorder = CountRecorder()
     try:
         fit(tmp_path, data, steps, recorder, **TWO)
     except Exception as error:

@@ -1,8 +1,6 @@
 """Constructed, edit and caption rows against the released loaders' records, with the recorded draws."""
 
-import json
 from collections import Counter
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,9 +11,7 @@ from datamodules.errors import FilteredSample
 from datamodules.images import StoredImage
 from datamodules.instruction import edit_segments
 from datamodules.sample import ConstructedSample, EditSample, Entity
-from kosmosg.image_processing import UnderstandingTransform
 from kosmosg.prompt import PromptEncoder
-from kosmosg.tokenizer import Tokenizer
 from tests.datamodules import worlds
 
 RELEASED = EntityRules(drop="per_caption")
@@ -36,20 +32,6 @@ class RecordedDraws:
         return value
 
 
-@pytest.fixture(scope="module")
-def loaders(golden: Path) -> dict:
-    return json.loads((golden / "data" / "loaders.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def encoder(golden: Path, loaders: dict) -> PromptEncoder:
-    folder = golden.parent / "tokenizer"
-    if not folder.is_dir():
-        pytest.skip(f"the full-size tokenizer is not at '{folder}'")
-    tokenizer = Tokenizer(folder / "sentencepiece.bpe.model", folder / "dict.txt")
-    return PromptEncoder(tokenizer, UnderstandingTransform(8), loaders["image_token_length"])
-
-
 def column(number: int) -> StoredImage:
     """An image that says which TSV column it stands for."""
     return StoredImage(worlds.png(number), str(number), "tsv", "row")
@@ -61,7 +43,7 @@ def tokens(encoder: PromptEncoder, segments: list) -> tuple[list[int], list[int]
     return prompt.ids.tolist(), prompt.image_mask.int().tolist()
 
 
-def test_constructed_rows_are_the_recorded_ones(loaders, encoder):
+def test_constructed_rows_are_the_recorded_ones(loaders, full_encoder):
     for row in loaders["openimage"]:
         entities = [Entity(tag, column(3 + 2 * i), column(4 + 2 * i)) for i, tag in enumerate(row["tags"])]
         sample = ConstructedSample(row["caption"], entities, column(2))
@@ -78,11 +60,11 @@ def test_constructed_rows_are_the_recorded_ones(loaders, encoder):
         assert [int(item.name) for item in [*segments, sample.target] if not isinstance(item, str)] == row[
             "image_columns"
         ]
-        ids, mask = tokens(encoder, segments)
+        ids, mask = tokens(full_encoder, segments)
         assert ids == row["tokens"] and mask == row["input_mask"]
 
 
-def test_edit_rows_are_the_recorded_ones(loaders, encoder):
+def test_edit_rows_are_the_recorded_ones(loaders, full_encoder):
     for row in loaders["instructpix2pix"]:
         (source, target), *more = [(column(2 + 2 * i), column(3 + 2 * i)) for i in range(row["n_pairs"])]
         sample = EditSample(row["input"], row["edit"], source, target, more=more)
@@ -91,7 +73,7 @@ def test_edit_rows_are_the_recorded_ones(loaders, encoder):
         assert not draws.draws
         images = [item for item in [*segments, target] if not isinstance(item, str)]
         assert [int(image.name) for image in images] == row["image_columns"]
-        ids, mask = tokens(encoder, segments)
+        ids, mask = tokens(full_encoder, segments)
         assert ids == row["tokens"] and mask == row["input_mask"]
 
 

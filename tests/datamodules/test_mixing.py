@@ -152,7 +152,7 @@ def test_tokens_are_shared_out_where_rows_are_documents(tmp_path, tiny_tokenizer
                 tokens[name] += length
         shares[weights_of] = tokens["edit"] / sum(tokens.values())
     assert shares["samples"] > 0.75
-    assert abs(shares["tokens"] - 0.5) < 0.05
+    assert abs(shares["tokens"] - 0.5) < 0.08
     assert data.identity()["sources"]["edit"]["weight"] == order.weights[0] < order.weights[1]
 
 

@@ -1,6 +1,5 @@
 """Batches of stages 2 and 3, and the bad-input table: what is dropped is what was injected."""
 
-import gzip
 import json
 import pickle
 from collections import Counter
@@ -10,8 +9,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
 from datamodules.data_config import Source
@@ -67,28 +64,6 @@ def test_stage_2_never_looks_at_images(tmp_path, tiny_tokenizer):
 )
 def test_clip_tokens_are_counted_beyond_what_the_tokenizer_keeps(text, length):
     assert ClipTokens(worlds.clip_tokenize)([text])[1] == [length]
-
-
-def full_clip_tokenizer(merges: Path) -> CLIPTokenizer:
-    lines = gzip.decompress(merges.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    pairs = [tuple(line.split()) for line in lines]
-    names = list(bytes_to_unicode().values())
-    names += [name + "</w>" for name in names] + ["".join(pair) for pair in pairs]
-    names += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=pairs, model_max_length=77)
-
-
-@pytest.fixture(scope="module")
-def full_clip(golden: Path):
-    merges = golden.parent / "tokenizer" / "clip_bpe_simple_vocab_16e6.txt.gz"
-    if not merges.is_file():
-        pytest.skip(f"CLIP's merges are not at '{merges}'")
-    tokenizer = full_clip_tokenizer(merges)
-
-    def tokenize(texts: list[str]) -> torch.Tensor:
-        return torch.tensor(tokenizer(texts, padding="max_length", truncation=True, max_length=77).input_ids)
-
-    return tokenize
 
 
 ODD = ["It's  a\tdog!!\n", "e\u0301 \u0301 \u00a0x\u2003y", "кошка😀 на 123столе", "\x1c a\x85b", "a " * 99, ""]

@@ -111,8 +111,9 @@ def point(system: str, scale: float, dino: float, clip_t: float) -> list[Score]:
     values = {"dino": dino, "clip_i": dino, "clip_t": clip_t, "near_copies": 0.0}
     protocol = f"p@1#{scale:g}"
     return [
-        Score("guidance", system, m, v, v - 0.05, v + 0.05, 30, protocol, guidance_scale=scale) for m, v in values.items()
-    ]  # fmt: skip
+        Score("guidance", system, metric, value, value - 0.05, value + 0.05, 30, protocol, guidance_scale=scale)
+        for metric, value in values.items()
+    ]
 
 
 SCORES = [
