@@ -122,15 +122,18 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
-def test_compiled_layers_give_the_same(mode: str, tiny_model: Path, prompt: PromptBatch) -> None:
+def test_compiled_layers_give_the_same(
+    mode: str, tiny_model: Path, prompt: PromptBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not what another process left half written
     plain, compiled = fresh_mllm(tiny_model), fresh_mllm(tiny_model)
     for module in (*plain.modules(), *compiled.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # compiled dropout draws other numbers
     apply_recompute(compiled, mode)
-    apply_compile(compiled)
+    apply_compile(compiled.decoder)
     expected, gradients, _ = graph(plain, prompt)
     found, others, _ = graph(compiled, prompt)
     assert torch.allclose(found, expected, atol=1e-5)
@@ -169,6 +172,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 @pytest.mark.slow
 def test_dry_run_of_toyland_counts_what_runs(capsys: pytest.CaptureFixture) -> None:
     """FLOPs and parameters of the miniature, beside the same pass with values."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from lightning_modules.dry_run import prompts, size_up
@@ -180,10 +184,10 @@ def test_dry_run_of_toyland_counts_what_runs(capsys: pytest.CaptureFixture) -> N
     experiment.model.vision_weights = None
     module = train.build_module(experiment, tokenizer).train()
     prompt = prompts(module, 2, sized.hardware)
-    with FlopCounterMode(display=False) as counter:
+    # As matrix products, attention is counted on a CPU too.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module.loss(prompt, torch.zeros_like(prompt.ids)).backward()
-    assert sized.cost.flops(2) == pytest.approx(counter.get_total_flops(), rel=0.1)  # PyTorch leaves out attention
-    assert sized.cost.flops(2) >= counter.get_total_flops()
+    assert sized.cost.flops(2) == pytest.approx(counter.get_total_flops(), rel=0.05)
     for name, network in module.named_children():
         counted = sum(parameter.numel() for parameter in network.parameters())
         assert counted == sum(parameter.numel() for parameter in getattr(sized.module, name).parameters())
