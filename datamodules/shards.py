@@ -87,6 +87,11 @@ class ShardWriter:
         if len(self._bounds) == self.samples_per_shard:
             self._close_shard()
 
+    @property
+    def open(self) -> bool:
+        """Whether a shard is begun and not complete."""
+        return self._writer is not None
+
     def holds(self, key: str) -> bool:
         """Whether the shard that is being written has a sample of this key."""
         return key in self._keys

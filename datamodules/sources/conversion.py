@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from datamodules.errors import SampleError
+from datamodules.errors import DataError, SampleError
 from datamodules.folder_lock import held
 from datamodules.processes import ordered_map
 from datamodules.report import ReadReport, SampleCounter
@@ -51,6 +51,11 @@ def convert(name: str, layout: Layout, output: Path, console: Console) -> Journa
                 _write(converted, writer, journal, counter, file)
                 told = f"{counter.reads:,} records, {journal.samples:,} samples in {len(writer.shards)} shards"
                 progress.update(bar, completed=converted.record.unit, told=told)
+            if not (writer.shards or writer.open):
+                raise DataError(
+                    f"nothing of '{layout.source}' could be used, no sample was written. {counter.summary()}; left out "
+                    f"of samples: {journal.left_out or 'none'}."
+                )
         _note(journal, writer, counter)
         journal.complete = True
         journal.save(file)

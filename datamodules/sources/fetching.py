@@ -75,7 +75,9 @@ def fetch(wanted: Wanted, config: DownloadConfig) -> bytes:
                 raise FetchError("opted_out", "X-Robots-Tag asks to be left out")
             content = _read(answer, config)
     except urllib.error.HTTPError as error:
-        reason = "gone" if error.code in (404, 410) else f"http_{error.code}"
+        # What is left of redirects are those that urllib itself refuses: to a file, or in a circle.
+        refused = "refused_url" if 300 <= error.code < 400 else f"http_{error.code}"
+        reason = "gone" if error.code in (404, 410) else refused
         wait = _seconds(error.headers.get("Retry-After")) if error.headers else None
         raise FetchError(reason, str(error), passing=error.code in PASSING, wait=wait) from error
     except TimeoutError as error:

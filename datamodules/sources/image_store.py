@@ -32,7 +32,7 @@ class ImageStore:
 
     def __init__(self, place: Path, max_bytes: int):
         if not place.exists():
-            raise DataError(f"images='{place}' does not exist.")
+            raise DataError(f"store='{place}' does not exist.")
         self.folder = place.resolve() if place.is_dir() else None
         self.max_bytes = max_bytes
         self.tars = sorted(place.rglob("*.tar")) if place.is_dir() else [place]

@@ -1,0 +1,221 @@
+"""kosmosg data check and show: what is dropped is what was injected, and what people see."""
+
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from datamodules import cli
+from datamodules.checks.check import CheckConfig, check
+from datamodules.checks.histogram import TOKEN_EDGES, Histogram
+from datamodules.checks.terminal import printable
+from datamodules.checks.tokens import TokenCounter
+from datamodules.errors import DataError
+from datamodules.sample import EditSample, ImageSample
+from kosmosg.cli import COMMAND_GROUP, main
+from tests import tiny
+from tests.datamodules import worlds
+from tests.datamodules.test_sample import Marker, bomb
+
+REPOSITORY = Path(cli.__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def data_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command as pyproject.toml declares it, whatever distribution is installed."""
+    monkeypatch.setattr("kosmosg.cli.command_modules", lambda: [("data", cli)])
+
+
+def run(*arguments: str) -> int:
+    return main(["data", *arguments])
+
+
+def every_kind(folder: Path, n: int = 5) -> str:
+    edits = worlds.edits(n)
+    edits[0].more = [(worlds.image(7), worlds.image(8)), (worlds.image(9), worlds.image(10))]
+    images = [ImageSample(worlds.image(i), key=f"p{i}", metadata={"Author": "A"}) for i in range(n)]
+    for kind, samples in (("t", worlds.texts(n)), ("c", worlds.captions(n)), ("i", worlds.interleaved(n)),
+                          ("k", worlds.constructed(n)), ("e", edits), ("p", images)):  # fmt: skip
+        worlds.write(folder, kind, samples)
+    return str(folder / "*.tar")
+
+
+def injected(tmp_path: Path) -> dict[str, list[dict[str, bytes]]]:
+    """Bad samples by the reason for which they must be dropped."""
+    good, fine = worlds.png(1), b"a dog in the snow"
+    edit, constructed = worlds.edits(1)[0].encode(), worlds.constructed(1)[0].encode()
+    document = worlds.interleaved(1)[0].encode()
+    cut = lambda members, name: {key: value for key, value in members.items() if key != name}  # noqa: E731
+    record = lambda **fields: {"json": json.dumps(fields).encode()}  # noqa: E731
+    return {
+        "unreadable_image": [
+            {"png": b"junk", "txt": fine}, {"jpg": good[:50], "txt": fine}, {"png": b"", "txt": fine},
+            edit | {"target.png": b"junk"}, constructed | {"1.white.png": good[:60]}, document | {"0.png": b"GIF"},
+        ],
+        "not_utf8": [{"png": good, "txt": b"\xc3("}, {"json": b"\xff\xfe"}],
+        "empty_caption": [{"png": good, "txt": b" \n "}, record(kind="constructed", caption="", entities=[])],
+        "empty_text": [record(kind="text", text=" "), record(kind="interleaved", segments=[]),
+                       edit | record(kind="edit", caption="a", instruction="")],
+        "missing_member": [{"png": good}, {"txt": fine}, cut(edit, "source.png"), cut(constructed, "0.background.png"),
+                           edit | record(kind="edit", caption="a", instruction="b", pairs=2), record(kind="image")],
+        "wrong_kind": [record(kind="video"), record()],
+        "invalid_json": [{"json": b"{"}, {"json": b"[1]"}],
+        "invalid_field": [record(kind="text", text=3), edit | record(kind="edit", instruction="b", pairs=0),
+                          edit | record(kind="edit", instruction="b", pairs="2"),
+                          record(kind="interleaved", segments=[3])],
+        "refused_member": [{"png": good, "txt": fine, "pkl": pickle.dumps(Marker(tmp_path / "marker"))}],
+        "image_too_large": [{"png": bomb(30_000, 30_000), "txt": fine}],
+        "extreme_aspect_ratio": [{"png": bomb(2, 60_000), "txt": fine}],
+    }  # fmt: skip
+
+
+def test_dropped_is_what_was_injected(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = injected(tmp_path)
+    groups = [(f"good{i}", {"png": worlds.png(i), "txt": b"a fish"}) for i in range(9)]
+    groups += [(f"{reason}{i}", members) for reason, listed in bad.items() for i, members in enumerate(listed)]
+    worlds.write_members(tmp_path / "a.tar", groups)
+    (tmp_path / "junk.tar").write_bytes(b"not a tar" * 1000)
+    assert run("check", str(tmp_path / "*.tar"), "--json", "--processes", "1") == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = {reason: len(listed) for reason, listed in bad.items()} | {"unreadable_shard": 1}
+    assert found["dropped"] == expected
+    assert (found["samples"], found["good"]) == (9 + sum(expected.values()), 9)
+    assert {item["key"] for item in found["examples"]["missing_member"]} == {f"missing_member{i}" for i in range(5)}
+    assert not (tmp_path / "marker").exists()
+    assert run("check", str(tmp_path / "a.tar"), "--processes", "1", "--max-bad-share", "0.5") == 1
+
+
+def test_every_kind_is_counted(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    found = check(every_kind(tmp_path), CheckConfig(processes=1), TokenCounter(str(tiny_tokenizer))).record()
+    kinds = ("text", "caption", "interleaved", "constructed", "edit", "image")
+    assert found["kinds"] == dict.fromkeys(kinds, 5) and found["good"] == 30 and not found["dropped"]
+    assert found["images"] == 5 + 2 * 5 + 5 * 5 + 2 * 5 + 4 + 5
+    assert found["image_sides"]["values"] == found["images"] and found["caption_tokens"]["unit"] == "pieces"
+    assert (found["caption_tokens"]["values"], found["document_tokens"]["values"]) == (15, 10)
+
+
+def test_clip_tokens_are_counted(tmp_path: Path) -> None:
+    tiny.clip_tokenizer().save_pretrained(tmp_path)
+    counter = TokenCounter(str(tmp_path))
+    assert counter.unit == "CLIP tokens" and counter("dog fish") == 7
+    with pytest.raises(DataError, match="no tokenizer"):
+        TokenCounter(str(tmp_path.parent / "absent"))
+
+
+def test_shards_are_held_against_their_manifest(tmp_path: Path) -> None:
+    pattern = worlds.write(tmp_path, "t", worlds.texts(20))
+    content = bytearray((tmp_path / "t-000001.tar").read_bytes())
+    content[content.index(b"fish")] ^= 1  # still a sound text
+    (tmp_path / "t-000001.tar").write_bytes(content)
+    (tmp_path / "t-000002.tar").unlink()
+    found = check(pattern, CheckConfig(processes=1), TokenCounter(None)).record()
+    assert found["shards"]["changed"] == ["t-000001.tar"] and found["dropped"] == {"missing_shard": 4}
+    manifest = tmp_path / "t.manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 9'))
+    with pytest.raises(DataError, match="schema 9"):
+        check(pattern, CheckConfig(processes=1), TokenCounter(None))
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    pattern = every_kind(tmp_path, 40)
+    one, two = (check(pattern, CheckConfig(processes=n), TokenCounter(None)).record() for n in (1, 2))
+    assert one == two and one["good"] == 240
+
+
+def test_the_sheet_has_a_row_for_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pattern = every_kind(tmp_path)
+    worlds.write_members(tmp_path / "z.tar", [("bad", {"png": b"junk", "txt": b"a dog"})])
+    sheet = tmp_path / "sheet.png"
+    assert run("check", pattern, "--processes", "1", "--sheet", str(sheet)) == 0
+    with Image.open(sheet) as page:
+        colours = {page.getpixel((x, y)) for x in range(0, page.width, 8) for y in range(0, page.height, 8)}
+        assert {worlds.image(i).getpixel((0, 0)) for i in range(5)} <= colours
+    printed = capsys.readouterr().out
+    assert "31 samples, 30 good" in printed and "unreadable_image" in printed and "█" in printed
+
+
+def test_show_prints_a_sample_and_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pattern = every_kind(tmp_path)
+    assert run("show", pattern, "--key", "e00000", "--output", str(tmp_path / "files")) == 0
+    printed = capsys.readouterr().out
+    assert "make it night" in printed and "16×16" in printed and "2.target.png" in printed
+    assert {path.name for path in (tmp_path / "files").iterdir()} >= {"source.png", "1.source.png", "json"}
+    assert run("show", pattern, "--key", "none") == 2 and "has the key 'none'" in capsys.readouterr().err
+    assert run("show", pattern, "--index", "30") == 2 and "0 … 29" in capsys.readouterr().err
+
+
+def test_what_a_sample_says_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = "a dog\x1b[2J\x07[bold]red[/bold] кошка"
+    members = {"png": worlds.png(), "txt": text.encode(), "../../x": b"up"}
+    worlds.write_members(tmp_path / "a.tar", [("k", members)])
+    assert run("show", str(tmp_path / "a.tar"), "--output", str(tmp_path / "files")) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b[2J" not in printed and "\\x1b[2J\\x07[bold]red[/bold] кошка" in printed
+    assert all(path.parent == tmp_path / "files" for path in tmp_path.rglob("member*"))
+    assert printable("\ud800") == "\\ud800"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["check", "absent/*.tar"], "does not exist"),
+        (["check", "pipe:ls"], "not a local path"),
+        (["check", "a.tar", "--sheet", "a.jpg"], "ends in .png"),
+        (["check", "a.tar", "--max-bad-share", "2"], "allowed: 0 … 1"),
+        (["convert", "text", "absent", "out"], "nothing at"),
+        (["convert", "tsv", "absent", "out"], "'rows' has no value"),
+        (["convert", "text", "absent", "out", "colunm=a"], "Did you mean"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_are_listed(capsys: pytest.CaptureFixture) -> None:
+    for arguments, key in ((["convert", "--keys", "mmc4"], "min_similarity"), (["download", "--keys"], "host_delay")):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 0 and key in capsys.readouterr().out
+
+
+def test_histograms_add_up() -> None:
+    left, right, whole = (Histogram("words", TOKEN_EDGES) for _ in range(3))
+    for value in (0, 4, 75, 76, 128, 129, 9000):
+        whole.add(value)
+        (left if value % 2 else right).add(value)
+    left += right
+    assert left == whole and sum(whole.counts) == 7 and (whole.least, whole.most) == (0, 9000)
+    assert whole.rows()[0] == ("0–4", 2) and whole.rows()[-1] == ("8193+", 1)
+    assert dict(whole.rows())["60–75"] == 1 and dict(whole.rows())["86–128"] == 1
+
+
+def test_a_pair_of_an_edit_is_stored_under_its_number() -> None:
+    sample = EditSample("a", "b", worlds.image(0), worlds.image(1), more=[(worlds.image(2), worlds.image(3))])
+    assert set(sample.encode()) == {"json", "source.png", "target.png", "1.source.png", "1.target.png"}
+
+
+def test_the_declared_command_exists() -> None:
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"][COMMAND_GROUP]
+    assert {name: importlib.import_module(module) for name, module in declared.items()} == {"data": cli}
+
+
+@pytest.mark.slow
+def test_the_installed_command_runs(tmp_path: Path) -> None:
+    if not entry_points(group=COMMAND_GROUP):
+        message = "the installed metadata are older than pyproject.toml; make setup installs anew"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    worlds.write(tmp_path, "t", worlds.texts(3))
+    command = [sys.executable, "-m", "kosmosg.cli", "data", "check", str(tmp_path / "t-*.tar"), "--json"]
+    done = subprocess.run([*command, "--processes", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["good"] == 3

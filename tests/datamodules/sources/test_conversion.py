@@ -1,0 +1,327 @@
+"""Every published layout, converted, checked and read back; interrupted conversions; the released code's rows."""
+
+import bz2
+import gzip
+import json
+import lzma
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from datamodules.checks.check import CheckConfig, check
+from datamodules.checks.tokens import TokenCounter
+from datamodules.errors import DataError
+from datamodules.images import load
+from datamodules.sample import Sample, decode
+from datamodules.shards import IndexedShards, ShardWriter
+from datamodules.sources import conversion
+from datamodules.sources.journal import Journal
+from datamodules.sources.layouts import LAYOUTS
+from kosmosg.config import ConfigError, load_config
+from tests.datamodules.sources import published
+
+QUIET = Console(quiet=True)
+
+
+def convert(layout: str, source: Path, output: Path, *settings: str) -> Journal:
+    kind = LAYOUTS[layout]
+    store = [f"store={source}/images"] if (source / "images").is_dir() else []
+    config = load_config(["processes=1", *store, *settings], kind.schema)
+    return conversion.convert(layout, kind(source, config), output, QUIET)
+
+
+def samples(folder: Path) -> list[Sample]:
+    shards = IndexedShards(str(folder / "train-*.tar"))
+    return [decode(members, shard, key) for shard, key, members in map(shards.read, range(len(shards)))]
+
+
+def checked(folder: Path, **options) -> dict:
+    found = check(str(folder / "train-*.tar"), CheckConfig(processes=1, **options), TokenCounter(None)).record()
+    assert found["samples"] == found["good"] + sum(found["dropped"].values())
+    return found
+
+
+LAYOUT_CASES = {
+    "mmc4": (published.mmc4, "mmc4", (), "interleaved", 6),
+    "obelics": (published.obelics, "obelics", (), "interleaved", 6),
+    "instructpix2pix": (published.instructpix2pix, "instructpix2pix", (), "edit", 8),
+    "openimages": (published.open_images, "openimages", (), "image", 8),
+    "packed": (lambda folder: published.open_images(folder, packed=True), "openimages", (), "image", 8),
+    "narratives": (published.open_images, "openimages", ("narratives={source}/narratives",), "caption", 8),
+    "tsv-openimage": (lambda f: published.tsv(f / "a.tsv", "openimage"), "tsv", ("rows=openimage",), "constructed", 6),
+    "tsv-edit": (lambda f: published.tsv(f / "a.tsv", "instructpix2pix"), "tsv", ("rows=instructpix2pix",), "edit", 6),
+    "tsv-laion": (lambda f: published.tsv(f / "a.tsv", "laion"), "tsv", ("rows=laion",), "caption", 6),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUT_CASES)
+def test_every_layout_becomes_sound_samples(case: str, tmp_path: Path) -> None:
+    write, layout, settings, kind, count = LAYOUT_CASES[case]
+    source = write(tmp_path / "in")
+    journal = convert(layout, source, tmp_path / "out", *(item.format(source=source) for item in settings))
+    assert (journal.samples, journal.counts["reads"]) == (count, count)
+    found = checked(tmp_path / "out")
+    assert (found["good"], found["kinds"], found["dropped"]) == (count, {kind: count}, {})
+
+
+def test_img2dataset_shards_are_read_in_place(tmp_path: Path) -> None:
+    folder = published.img2dataset(tmp_path)
+    found = check(str(folder / "*.tar"), CheckConfig(processes=1, kind="caption"), TokenCounter(None)).record()
+    assert (found["samples"], found["good"], found["kinds"]) == (12, 12, {"caption": 12})
+    assert found["caption_tokens"]["max"] == 3 and found["image_sides"]["min"] == published.SIDE
+
+
+def test_mmc4_images_stand_before_their_sentences(tmp_path: Path) -> None:
+    source = published.mmc4(tmp_path / "in", 1)
+    words = lambda folder: [item if isinstance(item, str) else "*" for item in samples(folder)[0].segments]  # noqa: E731
+    convert("mmc4", source, tmp_path / "a")
+    convert("mmc4", source, tmp_path / "b", "image_first=false", "min_similarity=0.25")
+    assert words(tmp_path / "a") == ["*", "Look at the fish. A dog is beside it.", "*", "The boat swims away!"]
+    assert words(tmp_path / "b") == ["Look at the fish. A dog is beside it. The boat swims away!", "*"]
+
+
+def test_obelics_images_are_found_by_url_in_their_order(tmp_path: Path) -> None:
+    convert("obelics", published.obelics(tmp_path / "in", 2), tmp_path / "out")
+    segments = samples(tmp_path / "out")[1].segments
+    assert [type(item) is str for item in segments] == [False, True, False, True]
+    shown = [load(item).getpixel((1, 1)) for item in segments if not isinstance(item, str)]
+    assert shown == [published.Image.open(published.io.BytesIO(published.jpeg(i))).getpixel((1, 1)) for i in (2, 3)]
+
+
+def test_missing_images_cost_the_document_nothing_else(tmp_path: Path) -> None:
+    source = published.mmc4(tmp_path / "in", 4)
+    for i, name in enumerate(("000000000000.jpg", "000001000000.jpg", "000001000001.jpg")):
+        path = source / "images" / name
+        path.write_bytes(b"not an image") if i == 0 else path.unlink()
+    journal = convert("mmc4", source, tmp_path / "out")
+    assert journal.left_out == {"unreadable_image": 1, "missing_image": 2}
+    assert journal.counts["filtered"] == {"image_count": 1} and journal.samples == 3
+    assert len(samples(tmp_path / "out")[0].segments) == 3
+
+
+def test_pairs_of_a_prompt_stay_together_and_broken_ones_are_left_out(tmp_path: Path) -> None:
+    source = published.instructpix2pix(tmp_path / "in", 3)
+    (source / "shard-00/0000002/1020_1.jpg").write_bytes(b"")
+    (source / "shard-00/0000000/1000_0.jpg").unlink()
+    journal = convert("instructpix2pix", source, tmp_path / "out")
+    assert [len(sample.pairs) for sample in samples(tmp_path / "out")] == [2, 2]
+    assert journal.left_out == {"unreadable_image": 1} and journal.counts["dropped"] == {"missing_image": 1}
+    assert samples(tmp_path / "out")[0].caption == "a small dog"
+
+
+def test_instructpix2pix_without_its_list_and_in_splits(tmp_path: Path) -> None:
+    source = published.instructpix2pix(tmp_path / "in", 20)
+    whole = convert("instructpix2pix", source, tmp_path / "listed")
+    sizes = [convert("instructpix2pix", source, tmp_path / name, f"split={name}").samples for name in ("train", "val")]
+    (source / "seeds.json").unlink()
+    assert convert("instructpix2pix", source, tmp_path / "found").shards == whole.shards
+    assert sizes == [18, 1]
+
+
+def test_open_images_are_turned_and_carry_their_licence(tmp_path: Path) -> None:
+    for name, packed in (("folder", False), ("tar", True)):
+        convert("openimages", published.open_images(tmp_path / "in" / name, packed=packed), tmp_path / name)
+        shards = IndexedShards(str(tmp_path / name / "train-*.tar"))
+        _, key, members = shards.read(1)
+        record = json.loads(members["json"])
+        assert key == published.image_id(1) and (record["Author"], record["Title"]) == ("A, B", 'The "title"')
+        assert [load(sample.image).size for sample in samples(tmp_path / name)[:2]] == [(80, 64), (64, 80)]
+
+
+TEXTS = ["A fish. It swims.", "The dog sleeps!\nIt dreams.", "Look, a boat."]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst", ".zip"])
+def test_compressed_text(suffix: str, tmp_path: Path) -> None:
+    lines = published.jsonl([{"text": text} for text in TEXTS]).encode()
+    file = tmp_path / f"c4.jsonl{suffix}"
+    if suffix == ".zst":
+        pyarrow = pytest.importorskip("pyarrow")
+        with pyarrow.output_stream(str(file), compression="zstd") as stream:
+            stream.write(lines)
+    elif suffix == ".zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("../../c4.jsonl", lines)
+    else:
+        packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        file.write_bytes(packers[suffix](lines))
+    convert("text", file, tmp_path / "out")
+    assert [sample.text for sample in samples(tmp_path / "out")] == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.parquet", "lines.json"])
+def test_tables_of_text(name: str, tmp_path: Path) -> None:
+    rows = [{"content": text, "id": i} for i, text in enumerate(TEXTS)]
+    if name.endswith("parquet"):
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pyarrow.Table.from_pylist(rows), tmp_path / name, row_group_size=2
+        )
+    elif name == "lines.json":
+        published.write(tmp_path / name, published.jsonl(rows))
+    else:
+        content = json.dumps(rows, indent=1).encode()
+        published.write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+    convert("text", tmp_path / name, tmp_path / "out", "column=content")
+    assert [sample.text for sample in samples(tmp_path / "out")] == TEXTS
+
+
+@pytest.mark.parametrize(
+    "documents, expected",
+    [
+        ("file", ["One.\nTwo.\n\nThree.", "Four."]),
+        ("paragraph", ["One.\nTwo.", "Three.", "Four."]),
+        ("line", ["One.", "Two.", "Three.", "Four."]),
+    ],
+)
+def test_plain_text(documents: str, expected: list[str], tmp_path: Path) -> None:
+    published.write(tmp_path / "in/a.txt", "One.\nTwo.\n\n\nThree.\n\n".replace("\n\n\n", "\n\n"))
+    published.write(tmp_path / "in/b/c.txt", "\r\nFour.\r\n")
+    convert("text", tmp_path / "in", tmp_path / "out", f"documents={documents}")
+    assert [sample.text for sample in samples(tmp_path / "out")] == expected
+
+
+def test_long_documents_are_divided_where_it_hurts_least(tmp_path: Path) -> None:
+    text = "\n\n".join(" ".join(f"Sentence {i} of {j}." for i in range(9)) for j in range(4))
+    published.write(tmp_path / "a.jsonl", published.jsonl([{"text": text}, {"text": "x" * 250}]))
+    convert("text", tmp_path / "a.jsonl", tmp_path / "out", "max_characters=100", "samples_per_shard=2")
+    parts = [sample.text for sample in samples(tmp_path / "out")]
+    assert all(0 < len(part) <= 100 for part in parts) and parts[-3:] == ["x" * 100, "x" * 100, "x" * 50]
+    assert " ".join(parts[:-3]) == text.replace("\n\n", " ") and all(part.endswith(".") for part in parts[:-3])
+
+
+def test_captions_of_published_tables(tmp_path: Path) -> None:
+    published.write(tmp_path / "cc3m.tsv", 'a "red fish\thttp://a\n\thttp://b\na dog\thttp://c\n')
+    published.write(tmp_path / "laion.jsonl", published.jsonl(
+        [{"TEXT": "a bird", "WIDTH": w, "HEIGHT": 500} for w in (400, 383, None)]))  # fmt: skip
+    first = convert("captions", tmp_path / "cc3m.tsv", tmp_path / "a", "column='0'")
+    assert [sample.caption for sample in samples(tmp_path / "a")] == ['a "red fish', "a dog"]
+    assert first.counts["dropped"] == {"empty_caption": 1}
+    sizes = ("column=TEXT", "width=WIDTH", "height=HEIGHT", "min_side=384")
+    second = convert("captions", tmp_path / "laion.jsonl", tmp_path / "b", *sizes)
+    assert second.counts["filtered"] == {"image_too_small": 1, "size_not_integer": 1} and second.samples == 1
+    assert checked(tmp_path / "a", captions_only=True)["good"] == 2
+    assert checked(tmp_path / "a")["dropped"] == {"missing_member": 2}
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """Power is cut at a write: nothing is cleaned up."""
+    real, left = ShardWriter.write, [writes]
+
+    def write(self, sample, key=None):
+        left[0] -= 1
+        if left[0] < 0:
+            self._stream = None  # so that no tidying removes what a kill would have left
+            raise SystemExit("power cut")
+        real(self, sample, key)
+
+    monkeypatch.setattr(ShardWriter, "write", write)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3, 4, 7, 11])
+@pytest.mark.parametrize("lost_journal", [False, True])
+def test_a_killed_conversion_goes_on_to_the_same_bytes(
+    writes: int, lost_journal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"Fish {i}. " * (1 + i % 4)} if i % 5 else {"text": None} for i in range(12)]
+    published.write(tmp_path / "in/a.jsonl", published.jsonl(rows[:7]))
+    published.write(tmp_path / "in/b.jsonl", published.jsonl(rows[7:]))
+    settings = ("samples_per_shard=2", "max_characters=100", "min_characters=9", "max_bad_share=1")
+    whole = convert("text", tmp_path / "in", tmp_path / "whole", *settings)
+    killed_after(monkeypatch, writes)
+    if whole.samples > writes:
+        with pytest.raises(SystemExit):
+            convert("text", tmp_path / "in", tmp_path / "cut", *settings)
+        monkeypatch.undo()
+        journal = tmp_path / "cut/train.conversion.json"
+        if lost_journal and writes >= 2:  # killed between a shard's rename and its entry in the journal
+            record = json.loads(journal.read_text())
+            first = tmp_path / "again"
+            killed_after(monkeypatch, max(0, writes - 2))
+            with pytest.raises(SystemExit):
+                convert("text", tmp_path / "in", first, *settings)
+            monkeypatch.undo()
+            journal.write_text((first / journal.name).read_text())
+            assert len(json.loads(journal.read_text())["shards"]) < len(record["shards"])
+    again = convert("text", tmp_path / "in", tmp_path / "cut", *settings)
+    assert (again.counts, again.shards, again.examples) == (whole.counts, whole.shards, whole.examples)
+    kept = [path for path in sorted((tmp_path / "whole").iterdir()) if path.name != ".lock"]
+    for path in kept:
+        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list((tmp_path / "cut").glob("*.partial"))
+    assert convert("text", tmp_path / "in", tmp_path / "cut", *settings).complete
+
+
+@pytest.mark.slow
+def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    source = published.instructpix2pix(tmp_path / "in", 40)
+    one = convert("instructpix2pix", source, tmp_path / "one", "samples_per_shard=7")
+    two = convert("instructpix2pix", source, tmp_path / "two", "samples_per_shard=7", "processes=2")
+    assert one.shards == two.shards and len(one.shards) == 6
+
+
+def test_other_settings_or_input_are_refused_beside_what_stands(tmp_path: Path) -> None:
+    source = published.write(tmp_path / "a.jsonl", published.jsonl([{"text": text} for text in TEXTS]))
+    convert("text", source, tmp_path / "out")
+    with pytest.raises(DataError, match=r"settings.min_characters was 1 and is now 5"):
+        convert("text", source, tmp_path / "out", "min_characters=5")
+    assert convert("text", source, tmp_path / "out", "max_bad_share=0.5").complete
+    with pytest.raises(DataError, match=r"no val\.conversion\.json"):
+        published.write(tmp_path / "out/val-000000.tar", b"")
+        convert("text", source, tmp_path / "out", "prefix=val")
+    with pytest.raises(ConfigError, match=r"min_charcters.*Did you mean"):
+        convert("text", source, tmp_path / "b", "min_charcters=5")
+
+
+def test_rotten_input_stops_the_conversion(tmp_path: Path) -> None:
+    rows = [{"text": "a fish"} if i % 2 else {} for i in range(300)]
+    source = published.write(tmp_path / "a.jsonl", published.jsonl(rows))
+    with pytest.raises(DataError, match=r"missing_column 1\d\d.*max_bad_share is 0\.05"):
+        convert("text", source, tmp_path / "out")
+
+
+def test_a_reduced_image_is_a_jpeg_of_the_size_asked_for(tmp_path: Path) -> None:
+    source = published.open_images(tmp_path / "in", 3)
+    convert("openimages", source, tmp_path / "out", "images.shorter_side=32")
+    shards = IndexedShards(str(tmp_path / "out/train-*.tar"))
+    assert all("jpg" in shards[i] for i in range(3))
+    assert [load(sample.image).size for sample in samples(tmp_path / "out")] == [(40, 32), (32, 40), (40, 32)]
+    found = convert("openimages", source, tmp_path / "none", "images.min_side=64")
+    assert found.samples == 3
+    with pytest.raises(DataError, match="image_too_small 3"):
+        convert("openimages", source, tmp_path / "none", "images.min_side=65", "prefix=val")
+
+
+def test_reasons_are_exactly_what_was_injected(tmp_path: Path) -> None:
+    good = published.encoded(0)
+    rows = {
+        "wrong_columns": ["a", "a\tb\tc", f"a fish\tfish\t{good}"],
+        "invalid_base64": [f"a fish\tfish\t{good}\t{good}\t*", f"a fish\tfish\t{good}\t{good}\t{good[:-1]}"],
+        "unreadable_image": [f"a fish\tfish\t{good}\t{good}\tYWJj"],
+        "empty_caption": [f"\tfish\t{good}\t{good}\t{good}"],
+        "empty_text": [f"a fish\tfish,\t{good}\t{good}\t{good}\t{good}\t{good}"],
+        "not_utf8": [b"\xff\tfish\t" + "\t".join([good] * 3).encode()],
+        "record_too_large": ["x" * 200_000],
+    }
+    lines = [line.encode() if isinstance(line, str) else line for listed in rows.values() for line in listed]
+    sound = f"a fish\tfish\t{good}\t{good}\t{good}".encode()
+    published.write(tmp_path / "in/a.tsv", b"\n".join([sound, *(line for bad in lines for line in (bad, sound))]))
+    settings = ("rows=openimage", "max_bad_share=1", "max_record_bytes=100000")
+    journal = convert("tsv", tmp_path / "in", tmp_path / "out", *settings)
+    assert Counter(journal.counts["dropped"]) == {reason: len(listed) for reason, listed in rows.items()}
+    assert journal.samples == len(lines) + 1 == checked(tmp_path / "out")["good"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zip", ".parquet"])
+def test_a_damaged_file_loses_what_is_damaged_alone(suffix: str, tmp_path: Path) -> None:
+    content = published.jsonl([{"text": f"Fish {i}."} for i in range(2000)]).encode()
+    whole = {".gz": gzip.compress, ".xz": lzma.compress}.get(suffix, lambda _: b"PK\x03\x04 not one")(content)
+    cut = whole[: -len(whole) // 4] if suffix in (".gz", ".xz") else whole
+    published.write(tmp_path / "in" / ("a.jsonl" + suffix if suffix != ".parquet" else "a.parquet"), cut)
+    published.write(tmp_path / "in/b.jsonl", published.jsonl([{"text": "whole"}]))
+    journal = convert("text", tmp_path / "in", tmp_path / "out")
+    assert journal.counts["dropped"] == {"damaged_file": 1}
+    assert samples(tmp_path / "out")[-1].text == "whole" and (journal.samples > 100) == (suffix in (".gz", ".xz"))

@@ -1,0 +1,88 @@
+"""Every source, as converted, is trained on for two steps of the stage that reads it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train
+from tests.datamodules.sources import published
+from tests.datamodules.sources.test_conversion import convert
+from tests.lightning_modules import miniature
+
+TEXT = published.jsonl([{"text": f"A fish, {i}. It swims. The dog sleeps!"} for i in range(12)])
+
+
+def text(folder: Path) -> str:
+    published.write(folder / "in/c4.json", TEXT)
+    convert("text", folder / "in", folder / "out")
+    return str(folder / "out/train-*.tar")
+
+
+def plain_text(folder: Path) -> str:
+    published.write(folder / "in/a.txt", "A fish. It swims.\n\nThe dog sleeps!\n\nLook, a boat.\n")
+    convert("text", folder / "in", folder / "out", "documents=paragraph")
+    return str(folder / "out/train-*.tar")
+
+
+def img2dataset(folder: Path) -> str:
+    return str(published.img2dataset(folder) / "*.tar")
+
+
+def captions(folder: Path) -> str:
+    rows = [{"TEXT": caption, "URL": "http://example.org"} for caption in published.CAPTIONS * 3]
+    published.write(folder / "in/laion.jsonl", published.jsonl(rows))
+    convert("captions", folder / "in", folder / "out", "column=TEXT")
+    return str(folder / "out/train-*.tar")
+
+
+def converted(layout: str, write, *settings: str):
+    def make(folder: Path) -> str:
+        source = write(folder / "in")
+        convert(layout, source, folder / "out", *(item.format(source=source) for item in settings))
+        return str(folder / "out/train-*.tar")
+
+    return make
+
+
+def tsv(rows: str):
+    return converted("tsv", lambda folder: published.tsv(folder / "a.tsv", rows), f"rows={rows}")
+
+
+RUNS = {
+    "language_modelling": {"text": text, "captions": img2dataset, "interleaved": converted("mmc4", published.mmc4)},
+    "language_modelling, others": {
+        "text": plain_text,
+        "captions": converted("openimages", published.open_images, "narratives={source}/narratives"),
+        "interleaved": converted("obelics", published.obelics),
+    },
+    "alignment": {"captions": captions},
+    "instruction_tuning": {
+        "constructed": tsv("openimage"),
+        "edit": converted("instructpix2pix", published.instructpix2pix),
+        "captions": img2dataset,
+    },
+    "instruction_tuning, others": {
+        "constructed": tsv("openimage"),
+        "edit": tsv("instructpix2pix"),
+        "captions": tsv("laion"),
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_every_source_is_trained_on(
+    name: str, tmp_path: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
+) -> None:
+    stage = name.partition(",")[0]
+    shards = {source: make(tmp_path / source) for source, make in RUNS[name].items()}
+    first = dict.fromkeys(miniature.STAGES, tiny_model) | {"language_modelling": None}
+    files = miniature.write_config(tmp_path, tmp_path, tiny_tokenizer, tiny_stable_diffusion, first)
+    # One row of each source a step, so that two steps read all of them.
+    sources = {source: {"shards": pattern, "weight": 1, "validation": ""} for source, pattern in shards.items()}
+    sources["captions"]["validation"] = shards["captions"]
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"data": {**sources, "batch_size": 3}}))
+    assert train.main([str(files[stage]), str(tmp_path / "more.yaml"), "trainer.max_steps=2"]) == 0
+    assert [row[0] for row in miniature.losses(tmp_path / stage)] == ["0", "1"]
+    assert all(float(loss) > 0 for _, loss in miniature.losses(tmp_path / stage))
