@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from datamodules.errors import SampleError
 from kosmosg.image_processing import LONGEST_ASPECT, rgb
@@ -84,6 +84,8 @@ class StoredImage:
             return decode()
         except Image.DecompressionBombError as error:
             raise self._error("image_too_large", str(error)) from error
+        except UnidentifiedImageError as error:  # whose own message is an address in memory
+            raise self._error("unreadable_image", f"no {', '.join(FORMATS)}") from error
         except Exception as error:  # hostile bytes make Pillow's decoders raise nearly anything
             raise self._error("unreadable_image", f"{type(error).__name__}: {error}") from error
 

@@ -1,14 +1,17 @@
 """A contact sheet of shards: for each kind a row of samples, pictures with their words under them."""
 
+import contextlib
 import random
 import textwrap
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.errors import SampleError
+from datamodules.errors import SampleError, ShardError
 from datamodules.images import Limits, SampleImage, load
 from datamodules.sample import (
     KINDS,
@@ -20,9 +23,9 @@ from datamodules.sample import (
     TextSample,
     decode,
 )
-from datamodules.shards import IndexedShards
+from datamodules.shards import IndexedShards, expand_pattern
 
-CELL, GAP, MARGIN, HEAD, LINE = 128, 4, 16, 34, 15  # pixels
+PAGE, CELL, GAP, MARGIN, HEAD, LINE = 1400, 128, 4, 16, 34, 15  # pixels
 FONT_SIZE, SMALL, LETTER = 12, 10, 6.3
 MOST_LINES, MOST_PARTS, TRIES = 6, 6, 20
 INK, FAINT, PAPER, RULE = (28, 32, 38), (112, 118, 128), (255, 255, 255), (212, 215, 220)
@@ -36,17 +39,17 @@ class Part:
     image: SampleImage | None = None
 
 
-def draw_sheet(pattern: str, file: Path, *, columns: int = 6, seed: int = 0, limits: Limits | None = None) -> int:
-    """Draw up to `columns` samples of each kind into a PNG; returns how many samples are on it.
+def draw_sheet(pattern: str, file: Path, *, columns: int = 9, seed: int = 0, limits: Limits | None = None) -> int:
+    """Draw up to `columns` samples of each kind, fewer where they are wide, into a PNG; returns how many.
 
-    Samples are drawn by the seed. One that cannot be read is passed over: the check counts those.
+    Samples are drawn by the seed. What cannot be read, sample or shard, is passed over: the check counts those.
 
     Raises:
         SampleError: not one sample could be drawn.
     """
     limits = limits or Limits()
-    cards = _cards(IndexedShards(pattern, limits), columns, seed, limits)
-    rows = [(kind, cards[kind]) for kind in KINDS if cards.get(kind)]
+    cards = _cards(_readable(pattern, limits), columns, seed, limits)
+    rows = [(kind, _fitting(cards[kind])) for kind in KINDS if cards.get(kind)]
     if not rows:
         raise SampleError("nothing_to_draw", pattern, "", f"none of {TRIES * columns} samples can be read")
     heights = [HEAD + max(_height(card) for card in listed) + MARGIN for _, listed in rows]
@@ -79,7 +82,7 @@ def parts_of(sample: Sample, whole: bool = False) -> list[Part]:
     if isinstance(sample, EditSample):
         pairs = sample.pairs if whole else sample.pairs[:1]
         more = f" (+{len(sample.pairs) - 1} pairs)" if len(sample.pairs) > len(pairs) else ""
-        texts = (sample.caption, f"→ {sample.instruction}{more}")
+        texts = (sample.caption, f"to: {sample.instruction}{more}")
         return [Part(text, image) for pair in pairs for text, image in zip(texts, pair, strict=True)]
     if isinstance(sample, ConstructedSample):
         crops = [
@@ -87,20 +90,30 @@ def parts_of(sample: Sample, whole: bool = False) -> list[Part]:
             for entity in sample.entities
             for name, image in (("background", entity.background), ("white", entity.white))
         ]
-        return [*crops[: most and most - 1], Part(f"→ {sample.caption}", sample.target)]
+        return [*crops[: most and most - 1], Part(f"target: {sample.caption}", sample.target)]
     if isinstance(sample, ImageSample):
         return [Part(sample.key, sample.image)]
     return [Part(item) if isinstance(item, str) else Part("", item) for item in sample.segments][:most]
 
 
-def _cards(shards: IndexedShards, columns: int, seed: int, limits: Limits) -> dict[str, list[list]]:
+def _readable(pattern: str, limits: Limits) -> list[IndexedShards]:
+    found = []
+    for path in expand_pattern(pattern):
+        with contextlib.suppress(ShardError):
+            found.append(IndexedShards(str(path), limits))
+    return found
+
+
+def _cards(shards: list[IndexedShards], columns: int, seed: int, limits: Limits) -> dict[str, list[list]]:
     """Drawn samples of each kind; pictures are decoded here, so that a broken one costs its own sample alone."""
-    order = list(range(len(shards)))
-    random.Random(seed).shuffle(order)
+    ends = list(accumulate(map(len, shards)))
+    total = ends[-1] if ends else 0
+    draws = random.Random(seed)
     cards: dict[str, list[list]] = {}
-    for number in order[: TRIES * columns * len(KINDS)]:
+    for number in draws.sample(range(total), min(total, TRIES * columns * len(KINDS))):
+        place = bisect_right(ends, number)
         try:
-            shard, key, members = shards.read(number)
+            shard, key, members = shards[place].read(number - ends[place] + len(shards[place]))
             sample = decode(members, shard, key, limits=limits)
             card = cards.setdefault(sample.kind, [])
             if len(card) < columns:
@@ -108,6 +121,12 @@ def _cards(shards: IndexedShards, columns: int, seed: int, limits: Limits) -> di
         except SampleError:
             continue
     return cards
+
+
+def _fitting(cards: list) -> list:
+    """As many cards as a page is wide, two at least."""
+    ends = accumulate(_width(card) + MARGIN for card in cards)
+    return cards[: max(2, sum(end <= PAGE for end in ends))]
 
 
 def _lines(part: Part) -> list[str]:
@@ -125,7 +144,7 @@ def _fit(image: SampleImage | None) -> tuple[Image.Image, str] | None:
     size = tuple(max(1, round(side * scale)) for side in pixels.size)
     sharp = scale >= 2  # a miniature keeps its pixels
     how = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-    return pixels.resize(size, how), f"{pixels.width}×{pixels.height}"  # type: ignore[arg-type]
+    return pixels.resize(size, how), f"{pixels.width} x {pixels.height}"  # type: ignore[arg-type]
 
 
 def _width(card: Sequence) -> int:

@@ -18,7 +18,7 @@ def show_findings(checked: Checked, console: Console) -> None:
     """Counts, what was dropped with an example of each reason, and histograms."""
     found = checked.findings
     size = f"{checked.bytes / 1e9:,.2f} GB" if checked.bytes >= 1e8 else f"{checked.bytes / 1e6:,.2f} MB"
-    _print(console, f"{checked.shards:,} shards, {size}: {found.samples:,} samples, {found.good:,} good")
+    _print(console, f"{checked.shards:,} shard(s), {size}: {found.samples:,} samples, {found.good:,} good")
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.most_common())
     _print(console, f"{kinds or 'nothing'}; {found.images:,} images")
     for name, why in checked.unreadable.items():

@@ -6,6 +6,9 @@ from typing import Any
 
 from datamodules.errors import DataError
 
+FILES = {"sentencepiece.bpe.model": "pieces", "vocab.json": "CLIP tokens", "tokenizer.json": "CLIP tokens"}
+"""By which a tokenizer is known: ours, and CLIP's as older and newer versions of transformers write it."""
+
 
 class TokenCounter:
     """Counts tokens without start and end. Sent to worker processes: the tokenizer is read where it is used.
@@ -23,13 +26,11 @@ class TokenCounter:
             return
         inside = Path(folder) / "tokenizer"
         self.folder = str(inside) if inside.is_dir() else folder
-        for name, unit in (("sentencepiece.bpe.model", "pieces"), ("vocab.json", "CLIP tokens")):
+        for name, unit in FILES.items():
             if (Path(self.folder) / name).is_file():
                 self.unit = unit
                 return
-        raise DataError(
-            f"'{folder}' holds no tokenizer; looked for sentencepiece.bpe.model (of ours) and vocab.json (of CLIP)."
-        )
+        raise DataError(f"'{folder}' holds no tokenizer, ours or CLIP's; looked for {', '.join(FILES)}.")
 
     def __call__(self, text: str) -> int:
         """Tokens of a text."""

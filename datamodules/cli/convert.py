@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     layout = kind(arguments.input, load_config(arguments.settings, kind.schema))
     journal = convert(arguments.layout, layout, arguments.output, Console(stderr=True))
     counts = journal.counts
-    print(f"{counts['reads']:,} records read, {journal.samples:,} samples in {len(journal.shards)} shards")
+    print(f"{counts['reads']:,} records read, {journal.samples:,} samples written in {len(journal.shards):,} shard(s)")
     told = (("dropped", counts["dropped"]), ("filtered", counts["filtered"]), ("left out of samples", journal.left_out))
     for name, reasons in told:
         if reasons:

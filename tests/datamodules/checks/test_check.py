@@ -133,14 +133,15 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
 
 def test_the_sheet_has_a_row_for_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pattern = every_kind(tmp_path)
-    worlds.write_members(tmp_path / "z.tar", [("bad", {"png": b"junk", "txt": b"a dog"})])
+    worlds.write_members(tmp_path / "y.tar", [("bad", {"png": b"junk", "txt": b"a dog"})])
+    (tmp_path / "z.tar").write_bytes(b"not a tar")
     sheet = tmp_path / "sheet.png"
     assert run("check", pattern, "--processes", "1", "--sheet", str(sheet)) == 0
     with Image.open(sheet) as page:
         colours = {page.getpixel((x, y)) for x in range(0, page.width, 8) for y in range(0, page.height, 8)}
         assert {worlds.image(i).getpixel((0, 0)) for i in range(5)} <= colours
     printed = capsys.readouterr().out
-    assert "31 samples, 30 good" in printed and "unreadable_image" in printed and "█" in printed
+    assert "32 samples, 30 good" in printed and "unreadable_image" in printed and "█" in printed
 
 
 def test_show_prints_a_sample_and_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
