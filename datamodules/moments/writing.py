@@ -131,9 +131,15 @@ def target_image(shards: IndexedShards, number: int, limits: Limits) -> SampleIm
 
     Raises:
         SampleError: it has none.
+        DataError: it has several, of which training draws one; a file of moments holds one for each sample.
     """
     shard, key, members = shards.read(number)
     sample = decode(members, shard, key, limits=limits)
+    if isinstance(sample, EditSample) and sample.more:
+        raise DataError(
+            f"{shard}, sample '{key}' has {len(sample.pairs)} target images, and only one can be kept for a sample; "
+            "convert the set with pairs=apart, or set data.kept_moments=false."
+        )
     if isinstance(sample, ConstructedSample | EditSample):
         return sample.target
     if isinstance(sample, CaptionSample) and sample.image is not None:

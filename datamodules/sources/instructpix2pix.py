@@ -34,6 +34,8 @@ class InstructPix2PixConfig(ImageConversionConfig):
 
     split: Literal["all", "train", "val", "test"] = "all"
     """Part of the list, divided as the authors' loader does: 90 % train, 5 % val, 5 % test. Folders only."""
+    pairs: Literal["together", "apart"] = "together"
+    """A sample for each prompt, of whose pairs training draws one, or for each pair, as kept moments need it."""
 
 
 class InstructPix2Pix(Layout[InstructPix2PixConfig]):
@@ -77,6 +79,8 @@ class InstructPix2Pix(Layout[InstructPix2PixConfig]):
         caption, instruction = text_of(record, caption, "caption"), text_of(record, instruction, "edit")
         if not instruction.strip():
             raise record.error("empty_text", "edit holds no text")
+        if self.config.pairs == "apart":
+            return [EditSample(caption, instruction, source, target) for source, target in pairs]
         (source, target), *more = pairs
         return [EditSample(caption, instruction, source, target, more=more)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from datamodules.errors import ShardError
+from datamodules.errors import DataError, ShardError
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.moments.__main__ import main
 from datamodules.moments.files import moments_file, moments_identity
@@ -130,3 +130,12 @@ def test_the_command_says_what_it_did(
     assert f"2 shards written, 0 were there; {SAMPLES} samples, 0 unusable" in capsys.readouterr().out
     assert main(["shards=/nowhere/*.tar", *arguments[1:]]) == 2
     assert "no shard at" in capsys.readouterr().err
+
+
+def test_samples_of_several_targets_are_refused(tmp_path: Path, settings: MomentsConfig) -> None:
+    with ShardWriter(tmp_path / "pairs", "train") as writer:
+        sample = EditSample("a fish", "make it night", picture(0), picture(1), more=[(picture(2), picture(3))])
+        writer.write(sample)
+    settings.shards = str(tmp_path / "pairs" / "train-*.tar")
+    with pytest.raises(DataError, match=r"2 target images.*pairs=apart"):
+        write_moments(settings)

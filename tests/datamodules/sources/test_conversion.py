@@ -110,6 +110,8 @@ def test_pairs_of_a_prompt_stay_together_and_broken_ones_are_left_out(tmp_path: 
     assert [len(sample.pairs) for sample in samples(tmp_path / "out")] == [2, 2]
     assert journal.left_out == {"unreadable_image": 1} and journal.counts["dropped"] == {"missing_image": 1}
     assert samples(tmp_path / "out")[0].caption == "a small dog"
+    assert convert("instructpix2pix", source, tmp_path / "apart", "pairs=apart").samples == 4
+    assert {len(sample.pairs) for sample in samples(tmp_path / "apart")} == {1}
 
 
 def test_instructpix2pix_without_its_list_and_in_splits(tmp_path: Path) -> None:
