@@ -22,9 +22,9 @@ from kosmosg.prompt import PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 
 BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
-REMEMBERED_WORDS = 1_000_000
+REMEMBERED_CHARACTERS = 10_000_000  # of all words together: a hostile caption may be one word of megabytes
 TextTokenize = Callable[[list[str]], Tensor]
-CaptionRow = tuple[list[int], Tensor]  # ids of <s> and the caption; CLIP ids (Q,)
+CaptionRow = tuple[list[int], np.ndarray]  # ids of <s> and the caption; CLIP ids (Q,)
 
 
 @dataclass
@@ -60,14 +60,17 @@ class ClipTokens:
         self.length = tokenize([""]).shape[1]
         self.room = self.length - 2
         self._words: dict[str, list[int]] = {}
+        self._characters = 0
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Ids B×Q, cut where a text is longer, and tokens of each text without start and end."""
         divided = [BLANKS.split(text) for text in texts]
         new = {word for words in divided for word in words if word not in self._words}
-        if len(self._words) + len(new) > REMEMBERED_WORDS:
+        self._characters += sum(map(len, new))
+        if self._characters > REMEMBERED_CHARACTERS:
             self._words.clear()
             new = {word for words in divided for word in words}
+            self._characters = sum(map(len, new))
         if new:
             self._learn(sorted(new))
         tokens = [[i for word in words for i in self._words[word]] for words in divided]
@@ -93,10 +96,11 @@ class CaptionRows:
         """See `RowBuilder`."""
         samples = [self._read(request.index) for request in requests]
         report.reads += len(samples)
-        good = [sample for sample in samples if isinstance(sample, CaptionSample)]
-        ids, lengths = self.clip([sample.caption for sample in good]) if good else (torch.empty(0), [])
-        tokens = iter(zip(ids, lengths, strict=True))
-        return [self._row(sample, *next(tokens)) if isinstance(sample, CaptionSample) else sample for sample in samples]
+        captions = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
+        ids, lengths = self.clip(captions) if captions else (torch.empty(0), [])
+        # All captions in one call: each call of the tokenizer costs as much as a short caption.
+        found = iter(zip(ids.numpy(), lengths, self.tokenizer.encode_batch(captions), strict=True))
+        return [self._row(sample, *next(found)) if isinstance(sample, CaptionSample) else sample for sample in samples]
 
     def tokens(self, row: CaptionRow) -> int:
         """See `RowBuilder`."""
@@ -104,17 +108,18 @@ class CaptionRows:
 
     def _read(self, index: int) -> CaptionSample | SampleError:
         try:
-            sample = self.source[index]
+            sample = self.source.caption(index)
         except SampleError as error:
             return error
         assert isinstance(sample, CaptionSample)
         return sample
 
-    def _row(self, sample: CaptionSample, clip_ids: Tensor, length: int) -> tuple[CaptionRow, str] | SampleError:
+    def _row(
+        self, sample: CaptionSample, clip_ids: np.ndarray, length: int, pieces: list[int]
+    ) -> tuple[CaptionRow, str] | SampleError:
         if length > self.config.max_clip_tokens:
             detail = f"{length} CLIP tokens, at most {self.config.max_clip_tokens}"
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
-        pieces = self.tokenizer.encode(sample.caption)
         if len(pieces) > self.config.max_pieces:
             detail = f"{len(pieces)} pieces, at most {self.config.max_pieces}"
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
@@ -166,4 +171,4 @@ class AlignmentData(MixtureDataModule):
         # One tensor for all rows: a tensor for each caption would take as long as reading it.
         ids = torch.from_numpy(np.array([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows]))
         prompt = PromptBatch(ids, torch.zeros_like(ids, dtype=torch.bool), None, ids == pad_id)
-        return AlignmentBatch(prompt, torch.stack([clip_ids for _, clip_ids in rows]), report)
+        return AlignmentBatch(prompt, torch.from_numpy(np.stack([clip_ids for _, clip_ids in rows])), report)

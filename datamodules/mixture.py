@@ -51,6 +51,14 @@ class SampleSource:
         shard, key, members = self.shards.read(i, self.suffixes)
         return decode(members, shard, key, kind=self.kind, limits=self.limits)
 
+    def caption(self, i: int) -> Sample:
+        """Sample `i` without its image, where that is quicker. Raises SampleError: it cannot be used."""
+        text = self.shards.text(i)
+        if text is None:
+            return self[i]
+        shard, key, content = text
+        return decode({"txt": content}, shard, key, kind=self.kind, limits=self.limits)
+
 
 @dataclass
 class Request:
@@ -58,12 +66,12 @@ class Request:
 
     index: int
     epoch: int
-    seed: int
+    seed: tuple[int, ...]
 
     @cached_property
     def random(self) -> random.Random:
         """Random numbers that depend on the run's seed and the position only."""
-        return random.Random(self.seed)
+        return random.Random(mix(*self.seed))
 
 
 class RowBuilder(Protocol[T]):
@@ -155,7 +163,7 @@ class MixtureDataset(Dataset, Generic[T]):
 
     def _request(self, position: int, draw: Draw, attempt: int) -> Request:
         index = self.order.redraw(draw, attempt) if attempt else draw.index
-        return Request(index, draw.epoch, mix(self.seed, 3, position, attempt))
+        return Request(index, draw.epoch, (self.seed, 3, position, attempt))
 
 
 def token_weights(dataset: MixtureDataset, shares: Sequence[int]) -> list[int]:

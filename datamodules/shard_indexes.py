@@ -69,7 +69,8 @@ def _local_index(file: LocalFile, listed: dict | None) -> ShardIndex:
             f"'{file}' has {file.size} bytes but its manifest says {listed['bytes']}: it was written anew. Write the "
             f"whole set again, or remove the manifest to read the shard as it is."
         )
-    if index is not None and _fits(index, listed, file.size):
+    # One of the older form, without the captions' places, is made anew, but not from a shard that lost its end.
+    if index is not None and _fits(index, listed, file.size) and (index.texts is not None or index.size > file.size):
         return index
     index = ShardIndex.scan(file)
     _keep(index, beside)

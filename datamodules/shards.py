@@ -19,6 +19,7 @@ from webdataset.writer import TarWriter
 from datamodules.errors import DataError
 from datamodules.indexed_shards import IndexedShards
 from datamodules.sample import SCHEMA_VERSION, Sample
+from datamodules.shard_files import Descriptors, LocalFile
 from datamodules.shard_patterns import expand_pattern
 from datamodules.tar_index import ShardIndex, index_path
 
@@ -62,7 +63,6 @@ class ShardWriter:
         self._keys: set[str] = set()
         self._stream: IO[bytes] | None = None
         self._writer: TarWriter | None = None
-        self._bounds: list[tuple[int, int]] = []
 
     def write(self, sample: Sample, key: str | None = None) -> None:
         """Append one sample; its key is `key`, or the sample's own, or its number in the writing order.
@@ -70,7 +70,7 @@ class ShardWriter:
         Raises:
             ValueError: a key with a dot, which would be read as the start of a suffix, or used twice in a shard.
         """
-        key = key or sample.key or f"{sum(shard['samples'] for shard in self.shards) + len(self._bounds):09d}"
+        key = key or sample.key or f"{sum(shard['samples'] for shard in self.shards) + len(self._keys):09d}"
         if "." in Path(key).name or key in self._keys:
             raise ValueError(f"key '{key}' must be unique in its shard and hold no dot.")
         if self._writer is None:
@@ -79,12 +79,9 @@ class ShardWriter:
             self._writer = TarWriter(
                 self._stream, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False
             )
-        tar = self._writer.tarstream
-        begin = tar.offset  # type: ignore[attr-defined]
         self._writer.write({"__key__": key, **sample.encode()})
         self._keys.add(key)
-        self._bounds.append((begin, tar.offset))  # type: ignore[attr-defined]
-        if len(self._bounds) == self.samples_per_shard:
+        if len(self._keys) == self.samples_per_shard:
             self._close_shard()
 
     @property
@@ -140,12 +137,12 @@ class ShardWriter:
         size = partial.stat().st_size
         with open(partial, "rb") as written:
             checksum = hashlib.file_digest(written, "sha256").hexdigest()
-        write_durably(index_path(path), ShardIndex.from_bounds(self._bounds, size).to_bytes())
+        write_durably(index_path(path), ShardIndex.scan(LocalFile(partial, Descriptors())).to_bytes())
         partial.rename(path)
         sync_folder(self.folder)
-        self.shards.append({"name": path.name, "samples": len(self._bounds), "bytes": size, "sha256": checksum})
+        self.shards.append({"name": path.name, "samples": len(self._keys), "bytes": size, "sha256": checksum})
         self._stream = self._writer = None
-        self._bounds, self._keys = [], set()
+        self._keys = set()
 
 
 def write_durably(path: Path, content: bytes) -> None:

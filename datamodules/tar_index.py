@@ -7,8 +7,8 @@ without one (img2dataset writes none) are scanned once with `tarfile` and the in
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +19,25 @@ from datamodules.shard_files import ShardFile
 BLOCK = 512
 WALK_BYTES = {False: 64 * 1024, True: 4 * 1024 * 1024}  # read at once from a disk and from a store
 LARGEST_HEADER = 1024 * 1024
+PLAIN_SUFFIXES = frozenset(("txt", "json", "jpg", "jpeg", "png", "webp"))
 INDEX_SUFFIX = ".index.npy"
 
 
 @dataclass
 class ShardIndex:
-    """Byte ranges of a shard's samples: `bounds` int64 N×2, begin and end of each tar group; `size` of the tar."""
+    """Byte ranges of a shard's samples.
+
+    Attributes:
+        bounds: int64 N×2, begin and end of each tar group.
+        size: of the tar.
+        texts: int64 N×2, where the data of the sample's `txt` begin and their length, so that a caption alone is one
+            small read; length -1 where the group has none, or is anything but plain files of the usual names. None in
+            indexes of an older form.
+    """
 
     bounds: np.ndarray
     size: int
-
-    @classmethod
-    def from_bounds(cls, bounds: Sequence[tuple[int, int]], size: int) -> "ShardIndex":
-        """From (begin, end) pairs."""
-        return cls(np.array(bounds, dtype=np.int64).reshape(-1, 2), size)
+    texts: np.ndarray | None = None
 
     @classmethod
     def scan(cls, file: ShardFile) -> "ShardIndex":
@@ -44,27 +49,29 @@ class ShardIndex:
         Raises:
             ShardError: not a tar, or one without any sample.
         """
-        bounds: list[list[int]] = []
-        previous = None
+        groups: list[Group] = []
         try:
-            for name, begin, end in _members(file):
-                key = split_name(name)[0] if name is not None else None
-                if key is not None and key == previous:
-                    bounds[-1][1] = end
-                else:
-                    bounds.append([begin, end])
-                previous = key
+            for name, begin, end, data in _members(file):
+                key, suffix = split_name(name) if name is not None else (None, "")
+                if key is None or not groups or key != groups[-1].key:
+                    groups.append(Group(key, begin, end))
+                groups[-1].add(suffix, end, data)
         except (tarfile.TarError, OSError) as error:
             raise ShardError(f"'{file}' is not a readable tar ({error}); replace it or leave it out.") from error
-        if not bounds:
+        if not groups:
             raise ShardError(f"'{file}' holds no samples; replace it or leave it out.")
-        return cls.from_bounds([(begin, end) for begin, end in bounds], file.size)
+        rows = np.array([(group.begin, group.end, *group.text()) for group in groups], dtype=np.int64)
+        return cls(rows[:, :2], file.size, rows[:, 2:])
 
     def to_bytes(self) -> bytes:
-        """As a .npy file: one row (size, N), then the bounds."""
-        stream = io.BytesIO()
-        np.save(stream, np.vstack([[self.size, len(self.bounds)], self.bounds]), allow_pickle=False)
-        return stream.getvalue()
+        """As a .npy file: one row (size, N, 0, 0), then bounds and texts side by side."""
+        parts = [self.bounds] if self.texts is None else [self.bounds, self.texts]
+        first = [self.size, len(self.bounds), 0, 0][: 2 * len(parts)]
+        return _npy(np.vstack([first, np.hstack(parts)]))
+
+    def places(self) -> bytes:
+        """Size and bounds alone, by which samples are told from others."""
+        return _npy(np.vstack([[self.size, len(self.bounds)], self.bounds]))
 
     @classmethod
     def read(cls, path: Path) -> "ShardIndex | None":
@@ -81,16 +88,42 @@ class ShardIndex:
             rows = np.load(io.BytesIO(content), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        if rows.ndim != 2 or rows.shape[1:] != (2,) or len(rows) < 2 or rows[0, 1] != len(rows) - 1:
+        if rows.ndim != 2 or rows.shape[1] not in (2, 4) or len(rows) < 2 or rows[0, 1] != len(rows) - 1:
             return None
-        return cls(rows[1:], int(rows[0, 0]))
+        return cls(rows[1:, :2], int(rows[0, 0]), rows[1:, 2:] if rows.shape[1] == 4 else None)
 
     def __len__(self) -> int:
         return len(self.bounds)
 
 
-def _members(file: ShardFile) -> Iterator[tuple[str | None, int, int]]:
-    """(name, begin, end) of each entry that is no folder; (None, begin, size) for a rest that cannot be read."""
+@dataclass
+class Group:
+    """The entries of one key, while a tar is walked through."""
+
+    key: str | None
+    begin: int
+    end: int
+    suffixes: list[str] = field(default_factory=list)
+    texts: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, suffix: str, end: int, data: tuple[int, int] | None) -> None:
+        """One more entry; `data` is (begin, length) of a plain file's."""
+        self.end = end
+        self.suffixes.append(suffix if data is not None else "")
+        if suffix == "txt" and data is not None:
+            self.texts.append(data)
+
+    def text(self) -> tuple[int, int]:
+        """See `ShardIndex.texts`."""
+        plain = len(set(self.suffixes)) == len(self.suffixes) and PLAIN_SUFFIXES.issuperset(self.suffixes)
+        return self.texts[0] if plain and self.texts else (0, -1)
+
+
+def _members(file: ShardFile) -> Iterator[tuple[str | None, int, int, tuple[int, int] | None]]:
+    """(name, begin, end, data) of each entry that is no folder; (None, begin, size, None) for an unreadable rest.
+
+    `data` is (begin, length) of an ordinary file with an ordinary header, else None.
+    """
     with tarfile.open(fileobj=Walk(file), mode="r:") as tar:  # type: ignore[arg-type]
         begin = 0  # opening the tar has read the first header already
         while True:
@@ -103,11 +136,12 @@ def _members(file: ShardFile) -> Iterator[tuple[str | None, int, int]]:
                 member, broken = None, True
             tar.members.clear()  # type: ignore[attr-defined]  # a large shard's headers would all stay in memory
             if begin < file.size and (broken or (member is None and any(file.read(BLOCK, begin)))):
-                yield None, begin, file.size
+                yield None, begin, file.size, None
             if broken or member is None:
                 return
             if not member.isdir():
-                yield member.name, begin, tar.offset
+                plain = member.isreg() and not member.issparse() and member.offset_data - begin == BLOCK
+                yield member.name, begin, tar.offset, (member.offset_data, member.size) if plain else None
             begin = tar.offset
 
 
@@ -144,6 +178,12 @@ class Walk(io.RawIOBase):
         content = self.block[begin : begin + size]
         self.position += len(content)
         return content
+
+
+def _npy(rows: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, rows, allow_pickle=False)
+    return stream.getvalue()
 
 
 def index_name(shard: str) -> str:

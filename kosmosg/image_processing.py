@@ -1,6 +1,6 @@
 """PIL images to model inputs, as recorded from the released code (golden README, "Image preprocessing").
 
-Arithmetic is float64 and rounded once, at the end: that is how the released code computes its inputs.
+Values are those of float64 arithmetic rounded once, at the end: that is how the released code computes its inputs.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ class UnderstandingTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Any PIL image → float32 3×S×S."""
-        pixels = square(image, self.size, Image.Resampling.BICUBIC)
+        pixels = np.asarray(cropped(image, self.size, Image.Resampling.BICUBIC), dtype=np.float64)
         return to_tensor((pixels / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD))
 
 
@@ -41,11 +41,16 @@ class TargetTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Any PIL image → float32 3×S×S in [-1, 1]."""
-        return to_tensor(square(image, self.size, Image.Resampling.BILINEAR) / 127.5 - 1.0)
+        # (2x - 255)/255 in float32 is x/127.5 - 1 rounded from float64 for each of the 256 values, and half the time.
+        bands = cropped(image, self.size, Image.Resampling.BILINEAR).split()
+        pixels = torch.empty(3, self.size, self.size)
+        for channel, band in zip(pixels.numpy(), bands, strict=True):
+            channel[:] = np.asarray(band)
+        return pixels.mul_(2).sub_(255).div_(255)
 
 
-def square(image: Image.Image, size: int, resampling: Image.Resampling) -> np.ndarray:
-    """Shorter side to `size`, centre crop; float64 size×size×3 in [0, 255].
+def cropped(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """Shorter side to `size`, centre crop; RGB.
 
     Raises:
         ValueError: the image has no pixels, is too long for its width, or has no meaning in RGB.
@@ -63,7 +68,7 @@ def square(image: Image.Image, size: int, resampling: Image.Resampling) -> np.nd
         width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
         image = image.resize((width, height), resampling)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float64)
+    return image.crop((left, top, left + size, top + size))
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -53,6 +53,9 @@ class Tokenizer(FeatureExtractionMixin):
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = (self.index[symbol] for symbol in LEADING_SYMBOLS)
         self.image_id, self.image_end_id = self.index["<image>"], self.index["</image>"]
 
+        names = map(self.processor.id_to_piece, range(self.processor.get_piece_size()))
+        self._ids_by_piece = [self.index.get(name, self.unk_id) for name in names]
+
     def __len__(self) -> int:
         return len(self.symbols)
 
@@ -65,6 +68,16 @@ class Tokenizer(FeatureExtractionMixin):
         Special symbols written in the text are ordinary characters: a caption cannot smuggle an image slot in.
         """
         return [self.index.get(piece, self.unk_id) for piece in self.processor.encode(text, out_type=str)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, several times as fast."""
+        found = self.processor.encode(list(texts), out_type=int, num_threads=1)
+        ids, unknown = self._ids_by_piece, self.processor.unk_id()
+        # A piece that SentencePiece does not know may still be in the dictionary: its letters decide.
+        return [
+            self.encode(text) if unknown in pieces else [ids[piece] for piece in pieces]
+            for text, pieces in zip(texts, found, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special symbols are written out, `<s>` and padding are left out."""

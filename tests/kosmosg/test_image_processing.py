@@ -42,3 +42,10 @@ def test_an_image_without_pixels_is_refused():
 def test_sixteen_bits_keep_their_brightness():
     wide = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
     assert wide.mode == "I;16" and np.asarray(rgb(wide))[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_every_value_of_a_target_is_that_of_double_precision():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    ours = TargetTransform(16)(Image.fromarray(np.stack([levels] * 3, axis=-1)))
+    expected = (levels / 127.5 - 1.0).astype(np.float32)
+    assert all(np.array_equal(channel.numpy(), expected) for channel in ours)
