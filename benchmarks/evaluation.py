@@ -19,9 +19,8 @@ from benchmarks.comparison import Comparison
 from benchmarks.config import BenchmarkConfig, read_config
 from benchmarks.convert_memory import write_tokenizer
 from benchmarks.models import Parts, scheduler
-from evaluation.encoders import Remembered
+from evaluation.conditions import Conditions
 from evaluation.generation import Batch
-from evaluation.systems import unique_conditions
 from kosmosg.acceleration import Acceleration, accelerate
 from kosmosg.models.build import vision_config
 from kosmosg.pipeline import KosmosGPipeline
@@ -89,29 +88,30 @@ class World:
 
     def ours(self, batch_size: int) -> float:
         """Large batches across subjects; conditions, the null condition and features of references once."""
-        references, made = Remembered(self.look, batch_size, lambda number: self.subjects[number]), []
+        conditions, references, made = Conditions(self.pipeline), self.look(self.subjects), []
         for begin in range(0, len(self.prompts), batch_size):
             batch = self.batch(begin, begin + batch_size)
-            condition = unique_conditions(self.pipeline, batch)
-            made += self.sample(condition, self.pipeline.null_condition, batch.seeds)
+            made += self.sample(conditions(batch), self.pipeline.null_condition, batch.seeds)
         found = torch.cat([self.look(made[i : i + batch_size]) for i in range(0, len(made), batch_size)])
-        return float(torch.cosine_similarity(found, references([subject for _, subject in self.prompts])).mean())
+        return float(torch.cosine_similarity(found, references[[subject for _, subject in self.prompts]]).mean())
 
     def released(self, conditions_once: bool = False, references_once: bool = False) -> float:
         """See above; each habit can be left out alone."""
         stage, scores = self.config.evaluation, []
-        kept = Remembered(self.look, 1, lambda number: self.subjects[number])
+        references = self.look(self.subjects) if references_once else None
+        conditions = Conditions(self.pipeline)
         rows = stage.released_prompts * stage.images
         for begin in range(0, len(self.prompts), rows):
             batch = self.batch(begin, begin + rows)
             if conditions_once:
-                condition, null = unique_conditions(self.pipeline, batch), self.pipeline.null_condition
+                condition, null = conditions(batch), self.pipeline.null_condition
             else:
                 condition, null = self._encoded(batch), self._encoded_null()
             made = self.sample(condition, null, batch.seeds)
             subjects = [subject for _, subject in self.prompts[begin : begin + rows]]
             for image, subject in zip(made, subjects, strict=True):
-                reference = kept([subject]) if references_once else self.look([self.subjects[subject]])
+                known = references is not None
+                reference = references[[subject]] if known else self.look([self.subjects[subject]])
                 scores.append(torch.cosine_similarity(self.look([image]), reference))
         return float(torch.cat(scores).mean())
 
