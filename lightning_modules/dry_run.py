@@ -32,6 +32,7 @@ from lightning_modules.step_cost import StepCost, measure, without_values
 
 RELEASED_VOCABULARY = 64_007
 CAPTION_TOKENS, PROMPT_TOKENS, PROMPT_IMAGES, PACKED_IMAGES = 75, 160, 2, 11
+WITHOUT_VALUES = {"length_groups": 1, "cache_megabytes": 0}
 SD_CONFIGS = {
     "unet": "unet/config.json",
     "vae": "vae/config.json",
@@ -69,7 +70,10 @@ def size_up(experiment: Any) -> Sized:
         ValueError: sizes that do not fit, or a Stable Diffusion of which only a name is known.
     """
     words = count_words(Path(experiment.model.tokenizer))
-    fresh = replace(experiment, init_from=None, model=replace(experiment.model, vision_weights=None))
+    # All rows are of one length here, so groups of like length would change nothing, and values are not there to be kept.
+    without = {key: value for key, value in WITHOUT_VALUES.items() if hasattr(experiment.recipe, key)}
+    recipe = replace(experiment.recipe, **without)
+    fresh = replace(experiment, init_from=None, recipe=recipe, model=replace(experiment.model, vision_weights=None))
     with without_values(), torch.random.fork_rng(devices=[]):
         module = BUILDERS[experiment.module](fresh, Vocabulary(words)).train()
         apply_recompute(module, experiment.trainer.recompute)
