@@ -111,7 +111,7 @@ def report(experiment: Any, layout: BatchLayout, console: Console) -> None:
     options, hardware = experiment.trainer, sized.hardware
     found = estimate(sized, options, layout, experiment.ema.decay > 0)
     device = hardware.resolved()
-    console.print(f"Dry run of {experiment.stage}: {layout}", highlight=False)
+    console.print(f"Dry run of {experiment.stage}: {layout}", highlight=False, soft_wrap=True)
     console.print(parameters_table(sized), memory_table(found, hardware.device, layout.processes))
     for line in time_lines(found, options, layout, hardware):
         console.print(line, highlight=False, soft_wrap=True)
