@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.errors import DataError, SampleError
+from datamodules.images import SampleImage
 from datamodules.sample import MOST_PAIRS, EditSample
 from datamodules.sources.config import ImageConversionConfig
 from datamodules.sources.files import find_files
@@ -26,6 +27,7 @@ from datamodules.sources.tables import rows, text_of
 SPLITS = {"all": (0.0, 1.0), "train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}
 COLUMNS = ("original_prompt", "original_image", "edit_prompt", "edited_image")
 PROMPT_BYTES = 100_000
+Pair = tuple[SampleImage, SampleImage]
 
 
 @dataclass
@@ -70,7 +72,8 @@ class InstructPix2Pix(Layout[InstructPix2PixConfig]):
             row = record.content
             caption, instruction = row.get("original_prompt") or "", row.get("edit_prompt")
             images = [_bytes(record, row.get(name), name) for name in ("original_image", "edited_image")]
-            pairs = [[picture(record, *image, self.config) for image in images]]
+            before, after = (picture(record, *image, self.config) for image in images)
+            pairs = [(before, after)]
         else:
             folder, seeds = self._entry(record)
             prompt = self._prompt(record, folder)
@@ -133,13 +136,15 @@ class InstructPix2Pix(Layout[InstructPix2PixConfig]):
             raise record.error("invalid_json", f"prompt.json holds a {type(prompt).__name__}, it must be an object")
         return prompt
 
-    def _pairs(self, record: Record, folder: Path, seeds: list[str], left_out: Counter[str]) -> list:
-        pairs, errors = [], []
+    def _pairs(self, record: Record, folder: Path, seeds: list[str], left_out: Counter[str]) -> list[Pair]:
+        pairs: list[Pair] = []
+        errors: list[SampleError] = []
         limit = self.config.limits.max_member_bytes
         for seed in seeds:
             try:
                 contents = {f"{seed}_{i}.jpg": self._read(record, folder / f"{seed}_{i}.jpg", limit) for i in (0, 1)}
-                pairs.append([picture(record, content, name, self.config) for name, content in contents.items()])
+                before, after = (picture(record, content, name, self.config) for name, content in contents.items())
+                pairs.append((before, after))
             except SampleError as error:
                 errors.append(error)
         if not pairs:

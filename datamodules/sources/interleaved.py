@@ -110,7 +110,7 @@ class Mmc4(Interleaved):
         if self.config.drop_url_duplicates and row.get("could_have_url_duplicate"):
             raise FilteredSample("url_duplicate", record.name, str(record.number))
         texts = [text_of(record, text, "text_list") for text in list_of(record, row.get("text_list"), "text_list")]
-        assigned: dict[int, list[str]] = {}
+        assigned: dict[int, list[Any]] = {}
         for info in list_of(record, row.get("image_info"), "image_info"):
             index = info.get("matched_text_index") if isinstance(info, dict) else None
             if not isinstance(index, int) or not 0 <= index < len(texts):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from datamodules.errors import DataError, FilteredSample, SampleError
 from datamodules.images import SUFFIXES
@@ -139,7 +140,7 @@ def _narratives(place: Path) -> dict[str, str]:
     for file in find_files(place, (".jsonl",)):
         for number, line in lines(file, 0, 10_000_000, file.name):
             try:
-                row = json.loads(line) if isinstance(line, bytes) else None
+                row: Any = json.loads(line) if isinstance(line, bytes) else None
                 captions.setdefault(row["image_id"], row["caption"].strip())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
