@@ -70,7 +70,7 @@ def size_up(experiment: Any) -> Sized:
         ValueError: sizes that do not fit, or a Stable Diffusion of which only a name is known.
     """
     words = count_words(Path(experiment.model.tokenizer))
-    # All rows are of one length here, so groups of like length would change nothing, and values are not there to be kept.
+    # Rows are of one length here, so groups of like length change nothing, and there are no values to be kept.
     without = {key: value for key, value in WITHOUT_VALUES.items() if hasattr(experiment.recipe, key)}
     recipe = replace(experiment.recipe, **without)
     fresh = replace(experiment, init_from=None, recipe=recipe, model=replace(experiment.model, vision_weights=None))
