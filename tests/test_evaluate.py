@@ -89,6 +89,7 @@ def test_report_and_tables(finished: Path) -> None:
     assert {file.name for file in (finished / "sheets").iterdir()} == {
         "subjects.png",
         "systems.png",
+        "captions.png",
         "swap.png",
         "pairs.png",
         "stages.png",
