@@ -9,6 +9,7 @@ sources have (512 px; pairs of unequal sides), and Toyland's captions. One proce
 do on the machine meanwhile does not count. Loader and bare decoding take turns over the same batches.
 """
 
+import gc
 import io
 import json
 import random
@@ -91,6 +92,7 @@ def measure(arguments: Sequence[str] = ()) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         stage3 = measure_stage3(config, Path(folder))
         stage2 = measure_stage2(config, Path(folder))
+    gc.unfreeze()
     machine = {"cores": 1, "clock": "cpu seconds", "torch": torch.__version__, "pillow": Image.__version__}
     return {"benchmark": "loader", "ratio": stage3["of_bare_decode"], **stage3, **stage2, "machine": machine}
 
@@ -127,6 +129,7 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     module = stage2_module(config, folder)
     dataset, size = module.train_dataset, config.caption_batch_size
     assert dataset is not None
+    gc.freeze()  # as the loader's workers do
     for step in range(config.captions // size + 1):  # the words of one epoch are known then, as in a long run
         dataset[range(step * size, (step + 1) * size)]
     loader, tokenise = [], []

@@ -95,7 +95,8 @@ class IndexedShards:
         file, texts = self.files[number], self._texts[number]
         if texts is None or file.remote:
             return None
-        begin, size = texts[i - self._starts[number]].tolist()
+        place = i - self._starts[number]
+        begin, size = texts.item(place, 0), texts.item(place, 1)
         if not 0 <= size <= self.limits.max_member_bytes:
             return None
         try:
@@ -109,7 +110,7 @@ class IndexedShards:
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Ask a store for these samples all at once, to be read next; nothing for local files."""
-        wanted = [i for i in dict.fromkeys(indices) if i not in self._fetched and self._place(i)[0].remote]
+        wanted = [i for i in dict.fromkeys(indices) if i not in self._fetched] if self.files[0].remote else []
         if not wanted:
             return
         places = [self._place(i) for i in wanted]
@@ -122,8 +123,8 @@ class IndexedShards:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of '{self.pattern}' does not exist; there are {len(self)}.")
         number = bisect_right(self._starts, i) - 1
-        begin, end = self._bounds[number][i - self._starts[number]].tolist()
-        return self.files[number], begin, end
+        bounds, place = self._bounds[number], i - self._starts[number]
+        return self.files[number], bounds.item(place, 0), bounds.item(place, 1)
 
     def _first(self, i: int, file: ShardFile, begin: int, end: int, whole: bool) -> bytes:
         content = self._fetched.pop(i, None) if file.remote else None
