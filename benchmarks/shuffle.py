@@ -17,7 +17,7 @@ from datamodules.order import Permutation, mix
 
 SIZES = (1_000, 20_000)
 KEYS = 30
-SHARD = 1_000
+SHARD_SAMPLES = 1_000
 BATCH = 64
 
 
@@ -26,17 +26,18 @@ def statistics(p: np.ndarray) -> dict[str, float]:
     n = len(p)
     x = p.astype(np.float64)
     steps = np.abs(np.diff(x))
-    shards = p[: n // BATCH * BATCH].reshape(-1, BATCH) // max(1, n // (n // SHARD or 1))
-    repeats = np.mean([BATCH - len(np.unique(row)) for row in shards]) if n > SHARD else 0.0
-    return {
+    found = {
         "correlation of neighbours": float(np.corrcoef(x[:-1], x[1:])[0, 1]),
         "correlation at distance 2": float(np.corrcoef(x[:-2], x[2:])[0, 1]),
         "correlation with the place": float(np.corrcoef(np.arange(n), x)[0, 1]),
         "mean distance of neighbours / (n/3)": float(steps.mean() / ((n + 1) / 3)),
         "mean displacement / (n/3)": float(np.abs(x - np.arange(n)).mean() / ((n * n - 1) / (3 * n))),
         "neighbours kept": float((np.diff(p) == 1).sum()),
-        "samples of one shard met again in a batch": float(repeats),
     }
+    if n >= BATCH * SHARD_SAMPLES // 10:  # enough shards for a batch to spread over
+        batches = p[: n // BATCH * BATCH].reshape(-1, BATCH) // SHARD_SAMPLES
+        found["shards in a batch of 64"] = float(np.mean([len(np.unique(batch)) for batch in batches]))
+    return found
 
 
 def feistel(n: int, key: int) -> np.ndarray:

@@ -97,7 +97,7 @@ class CaptionRows:
         samples = [self._read(request.index) for request in requests]
         report.reads += len(samples)
         captions = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
-        ids, lengths = self.clip(captions) if captions else (torch.empty(0), [])
+        ids, lengths = self.clip(captions)
         # All captions in one call: each call of the tokenizer costs as much as a short caption.
         found = iter(zip(ids.numpy(), lengths, self.tokenizer.encode_batch(captions), strict=True))
         return [self._row(sample, *next(found)) if isinstance(sample, CaptionSample) else sample for sample in samples]

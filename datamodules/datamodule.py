@@ -4,6 +4,7 @@ The loader's declared length is the whole run (`max_steps` × accumulated batche
 of it: Lightning counts the batches before a resume as fetched, and an undeclared length would lose one batch.
 """
 
+import gc
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -232,6 +233,7 @@ class MixtureDataModule(lightning.LightningDataModule):
             sampler=BatchPositions(self.config.batch_size, steps, rank, world_size, start),
             collate_fn=_unchanged,
             num_workers=workers,
+            worker_init_fn=_prepare_worker,
             prefetch_factor=self.config.prefetch_factor if workers else None,
             pin_memory=self.config.pin_memory and torch.cuda.is_available(),
         )
@@ -248,3 +250,9 @@ class MixtureDataModule(lightning.LightningDataModule):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _prepare_worker(number: int) -> None:
+    """The libraries' objects are left out of garbage collection: looking through them takes a third of the time of
+    reading captions."""
+    gc.freeze()

@@ -102,7 +102,8 @@ class IndexedShards:
         file, texts = self.files[number], self._texts[number]
         if texts is None or file.remote:
             return None
-        begin, size = texts[i - self._starts[number]].tolist()
+        place = i - self._starts[number]
+        begin, size = texts.item(place, 0), texts.item(place, 1)
         if not 0 <= size <= self.limits.max_member_bytes:
             return None
         try:
@@ -116,7 +117,7 @@ class IndexedShards:
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Ask a store for these samples all at once, to be read next; nothing for local files."""
-        wanted = [i for i in dict.fromkeys(indices) if i not in self._fetched and self._place(i)[0].remote]
+        wanted = [i for i in dict.fromkeys(indices) if i not in self._fetched] if self.files[0].remote else []
         if not wanted:
             return
         places = [self._place(i) for i in wanted]
@@ -129,8 +130,8 @@ class IndexedShards:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of '{self.pattern}' does not exist; there are {len(self)}.")
         number, place = self.locate(i)
-        begin, end = self._bounds[number][place].tolist()
-        return self.files[number], begin, end
+        bounds = self._bounds[number]
+        return self.files[number], bounds.item(place, 0), bounds.item(place, 1)
 
     def locate(self, i: int) -> tuple[int, int]:
         """Number of the shard that holds sample `i`, and its place there."""

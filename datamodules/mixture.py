@@ -14,7 +14,7 @@ from datamodules.indexed_shards import IndexedShards
 from datamodules.order import Draw, MixtureOrder, mix, whole_weights
 from datamodules.remote import RemoteConfig
 from datamodules.report import ReadReport
-from datamodules.sample import Sample, decode
+from datamodules.sample import CaptionSample, Sample, decode
 
 T = TypeVar("T")
 MAX_ATTEMPTS = 100
@@ -57,7 +57,12 @@ class SampleSource:
         if text is None:
             return self[i]
         shard, key, content = text
-        return decode({"txt": content}, shard, key, kind=self.kind, limits=self.limits)
+        try:
+            caption = content.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            caption = ""
+        # What is not plainly a caption is left to `decode`, which names what is wrong.
+        return CaptionSample(caption, None, key, shard) if caption else decode({"txt": content}, shard, key)
 
 
 @dataclass

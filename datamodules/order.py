@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MASK = (1 << 64) - 1
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 ROUNDS = 4
 MAX_BLOCK = 1_000_000
 
@@ -19,8 +20,8 @@ def mix(*values: int) -> int:
     state = 0
     for value in values:
         state = (state ^ (value & MASK)) + 0x9E3779B97F4A7C15 & MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
+        state = (state ^ state >> 30) * MIX_1 & MASK
+        state = (state ^ state >> 27) * MIX_2 & MASK
         state ^= state >> 31
     return state
 
@@ -49,17 +50,14 @@ class Permutation:
             raise IndexError(f"{i} is outside 0 … {self.n - 1}.")
         while True:
             row, column = divmod(i, self.columns)
-            for even, odd in self.keys:
-                row = (row + _round(column, even)) % self.rows
-                column = (column + _round(row, odd)) % self.columns
+            for even, odd in self.keys:  # written out: a call for each round would double the time of the order
+                mixed = (column ^ even) * MIX_1 & MASK
+                row = (row + ((mixed ^ mixed >> 29) * MIX_2 >> 11 & MASK)) % self.rows
+                mixed = (row ^ odd) * MIX_1 & MASK
+                column = (column + ((mixed ^ mixed >> 29) * MIX_2 >> 11 & MASK)) % self.columns
             i = row * self.columns + column
             if i < self.n:
                 return i
-
-
-def _round(value: int, key: int) -> int:
-    value = (value ^ key) * 0xBF58476D1CE4E5B9 & MASK
-    return (value ^ value >> 29) * 0x94D049BB133111EB >> 11 & MASK
 
 
 class Draw(NamedTuple):

@@ -22,6 +22,7 @@ class LocalFile:
 
     def __init__(self, path: Path, descriptors: "Descriptors"):
         self.path, self.name, self.descriptors = path, path.name, descriptors
+        self._key = str(path)
 
     @cached_property
     def size(self) -> int:
@@ -30,19 +31,19 @@ class LocalFile:
 
     def read(self, size: int, offset: int) -> bytes:
         """Bytes offset … offset+size-1, fewer at the end. Raises OSError."""
-        return os.pread(self.descriptors.of(self.path), size, offset)
+        return os.pread(self.descriptors.of(self._key), size, offset)
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self._key
 
 
 class Descriptors:
     """Open files of one process, the least recently used closed first. `pread` keeps no position: forks may share."""
 
     def __init__(self):
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
 
-    def of(self, path: Path) -> int:
+    def of(self, path: str) -> int:
         """A descriptor for reading. Raises OSError."""
         if path in self._open:
             self._open.move_to_end(path)

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zlib
 from collections.abc import Callable
 
 from datamodules.tar_index import BLOCK, LARGEST_HEADER
@@ -9,6 +10,7 @@ from datamodules.tar_index import BLOCK, LARGEST_HEADER
 READ_AHEAD = 4 * 1024
 LARGEST_BUFFER = 8 * 1024 * 1024
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
+ADLER_PRIME = 65521
 EMPTY_END = bytes(BLOCK - 345)
 
 
@@ -100,9 +102,10 @@ def plain_member(header: bytes) -> tuple[str, int] | None:
         return None
     if size < 0:
         return None
-    # The checksum counts its own field as eight blanks. Without the many zeros the sum is four times as fast.
-    counted = header[:148].replace(b"\0", b"") + header[156:345].replace(b"\0", b"")
-    return (name, size) if checksum == sum(counted) + 8 * ord(" ") else None
+    # The checksum is the sum of all bytes, its own field counted as eight blanks. Adler-32's lower half is that sum
+    # plus one, modulo its prime, and ten times as fast as adding in Python.
+    counted = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
+    return (name, size) if (counted - checksum) % ADLER_PRIME == 0 else None
 
 
 def _kind(member: tarfile.TarInfo) -> str:

@@ -25,8 +25,11 @@ class UnderstandingTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Any PIL image → float32 3×S×S."""
-        pixels = np.asarray(cropped(image, self.size, Image.Resampling.BICUBIC), dtype=np.float64)
-        return to_tensor((pixels / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD))
+        bands = cropped(image, self.size, Image.Resampling.BICUBIC).split()
+        pixels = torch.empty(3, self.size, self.size)
+        for channel, band, mean, deviation in zip(pixels.numpy(), bands, CLIP_MEAN, CLIP_STD, strict=True):
+            channel[:] = (np.asarray(band, dtype=np.float64) / 255.0 - mean) / deviation
+        return pixels
 
 
 class TargetTransform:
@@ -90,8 +93,3 @@ def rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """H×W×3 → float32 3×H×W."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
