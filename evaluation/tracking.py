@@ -4,6 +4,7 @@ Summary: `<table>/<metric>/<system>`. Table `scores`: the rows of results.json. 
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import wandb
 from evaluation.results import Score
 
 STORED = ("results.json", "results.md", "samples.csv", "breakdown.csv", "report.html", "provenance.json")
+AGENTS_RUN = "WANDB_RUN_ID"
 COLUMNS = ("table", "system", "metric", "value", "low", "high", "n", "protocol", "guidance_scale")
 
 
@@ -30,7 +32,8 @@ class Tracking:
 
 
 def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dict[str, Any]) -> None:
-    """Log the evaluation in `output`. The run's id is the folder's, so that a repeated evaluation is one run."""
+    """Log the evaluation in `output`. The run is that of a sweep's agent, if one started this; else its id is the
+    folder's, so that a repeated evaluation is one run."""
     if tracking.mode == "disabled":
         return
     resolved = output.resolve()
@@ -39,7 +42,7 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
         group=tracking.group or "evaluation",
         job_type="evaluation",
         name=tracking.name or resolved.parent.name,
-        id=hashlib.sha256(str(resolved).encode()).hexdigest()[:12],
+        id=os.environ.get(AGENTS_RUN) or hashlib.sha256(str(resolved).encode()).hexdigest()[:12],
         dir=output,
         mode=tracking.mode,
         resume="allow",

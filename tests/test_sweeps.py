@@ -11,13 +11,20 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import train
+from evaluation.config import EvaluationConfig
+from evaluation.protocol import identity
+from evaluation.results import Score
+from evaluation.systems import AFTER_STAGE_3
+from evaluation.tracking import summary_key
 from kosmosg.config import ConfigError, load_config
 from lightning_modules.local_sweep import Sweep
 from tests.test_train import configs, shards  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent
 TRIAL = REPOSITORY / "configs" / "sweeps" / "trial.yaml"
-SWEEPS = sorted(file for file in REPOSITORY.glob("configs/sweeps/**/*.yaml") if file != TRIAL)
+FILES = sorted(file for file in REPOSITORY.glob("configs/sweeps/**/*.yaml") if not file.stem.endswith("trial"))
+SWEEPS = [file for file in FILES if file.stem != "guidance"]
+EVALUATIONS = [file for file in FILES if file.stem == "guidance"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +52,26 @@ def test_the_agents_command_is_ours_and_train_takes_it(file, monkeypatch):
                 found = getattr(found, part)
             assert found == value
     assert yaml.safe_load(file.read_text())["metric"]["name"].startswith("val/")
+
+
+@pytest.mark.parametrize("file", EVALUATIONS, ids=[str(f.relative_to(TRIAL.parent)) for f in EVALUATIONS])
+def test_the_agents_command_is_an_evaluation_of_its_own(file, monkeypatch):
+    sweep, key = Sweep.read(file), "dreambench.sampling.guidance_scale"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    fingerprints = set()
+    for number, settings in enumerate(sweep.trials(None, seed=0)):
+        monkeypatch.setenv("WANDB_RUN_ID", f"r{number}")
+        command = sweep.render(settings)
+        agent = create_sweep_command_args({"args": {name: {"value": value} for name, value in settings.items()}})
+        assert command[-1:] == agent["args_no_hyphens"] == [f"{key}={settings[key]}"]
+        assert command[0] == "/usr/bin/env" and command[2] == "evaluate.py"
+        config = load_config(command[3:], EvaluationConfig)
+        assert config.output == f"runs/sweeps/s1/r{number}" and config.wandb.group == "sweep-s1"
+        assert config.dreambench is not None and config.dreambench.sampling.guidance_scale == settings[key]
+        fingerprints.add(identity(config.dreambench))
+    assert len(fingerprints) == len(sweep.trials(None, seed=0)) > 3
+    optimised = yaml.safe_load(file.read_text())["metric"]["name"]
+    assert optimised == summary_key(Score("dreambench", AFTER_STAGE_3, "dino", 0, 0, 0, 1, "p"))
 
 
 SWEEP = {

@@ -23,7 +23,11 @@ def output(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_offline_run_holds_summary_table_and_artifact(output, monkeypatch):
+@pytest.mark.parametrize("agents", [None, "agents1"], ids=["alone", "in a sweep"])
+def test_an_offline_run_holds_summary_table_and_artifact(output, monkeypatch, agents):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    if agents:
+        monkeypatch.setenv("WANDB_RUN_ID", agents)
     seen = {}
     init = wandb.init
 
@@ -42,6 +46,7 @@ def test_an_offline_run_holds_summary_table_and_artifact(output, monkeypatch):
     monkeypatch.setattr(wandb, "init", remember)
     track(Tracking(mode="offline", project="p"), output, SCORES, {"key": "k"})
     assert (seen["group"], seen["job_type"], seen["name"], seen["project"]) == ("evaluation", "evaluation", "run", "p")
+    assert agents in (None, seen["id"])
     assert seen["summary"]["coco/fid/KOSMOS-G after stage 3"] == 7.0
     assert list(output.glob(f"wandb/offline-run-*-{seen['id']}/*.wandb"))
     tables = list(output.glob("wandb/offline-run-*/files/media/table/scores*.json"))
