@@ -42,6 +42,7 @@ class TokenCounter:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        assert self.folder is not None
         if self.unit == "pieces":
             from kosmosg.tokenizer import Tokenizer
 

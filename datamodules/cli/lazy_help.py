@@ -18,7 +18,7 @@ class SchemaHelp(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from kosmosg.config_help import describe_schema
 
-        name = "" if "" in self.schemas else values[0]
+        name = values[0] if values else ""
         if name not in self.schemas:
             parser.error(f"'{name}' is none of {', '.join(self.schemas)}")
         module, _, schema = self.schemas[name].partition(":")

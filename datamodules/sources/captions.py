@@ -75,9 +75,9 @@ class Captions(Layout[CaptionsConfig]):
             detail = f"{len(caption)} characters, allowed {config.min_characters} … {config.max_characters}"
             raise FilteredSample("caption_length", record.name, str(record.number), detail)
         if config.min_side:
-            sides = [row.get(config.width or ""), row.get(config.height or "")]
-            if not all(str(side).isdigit() for side in sides):
-                raise FilteredSample("size_not_integer", record.name, str(record.number), f"{sides[0]!r}×{sides[1]!r}")
+            sides = [str(row.get(name)) for name in (config.width, config.height)]
+            if not all(side.isdecimal() for side in sides):
+                raise FilteredSample("size_not_integer", record.name, str(record.number), f"{sides[0]}×{sides[1]}")
             if min(int(side) for side in sides) < config.min_side:
                 detail = f"{sides[0]}×{sides[1]}, at least {config.min_side} a side"
                 raise FilteredSample("image_too_small", record.name, str(record.number), detail)

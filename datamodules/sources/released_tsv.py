@@ -18,7 +18,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from datamodules.errors import FilteredSample
-from datamodules.images import StoredImage
+from datamodules.images import SampleImage, StoredImage
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, Sample
 from datamodules.sources.config import ImageConversionConfig
 from datamodules.sources.files import find_files, lines
@@ -73,7 +73,7 @@ class ReleasedTsv(Layout[ReleasedTsvConfig]):
             raise record.error("wrong_columns", detail)
         if not columns[1].strip():
             raise record.error("empty_text", "the second column, the instruction, holds no text")
-        images = [self._image(record, columns, i) for i in range(2, len(columns))]
+        images: list[SampleImage] = [self._image(record, columns, i) for i in range(2, len(columns))]
         (source, target), *more = zip(images[::2], images[1::2], strict=True)
         return EditSample(columns[0], columns[1], source, target, more=more)
 
