@@ -19,7 +19,8 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: noth
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -209,6 +210,19 @@ def launched_by_ourselves() -> bool:
     return os.environ.get(LAUNCHER) == str(os.getppid())
 
 
+@contextmanager
+def named_launcher() -> Iterator[None]:
+    """Processes that are started inside know this one for theirs; those that are started later do not."""
+    if launched_by_ourselves():
+        yield
+        return
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHER]
+
+
 def stage_schema(values: dict[str, Any]) -> type[Experiment]:
     """The schema of `stage:`. Raises ConfigError: unknown or missing."""
     stage = values.get("stage")
@@ -270,9 +284,8 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
             StepCheckpoint(run.checkpoints, options.checkpoint_every, options.keep_checkpoints),
         ],
     )
-    if not launched_by_ourselves():
-        os.environ[LAUNCHER] = str(os.getpid())
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    with named_launcher():
+        trainer.fit(module, data, ckpt_path=checkpoint)
 
 
 def tell_what_it_takes(experiment: Experiment) -> None:

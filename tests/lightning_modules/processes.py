@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 LIMIT_SECONDS = 500
@@ -63,6 +64,7 @@ def _be_a_process(rank: int, count: int, port: int, action: Callable[[], int | N
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        torch.set_num_threads(1)  # the threads of OpenMP's pool stayed with the parent: waiting for them would not end
         if count > 1:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), RANK=str(rank))
             os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
