@@ -1,6 +1,6 @@
 """The loader beside what it cannot do without: decoding for stage 3, tokenising for stage 2; and its memory.
 
-    python -m benchmarks.loader                      # JSON; about two minutes on one core
+    python -m benchmarks.loader [--json]             # about a minute on one core; also as `python -m benchmarks loader`
     python -m benchmarks.loader memory_captions=1000000
     python -m benchmarks.loader tokenizer=folder clip=folder
 
@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.markdown import Markdown
 from transformers import CLIPTokenizer
 
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
@@ -94,7 +96,37 @@ def measure(arguments: Sequence[str] = ()) -> dict[str, Any]:
         stage2 = measure_stage2(config, Path(folder))
     gc.unfreeze()
     machine = {"cores": 1, "clock": "cpu seconds", "torch": torch.__version__, "pillow": Image.__version__}
-    return {"benchmark": "loader", "ratio": stage3["of_bare_decode"], **stage3, **stage2, "machine": machine}
+    result = {"benchmark": "loader", "size": "one core", "ratio": stage3["of_bare_decode"]}
+    return {**result, **stage3, **stage2, "machine": machine}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a table."""
+
+    def share(name: str) -> str:
+        found = result[name]
+        return f"{found['median']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
+
+    spent, memory = result["stage3_share_of_time"], result["memory"]
+    rows = [
+        ("stage 3 beside decoding its images and nothing else", share("of_bare_decode")),
+        ("stage 3 beside decoding and bringing to size", share("of_decode_and_transforms")),
+        ("stage 3, samples a second", f"{result['stage3_samples_per_second_and_core']:.0f}"),
+        ("its time: decoding, bringing to size, all else", ", ".join(f"{100 * v:.0f} %" for v in spent.values())),
+        ("stage 2, captions a second", f"{result['stage2_captions_per_second_and_core']:,.0f}"),
+        ("its share of the two tokenizers", f"{100 * result['stage2_share_of_tokenising']:.0f} %"),
+        (
+            f"resident memory, from the first tenth to the last of {memory['captions']:,} captions",
+            f"{memory['growth_bytes_after_first_tenth'] / 1000:+,.0f} kB",
+        ),
+    ]
+    lines = ["### loader", "", "One core, its CPU seconds.", "", "| | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows), ""])
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """To the terminal."""
+    Console().print(Markdown(markdown(result)))
 
 
 def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
@@ -135,7 +167,8 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     loader, tokenise = [], []
     for step in range(config.caption_batches):
         positions = range(step * size, (step + 1) * size)
-        texts = [dataset.builders[0].source.caption(dataset.order(p).index).caption for p in positions]
+        samples = [dataset.builders[0].source.caption(dataset.order(p).index) for p in positions]
+        texts = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
         loader.append(cpu_seconds(lambda p=positions: dataset[p]))
         tokenise.append(cpu_seconds(lambda t=texts: (module.clip(t), module.encoder.tokenizer.encode_batch(t))))
     return {
@@ -287,7 +320,11 @@ def resident_bytes() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    print(json.dumps(measure([argument for argument in arguments if argument != "--json"]), indent=1))
+    result = measure([argument for argument in arguments if argument != "--json"])
+    if "--json" in arguments:
+        print(json.dumps(result, indent=1))
+    else:
+        print_result(result)
     return 0
 
 

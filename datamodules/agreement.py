@@ -46,7 +46,7 @@ class Agreement:
 
     def __init__(self, counter: SampleCounter):
         self.counter = counter
-        self._group: distributed.ProcessGroup | None = None
+        self._group: Any = None
 
     def __call__(self, answer: Answered) -> Any:
         """The batch. Every process must call this equally often.
@@ -70,7 +70,7 @@ class Agreement:
         self.counter.add(ReadReport(reads=reads, errors=[error for errors, _ in found for error in errors]))
         return answer.batch
 
-    def _processes(self) -> distributed.ProcessGroup | None:
+    def _processes(self) -> Any:
         """A group on the CPU: counting must not wait for the GPU's queue."""
         if self._group is None:
             gloo = distributed.get_backend() == "gloo"

@@ -73,7 +73,8 @@ class ClipTokens:
             self._characters = sum(map(len, new))
         if new:
             self._learn(sorted(new))
-        tokens = [[i for word in words for i in self._words[word]] for words in divided]
+        known = self._words
+        tokens = [[i for word in words for i in known[word]] for words in divided]
         ids = np.full((len(texts), self.length), self.pad_id, dtype=np.int64)
         ids[:, 0] = self.start_id
         for row, found in zip(ids, tokens, strict=True):

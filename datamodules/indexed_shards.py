@@ -12,7 +12,7 @@ import numpy as np
 from datamodules.errors import SampleError, ShardError
 from datamodules.images import Limits
 from datamodules.remote import RemoteConfig
-from datamodules.shard_files import LocalFile, ShardFile
+from datamodules.shard_files import LocalFile, RemoteFile, ShardFile
 from datamodules.shard_indexes import find_indexes, listed_shards
 from datamodules.shard_patterns import find_shards
 from datamodules.tar_group import RefusedEntryError, TarGroup, first_bytes, plain_member
@@ -117,11 +117,11 @@ class IndexedShards:
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Ask a store for these samples all at once, to be read next; nothing for local files."""
-        wanted = [i for i in dict.fromkeys(indices) if i not in self._fetched] if self.files[0].remote else []
-        if not wanted:
+        first = self.files[0]
+        if not isinstance(first, RemoteFile):
             return
-        places = [self._place(i) for i in wanted]
-        for i, content in zip(wanted, places[0][0].store.each(_fetch, places), strict=True):
+        wanted = [i for i in dict.fromkeys(indices) if i not in self._fetched]
+        for i, content in zip(wanted, first.store.each(_fetch, [self._place(i) for i in wanted]), strict=True):
             self._fetched[i] = content
         while sum(len(content) for content in self._fetched.values() if isinstance(content, bytes)) > FETCHED_BYTES:
             self._fetched.popitem(last=False)

@@ -48,14 +48,15 @@ class Permutation:
         """Where `i` goes."""
         if not 0 <= i < self.n:
             raise IndexError(f"{i} is outside 0 … {self.n - 1}.")
+        rows, columns = self.rows, self.columns
         while True:
-            row, column = divmod(i, self.columns)
+            row, column = divmod(i, columns)
             for even, odd in self.keys:  # written out: a call for each round would double the time of the order
                 mixed = (column ^ even) * MIX_1 & MASK
-                row = (row + ((mixed ^ mixed >> 29) * MIX_2 >> 11 & MASK)) % self.rows
+                row = (row + ((mixed ^ mixed >> 29) * MIX_2 >> 11 & MASK)) % rows
                 mixed = (row ^ odd) * MIX_1 & MASK
-                column = (column + ((mixed ^ mixed >> 29) * MIX_2 >> 11 & MASK)) % self.columns
-            i = row * self.columns + column
+                column = (column + ((mixed ^ mixed >> 29) * MIX_2 >> 11 & MASK)) % columns
+            i = row * columns + column
             if i < self.n:
                 return i
 
