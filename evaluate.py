@@ -27,14 +27,14 @@ from pathlib import Path
 import diffusers
 import transformers
 
-from evaluation.compare import compare
 from evaluation.config import EvaluationConfig
-from evaluation.external import write_requests
+from evaluation.images.external import write_requests
+from evaluation.parallel.processes import ProcessError
 from evaluation.plan import datasets
-from evaluation.processes import ProcessError
-from evaluation.requests import EvaluationError
+from evaluation.protocols.requests import EvaluationError
+from evaluation.reports.compare import compare
+from evaluation.reports.tables import write_tables
 from evaluation.run import evaluate
-from evaluation.tables import write_tables
 from kosmosg.config import ConfigError, load_config
 from kosmosg.config_help import describe_schema
 

@@ -19,8 +19,7 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: noth
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,28 +50,24 @@ from kosmosg.prompt import PromptEncoder
 from kosmosg.sampling import DiffusionSampler
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
-from lightning_modules.base import StageModule
-from lightning_modules.batch_layout import BatchLayout, batch_layout, count_devices
-from lightning_modules.checkpoint_folder import (
-    CheckpointDamagedError,
-    checkpoint_name,
-    checkpoint_step,
-    require_intact,
-)
-from lightning_modules.compute import flops_of_update
-from lightning_modules.consolidation import load_whole
-from lightning_modules.hardware import HardwareConfig
+from lightning_modules.base import StageModule, build_stage
+from lightning_modules.estimate.compute import affordable_updates
+from lightning_modules.estimate.hardware import HardwareConfig
+from lightning_modules.estimate.run_estimate import DoesNotFitError, report
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
 from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe
-from lightning_modules.local_sweep import run_sweep
 from lightning_modules.optimizer import OptimizerConfig
-from lightning_modules.recompute import apply_compile, apply_recompute
-from lightning_modules.run_estimate import DoesNotFitError, report
-from lightning_modules.run_folder import RunFolder, RunFolderError
+from lightning_modules.runs.checkpoint_folder import CheckpointDamagedError, checkpoint_step
+from lightning_modules.runs.export import export
+from lightning_modules.runs.local_sweep import sweep_command
+from lightning_modules.runs.run_folder import RunFolder, RunFolderError
+from lightning_modules.runs.tensor_storage import StorageError
+from lightning_modules.runs.trained_weights import CheckpointMismatchError
+from lightning_modules.scale.batch_layout import BatchLayout, batch_layout, count_devices
+from lightning_modules.scale.launcher import launched_by_ourselves, named_launcher
+from lightning_modules.scale.recompute import apply_compile, apply_recompute
+from lightning_modules.scale.trainer import TrainerConfig, build_trainer, quieten_libraries
 from lightning_modules.step_guard import TooManySkippedStepsError
-from lightning_modules.tensor_storage import StorageError
-from lightning_modules.trained_weights import CheckpointMismatchError
-from lightning_modules.trainer import TrainerConfig, build_trainer, quieten_libraries
 
 
 @dataclass
@@ -191,36 +186,15 @@ STAGES: dict[str, type[Experiment]] = {
 
 # What ends a run with a message and exit status 2.
 STOPS = (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
     ConfigError,
     DataError,
     DoesNotFitError,
     RunFolderError,
-    CheckpointMismatchError,
     StorageError,
     TooManySkippedStepsError,
 )
-
-
-LAUNCHER = "KOSMOSG_LAUNCHER"  # process that started further ones for trainer.devices
-
-
-def launched_by_ourselves() -> bool:
-    """Whether the first process started this one for trainer.devices. It tells the exit status for both: Lightning
-    kills it as soon as another one's is not 0."""
-    return os.environ.get(LAUNCHER) == str(os.getppid())
-
-
-@contextmanager
-def named_launcher() -> Iterator[None]:
-    """Processes that are started inside know this one for theirs; those that are started later do not."""
-    if launched_by_ourselves():
-        yield
-        return
-    os.environ[LAUNCHER] = str(os.getpid())
-    try:
-        yield
-    finally:
-        del os.environ[LAUNCHER]
 
 
 def stage_schema(values: dict[str, Any]) -> type[Experiment]:
@@ -242,20 +216,13 @@ def train(experiment: Experiment) -> Path:
     return run.path
 
 
-def build_module(experiment: Experiment, tokenizer: Tokenizer) -> StageModule:
-    """The stage's module. Weights that no file holds are drawn anew from the seed, so that every start has the same:
-    a frozen part with random weights is in no checkpoint."""
-    lightning.seed_everything(experiment.seed, verbose=False)
-    return experiment.module.build(experiment, tokenizer)
-
-
 def fit(experiment: Experiment, run: RunFolder) -> None:
     """Build everything and train."""
     options = experiment.trainer
     try:
         layout = experiment.layout()
         tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
-        module = build_module(experiment, tokenizer)
+        module = build_stage(experiment, tokenizer)
         data, pictures = experiment.datamodule(tokenizer, module), experiment.pictures(run, tokenizer, module)
         if options.max_flops is not None:
             options = replace(options, max_steps=affordable_updates(options.max_flops, layout, run, module, data))
@@ -280,7 +247,7 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
             RunProgress(experiment.stage),
             *([WeightAverage(experiment.ema.decay)] if experiment.ema.decay else []),
             *pictures,
-            ModelExport(run, tokenizer, lambda: build_module(experiment, tokenizer), experiment.ema.exported),
+            ModelExport(run, tokenizer, lambda: build_stage(experiment, tokenizer), experiment.ema.exported),
             StepCheckpoint(run.checkpoints, options.checkpoint_every, options.keep_checkpoints),
         ],
     )
@@ -288,86 +255,10 @@ def fit(experiment: Experiment, run: RunFolder) -> None:
         trainer.fit(module, data, ckpt_path=checkpoint)
 
 
-def tell_what_it_takes(experiment: Experiment) -> None:
-    """The dry run. Raises ConfigError: the run cannot be laid out. Raises DoesNotFitError: it is too large."""
-    options = experiment.trainer
-    devices = options.devices or count_devices(options.devices, options.num_nodes, options.accelerator)
-    try:
-        layout = batch_layout(experiment.data.batch_size, options.global_batch_size, devices, options.num_nodes)  # type: ignore
-        report(experiment, layout, Console())
-    except DoesNotFitError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def export(arguments: Sequence[str]) -> int:
-    """A checkpoint to a model folder: RUN output=FOLDER [step=N] [weights=ema|raw]. Exit status."""
-    runs = [argument for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    try:
-        output, step, weights = options.pop("output", None), options.pop("step", None), options.pop("weights", None)
-        if len(runs) != 1 or output is None or options:
-            raise ConfigError(
-                "export takes a run folder and output=FOLDER; step=N and weights=ema or raw may be added."
-            )
-        if weights not in (None, "ema", "raw") or not (step is None or step.isdecimal()):
-            raise ConfigError(
-                f"export: step={step} weights={weights} is not allowed; step is a number, weights ema or raw."
-            )
-        experiment, run = load_config(runs, stage_schema), RunFolder(runs[0])
-        checkpoint = run.checkpoints / checkpoint_name(int(step)) if step else run.latest_checkpoint()
-        if checkpoint is None:
-            raise ConfigError(f"run folder '{run.path}' holds no checkpoint yet.")
-        require_intact(checkpoint)
-        tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
-        average = experiment.ema.exported if weights is None else weights == "ema"
-        module = load_whole(checkpoint, build_module(experiment, tokenizer), average)
-        module.save_model(Path(output), tokenizer)
-    except (*STOPS, CheckpointDamagedError, FileNotFoundError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    print(f"The {'average' if average else 'weights'} of '{checkpoint}' are the model in '{output}'.")
-    return 0
-
-
-def affordable_updates(
-    max_flops: float, layout: BatchLayout, run: RunFolder, module: StageModule, data: lightning.LightningDataModule
-) -> int:
-    """The length of a run that `trainer.max_flops` sets."""
-
-    def count() -> int:
-        data.setup()
-        return flops_of_update(module, data.val_dataloader(), layout)
-
-    return run.updates(max_flops, count)
-
-
-def sweep(arguments: Sequence[str]) -> int:
-    """A W&B sweep's file without a server: FILE [trials=N] [seed=N] [key=value … for every trial]."""
-    files = [argument for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    try:
-        if len(files) != 1:
-            raise ConfigError(f"sweep takes one file, but {files} was given.")
-        numbers = {}
-        for name, default in (("trials", None), ("seed", 0)):
-            given = options.pop(name, None)
-            if given is not None and not given.isdecimal():
-                raise ConfigError(f"{name}={given} is not allowed; it is a whole number.")
-            numbers[name] = default if given is None else int(given)
-        extra = [f"{key}={value}" for key, value in options.items()]
-        print(f"The ranking is in '{run_sweep(Path(files[0]), numbers['trials'], numbers['seed'], extra)}'.")
-    except ConfigError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from there.", file=sys.stderr)
-        return 130
-    return 0
-
-
-COMMANDS = {"sweep": sweep, "export": export}
+COMMANDS: dict[str, Callable[[Sequence[str]], str]] = {
+    "export": lambda arguments: export(arguments, stage_schema),
+    "sweep": sweep_command,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -376,16 +267,17 @@ def main(arguments: Sequence[str]) -> int:
     if not given:
         print(__doc__ + f"\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
         return 0 if arguments else 2
-    if given[0] in COMMANDS:
-        return COMMANDS[given[0]](given[1:])
     quieten_libraries()
     try:
+        if given[0] in COMMANDS:
+            print(COMMANDS[given[0]](given[1:]))
+            return 0
         if len(given) < len(arguments):
             print(describe_schema(type(load_config(given, stage_schema))))
             return 0
         experiment = load_config(arguments, stage_schema)
         if experiment.dry_run:
-            tell_what_it_takes(experiment)
+            report(experiment, Console())
             return 0
         run = train(experiment)
     except STOPS as error:
@@ -393,11 +285,11 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except RunInterruptedError as stop:
         if rank_zero_only.rank == 0:
-            where = f"and saved after step {stop.step}"
-            if stop.saved != stop.step:
-                where = f"after step {stop.step}, BUT SAVED AFTER STEP {stop.saved} ALONE"
-            print(f"Stopped {where}. The same command goes on from there.", file=sys.stderr)
+            print(stop, file=sys.stderr)
         return 0 if launched_by_ourselves() else 128 + stop.signal
+    except KeyboardInterrupt:  # before the first step, or between the trials of a sweep
+        print("Stopped. The same command goes on from there.", file=sys.stderr)
+        return 128 + signal.SIGINT
     if rank_zero_only.rank == 0:
         print(f"The model is in '{run / 'model'}'.")
     return 0

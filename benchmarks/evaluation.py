@@ -19,8 +19,8 @@ from benchmarks.comparison import Comparison
 from benchmarks.config import BenchmarkConfig, read_config
 from benchmarks.convert_memory import write_tokenizer
 from benchmarks.models import Parts, scheduler
-from evaluation.conditions import Conditions
-from evaluation.generation import Batch
+from evaluation.images.conditions import Conditions
+from evaluation.images.generation import Batch
 from kosmosg.acceleration import Acceleration, accelerate
 from kosmosg.models.build import vision_config
 from kosmosg.pipeline import KosmosGPipeline

@@ -35,7 +35,7 @@ from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.mixture import MixtureDataset
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, Sample
-from datamodules.shards import ShardWriter
+from datamodules.storage.shards import ShardWriter
 from kosmosg.config import load_config
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
 from kosmosg.prompt import PromptEncoder

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent, and a stop that loses nothing.
 
-Every checkpoint is a new folder (lightning_modules/checkpoint_folder.py); older ones are removed after it stands. One
-that cannot be written, on a full disk say, is told loudly and training goes on. Ctrl-C and SIGTERM, to any process, end
-the step that is under way, save, and raise RunInterruptedError, so that the command can say how to go on.
+Every checkpoint is a new folder (lightning_modules/runs/checkpoint_folder.py); older ones are removed after it stands.
+One that cannot be written, on a full disk say, is told loudly and training goes on. Ctrl-C and SIGTERM, to any process,
+end the step that is under way, save, and raise RunInterruptedError, so that the command can say how to go on.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_modules.checkpoint_folder import CheckpointWriteError, checkpoint_name, remove_old
+from lightning_modules.runs.checkpoint_folder import CheckpointWriteError, checkpoint_name, remove_old
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,10 @@ class RunInterruptedError(Exception):
     """The run was asked to stop by `signal`. `step` updates are done and saved, or where not, `saved` of them."""
 
     def __init__(self, step: int, signal_number: int, saved: int):
-        super().__init__(f"stopped after step {step}")
+        where = f"and saved after step {step}"
+        if saved != step:
+            where = f"after step {step}, BUT SAVED AFTER STEP {saved} ALONE"
+        super().__init__(f"Stopped {where}. The same command goes on from there.")
         self.step, self.signal, self.saved = step, signal_number, saved
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.base import StageModule
-from lightning_modules.strategies import empty_average
-from lightning_modules.trained_weights import trained_parameters
+from lightning_modules.runs.trained_weights import trained_parameters
+from lightning_modules.scale.strategies import empty_average
 
 
 @dataclass

@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import Callback
 
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import StageModule
-from lightning_modules.checkpoint_folder import checkpoint_name
-from lightning_modules.consolidation import load_whole
-from lightning_modules.run_folder import RunFolder, RunFolderError
+from lightning_modules.runs.checkpoint_folder import checkpoint_name
+from lightning_modules.runs.consolidation import load_whole
+from lightning_modules.runs.run_folder import RunFolder, RunFolderError
 
 
 class ModelExport(Callback):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from datamodules.images import Limits
-from datamodules.remote import RemoteConfig
+from datamodules.storage.remote import RemoteConfig
 
 
 @dataclass

@@ -10,11 +10,11 @@ from torch.utils.data import Dataset, Sampler
 
 from datamodules.errors import DataError, SampleError
 from datamodules.images import Limits
-from datamodules.indexed_shards import IndexedShards
 from datamodules.order import Draw, MixtureOrder, mix, whole_weights
-from datamodules.remote import RemoteConfig
 from datamodules.report import ReadReport
 from datamodules.sample import CaptionSample, Sample, decode
+from datamodules.storage.indexed_shards import IndexedShards
+from datamodules.storage.remote import RemoteConfig
 
 T = TypeVar("T")
 MAX_ATTEMPTS = 100

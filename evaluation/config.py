@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from omegaconf import MISSING
 
-from evaluation.protocol import CocoProtocol, DreamBenchProtocol, Encoder
+from evaluation.images.weights import encoder_file, encoder_folder
+from evaluation.protocols.protocol import CocoProtocol, DreamBenchProtocol, Encoder
 from evaluation.tracking import Tracking
-from evaluation.weights import encoder_file, encoder_folder
 from kosmosg.acceleration import Acceleration
 
 
@@ -33,7 +33,7 @@ class Models:
     """Run folders, or patterns as `runs/ablations/*/*` for all finished ones: a row each, named after the run's
     ablation and seed; tables gather the seeds."""
     external: dict[str, str] = field(default_factory=dict)
-    """Rivals by name: folders of images that they made for our requests, see evaluation/external.py."""
+    """Rivals by name: folders of images that they made for our requests, see evaluation/images/external.py."""
 
 
 @dataclass

@@ -7,20 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evaluation import guidance
-from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
-from evaluation.dreambench import DreamBench
-from evaluation.external import read_external
-from evaluation.generation import System, generate
-from evaluation.guidance import protocol_at
-from evaluation.manifest import Manifest
-from evaluation.processes import Processes
-from evaluation.protocol import identity
-from evaluation.provenance import hash_files, hash_json
-from evaluation.requests import EvaluationError, Request
-from evaluation.scoring import NEAR_COPY
-from evaluation.systems import (
+from evaluation.images.external import read_external
+from evaluation.images.generation import System, generate
+from evaluation.images.manifest import Manifest
+from evaluation.images.provenance import hash_files, hash_json
+from evaluation.images.systems import (
     AFTER_STAGE_3,
     BEFORE_STAGE_3,
     kosmosg_system,
@@ -28,7 +20,15 @@ from evaluation.systems import (
     run_system,
     stable_diffusion_system,
 )
-from evaluation.weights import hash_encoder
+from evaluation.images.weights import hash_encoder
+from evaluation.parallel.processes import Processes
+from evaluation.protocols.coco import Coco
+from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.protocol import identity
+from evaluation.protocols.requests import EvaluationError, Request
+from evaluation.reports import guidance
+from evaluation.reports.guidance import protocol_at
+from evaluation.scores.scoring import NEAR_COPY
 
 FOLDER_DIGITS = 8
 

@@ -18,22 +18,22 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from evaluation.breakdown import breakdown, write_breakdown
-from evaluation.breakdown import markdown as breakdown_markdown
-from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
-from evaluation.dreambench import DreamBench
-from evaluation.guidance import markdown as guidance_markdown
-from evaluation.manifest import write_atomically
-from evaluation.pages import Manifests, draw_pages, swap_grids
+from evaluation.images.manifest import write_atomically
+from evaluation.images.provenance import environment
+from evaluation.images.references import reference_features
+from evaluation.images.systems import COPY_OF_INPUT, REAL_IMAGES
+from evaluation.parallel.processes import Processes
+from evaluation.parallel.sharing import Sharing
 from evaluation.plan import Evaluation, Table
-from evaluation.processes import Processes
-from evaluation.provenance import environment
-from evaluation.references import reference_features
-from evaluation.results import Score, markdown, print_results, read_results, write_results
-from evaluation.scoring import Encoders, Sample, Scorer, load_encoders, shared_encoders, write_samples
-from evaluation.sharing import Sharing
-from evaluation.systems import COPY_OF_INPUT, REAL_IMAGES
+from evaluation.protocols.coco import Coco
+from evaluation.protocols.dreambench import DreamBench
+from evaluation.reports.breakdown import breakdown, write_breakdown
+from evaluation.reports.breakdown import markdown as breakdown_markdown
+from evaluation.reports.guidance import markdown as guidance_markdown
+from evaluation.reports.pages import Manifests, draw_pages, swap_grids
+from evaluation.scores.results import Score, markdown, print_results, read_results, write_results
+from evaluation.scores.scoring import Encoders, Sample, Scorer, load_encoders, shared_encoders, write_samples
 from evaluation.tracking import track
 
 PROVENANCE = "provenance.json"

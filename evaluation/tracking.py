@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import wandb
 
-from evaluation.results import Score
+from evaluation.scores.results import Score
 
 STORED = ("results.json", "results.md", "samples.csv", "breakdown.csv", "report.html", "provenance.json")
 AGENTS_RUN = "WANDB_RUN_ID"

@@ -6,7 +6,7 @@ Logged at every `trainer.log_every` updates: train/loss (of the whole update, ac
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning
 import torch
@@ -17,14 +17,15 @@ from kosmosg.models.model_config import ModelConfig
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.optimizer import OptimizerConfig, build_optimizer
 from lightning_modules.randomness import derive_seed, sample_numbers
-from lightning_modules.sharding import shard
+from lightning_modules.runs.trained_weights import CheckpointMismatchError
+from lightning_modules.scale.sharding import shard
 from lightning_modules.step_guard import StepGuard
-from lightning_modules.trained_weights import CheckpointMismatchError
 
 
 class StageExperiment(Protocol):
     """What a stage reads of an experiment's configuration."""
 
+    module: ClassVar[type["StageModule"]]
     model: ModelConfig
     recipe: Any
     optimizer: OptimizerConfig
@@ -84,6 +85,11 @@ class StageModule(lightning.LightningModule):
     def train_numbers(self, rows: int) -> range:
         """Numbers of the samples in this rank's batch, independent of how the global batch is split."""
         return sample_numbers(self.forward_pass, self.trainer.world_size, self.trainer.global_rank, rows)
+
+    @property
+    def meets_others(self) -> bool:
+        """Whether other processes train along: all must then use the same networks, see `with_blank_image_row`."""
+        return self._trainer is not None and self.trainer.world_size > 1
 
     def any_process(self, flag: bool) -> bool:
         """Whether `flag` holds on any process. All must ask alike: what they then do together must be the same."""
@@ -208,6 +214,13 @@ class StageModule(lightning.LightningModule):
             self._update_sums[name] = self._update_sums.get(name, 0.0) + value.detach() * weight
             mean = self._update_sums[name] / self._update_weight
             self.log(f"train/{name}", mean, prog_bar=name == "loss", on_step=True, on_epoch=False, sync_dist=True)
+
+
+def build_stage(experiment: StageExperiment, tokenizer: Tokenizer) -> StageModule:
+    """The stage's module. Weights that no file holds are drawn anew from the seed, so that every start has the same:
+    a frozen part with random weights is in no checkpoint."""
+    lightning.seed_everything(experiment.seed, verbose=False)
+    return experiment.module.build(experiment, tokenizer)
 
 
 def count_passes_anew(fit_loop: dict[str, Any], before: int, now: int) -> None:

@@ -34,8 +34,8 @@ from lightning_modules.language_modelling import wrong_images
 from lightning_modules.length_groups import LengthGroups
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion
-from lightning_modules.sharding import with_blank_image_row
-from lightning_modules.trained_weights import VisionTraining, train_mllm
+from lightning_modules.runs.trained_weights import VisionTraining, train_mllm
+from lightning_modules.scale.sharding import with_blank_image_row
 
 
 @dataclass
@@ -133,12 +133,13 @@ class InstructionTuningModule(StageModule):
     def conditions(self, prompt: PromptBatch) -> Tensor:
         """C of each prompt, B×Q×C."""
         groups = LengthGroups(prompt, self.recipe.length_groups)
-        return groups.join([self._group_conditions(part) for part in groups.parts])
+        # Sharded networks are gathered in every call; whole copies compare their gradients once.
+        reads_images = self.meets_others and (self.device_mesh is not None or prompt.images is None)
+        return groups.join([self._group_conditions(part, reads_images) for part in groups.parts])
 
-    def _group_conditions(self, prompt: PromptBatch) -> Tensor:
-        batch = prompt
-        if self.device_mesh is not None and prompt.images is None:
-            batch = with_blank_image_row(prompt, self.mllm)
+    def _group_conditions(self, prompt: PromptBatch, reads_images: bool) -> Tensor:
+        blank = reads_images and prompt.images is None
+        batch = with_blank_image_row(prompt, self.mllm) if blank else prompt
         conditions = self.aligner(self.mllm(batch), batch.padding)
         return conditions[: len(prompt)] + 0 * conditions[len(prompt) :].sum()
 

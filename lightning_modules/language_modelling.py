@@ -20,8 +20,8 @@ from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import StageExperiment, StageModule, save_mllm
 from lightning_modules.optimizer import OptimizerConfig
-from lightning_modules.sharding import with_blank_image_row
-from lightning_modules.trained_weights import VisionTraining, train_mllm
+from lightning_modules.runs.trained_weights import VisionTraining, train_mllm
+from lightning_modules.scale.sharding import with_blank_image_row
 
 
 @dataclass
@@ -58,7 +58,7 @@ class LanguageModellingModule(StageModule):
     def loss(self, prompt: PromptBatch, labels: Tensor) -> Tensor:
         """Mean next-token cross-entropy over the labels that count; 0 without any."""
         rows, length = labels.shape
-        if self.device_mesh is not None and prompt.images is None:
+        if self.meets_others and prompt.images is None:
             prompt = with_blank_image_row(prompt, self.mllm)
         hidden = self.mllm(prompt, separate_documents=self.recipe.separate_documents)
         loss = language_modelling_loss(

@@ -12,12 +12,12 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import train
 from evaluation.config import EvaluationConfig
-from evaluation.protocol import identity
-from evaluation.results import Score
-from evaluation.systems import AFTER_STAGE_3
+from evaluation.images.systems import AFTER_STAGE_3
+from evaluation.protocols.protocol import identity
+from evaluation.scores.results import Score
 from evaluation.tracking import summary_key
 from kosmosg.config import ConfigError, load_config
-from lightning_modules.local_sweep import Sweep
+from lightning_modules.runs.local_sweep import Sweep
 from tests.test_train import configs, shards  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent
@@ -161,7 +161,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys, arguments, told):
 
 
 def test_uniform_and_whole_numbers():
-    from lightning_modules.local_sweep import draw
+    from lightning_modules.runs.local_sweep import draw
 
     source = random.Random(0)
     assert {draw({"distribution": "int_uniform", "min": 1, "max": 3}, source) for _ in range(50)} == {1, 2, 3}

@@ -13,11 +13,11 @@ import train
 from callbacks.checkpoint import StepCheckpoint
 from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
-from lightning_modules import checkpoint_folder
 from lightning_modules.alignment import AlignmentModule
-from lightning_modules.batch_layout import batch_layout
-from lightning_modules.run_folder import RunFolder
-from lightning_modules.tensor_storage import read_index, write_plain
+from lightning_modules.runs import checkpoint_folder
+from lightning_modules.runs.run_folder import RunFolder
+from lightning_modules.runs.tensor_storage import read_index, write_plain
+from lightning_modules.scale.batch_layout import batch_layout
 from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
 

@@ -24,7 +24,7 @@ from datamodules.sample import (
     TextSample,
     decode,
 )
-from datamodules.shards import MANIFEST_SUFFIX, IndexedShards, expand_pattern
+from datamodules.storage.shards import MANIFEST_SUFFIX, IndexedShards, expand_pattern
 
 TASK = 64
 """Samples of one task of a process."""

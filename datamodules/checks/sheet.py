@@ -23,7 +23,7 @@ from datamodules.sample import (
     TextSample,
     decode,
 )
-from datamodules.shards import IndexedShards, expand_pattern
+from datamodules.storage.shards import IndexedShards, expand_pattern
 
 PAGE, CELL, GAP, MARGIN, HEAD, LINE = 1400, 128, 4, 16, 34, 15  # pixels
 FONT_SIZE, SMALL, LETTER = 12, 10, 6.3

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from datamodules.checks.terminal import show_sample
     from datamodules.errors import SampleError
-    from datamodules.shards import IndexedShards
+    from datamodules.storage.shards import IndexedShards
 
     shards = IndexedShards(arguments.shards)
     index = arguments.index if arguments.key is None else find_key(shards, arguments.key)

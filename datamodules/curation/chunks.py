@@ -11,8 +11,8 @@ from datamodules.curation.config import Input
 from datamodules.curation.rows import Batch, Row, drop_for, new_row
 from datamodules.errors import DataError, SampleError, ShardError
 from datamodules.images import SUFFIXES, Limits
-from datamodules.indexed_shards import IndexedShards
-from datamodules.shard_patterns import expand_pattern
+from datamodules.storage.indexed_shards import IndexedShards
+from datamodules.storage.shard_patterns import expand_pattern
 
 logger = logging.getLogger(__name__)
 

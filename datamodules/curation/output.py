@@ -22,8 +22,8 @@ from datamodules.curation.config import EXECUTION, Curation
 from datamodules.curation.rows import Batch, Row
 from datamodules.curation.work import Work
 from datamodules.errors import DataError
-from datamodules.shards import MANIFEST_SUFFIX, ShardWriter, sync_folder, write_durably
-from datamodules.tar_index import index_path
+from datamodules.storage.shards import MANIFEST_SUFFIX, ShardWriter, sync_folder, write_durably
+from datamodules.storage.tar_index import index_path
 from datamodules.toyland.parts import world_hash
 
 Record = dict[str, Any]

@@ -12,7 +12,7 @@ from datamodules.curation.report import report
 from datamodules.curation.sheet import write_sheet
 from datamodules.curation.tally import Tally
 from datamodules.folder_lock import held
-from datamodules.shards import write_durably
+from datamodules.storage.shards import write_durably
 from kosmosg.config import save_config
 
 ENGINES = {"local": run_local, "ray": run_ray}

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.images import load
-from datamodules.indexed_shards import IndexedShards
 from datamodules.sample import ConstructedSample, decode
+from datamodules.storage.indexed_shards import IndexedShards
 
 CELL, GAP, TEXT, LINE, LETTERS = 128, 8, 210, 16, 30  # pixels; letters of a line
 ENTITIES = 3

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from datamodules.errors import DataError, SampleError
 from datamodules.images import Limits, SampleImage, load
-from datamodules.indexed_shards import IndexedShards
 from datamodules.moments.files import KNOWN, MOMENTS, PRECISIONS, header, moments_file, moments_identity
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, decode
-from datamodules.shards import write_durably
+from datamodules.storage.indexed_shards import IndexedShards
+from datamodules.storage.shards import write_durably
 from kosmosg.image_processing import TargetTransform
 from kosmosg.models.image_decoder import ImageDecoder
 

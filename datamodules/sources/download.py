@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from datamodules.folder_lock import held
-from datamodules.shards import write_durably
 from datamodules.sources.download_config import DownloadConfig
 from datamodules.sources.fetching import FetchError, Wanted, fetch
+from datamodules.storage.shards import write_durably
 
 WINDOW = 10_000
 """Rows of the list that are looked at ahead, so that one slow host does not hold up the others."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.errors import DataError
-from datamodules.shards import write_durably
 from datamodules.sources.layout import Layout
+from datamodules.storage.shards import write_durably
 
 VERSION = 1
 SUFFIX = ".conversion.json"

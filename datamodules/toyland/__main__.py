@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datamodules.errors import DataError
 from datamodules.folder_lock import held
-from datamodules.shards import sync_folder
+from datamodules.storage.shards import sync_folder
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.drawing import drawing
 from datamodules.toyland.parts import all_parts

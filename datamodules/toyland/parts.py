@@ -11,7 +11,7 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.sample import SCHEMA_VERSION
-from datamodules.shards import ShardWriter, write_durably
+from datamodules.storage.shards import ShardWriter, write_durably
 from datamodules.toyland import evaluation_sets, samples
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.drawing import Chunk, Draw, Members, chunks

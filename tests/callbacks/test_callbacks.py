@@ -20,7 +20,7 @@ from callbacks.throughput import Throughput
 from kosmosg.image_processing import UnderstandingTransform
 from kosmosg.prompt import PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
-from lightning_modules.run_folder import RunFolder, RunFolderError
+from lightning_modules.runs.run_folder import RunFolder, RunFolderError
 from tests import tiny
 from tests.lightning_modules import miniature
 

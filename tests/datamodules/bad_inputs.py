@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datamodules.tar_index import ShardIndex, index_path
+from datamodules.storage.tar_index import ShardIndex, index_path
 from tests.datamodules import worlds
 
 USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "left out by a filter", "refused at the start"

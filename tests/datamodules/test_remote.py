@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import Source
 from datamodules.errors import SampleError, ShardError
-from datamodules.indexed_shards import IndexedShards
-from datamodules.remote import STORES, RemoteConfig
+from datamodules.storage.indexed_shards import IndexedShards
+from datamodules.storage.remote import STORES, RemoteConfig
 from tests.datamodules import worlds
 
 

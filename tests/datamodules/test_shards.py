@@ -8,8 +8,8 @@ import pytest
 from datamodules.errors import DataError, SampleError, ShardError
 from datamodules.images import Limits, load
 from datamodules.sample import TextSample, decode
-from datamodules.shards import IndexedShards, ShardWriter
-from datamodules.tar_index import ShardIndex, index_path
+from datamodules.storage.shards import IndexedShards, ShardWriter
+from datamodules.storage.tar_index import ShardIndex, index_path
 from tests.datamodules import worlds
 
 

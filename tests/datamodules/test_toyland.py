@@ -22,15 +22,15 @@ from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import Source
 from datamodules.errors import DataError
 from datamodules.images import load
-from datamodules.indexed_shards import IndexedShards
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
+from datamodules.storage.indexed_shards import IndexedShards
 from datamodules.toyland import drawing, parts
 from datamodules.toyland.__main__ import main
 from datamodules.toyland.config import Captions
-from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
-from evaluation.dreambench import DreamBench
+from evaluation.protocols.coco import Coco
+from evaluation.protocols.dreambench import DreamBench
 from kosmosg.config import load_config
 from kosmosg.image_processing import TargetTransform
 from kosmosg.toyland.scene import SIZE

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
-from datamodules.shards import ShardWriter
+from datamodules.storage.shards import ShardWriter
 from kosmosg.image_processing import UnderstandingTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer

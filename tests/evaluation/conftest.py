@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.config import EvaluationConfig
-from evaluation.protocol import DreamBenchProtocol
+from evaluation.protocols.protocol import DreamBenchProtocol
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world

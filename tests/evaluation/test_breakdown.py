@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from evaluation.breakdown import KIND, SUBJECT, TEMPLATE, breakdown, markdown, part_rows, shown_system
 from evaluation.config import Bootstrap, Curve
-from evaluation.dreambench import DreamBench
-from evaluation.guidance import Axis, chart, charts, points_of, protocol_at
-from evaluation.guidance import markdown as guidance_markdown
-from evaluation.protocol import DreamBenchProtocol, identity
-from evaluation.requests import ScoredImage
-from evaluation.results import Score
-from evaluation.scoring import NEAR_COPY, Encoders, Sample, Scorer
-from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
+from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.protocol import DreamBenchProtocol, identity
+from evaluation.protocols.requests import ScoredImage
+from evaluation.reports.breakdown import KIND, SUBJECT, TEMPLATE, breakdown, markdown, part_rows, shown_system
+from evaluation.reports.guidance import Axis, chart, charts, points_of, protocol_at
+from evaluation.reports.guidance import markdown as guidance_markdown
+from evaluation.scores.results import Score
+from evaluation.scores.scoring import NEAR_COPY, Encoders, Sample, Scorer
 
 BOOTSTRAP = Bootstrap(replicates=200)
 PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=2)

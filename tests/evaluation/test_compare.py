@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from evaluate import main
-from evaluation.bootstrap import paired_interval
-from evaluation.results import Score, write_results
-from evaluation.scoring import Sample, write_samples
+from evaluation.scores.bootstrap import paired_interval
+from evaluation.scores.results import Score, write_results
+from evaluation.scores.scoring import Sample, write_samples
 
 AFTER = "KOSMOS-G after stage 3"
 

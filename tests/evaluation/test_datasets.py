@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
-from evaluation.dreambench import DreamBench
-from evaluation.protocol import KID, CocoProtocol, DreamBenchProtocol, identity
-from evaluation.requests import DataSetError, read_image, spread
+from evaluation.protocols.coco import Coco
+from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.protocol import KID, CocoProtocol, DreamBenchProtocol, identity
+from evaluation.protocols.requests import DataSetError, read_image, spread
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.generation import Batch, System, generate
-from evaluation.manifest import LOCK, Manifest, ManifestError
-from evaluation.processes import Processes
-from evaluation.protocol import Sampling
-from evaluation.requests import Request, image_seed
+from evaluation.images.generation import Batch, System, generate
+from evaluation.images.manifest import LOCK, Manifest, ManifestError
+from evaluation.parallel.processes import Processes
+from evaluation.protocols.protocol import Sampling
+from evaluation.protocols.requests import Request, image_seed
 
 IDENTITY = {"system": "double", "protocol": "p@1#0", "model": "m"}
 SAMPLING = Sampling(steps=2, guidance_scale=3.0, image_size=8)

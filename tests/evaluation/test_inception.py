@@ -15,15 +15,15 @@ from torch.nn.functional import interpolate
 
 from evaluation import inception
 from evaluation.config import EvaluationConfig
-from evaluation.encoders import feature_network
+from evaluation.images.weights import hash_encoder
 from evaluation.inception import FEATURES, InceptionV3
-from evaluation.processes import Processes
-from evaluation.protocol import FeatureNetwork, Resize
-from evaluation.requests import EvaluationError, read_image
-from evaluation.resizing import resize
-from evaluation.scoring import load_encoders
-from evaluation.sharing import Sharing
-from evaluation.weights import hash_encoder
+from evaluation.parallel.processes import Processes
+from evaluation.parallel.sharing import Sharing
+from evaluation.protocols.protocol import FeatureNetwork, Resize
+from evaluation.protocols.requests import EvaluationError, read_image
+from evaluation.protocols.resizing import resize
+from evaluation.scores.encoders import feature_network
+from evaluation.scores.scoring import load_encoders
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from evaluation.bootstrap import kid_interval
 from evaluation.config import Bootstrap
-from evaluation.metrics import FeatureFID, FeatureKID
-from evaluation.protocol import KID
-from evaluation.requests import ScoredImage
-from evaluation.results import Score, markdown
-from evaluation.scoring import Encoders, Scorer
+from evaluation.protocols.protocol import KID
+from evaluation.protocols.requests import ScoredImage
+from evaluation.scores.bootstrap import kid_interval
+from evaluation.scores.metrics import FeatureFID, FeatureKID
+from evaluation.scores.results import Score, markdown
+from evaluation.scores.scoring import Encoders, Scorer
 from tests.evaluation.test_scores import scipy_fid
 
 WIDTH, REAL, MADE = 6, 31, 24

@@ -18,12 +18,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from evaluation.dreambench import DreamBench
-from evaluation.generation import generate
-from evaluation.manifest import LOCK, Manifest
-from evaluation.processes import Processes
-from evaluation.protocol import DreamBenchProtocol, Sampling
-from evaluation.systems import AFTER_STAGE_3, kosmosg_system
+from evaluation.images.generation import generate
+from evaluation.images.manifest import LOCK, Manifest
+from evaluation.images.systems import AFTER_STAGE_3, kosmosg_system
+from evaluation.parallel.processes import Processes
+from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.protocol import DreamBenchProtocol, Sampling
 from tests import tiny
 
 BATCH = 4

@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 from torch.distributed import HashStore
 
-from evaluation import processes as module
-from evaluation.generation import Batch, generate
-from evaluation.manifest import Manifest, ManifestError
-from evaluation.processes import ProcessError, Processes
-from evaluation.progress import progress, time_left
-from evaluation.protocol import Sampling
-from evaluation.requests import Request
-from evaluation.sharing import Sharing
+from evaluation.images.generation import Batch, generate
+from evaluation.images.manifest import Manifest, ManifestError
+from evaluation.parallel import processes as module
+from evaluation.parallel.processes import ProcessError, Processes
+from evaluation.parallel.progress import progress, time_left
+from evaluation.parallel.sharing import Sharing
+from evaluation.protocols.protocol import Sampling
+from evaluation.protocols.requests import Request
 from tests.evaluation.test_generation import BATCH, IDENTITY, SAMPLING, SYSTEM, content, draw, requests, run
 
 QUIET = Console(quiet=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.config import EvaluationConfig
-from evaluation.protocol import KID, CocoProtocol, FeatureNetwork, Preprocessing, Protocol, Resize, identity
+from evaluation.protocols.protocol import KID, CocoProtocol, FeatureNetwork, Preprocessing, Protocol, Resize, identity
 from kosmosg.config import ConfigError, load_config
 from tests.conftest import REPOSITORY
 

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from evaluation import scoring
-from evaluation.coco import Coco
 from evaluation.config import EvaluationConfig
-from evaluation.references import KEYS, reference_features
-from evaluation.requests import read_image
+from evaluation.images.references import KEYS, reference_features
+from evaluation.protocols.coco import Coco
+from evaluation.protocols.requests import read_image
 from evaluation.run import evaluate
+from evaluation.scores import scoring
 from kosmosg.config import load_config
 
 KEY = {"protocol": "coco/x@1#aaaa", "data": "d", "weights": "w", "n": "6"}

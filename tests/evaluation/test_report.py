@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation.curves import chart, read_curves
-from evaluation.report import EMBEDDED_SIDE, chart_rows, embed, findings
-from evaluation.results import Score, markdown, read_results, table_rows, write_results
-from evaluation.sheets import CELL, fit, sheet
-from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, REAL_IMAGES
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, REAL_IMAGES
+from evaluation.reports.curves import chart, read_curves
+from evaluation.reports.report import EMBEDDED_SIDE, chart_rows, embed, findings
+from evaluation.reports.sheets import CELL, fit, sheet
+from evaluation.scores.results import Score, markdown, read_results, table_rows, write_results
 
 
 def score(system: str, value: float, spread: float = 0.02, metric: str = "dino", table: str = "dreambench") -> Score:

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from evaluation.protocol import Resize
-from evaluation.resizing import resize, truncated
+from evaluation.protocols.protocol import Resize
+from evaluation.protocols.resizing import resize, truncated
 from tests.evaluation import tiny_world
 
 WIDTH, HEIGHT = 427, 640  # a usual portrait of val2014

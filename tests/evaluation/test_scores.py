@@ -11,15 +11,15 @@ from rich.console import Console
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
-from evaluation.bootstrap import fid_interval, mean_interval
 from evaluation.config import Bootstrap
-from evaluation.encoders import CLIPEncoder, DinoEncoder, Remembered, ResNetFeatures, load, preprocessing
-from evaluation.metrics import CosineMean, FeatureFID
-from evaluation.processes import Processes
-from evaluation.protocol import Encoder, FeatureNetwork, Preprocessing
-from evaluation.requests import EvaluationError, ScoredImage, read_image
-from evaluation.scoring import Encoders, Scorer
-from evaluation.sharing import Sharing
+from evaluation.parallel.processes import Processes
+from evaluation.parallel.sharing import Sharing
+from evaluation.protocols.protocol import Encoder, FeatureNetwork, Preprocessing
+from evaluation.protocols.requests import EvaluationError, ScoredImage, read_image
+from evaluation.scores.bootstrap import fid_interval, mean_interval
+from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, Remembered, ResNetFeatures, load, preprocessing
+from evaluation.scores.metrics import CosineMean, FeatureFID
+from evaluation.scores.scoring import Encoders, Scorer
 from tests import tiny
 from tests.evaluation import tiny_world
 

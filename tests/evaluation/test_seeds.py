@@ -10,11 +10,11 @@ from PIL import Image
 
 from evaluate import main
 from evaluation.config import EvaluationConfig
-from evaluation.requests import EvaluationError
-from evaluation.results import Score, read_results, write_results
+from evaluation.images.systems import STABLE_DIFFUSION, run_folders, run_system
+from evaluation.protocols.requests import EvaluationError
+from evaluation.reports.sheets import CELL, GAP
 from evaluation.run import evaluate
-from evaluation.sheets import CELL, GAP
-from evaluation.systems import STABLE_DIFFUSION, run_folders, run_system
+from evaluation.scores.results import Score, read_results, write_results
 from kosmosg.config import load_config
 from tests.evaluation.test_compare import write
 

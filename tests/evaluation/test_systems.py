@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from evaluation.conditions import Conditions
-from evaluation.generation import Batch
-from evaluation.protocol import Sampling
-from evaluation.requests import EvaluationError
-from evaluation.resizing import truncated
-from evaluation.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system
+from evaluation.images.conditions import Conditions
+from evaluation.images.generation import Batch
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system
+from evaluation.protocols.protocol import Sampling
+from evaluation.protocols.requests import EvaluationError
+from evaluation.protocols.resizing import truncated
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
 from kosmosg.pipeline import KosmosGPipeline
@@ -77,7 +77,7 @@ def test_memory_is_cut_from_the_floats(
     )
     make, batch = system.load(), Batch(["a red fish", "a dog"], [[], []], [5, 6])
     floats: list[np.ndarray] = []
-    monkeypatch.setattr("evaluation.systems.truncated", lambda image: floats.append(image) or truncated(image))
+    monkeypatch.setattr("evaluation.images.systems.truncated", lambda image: floats.append(image) or truncated(image))
     memory = pixels(make(batch, replace(SAMPLING, storage="memory")))
     files = pixels(make(batch, SAMPLING))
     assert len(floats) == 2 and np.array_equal(memory, np.floor(np.stack(floats) * np.float32(255)))

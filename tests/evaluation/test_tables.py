@@ -5,9 +5,9 @@ import re
 import pytest
 
 from evaluate import main
-from evaluation.paper import ALIGNMENT, COCO, DREAMBENCH
-from evaluation.results import Score, write_results
-from evaluation.systems import BEFORE_STAGE_3, STABLE_DIFFUSION
+from evaluation.images.systems import BEFORE_STAGE_3, STABLE_DIFFUSION
+from evaluation.reports.paper import ALIGNMENT, COCO, DREAMBENCH
+from evaluation.scores.results import Score, write_results
 from tests.evaluation.test_compare import AFTER, write
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import wandb
 
-from evaluation.results import Score
+from evaluation.scores.results import Score
 from evaluation.tracking import Tracking, track
 
 SCORES = [

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as distributed
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from lightning_modules import checkpoint_folder
-from lightning_modules.checkpoint_folder import (
+from lightning_modules.runs import checkpoint_folder
+from lightning_modules.runs.checkpoint_folder import (
     CheckpointDamagedError,
     CheckpointWriteError,
     checkpoint_name,
@@ -23,8 +23,8 @@ from lightning_modules.checkpoint_folder import (
     require_intact,
     write_checkpoint,
 )
-from lightning_modules.run_folder import RunFolder, RunFolderError
-from lightning_modules.tensor_storage import StorageError, load_tensors, read_index
+from lightning_modules.runs.run_folder import RunFolder, RunFolderError
+from lightning_modules.runs.tensor_storage import StorageError, load_tensors, read_index
 from tests.lightning_modules.processes import run_together
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

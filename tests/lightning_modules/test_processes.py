@@ -142,6 +142,22 @@ def exported_before(config: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_process_without_an_image_keeps_no_other_waiting(
+    strategy: str, configs: dict[str, Path], tmp_path: Path, record_samples: None
+) -> None:
+    """Gradients and shards of the image tower are exchanged by all processes, also by one that read text alone."""
+    stage, mostly_text = "language_modelling", "data.text.weight=30"
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(1, configs[stage], one, mostly_text)
+    finish(2, configs[stage], two, mostly_text, f"trainer.strategy={strategy}")
+    passes = [json.loads(line)["samples"] for file in two.glob("samples.*.jsonl") for line in file.open()]
+    without = [all(Path(name).name.startswith("t") for name in names) for names in passes]  # keys t0, t1, …: text
+    assert any(without) and not all(without)
+    for row, other in zip(numbers(one, stage), numbers(two, stage), strict=True):
+        assert other[:2] == pytest.approx(row[:2], rel=1e-4)
+
+
 def test_run_goes_on_with_another_number_of_processes(
     configs: dict[str, Path], tmp_path: Path, record_samples: None
 ) -> None:

@@ -13,13 +13,13 @@ import train
 from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.prompt import PromptBatch
-from lightning_modules.batch_layout import batch_layout, count_devices
-from lightning_modules.hardware import HardwareConfig
-from lightning_modules.recompute import apply_compile, apply_recompute
-from lightning_modules.run_estimate import DoesNotFitError, Estimate, refuse_what_does_not_fit
-from lightning_modules.sharding import layer_policy
-from lightning_modules.trained_weights import VisionTraining, train_mllm
-from lightning_modules.trainer import TrainerConfig
+from lightning_modules.estimate.hardware import HardwareConfig
+from lightning_modules.estimate.run_estimate import DoesNotFitError, Estimate, refuse_what_does_not_fit
+from lightning_modules.runs.trained_weights import VisionTraining, train_mllm
+from lightning_modules.scale.batch_layout import batch_layout, count_devices
+from lightning_modules.scale.recompute import apply_compile, apply_recompute
+from lightning_modules.scale.sharding import layer_policy
+from lightning_modules.scale.trainer import TrainerConfig
 from tests import tiny
 
 SCALED = sorted((Path(train.__file__).parent / "configs" / "scale").rglob("*.yaml"))
@@ -175,7 +175,7 @@ def test_dry_run_of_toyland_counts_what_runs(capsys: pytest.CaptureFixture) -> N
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lightning_modules.dry_run import prompts, size_up
+    from lightning_modules.estimate.dry_run import prompts, size_up
 
     config = Path(train.__file__).parent / "configs" / "toyland" / "language_modelling.yaml"
     experiment = load_config([str(config), "hardware.images_per_row=0"], train.stage_schema)
@@ -197,8 +197,8 @@ def test_dry_run_of_toyland_counts_what_runs(capsys: pytest.CaptureFixture) -> N
 @pytest.mark.slow
 def test_dry_run_of_the_paper_has_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_modules import dry_run
-    from lightning_modules.run_estimate import parameters_table
-    from lightning_modules.step_cost import PassCost, StepCost
+    from lightning_modules.estimate.run_estimate import parameters_table
+    from lightning_modules.estimate.step_cost import PassCost, StepCost
 
     monkeypatch.setattr(dry_run, "measure", lambda *_: PassCost(1.0, 1.0))
     experiment = load_config(["configs/alignment.yaml"], train.stage_schema)

@@ -19,7 +19,7 @@ from lightning_modules.instruction_tuning import InstructionTuningModule, Instru
 from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe, wrong_images
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion, sample_numbers
-from lightning_modules.trained_weights import CheckpointMismatchError, VisionTraining, check_trained, train_mllm
+from lightning_modules.runs.trained_weights import CheckpointMismatchError, VisionTraining, check_trained, train_mllm
 from tests import tiny
 
 IMAGE_ID = 7  # any id; the slots' embeddings are replaced
@@ -130,7 +130,7 @@ def test_update_leaves_frozen_weights_bit_identical(
     stage: str, prompt: PromptBatch, request: pytest.FixtureRequest
 ) -> None:
     module = request.getfixturevalue(stage).train()
-    module._trainer = SimpleNamespace(max_steps=4, strategy=None)
+    module._trainer = SimpleNamespace(max_steps=4, strategy=None, world_size=1)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     optimizer = module.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:

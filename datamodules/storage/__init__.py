@@ -1,0 +1,1 @@
+"""Shards: tar files, their indexes, local and remote."""

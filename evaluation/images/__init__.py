@@ -1,0 +1,1 @@
+"""From a protocol's requests to a manifest of images: systems, conditions, references."""

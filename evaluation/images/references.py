@@ -1,0 +1,52 @@
+"""Features of FID's real side, kept in a file, so that later evaluations need not look at forty thousand photos again.
+
+Rows, not mean and covariance alone: KID and the miniature's small sets need them, and both follow from them in seconds.
+A file is used only where all that its rows depend on is the same: protocol, data, network weights, and n.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from evaluation.images.manifest import write_atomically
+
+FEATURES = "features"
+KEYS = ("protocol", "data", "weights", "n")
+
+
+def reference_features(folder: Path, key: dict[str, str], compute: Callable[[], Tensor], console: Console) -> Tensor:
+    """The features N×F that `key` names: read if they are kept in `folder`, else computed and kept.
+
+    Args:
+        key: `KEYS`: the protocol's identity, hashes of data and weights, and N.
+    """
+    file = folder / (re.sub(r"[^\w-]+", "-", key["protocol"]) + ".safetensors")
+    if file.is_file():
+        features, reason = read_features(file, key)
+        if features is not None:
+            return features
+        console.print(f"The features of real images in '{file}' are not used ({reason}); they are computed anew.")
+    features = compute()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, save({FEATURES: features.contiguous()}, metadata=key))
+    return features
+
+
+def read_features(file: Path, key: dict[str, str]) -> tuple[Tensor | None, str]:
+    """The rows in a file; None, and why, where they are not those of `key` or the file is damaged."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            found = stored.metadata() or {}
+            if other := [name for name in KEYS if found.get(name) != key[name]]:
+                return None, f"another {', '.join(other)}"
+            features = stored.get_tensor(FEATURES)
+    except (SafetensorError, OSError) as error:
+        return None, f"unreadable: {error}"
+    if features.dim() != 2 or len(features) != int(key["n"]):
+        return None, f"rows of shape {tuple(features.shape)} for n={key['n']}"
+    return features, ""

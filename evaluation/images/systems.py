@@ -1,0 +1,203 @@
+"""What makes the images of the tables: Stable Diffusion from text, KOSMOS-G before and after stage 3, any run."""
+
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from omegaconf import OmegaConf
+from PIL import Image
+
+from evaluation.images.conditions import Conditions
+from evaluation.images.generation import Batch, Generate, System, Variant
+from evaluation.images.provenance import hash_json
+from evaluation.images.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffusion_folder
+from evaluation.protocols.protocol import Sampling
+from evaluation.protocols.requests import EvaluationError
+from evaluation.protocols.resizing import truncated
+from kosmosg.acceleration import Acceleration, accelerate
+from kosmosg.config import RUN_CONFIG
+from kosmosg.models.storage import CONFIG_FILE, find_model
+from kosmosg.pipeline import KosmosGPipeline
+from kosmosg.sampling import DiffusionSampler, seeded
+
+REAL_IMAGES = "Real images"
+COPY_OF_INPUT = "Copy of the input"
+STABLE_DIFFUSION = "Stable Diffusion (text)"
+BEFORE_STAGE_3 = "KOSMOS-G before stage 3"
+AFTER_STAGE_3 = "KOSMOS-G after stage 3"
+TABLE_ORDER = (REAL_IMAGES, COPY_OF_INPUT, STABLE_DIFFUSION, BEFORE_STAGE_3, AFTER_STAGE_3)
+FINISHED = "finished.json"
+MODEL_PARTS = ("mllm", "aligner", "tokenizer")
+STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
+
+
+def stable_diffusion_system(weights: str, device: torch.device, acceleration: Acceleration | None = None) -> System:
+    """Stable Diffusion as it is, on the prompt with the class word.
+
+    Args:
+        weights: a Stable Diffusion folder or hub id.
+    """
+    folder = stable_diffusion_folder(weights)
+
+    def load() -> Generate:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            folder,
+            dtype=torch.float32,  # whatever precision the files are stored in
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
+        sampler = DiffusionSampler(pipeline.unet, pipeline.vae, pipeline.scheduler)
+
+        def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
+            pipeline.scheduler = sampler.scheduler(sampling.sampler)
+            images = pipeline(
+                batch.prompts,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                height=sampling.image_size,
+                width=sampling.image_size,
+                generator=seeded(batch.seeds, len(batch.seeds), None, None),
+                output_type=output_type(sampling),
+                return_dict=False,
+            )[0]
+            return as_bytes(images)
+
+        return generate
+
+    return System(STABLE_DIFFUSION, load, hash_parts(folder, TEXT_PARTS + IMAGE_PARTS), reads_images=False)
+
+
+def kosmosg_system(
+    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
+    """KOSMOS-G, fed the interleaved prompt.
+
+    Args:
+        name: BEFORE_STAGE_3 or AFTER_STAGE_3.
+        folder: a model folder, or the run folder of the stage that the name says.
+        image_decoder: the Stable Diffusion folder or hub id that it was aligned with.
+
+    Raises:
+        FileNotFoundError: there is no finished model.
+        EvaluationError: a run of another stage, or a model that was aligned with another Stable Diffusion.
+    """
+    require_stage(name, Path(folder))
+    return model_system(name, folder, image_decoder, device, acceleration)
+
+
+def run_folders(patterns: Sequence[str]) -> list[Path]:
+    """The run folders that are named, and of patterns the finished ones, each once.
+
+    Raises:
+        EvaluationError: a folder that is no finished run, or patterns that fit none.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
+        finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
+        if not finished and not glob.has_magic(pattern):
+            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
+        found += [folder for folder in finished if folder not in found]
+    if patterns and not found:
+        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
+    return found
+
+
+def run_system(
+    folder: Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
+    """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
+    config = OmegaConf.load(folder / RUN_CONFIG)
+    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trains")}
+    stage = "alignment" if values["recipe.trains"] == "aligner" else values["stage"]
+    variant = Variant(values["ablation"] or stage, stage, values["seed"])
+    return replace(model_system(variant.name, str(folder), image_decoder, device, acceleration), variant=variant)
+
+
+def model_system(
+    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
+    """KOSMOS-G of a model or run folder of any stage after the first; see `kosmosg_system`."""
+    model, decoder = find_model(folder), stable_diffusion_folder(image_decoder)
+    require_fit(name, model, decoder)
+
+    def load() -> Generate:
+        pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
+        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
+        conditions = Conditions(pipeline)
+
+        def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
+            images = pipeline.sampler(
+                conditions(batch),
+                pipeline.null_condition,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                sampler=sampling.sampler,
+                seeds=batch.seeds,
+                height=sampling.image_size,
+                width=sampling.image_size,
+                output_type=output_type(sampling),
+            )
+            return as_bytes(images)
+
+        return generate
+
+    return System(
+        name, load, hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, IMAGE_PARTS)]), reads_images=True
+    )
+
+
+def output_type(sampling: Sampling) -> Literal["np", "pil"]:
+    """Floats where the protocol scores what was in memory; else what diffusers would save, whose bytes are rounded."""
+    return "np" if sampling.storage == "memory" else "pil"
+
+
+def as_bytes(images: list[Image.Image] | np.ndarray) -> list[Image.Image]:
+    """What a pipeline gave; floats B×H×W×3 in [0, 1] are truncated."""
+    return [truncated(image) for image in images] if isinstance(images, np.ndarray) else images
+
+
+def require_stage(name: str, folder: Path) -> None:
+    """Refuse a run folder of another stage than the row's.
+
+    Raises:
+        EvaluationError: says which stage was run and which is needed.
+    """
+    file = folder / RUN_CONFIG
+    if not file.is_file():
+        return
+    stage = OmegaConf.select(OmegaConf.load(file), "stage")
+    if stage != STAGES[name]:
+        raise EvaluationError(
+            f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
+        )
+
+
+def require_fit(name: str, model: Path, decoder: Path) -> None:
+    """Refuse, before anything is generated, a model whose conditions the U-Net cannot read.
+
+    Raises:
+        FileNotFoundError: the model has no AlignerNet: it is of stage 1.
+        EvaluationError: names both widths.
+    """
+    if not (model / "aligner" / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{name}: '{model}' has no aligner/{CONFIG_FILE}, as after stage 1; this row needs a model "
+            "of a later stage."
+        )
+    width = json.loads((model / "aligner" / CONFIG_FILE).read_text(encoding="utf-8"))["width"]
+    read = json.loads((decoder / "unet" / CONFIG_FILE).read_text(encoding="utf-8"))["cross_attention_dim"]
+    if width != read:
+        raise EvaluationError(
+            f"{name}: '{model}' makes conditions of width {width}, but the U-Net of '{decoder}' reads {read}: it is a "
+            "checkpoint of another model. Set models.image_decoder to the Stable Diffusion it was aligned with."
+        )

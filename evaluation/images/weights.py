@@ -1,0 +1,75 @@
+"""Where weights lie: a folder, or the local snapshot of a hub id; and the hash of what lies there."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from evaluation.images.provenance import hash_files
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+IMAGE_PARTS = ("unet", "vae", "scheduler")
+TEXT_PARTS = ("text_encoder", "tokenizer")
+ENCODER_FILES = ("*.json", "*.txt", "*.safetensors", "*.bin")
+
+
+def stable_diffusion_folder(weights: str) -> Path:
+    """A Stable Diffusion folder or hub id as a folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or a part is missing there.
+    """
+    folder = Path(weights)
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(weights):
+            raise FileNotFoundError(f"models.image_decoder: there is no folder '{weights}'.")
+        folder = Path(StableDiffusionPipeline.download(weights))
+    for part in IMAGE_PARTS + TEXT_PARTS:
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"models.image_decoder: '{folder}' is no Stable Diffusion: {part}/ is missing.")
+    return folder
+
+
+def encoder_folder(weights: str) -> Path:
+    """A transformers folder or hub id as a folder.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    folder = Path(weights)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir() or not HUB_ID.fullmatch(weights):
+        raise FileNotFoundError(
+            f"'{weights}' holds no encoder: config.json is missing. Give a transformers folder or hub id."
+        )
+    return Path(snapshot_download(weights, allow_patterns=list(ENCODER_FILES)))
+
+
+def encoder_file(weights: str) -> Path:
+    """The weight file of a network that is not of transformers.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"there is no weight file '{weights}'; download it, and tell where it lies by "
+            f"local_weights={{{weights}: /path/to/file}}."
+        )
+    return Path(weights)
+
+
+def hash_encoder(path: Path) -> str:
+    """Of a folder, over names and contents; of a file, its SHA-256, whatever it is called."""
+    if path.is_dir():
+        return hash_files(path)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_parts(folder: Path, parts: tuple[str, ...]) -> str:
+    """Hash of the files in some subfolders."""
+    return hash_files(folder, [path for part in parts for path in (folder / part).rglob("*") if path.is_file()])

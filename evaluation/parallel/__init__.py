@@ -1,0 +1,1 @@
+"""Work shared by processes, and how far it is."""

@@ -1,0 +1,147 @@
+"""MS-COCO 2014 validation: captions to draw or to take from a list, real images to compare with; the official layout.
+
+`annotations/captions_val2014.json` and `val2014/<file_name>`.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from evaluation.protocols.protocol import CocoProtocol
+from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, image_seed
+
+ANNOTATIONS = "annotations/captions_val2014.json"
+IMAGES = "val2014"
+
+
+class Coco:
+    """The data set under a protocol.
+
+    Args:
+        folder: holds `annotations/` and `val2014/`.
+
+    Raises:
+        DataSetError: annotations or images are missing; the first ten are named.
+    """
+
+    def __init__(self, protocol: CocoProtocol, folder: Path):
+        self.protocol, self.folder = protocol, folder
+        file = folder / ANNOTATIONS
+        if not file.is_file():
+            raise DataSetError(
+                f"there is no COCO at '{folder}': '{ANNOTATIONS}' is missing; set data.coco to its folder."
+            )
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
+            self.annotations = [(row["image_id"], row["caption"]) for row in content["annotations"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataSetError(f"'{file}' is not of COCO's structure: {type(error).__name__}: {error}") from error
+        self._check_annotations()
+        self.taken = self._taken()
+        self._check_images()
+
+    def _check_images(self) -> None:
+        needed = sorted({path.name for path in self._images()})
+        there = {path.name for path in (self.folder / IMAGES).iterdir()} if (self.folder / IMAGES).is_dir() else set()
+        missing = [name for name in needed if name not in there]
+        if missing:
+            shown = ", ".join(missing[:SHOWN_PROBLEMS])
+            raise DataSetError(
+                f"COCO at '{self.folder}': {len(missing)} of {len(needed)} images are missing in {IMAGES}/: "
+                + shown
+                + (" …" if len(missing) > SHOWN_PROBLEMS else "")
+            )
+        sides = {"real images": len(self.references()), "held-out images": len(self.held_out_images())}
+        for side, count in sides.items():
+            if self.protocol.kid is not None and 0 < count < self.protocol.kid.subset_size:
+                raise DataSetError(
+                    f"COCO at '{self.folder}' has {count} {side} but coco.kid draws {self.protocol.kid.subset_size} at "
+                    "once; set coco.kid.subset_size to at most that."
+                )
+
+    def _check_annotations(self) -> None:
+        unknown = sorted({str(image) for image, _ in self.annotations if image not in self.file_names})
+        if unknown:
+            raise DataSetError(
+                f"COCO at '{self.folder}': captions of {len(unknown)} images that are not listed: "
+                + ", ".join(unknown[:SHOWN_PROBLEMS])
+            )
+        if self.protocol.caption_list is None and self.protocol.captions > len(self.annotations):
+            raise DataSetError(
+                f"COCO at '{self.folder}' has {len(self.annotations)} captions but the protocol draws "
+                f"{self.protocol.captions}; set coco.captions to at most that."
+            )
+
+    def _taken(self) -> list[tuple[str, str]]:
+        """(file name, caption) of every taken caption, in order."""
+        if self.protocol.caption_list is None:
+            drawn = random.Random(self.protocol.caption_seed).sample(self.annotations, self.protocol.captions)
+            return [(self.file_names[image], caption) for image, caption in drawn]
+        file = self.folder / self.protocol.caption_list
+        try:
+            taken = [(row["file_name"], row["caption"]) for row in json.loads(file.read_text(encoding="utf-8"))]
+        except FileNotFoundError as error:
+            raise DataSetError(
+                f"COCO at '{self.folder}': '{self.protocol.caption_list}' is missing, which coco.caption_list names; "
+                f"write it there, as a JSON list of {{file_name, caption}}."
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataSetError(
+                f"'{file}' is no JSON list of {{file_name, caption}}: {type(error).__name__}: {error}"
+            ) from error
+        if len(taken) != self.protocol.captions:
+            raise DataSetError(
+                f"'{file}' lists {len(taken)} captions but coco.captions={self.protocol.captions}; a list is taken "
+                "whole."
+            )
+        return taken
+
+    def requests(self) -> list[Request]:
+        """The taken captions, each once."""
+        sampling = self.protocol.sampling
+        return [
+            Request(
+                index=index,
+                prompt=caption,
+                text=caption,
+                inputs=(),
+                seed=image_seed(sampling.seed, index, period=sampling.noise_period),
+                unit=str(index),
+            )
+            for index, (_, caption) in enumerate(self.taken)
+        ]
+
+    def scored(self, request: Request, file: Path) -> ScoredImage:
+        """A made image with its caption."""
+        return ScoredImage(file, request.unit, request.text)
+
+    def references(self) -> list[Path]:
+        """The real side of FID: all images, one half, or those of the taken captions, as often as they are taken."""
+        if self.protocol.references == "listed":
+            return [self.folder / IMAGES / name for name, _ in self.taken]
+        return self._halves()[0] if self.protocol.references == "half" else self._images()
+
+    def held_out_images(self) -> list[ScoredImage]:
+        """The other half's images, one caption each, as many as captions are drawn; none without halves."""
+        if self.protocol.references != "half":
+            return []
+        captions = {self.folder / IMAGES / self.file_names[image]: caption for image, caption in self.annotations}
+        images = [file for file in self._halves()[1] if file in captions][: self.protocol.captions]
+        return [ScoredImage(file, str(index), captions[file], real=True) for index, file in enumerate(images)]
+
+    def files(self) -> list[Path]:
+        """Every file that a number depends on."""
+        listed = [] if self.protocol.caption_list is None else [self.folder / self.protocol.caption_list]
+        return [self.folder / ANNOTATIONS, *listed, *self._images()]
+
+    def _images(self) -> list[Path]:
+        """Every image that can be looked at, each once."""
+        listed = {name for name, _ in self.taken}
+        names = listed if self.protocol.references == "listed" else set(self.file_names.values())
+        return [self.folder / IMAGES / name for name in sorted(names)]
+
+    def _halves(self) -> tuple[list[Path], list[Path]]:
+        images = self._images()
+        random.Random(self.protocol.caption_seed).shuffle(images)
+        return images[: len(images) // 2], images[len(images) // 2 :]

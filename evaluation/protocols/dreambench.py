@@ -1,0 +1,159 @@
+"""DreamBench: subjects × templates, read from the folder that google/dreambooth publishes.
+
+`<folder>/<subject>/NN.jpg` (or .png). Which subjects, classes, templates and kept images there are is the protocol's
+data, or a JSON file of the same structure in the folder.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from evaluation.protocols.protocol import DreamBenchProtocol, Subject, Templates
+from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, image_seed, spread
+from kosmosg.prompt import PLACEHOLDER
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class DreamBench:
+    """The data set under a protocol.
+
+    Args:
+        folder: holds one folder for each subject.
+
+    Raises:
+        DataSetError: subjects or files are missing; all are named (the first ten, then a count).
+    """
+
+    def __init__(self, protocol: DreamBenchProtocol, folder: Path):
+        self.folder = folder
+        self.protocol = resolve_facts(protocol, folder)
+        self.subjects = {
+            name: self.protocol.subjects[name] for name in spread(list(self.protocol.subjects), protocol.max_subjects)
+        }
+        self.check()
+        self._first_prompt, prompts = {}, 0
+        for name in self.subjects:
+            self._first_prompt[name] = prompts
+            prompts += len(self.templates(name))
+
+    def check(self) -> None:
+        """See the class for what is raised."""
+        problems = []
+        if not self.folder.is_dir():
+            raise DataSetError(f"there is no DreamBench at '{self.folder}'; set data.dreambench to its folder.")
+        for name, subject in self.subjects.items():
+            if subject.kind not in self.protocol.prompts:
+                kinds = ", ".join(sorted(self.protocol.prompts))
+                problems.append(f"subject '{name}' is of kind '{subject.kind}', but there are prompts for: {kinds}")
+            if not (self.folder / name).is_dir():
+                problems.append(f"subject '{name}' has no folder")
+            elif not (self.folder / name / subject.kept_image).is_file():
+                there = ", ".join(path.name for path in self.real_images(name)) or "none"
+                problems.append(f"subject '{name}' lacks its kept image {subject.kept_image} (there: {there})")
+        if problems:
+            more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+            raise DataSetError(f"DreamBench at '{self.folder}': " + "; ".join(problems[:SHOWN_PROBLEMS]) + more + ".")
+
+    def kept_image(self, subject: str) -> Path:
+        """The one image that a model is given."""
+        return self.folder / subject / self.subjects[subject].kept_image
+
+    def real_images(self, subject: str) -> list[Path]:
+        """Every photo of the subject, by name."""
+        return sorted(path for path in (self.folder / subject).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+    def references(self, subject: str) -> tuple[Path, ...]:
+        """What an image of the subject is compared with, by the protocol."""
+        return (
+            (self.kept_image(subject),)
+            if self.protocol.references == "kept_image"
+            else tuple(self.real_images(subject))
+        )
+
+    def templates(self, subject: str) -> list[tuple[str, str]]:
+        """(original, modified) templates of the subject's kind."""
+        prompts = self.protocol.prompts[self.subjects[subject].kind]
+        return spread(list(zip(prompts.original, prompts.modified, strict=True)), self.protocol.max_templates)
+
+    def requests(self) -> list[Request]:
+        """Subject by subject, template by template, repeat by repeat."""
+        requests: list[Request] = []
+        sampling, repeats = self.protocol.sampling, self.protocol.images_per_prompt
+        for name, subject in self.subjects.items():
+            shown = PLACEHOLDER if self.protocol.fed == "image" else f"{subject.class_noun} {PLACEHOLDER}"
+            inputs = (str(self.kept_image(name).relative_to(self.folder)),)
+            for original, modified in self.templates(name):
+                number = len(requests) // repeats
+                requests += [
+                    Request(
+                        index=number * repeats + repeat,
+                        prompt=modified.format(shown),
+                        text=original.format(subject.class_noun),
+                        inputs=inputs,
+                        seed=image_seed(sampling.seed, number, repeat, sampling.noise_period),
+                        unit=name,
+                    )
+                    for repeat in range(repeats)
+                ]
+        return requests
+
+    def scored(self, request: Request, file: Path) -> ScoredImage:
+        """A made image with what it is compared with."""
+        templates = self.templates(request.unit)
+        place = request.index // self.protocol.images_per_prompt - self._first_prompt[request.unit]
+        given = self.kept_image(request.unit)
+        return ScoredImage(
+            file, request.unit, request.text, self.references(request.unit), template=templates[place][0], given=given
+        )
+
+    def copies_of_input(self) -> list[ScoredImage]:
+        """The baseline that repeats its input whatever the prompt: how much of a score is mere copying."""
+        return [self.scored(request, self.folder / request.inputs[0]) for request in self.requests()]
+
+    def other_real_images(self) -> list[ScoredImage]:
+        """Real photos of each subject against its references, never a photo against itself."""
+        images = []
+        for name in self.subjects:
+            for file in self.real_images(name):
+                others = tuple(reference for reference in self.references(name) if reference != file)
+                kept = self.kept_image(name)
+                if others:
+                    images.append(ScoredImage(file, name, "", others, given=kept if kept in others else None))
+        return images
+
+    def files(self) -> list[Path]:
+        """Every file that a number depends on."""
+        return [path for name in self.subjects for path in self.real_images(name)]
+
+
+def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProtocol:
+    """The protocol with its subjects and prompts in it, read from `facts` where it names a file.
+
+    Raises:
+        DataSetError: the file is missing or not of the structure.
+    """
+    if protocol.facts is None:
+        return protocol
+    file = folder / protocol.facts
+    if not file.is_file():
+        raise DataSetError(
+            f"'{file}' does not exist; it tells DreamBench's subjects and prompts. Build the data set first, or set "
+            "data.dreambench to its folder."
+        )
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        subjects = {
+            name: Subject(class_noun=subject["class"], kind=subject["kind"], kept_image=subject["kept_image"])
+            for name, subject in facts["subjects"].items()
+        }
+        prompts = {
+            kind: Templates(original=lists["original"], modified=lists["modified"])
+            for kind, lists in facts["prompts"].items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataSetError(
+            f"'{file}' is not of DreamBench's structure (subjects: class, kind, kept_image; prompts by kind: original, "
+            f"modified): {type(error).__name__}: {error}"
+        ) from error
+    return replace(protocol, facts=None, subjects=subjects, prompts=prompts)

@@ -1,0 +1,248 @@
+"""A protocol is everything that makes a number: two numbers compare only where their protocols are equal.
+
+One YAML under `configs/protocols/` writes a protocol; every field below enters its fingerprint, so that a value changed
+on the command line gives another protocol, `name@version#fingerprint`. What cannot change a number but by rounding
+(where files lie, batch size, device) stands in `evaluation/config.py` instead.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+FINGERPRINT_DIGITS = 8
+INCEPTION = "inception"
+
+
+@dataclass
+class Sampling:
+    sampler: Literal["dpm", "ddim", "pndm"] = "dpm"
+    """dpm is DPM-Solver++ of order 2 (midpoint), as diffusers' DPMSolverMultistepScheduler."""
+    steps: int = 100
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """w of eq. 4; no negative prompt."""
+    image_size: int = 512
+    """Side of the generated images in pixels."""
+    storage: Literal["memory", "png", "jpeg"] = "png"
+    """What is scored. memory: bytes cut from floats (255·x truncated), as in scripts that score while they sample; png:
+    bytes rounded, as in saved files; jpeg: these at quality 95."""
+    seed: int = 0
+    """What every image's own seed is derived from."""
+    noise_period: int | None = None
+    """Prompts this far apart share their noise, as with scripts that reset the seed for every batch; null: none do."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "image_size"):
+            _require_at_least("sampling", name, getattr(self, name), 1)
+        _require_at_least("sampling", "guidance_scale", self.guidance_scale, 0)
+        if self.noise_period is not None:
+            _require_at_least("sampling", "noise_period", self.noise_period, 1)
+
+
+@dataclass
+class Preprocessing:
+    resize: int = 224
+    """Shorter side after resizing, in pixels; by PIL, which antialiases."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Of the resize."""
+    crop: int = 224
+    """Side of the centre crop, in pixels."""
+    mean: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Subtracted from pixels in [0, 1]."""
+    std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """Divides them then."""
+
+    def __post_init__(self) -> None:
+        for name in ("resize", "crop"):
+            _require_at_least("preprocessing", name, getattr(self, name), 1)
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"preprocessing.{name}={getattr(self, name)} is not allowed; it has 3 numbers, RGB.")
+
+
+@dataclass
+class Encoder:
+    weights: str = MISSING
+    """A transformers folder or hub id."""
+    preprocessing: Preprocessing | None = None
+    """null: as the folder's own preprocessor_config.json says."""
+
+    @property
+    def in_one_file(self) -> bool:
+        """Whether the weights are one file; else a transformers folder."""
+        return False
+
+
+@dataclass
+class FeatureNetwork(Encoder):
+    network: str = "resnet"
+    """An entry of evaluation.scores.encoders.FEATURE_NETWORKS; inception has one weight file, .pth or .safetensors."""
+
+    def __post_init__(self) -> None:
+        if self.in_one_file and self.preprocessing is not None:
+            raise ValueError(
+                "coco.fid.preprocessing is not allowed with coco.fid.network=inception, which resizes to 299 px and "
+                "scales by itself; what comes before it is coco.real_resize and coco.generated_resize."
+            )
+
+    @property
+    def in_one_file(self) -> bool:
+        return self.network == INCEPTION
+
+
+@dataclass
+class Resize:
+    size: int = 256
+    """Shorter side after resizing, and side of the centre crop that follows, in pixels."""
+    library: Literal["tensor", "pil"] = "tensor"
+    """tensor: torch's interpolate on [0, 1], 255·x truncated to bytes as torchmetrics does; pil: PIL on bytes."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of the resize."""
+    antialias: bool = False
+    """Whether shrinking averages over what it leaves out. Tensors in torchvision: not by default once, now they do."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("resize", "size", self.size, 1)
+        if self.library == "pil" and not self.antialias:
+            raise ValueError("resize.antialias=false is not allowed with resize.library=pil; PIL always antialiases.")
+
+
+@dataclass
+class KID:
+    subsets: int = 100
+    """Draws of `subset_size` images from each side, without repetition within a draw; KID is their mean."""
+    subset_size: int = 1000
+    """Images in a draw."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("kid", "subsets", self.subsets, 2)
+        _require_at_least("kid", "subset_size", self.subset_size, 2)
+
+
+@dataclass
+class Subject:
+    class_noun: str = MISSING
+    """The word that a prompt names it by."""
+    kind: str = MISSING
+    """Which list of templates it takes: object or live."""
+    kept_image: str = MISSING
+    """File name of the one image that the model is given."""
+
+
+@dataclass
+class Templates:
+    original: list[str] = field(default_factory=list)
+    """Scored (CLIP-T) and fed to text-only systems; `{}` is the class word."""
+    modified: list[str] = field(default_factory=list)
+    """Fed to KOSMOS-G; `{}` is the image."""
+
+    def __post_init__(self) -> None:
+        if len(self.original) != len(self.modified):
+            raise ValueError(
+                f"prompts have {len(self.original)} original but {len(self.modified)} modified templates; each "
+                "template has both."
+            )
+        for template in (*self.original, *self.modified):
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must hold {{}} once, where the subject goes.")
+
+
+@dataclass
+class Protocol:
+    name: str = MISSING
+    """Under which the numbers are published, for example dreambench/kosmosg."""
+    version: int = 1
+    """Raised with every change of what the name means."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How images are made and stored."""
+    clip: Encoder | None = None
+    """CLIP-I and CLIP-T; the mean of pair cosines, clamped at 0 after averaging."""
+
+
+@dataclass
+class DreamBenchProtocol(Protocol):
+    images_per_prompt: int = 4
+    """Each with a seed of its own."""
+    references: Literal["kept_image", "all"] = "kept_image"
+    """What subject fidelity is measured against: the image that was given, or every real image of the subject."""
+    fed: Literal["image", "class_and_image"] = "image"
+    """What stands for `{}` in the fed prompt: `<i>`, or the class word before it."""
+    facts: str | None = None
+    """JSON of subjects and prompts, relative to the data set's folder, where the protocol does not hold them itself."""
+    subjects: dict[str, Subject] = field(default_factory=dict)
+    """By folder name."""
+    prompts: dict[str, Templates] = field(default_factory=dict)
+    """By kind of subject."""
+    max_subjects: int | None = None
+    """Only this many, spread evenly over the list; for trials."""
+    max_templates: int | None = None
+    """Only this many of each list, spread evenly; for trials."""
+    dino: Encoder | None = None
+    """CLS output; the mean of pair cosines, clamped at 0 after averaging."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("dreambench", "images_per_prompt", self.images_per_prompt, 1)
+        for name in ("max_subjects", "max_templates"):
+            if getattr(self, name) is not None:
+                _require_at_least("dreambench", name, getattr(self, name), 1)
+        if bool(self.facts) == bool(self.subjects or self.prompts):
+            raise ValueError(
+                "dreambench: give the subjects and prompts either as 'facts' (a JSON file) or as 'subjects' and "
+                f"'prompts', not {'both' if self.facts else 'neither'}."
+            )
+
+
+@dataclass
+class CocoProtocol(Protocol):
+    captions: int = 30_000
+    """Annotations drawn with Python's `random.Random(caption_seed).sample`; an image can occur more than once."""
+    caption_seed: int | None = 0
+    """Of that draw, and of the split into halves; null where a caption_list leaves nothing to draw."""
+    caption_list: str | None = None
+    """JSON list of {"file_name", "caption"} in the data set's folder, taken whole and in order instead of a draw."""
+    references: Literal["all", "half", "listed"] = "all"
+    """Real side of FID: all images; a random half, the other half then giving the row of real images; or the image of
+    every taken caption, as often as it is taken."""
+    real_resize: Resize | None = None
+    """Of real images before FID's network; null: they are given as they are."""
+    generated_resize: Resize | None = None
+    """Of generated images before FID's network; null: they are given at their own size."""
+    fid: FeatureNetwork | None = None
+    """Feature network of FID and KID; torchmetrics' arithmetic in double precision."""
+    kid: KID | None = None
+    """Beside FID, from the same features: the kernel (x·y / F + 1)³; null leaves it out."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("coco", "captions", self.captions, 2)
+        if (self.caption_list is None) == (self.caption_seed is None):
+            raise ValueError(
+                f"coco.caption_seed={self.caption_seed} is not allowed with coco.caption_list={self.caption_list}; "
+                "captions are either drawn by a seed or listed in a file."
+            )
+        if self.caption_list is not None and self.references == "half":
+            raise ValueError(
+                "coco.references=half is not allowed with a coco.caption_list, as no seed halves the images; allowed: "
+                "all, listed."
+            )
+        if self.kid is not None and self.kid.subset_size > self.captions:
+            raise ValueError(
+                f"coco.kid.subset_size={self.kid.subset_size} is not allowed; it must be at most "
+                f"coco.captions={self.captions}."
+            )
+
+
+def identity(protocol: Protocol) -> str:
+    """`name@version#fingerprint`: equal exactly where every field is equal."""
+    written = json.dumps(asdict(protocol), sort_keys=True, ensure_ascii=False)
+    digest = hashlib.sha256(written.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+    return f"{protocol.name}@{protocol.version}#{digest}"
+
+
+def _require_at_least(section: str, name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{section}.{name}={value} is not allowed; it must be at least {least}.")

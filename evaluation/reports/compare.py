@@ -1,0 +1,212 @@
+"""Finished evaluations side by side, refused where their numbers do not compare: `evaluate.py compare A B …`.
+
+Two scores compare where protocol, data and encoders are the same. What differs is told key by key.
+"""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.protocols.requests import EvaluationError
+from evaluation.scores.bootstrap import paired_interval
+from evaluation.scores.results import (
+    DECIMALS,
+    METRICS,
+    TITLES,
+    Score,
+    cells,
+    columns,
+    markdown_table,
+    read_results,
+    sizes,
+    table_rows,
+    tables_of,
+)
+
+RESULTS, SAMPLES, PROVENANCE = "results.json", "samples.csv", "provenance.json"
+TOLD = 6
+MARK = " †"
+Samples = dict[tuple[str, str, str], tuple[list[float], list[str]]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One finished evaluation.
+
+    Args:
+        name: what its rows are called, the shortest end of its path that tells it from the others.
+    """
+
+    name: str
+    folder: Path
+    scores: list[Score]
+    provenance: dict[str, Any]
+
+    def protocol(self, table: str) -> str | None:
+        """`evaluation.protocols.protocol.identity` of a table; None where it has no such table."""
+        return next((score.protocol for score in self.scores if score.table == table), None)
+
+    def samples(self) -> Samples:
+        """(scores, units) of every pair by (table, system, metric)."""
+        found: Samples = defaultdict(lambda: ([], []))
+        with (self.folder / SAMPLES).open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                scores, units = found[row["table"], row["system"], row["metric"]]
+                scores.append(float(row["score"]))
+                units.append(row["unit"])
+        return dict(found)
+
+
+def read_evaluations(paths: Sequence[str | Path], least: int = 2) -> list[Evaluated]:
+    """Output folders of evaluations, in order.
+
+    Raises:
+        EvaluationError: fewer than `least`, one named twice, or a folder without a finished evaluation.
+    """
+    folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
+    if len(folders) < least or len({folder.resolve() for folder in folders}) < len(folders):
+        raise EvaluationError(f"{least} or more different evaluations are needed: give their output folders.")
+    found = []
+    for folder, name in zip(folders, short_names(folders), strict=True):
+        if missing := [file for file in (RESULTS, SAMPLES, PROVENANCE) if not (folder / file).is_file()]:
+            raise EvaluationError(f"'{folder}' holds no finished evaluation: {', '.join(missing)} is missing.")
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        found.append(Evaluated(name, folder, read_results(folder / RESULTS), provenance))
+    return found
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell all apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def obstacles(first: Evaluated, other: Evaluated, table: str) -> list[str]:
+    """Why the numbers of a table do not compare: keys of the protocol, data or encoders that differ. Empty: they do."""
+    found = []
+    if first.protocol(table) != other.protocol(table):
+        found.append(f"protocol {first.protocol(table)} and {other.protocol(table)}")
+        configs = (dict(flat(e.provenance.get("config", {}).get(table))) for e in (first, other))
+        mine, theirs = configs
+        keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+        found += [f"{key}: {mine.get(key)!r} and {theirs.get(key)!r}" for key in keys[:TOLD]]
+        found += [f"and {len(keys) - TOLD} more keys"] if len(keys) > TOLD else []
+    written = [e.provenance.get("written", {}) for e in (first, other)]
+    for key in sorted({key for values in written for key in values}):
+        same_kind = key == f"{table} data" or key.startswith(f"{table}.")
+        if same_kind and written[0].get(key) != written[1].get(key):
+            found.append(f"{key}: other files")
+    return found
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` → ("a.b", 1)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def compare(paths: Sequence[str | Path], force: bool = False) -> str:
+    """Markdown: each table with the rows of all evaluations, and what differs, pair by pair.
+
+    Raises:
+        EvaluationError: numbers that do not compare, and `force` is not given; says why.
+    """
+    evaluations = read_evaluations(paths)
+    first = evaluations[0]
+    tables = tables_of([score for evaluation in evaluations for score in evaluation.scores])
+    having = {table: [e for e in evaluations if e.protocol(table) is not None] for table in tables}
+    against = {
+        table: {e.name: reasons for e in rows[1:] if (reasons := obstacles(rows[0], e, table))}
+        for table, rows in having.items()
+    }
+    refused = {
+        f"{TITLES[table]}: '{having[table][0].name}' and '{name}'": reasons
+        for table, others in against.items()
+        for name, reasons in others.items()
+    }
+    if refused and not force:
+        told = "\n".join(f"  {pair}:\n    " + "\n    ".join(reasons) for pair, reasons in refused.items())
+        raise EvaluationError(
+            f"these numbers do not compare:\n{told}\nforce=true shows them nevertheless, and marks them{MARK}."
+        )
+    lines = ["# Comparison", ""]
+    for table, rows in having.items():
+        marked = set(against[table])
+        lines += comparison_table(rows, table, marked) + difference_table(rows, table, marked)
+    lines += [f"{MARK.strip()} Not comparable with '{first.name}':"] if refused else []
+    lines += [f"- {pair}: {'; '.join(reasons)}" for pair, reasons in refused.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def comparison_table(evaluations: Sequence[Evaluated], table: str, marked: set[str]) -> list[str]:
+    """The rows of all evaluations. A row that is the same in comparable ones, as real images, is shown once."""
+    lines = [f"## {TITLES[table]}", ""]
+    lines += [f"- '{e.name}'{MARK if e.name in marked else ''}: protocol `{e.protocol(table)}`" for e in evaluations]
+    metrics = shared_columns(evaluations, table)
+    header = ["Evaluation", "System", *(METRICS[metric] for metric in metrics), "n"]
+    rows, seen = [], set()
+    for evaluation in evaluations:
+        for system, found in table_rows(evaluation.scores, table):
+            row = [system, *cells(found, metrics), sizes(found)]
+            if evaluation.name in marked or tuple(row) not in seen:
+                seen.add(tuple(row))
+                rows.append([evaluation.name + (MARK if evaluation.name in marked else ""), *row])
+    return [*lines, "", *markdown_table(header, rows, texts=2)]
+
+
+def shared_columns(evaluations: Sequence[Evaluated], table: str) -> list[str]:
+    """The columns of a table that holds the rows of all."""
+    return columns([score for evaluation in evaluations for score in evaluation.scores], table)
+
+
+def difference_table(evaluations: Sequence[Evaluated], table: str, marked: set[str]) -> list[str]:
+    """Each system against itself in the first evaluation; cosines paired by subject, so that their spread cancels.
+
+    Without an interval where there is nothing to pair: FID, and subjects that only one of them has.
+    """
+    first, rows, metrics = evaluations[0], [], shared_columns(evaluations, table)
+    mine, base = first.samples(), dict(table_rows(first.scores, table))
+    for other in evaluations[1:]:
+        theirs = other.samples()
+        bootstrap = other.provenance.get("config", {}).get("bootstrap", {})
+        for system, found in table_rows(other.scores, table):
+            if system not in base or cells(found, metrics) == cells(base[system], metrics):
+                continue
+            texts = []
+            for metric in metrics:
+                key = (table, system, metric)
+                if metric not in found or metric not in base[system]:
+                    texts.append("–")
+                elif key in mine and key in theirs and set(mine[key][1]) == set(theirs[key][1]):
+                    texts.append(paired_text(mine[key], theirs[key], DECIMALS[metric], bootstrap))
+                else:
+                    difference = found[metric].value - base[system][metric].value
+                    texts.append(f"{difference:+.{DECIMALS[metric]}f}".replace("-", "−"))
+            rows.append([f"{other.name}{MARK if other.name in marked else ''} − {first.name}", system, *texts])
+    if not rows:
+        return []
+    header = ["Difference", "System", *(METRICS[metric] for metric in metrics)]
+    return [*markdown_table(header, rows, texts=2)]
+
+
+def paired_text(
+    base: tuple[list[float], list[str]], other: tuple[list[float], list[str]], decimals: int, bootstrap: dict[str, Any]
+) -> str:
+    """`+0.107 (0.017–0.202)`: the difference of the means and its interval."""
+    replicates, seed = bootstrap.get("replicates", 2000), bootstrap.get("seed", 0)
+    low, high = paired_interval(*base, *other, replicates, seed)
+    value = np.mean(other[0]) - np.mean(base[0])
+    return f"{value:+.{decimals}f} ({low:+.{decimals}f} … {high:+.{decimals}f})".replace("-", "−")

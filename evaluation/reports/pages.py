@@ -1,0 +1,215 @@
+"""From the images of an evaluation to its report and its PNG sheets."""
+
+from pathlib import Path
+
+from evaluation.images.manifest import Manifest, write_atomically
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
+from evaluation.plan import Evaluation, Table
+from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.requests import spread
+from evaluation.reports import guidance
+from evaluation.reports.breakdown import Part
+from evaluation.reports.curves import charts
+from evaluation.reports.gallery import common_requests, pair_grid, shown_requests, shown_subjects, swap_grid
+from evaluation.reports.report import CaptionBlock, Grid, Input, Report, SubjectBlock, write_report
+from evaluation.reports.sheets import contact_sheet, sheet
+from evaluation.scores.results import Score
+
+SHOWN_CAPTIONS, SHOWN_PROMPTS = 8, 3
+Manifests = dict[tuple[str, str], Manifest]
+
+
+def draw_pages(
+    evaluation: Evaluation,
+    manifests: Manifests,
+    grids: tuple[Grid | None, Grid | None],
+    scores: list[Score],
+    parts: list[Part],
+    provenance: dict[str, str],
+) -> None:
+    """Write report.html and sheets/."""
+    config, output = evaluation.config, evaluation.output
+    tables = {table.name: table for table in evaluation.tables}
+    subjects, stages, inputs = [], None, []
+    swap, pair = grids
+    if "dreambench" in tables:
+        subjects = subject_blocks(evaluation, tables["dreambench"], manifests)
+        stages = stage_grid(evaluation, tables["dreambench"], manifests)
+        inputs = input_images(tables["dreambench"])
+        write_sheets(evaluation, tables["dreambench"], manifests, swap, pair)
+        write_stage_sheets(output / "sheets", stages, inputs)
+    if "coco" in tables:
+        write_caption_sheet(evaluation, tables["coco"], manifests)
+    for metric, svg in guidance.charts(scores):
+        write_atomically(output / "sheets" / f"guidance_{metric}.svg", svg.encode())
+    names = [system.name for system in evaluation.systems]
+    runs = [
+        ("Stage 2, alignment", config.models.before_stage_3),
+        ("Stage 3, instruction tuning", config.models.after_stage_3),
+    ]
+    report = Report(
+        scores=scores,
+        parts=parts,
+        inputs=inputs,
+        subjects=subjects,
+        stages=stages,
+        swap=swap,
+        pair=pair,
+        pair_prompt=config.gallery.pair_prompt or "",
+        caption_systems=names if "coco" in tables else [],
+        captions=caption_blocks(tables["coco"], manifests, names) if "coco" in tables else [],
+        curves=charts([(title, Path(run)) for title, run in runs if run is not None]),
+        notes=evaluation.notes(),
+        provenance=provenance,
+    )
+    write_report(report, output / "report.html")
+
+
+def input_images(table: Table) -> list[Input]:
+    """Every subject with the one image that is given of it, as in the paper's Fig. 8."""
+    dataset = table.dataset
+    assert isinstance(dataset, DreamBench)
+    return [
+        Input(name, subject.class_noun, dataset.kept_image(name), subject.kind)
+        for name, subject in dataset.subjects.items()
+    ]
+
+
+def stage_grid(evaluation: Evaluation, table: Table, manifests: Manifests) -> Grid | None:
+    """The same prompts and noise before and after instruction tuning, as in the paper's Fig. 6; None without both."""
+    dataset, gallery = table.dataset, evaluation.config.gallery
+    assert isinstance(dataset, DreamBench)
+    stages = {BEFORE_STAGE_3: "before", AFTER_STAGE_3: "after"}
+    if not all((table.name, name) in manifests for name in stages):
+        return None
+    subjects = shown_subjects(dataset, gallery.subjects)
+    prompts, requests = common_requests(dataset, table.requests, subjects, SHOWN_PROMPTS)
+    if not prompts:
+        return None
+    rows, labels = [], []
+    for place, prompt in enumerate(prompts):
+        for name, stage in stages.items():
+            manifest = manifests[table.name, name]
+            rows.append([manifest.image_file(requests[subject][place].index) for subject in subjects])
+            labels.append(f"{prompt}: {stage}")
+    return Grid(top=[dataset.kept_image(name) for name in subjects], rows=rows, labels=labels)
+
+
+def subject_blocks(evaluation: Evaluation, table: Table, manifests: Manifests) -> list[SubjectBlock]:
+    """The shown subjects with the images of every system."""
+    dataset, gallery = table.dataset, evaluation.config.gallery
+    assert isinstance(dataset, DreamBench)
+    blocks = []
+    for name in shown_subjects(dataset, gallery.subjects):
+        requests = shown_requests(dataset, table.requests, name, gallery.templates)
+        systems = [
+            (system.name, [manifests[table.name, system.name].image_file(request.index) for request in requests])
+            for system in evaluation.systems
+        ]
+        prompts = [request.prompt for request in requests]
+        blocks.append(SubjectBlock(name, dataset.subjects[name].class_noun, dataset.kept_image(name), prompts, systems))
+    return blocks
+
+
+def swap_grids(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
+    """Draw the two galleries with KOSMOS-G after stage 3; none without it. The first process has them, all draw."""
+    table = next((table for table in evaluation.tables if isinstance(table.dataset, DreamBench)), None)
+    system = next((system for system in evaluation.systems if system.name == AFTER_STAGE_3), None)
+    if table is None or system is None:
+        return None, None
+    dataset, gallery = table.dataset, evaluation.config.gallery
+    assert isinstance(dataset, DreamBench)
+    swap = swap_grid(dataset, gallery)
+    requests = [request for row in swap.rows for request in row]
+    pair = pair_grid(dataset, gallery, start=len(requests))
+    if pair is not None:
+        requests += [request for row in pair.rows for request in row]
+    if not requests:
+        return None, None
+    manifest = evaluation.generate_into("gallery", table, system, requests)
+    if not evaluation.processes.first:
+        return None, None
+
+    def files(rows) -> list[list[Path]]:
+        return [[manifest.image_file(request.index) for request in row] for row in rows]
+
+    def inputs(subjects: list[str]) -> list[Path]:
+        return [dataset.kept_image(name) for name in subjects]
+
+    drawn = Grid(top=inputs(swap.subjects), rows=files(swap.rows), labels=swap.prompts) if swap.prompts else None
+    if pair is None:
+        return drawn, None
+    return drawn, Grid(top=inputs(pair.subjects), left=inputs(pair.subjects), rows=files(pair.rows))
+
+
+def caption_blocks(table: Table, manifests: Manifests, systems: list[str]) -> list[CaptionBlock]:
+    """Some captions with the image of every system."""
+    return [
+        CaptionBlock(request.text, [manifests[table.name, name].image_file(request.index) for name in systems])
+        for request in spread(table.requests, SHOWN_CAPTIONS)
+    ]
+
+
+def write_sheets(
+    evaluation: Evaluation, table: Table, manifests: Manifests, swap: Grid | None, pair: Grid | None
+) -> None:
+    """sheets/subjects.png, systems.png, swap.png and pairs.png, for a README."""
+    dataset, gallery, folder = table.dataset, evaluation.config.gallery, evaluation.output / "sheets"
+    assert isinstance(dataset, DreamBench)
+    folder.mkdir(exist_ok=True)
+    subjects = shown_subjects(dataset, gallery.subjects)
+    prompts, requests = common_requests(dataset, table.requests, subjects, gallery.templates)
+    names = [system.name for system in evaluation.systems]
+    if prompts and AFTER_STAGE_3 in names:
+        manifest = manifests[table.name, AFTER_STAGE_3]
+        rows = [
+            [dataset.kept_image(name), *(manifest.image_file(request.index) for request in requests[name])]
+            for name in subjects
+        ]
+        save(sheet(["input", *prompts], rows), folder / "subjects.png")
+    if prompts:
+        of_systems = [manifests[table.name, name] for name in names]
+        # Another prompt for each subject, so that a small sheet shows many.
+        rows = []
+        for place, name in enumerate(subjects):
+            request = requests[name][place % len(prompts)]
+            outputs = (manifest.image_file(request.index) for manifest in of_systems)
+            rows.append([request.prompt, dataset.kept_image(name), *outputs])
+        save(sheet(["prompt", "input", *names], rows, inputs=2), folder / "systems.png")
+    if swap is not None:
+        rows = [[*column] for column in zip(swap.top, *swap.rows, strict=True)]
+        save(sheet(["input", *swap.labels], rows), folder / "swap.png")
+    if pair is not None:
+        corner = "first input: at the left; second: above"
+        rows = [[corner, *pair.top], *([left, *row] for left, row in zip(pair.left, pair.rows, strict=True))]
+        save(sheet([""] * (1 + len(pair.top)), rows), folder / "pairs.png")
+
+
+def write_stage_sheets(folder: Path, stages: Grid | None, inputs: list[Input]) -> None:
+    """sheets/stages.png and inputs.png."""
+    save(contact_sheet([image.file for image in inputs], [image.class_noun for image in inputs]), folder / "inputs.png")
+    if stages is not None:
+        rows = [["input", *stages.top]]
+        rows += [[label, *row] for label, row in zip(stages.labels, stages.rows, strict=True)]
+        save(sheet([""] * (1 + len(stages.top)), rows), folder / "stages.png")
+
+
+def write_caption_sheet(evaluation: Evaluation, table: Table, manifests: Manifests) -> None:
+    """sheets/captions.png: a caption a row, a system a column; of the runs of one experiment, the first."""
+    shown: dict[str, str] = {}
+    for system in evaluation.systems:
+        shown.setdefault(system.name if system.variant is None else system.variant.experiment, system.name)
+    columns = {label.replace("_", " "): manifests[table.name, name] for label, name in shown.items()}
+    rows = [
+        [request.text, *(manifest.image_file(request.index) for manifest in columns.values())]
+        for request in spread(table.requests, SHOWN_CAPTIONS)
+    ]
+    folder = evaluation.output / "sheets"
+    folder.mkdir(exist_ok=True)
+    save(sheet(["caption", *columns], rows), folder / "captions.png")
+
+
+def save(picture, file: Path) -> None:
+    beside = file.with_name(f".{file.name}")
+    picture.save(beside, format="PNG", optimize=True)
+    beside.replace(file)

@@ -1,0 +1,176 @@
+"""The networks that look at images for the metrics: CLIP and DINO of transformers, and the feature networks of FID.
+
+Shapes: `N` images or texts, `F` features, `S` pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    ResNetModel,
+    ViTModel,
+)
+
+from evaluation.inception import InceptionV3
+from evaluation.parallel.sharing import Sharing
+from evaluation.protocols.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing
+from evaluation.protocols.requests import EvaluationError
+
+Preprocess = Callable[[list[Image.Image]], Tensor]
+
+
+class CLIPEncoder:
+    """Projected image and text embeddings of a CLIP."""
+
+    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
+        self.model = load(CLIPModel, folder).to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.preprocess = preprocessing(encoder.preprocessing, folder)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model.get_image_features(pixel_values=self.preprocess(images).to(self.device)).pooler_output.cpu()
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> Tensor:
+        """N texts, cut at the model's length → N×F."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
+
+
+class DinoEncoder:
+    """The CLS output of a DINO ViT's last layer."""
+
+    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
+        self.model = load(ViTModel, folder, add_pooling_layer=False).to(device)
+        self.preprocess = preprocessing(encoder.preprocessing, folder)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model(pixel_values=self.preprocess(images).to(self.device)).last_hidden_state[:, 0].cpu()
+
+
+class ResNetFeatures:
+    """Globally averaged features of a ResNet classifier: FID's network where Inception's 299 px make no sense."""
+
+    def __init__(self, encoder: FeatureNetwork, folder: Path, device: torch.device):
+        self.model = load(ResNetModel, folder).to(device)
+        self.preprocess = preprocessing(encoder.preprocessing, folder)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model(pixel_values=self.preprocess(images).to(self.device)).pooler_output.flatten(1).cpu()
+
+
+class InceptionFeatures:
+    """The 2048 features of FID's Inception-v3, fed the bytes of images of any size."""
+
+    def __init__(self, encoder: FeatureNetwork, file: Path, device: torch.device):
+        self.model = InceptionV3(file).to(device)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×2048; images of one size are looked at together."""
+        features = torch.empty(len(images), 2048)
+        for size in {image.size for image in images}:
+            rows = [row for row, image in enumerate(images) if image.size == size]
+            pixels = torch.from_numpy(np.stack([np.asarray(images[row]) for row in rows])).permute(0, 3, 1, 2)
+            features[rows] = self.model(pixels.to(self.device))["2048"].cpu()
+        return features
+
+
+FeatureEncoder = ResNetFeatures | InceptionFeatures
+FEATURE_NETWORKS: dict[str, Callable[[FeatureNetwork, Path, torch.device], FeatureEncoder]] = {
+    "resnet": ResNetFeatures,
+    INCEPTION: InceptionFeatures,
+}
+"""By the protocol's `fid.network`."""
+
+
+def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device) -> FeatureEncoder:
+    """The network that a protocol names.
+
+    Raises:
+        EvaluationError: unknown; lists the choices.
+    """
+    if encoder.network not in FEATURE_NETWORKS:
+        raise EvaluationError(f"fid.network={encoder.network!r} is unknown; allowed: {', '.join(FEATURE_NETWORKS)}.")
+    return FEATURE_NETWORKS[encoder.network](encoder, folder, device)
+
+
+def load(kind: type, folder: Path, **options) -> Any:
+    """`kind.from_pretrained` in eval mode, refusing a folder that lacks some of the weights.
+
+    Raises:
+        EvaluationError: weights that would have stayed random; the first few are named.
+    """
+    model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
+    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if wrong:
+        raise EvaluationError(
+            f"'{folder}' is no {kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
+    """PIL images → N×3×S×S, as the protocol states, or as the encoder's folder does."""
+    if stated is None:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    else:
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": stated.resize},
+            crop_size={"height": stated.crop, "width": stated.crop},
+            resample=Image.Resampling[stated.interpolation.upper()],
+            image_mean=stated.mean,
+            image_std=stated.std,
+        )
+    return lambda images: processor(images, return_tensors="pt")["pixel_values"]
+
+
+class Remembered:
+    """Features of files or texts, computed once for each however often it is asked for.
+
+    Args:
+        name: under which all processes of a launch have this encoder.
+        encode: a list of items → N×F.
+        read: applied to an item before it is encoded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encode: Callable[[list], Tensor],
+        sharing: Sharing,
+        read: Callable[[Any], Any] = lambda item: item,
+    ):
+        self.name, self.encode, self.sharing, self.read = name, encode, sharing, read
+        self.features: dict[Any, Tensor] = {}
+
+    def __call__(self, items: Sequence) -> Tensor:
+        """N items → N×F, in their order."""
+        new = [item for item in dict.fromkeys(items) if item not in self.features]
+        if new:
+            self.features.update(zip(new, self.sharing.compute(self.name, self.batch, new), strict=True))
+        return torch.stack([self.features[item] for item in items])
+
+    def batch(self, items: Sequence) -> Tensor:
+        """N items → N×F, at once and not remembered."""
+        return self.encode([self.read(item) for item in items])

@@ -1,0 +1,1 @@
+"""Devices: batches, sharding, recomputing, the Trainer."""
