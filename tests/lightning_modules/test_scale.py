@@ -13,6 +13,7 @@ import train
 from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.prompt import PromptBatch
+from lightning_modules.base import build_stage
 from lightning_modules.estimate.hardware import HardwareConfig
 from lightning_modules.estimate.run_estimate import DoesNotFitError, Estimate, refuse_what_does_not_fit
 from lightning_modules.runs.trained_weights import VisionTraining, train_mllm
@@ -182,7 +183,7 @@ def test_dry_run_of_toyland_counts_what_runs(capsys: pytest.CaptureFixture) -> N
     sized = size_up(experiment)
     tokenizer = train.Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
     experiment.model.vision_weights = None
-    module = train.build_module(experiment, tokenizer).train()
+    module = build_stage(experiment, tokenizer).train()
     prompt = prompts(module, 2, sized.hardware)
     # As matrix products, attention is counted on a CPU too.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -196,7 +197,7 @@ def test_dry_run_of_toyland_counts_what_runs(capsys: pytest.CaptureFixture) -> N
 
 @pytest.mark.slow
 def test_dry_run_of_the_paper_has_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_modules import dry_run
+    from lightning_modules.estimate import dry_run
     from lightning_modules.estimate.run_estimate import parameters_table
     from lightning_modules.estimate.step_cost import PassCost, StepCost
 
