@@ -39,9 +39,9 @@ test: setup
 toyland: export HF_HUB_OFFLINE := 1
 toyland: setup
 	$(call resumable,$(RUN) -m datamodules.toyland)
-	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml configs/toyland/two_processes.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml)
-	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/two_processes.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
 
 # The rows of Table 2: the stage whose file each one changes, and its file in configs/ablations/.
@@ -67,11 +67,9 @@ toyland-short: export TOYLAND_DATA := data/toyland-short
 toyland-short: export TOYLAND_RUNS := runs/toyland-short
 toyland-short: setup
 	$(call resumable,$(RUN) -m datamodules.toyland configs/toyland/data_short.yaml)
-	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml configs/toyland/short.yaml \
-		configs/toyland/two_processes.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml configs/toyland/short.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml configs/toyland/short.yaml)
-	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/short.yaml \
-		configs/toyland/two_processes.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/short.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml)
 
 toyland-parts: setup

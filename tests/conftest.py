@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--drills", type=int, default=1, metavar="N", help="faults of each drill (default 1)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -63,6 +64,12 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """A KosmosG folder (mllm, aligner, tokenizer) that fits `tiny_stable_diffusion`."""
     return tiny.write_model(tmp_path_factory.mktemp("model"), tiny_tokenizer)
+
+
+@pytest.fixture
+def faults(request: pytest.FixtureRequest) -> int:
+    """How many faults a drill meets (--drills)."""
+    return request.config.getoption("--drills")
 
 
 @pytest.fixture(autouse=True)

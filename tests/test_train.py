@@ -17,7 +17,6 @@ from lightning_modules.alignment import AlignmentModule
 from lightning_modules.runs import checkpoint_folder
 from lightning_modules.runs.run_folder import RunFolder
 from lightning_modules.runs.tensor_storage import read_index, write_plain
-from lightning_modules.scale.batch_layout import batch_layout
 from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
 
@@ -258,20 +257,6 @@ def test_short_form_fits_every_stage(stage: str) -> None:
     toyland = REPOSITORY / "configs" / "toyland"
     experiment = load_config([str(toyland / f"{stage}.yaml"), str(toyland / "short.yaml")], train.stage_schema)
     assert (experiment.stage, experiment.trainer.max_steps) == (stage, 4)
-
-
-@pytest.mark.parametrize("more", [[], ["short.yaml"]], ids=["whole", "short"])
-@pytest.mark.parametrize("stage", ["language_modelling", "instruction_tuning"])
-def test_two_processes_share_the_batch_of_one(stage: str, more: list[str]) -> None:
-    toyland = REPOSITORY / "configs" / "toyland"
-    alone, shared = (
-        load_config([str(toyland / name) for name in names], train.stage_schema)
-        for names in ([f"{stage}.yaml", *more], [f"{stage}.yaml", *more, "two_processes.yaml"])
-    )
-    given = [(e.data.batch_size, e.trainer.global_batch_size, e.trainer.devices, 1) for e in (alone, shared)]
-    layouts = [batch_layout(*numbers) for numbers in given]
-    assert (alone.trainer.devices, shared.trainer.devices) == (1, 2)
-    assert layouts[0].global_batch == layouts[1].global_batch and layouts[1].accumulate == 1
 
 
 def test_help_lists_stages_and_keys(configs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:

@@ -3,10 +3,7 @@ them, and after a stop or a step that is not finite on one of them."""
 
 import json
 import os
-import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,84 +14,19 @@ import train
 from lightning_modules.base import StageModule
 from tests.lightning_modules import miniature
 from tests.lightning_modules.processes import run_together, start, wait
+from tests.lightning_modules.runs import (
+    FOUR_ROWS,
+    back_to,
+    exported,
+    finish,
+    numbers,
+    output,
+    samples,
+    training,
+    wait_for_rows,
+)
 
 pytestmark = pytest.mark.slow
-TRACKED = {
-    "language_modelling": ("train/loss", "grad_norm", "val/caption_loss", "val/caption_loss_wrong_image"),
-    "alignment": ("train/loss", "grad_norm", "val/mse_loss", "val/mse_loss"),
-    "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss", "val/diffusion_loss_wrong_image"),
-}
-FOUR_ROWS = ["trainer.global_batch_size=4", "data.validation_samples=8", "model.mllm.dropout=0"]
-
-
-def training(file: Path, run: Path, *arguments: str) -> Callable[[], int]:
-    return lambda: train.main([str(file), f"run={run}", *FOUR_ROWS, *arguments])
-
-
-def finish(processes: int, file: Path, run: Path, *arguments: str) -> None:
-    """Train to the end."""
-    rows = [f"data.batch_size={4 // processes}", f"trainer.devices={processes}"]
-    statuses = run_together(processes, training(file, run, *rows, *arguments), run.with_suffix(".log"))
-    assert statuses == [0] * processes, output(run)
-
-
-def output(run: Path) -> str:
-    return "".join(log.read_text()[-3000:] for log in sorted(run.parent.glob(f"{run.name}.log.*")))
-
-
-def numbers(run: Path, stage: str) -> list[tuple[float, ...]]:
-    rows = miniature.losses(run, TRACKED[stage])
-    return [tuple(float(value) if value else 0.0 for value in row) for row in rows]
-
-
-def exported(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted((run / "model").rglob("*.safetensors"))
-    return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def samples(run: Path) -> list[list[str]]:
-    """Samples of each update, in the order of the global batch, from what `record_samples` wrote."""
-    passes: dict[tuple[int, int], dict[int, list[str]]] = {}
-    for file in run.glob("samples.*.jsonl"):
-        for line in file.read_text().splitlines():
-            entry = json.loads(line)
-            passes.setdefault((entry["update"], entry["pass"]), {})[int(file.suffixes[0][1:])] = entry["samples"]
-    updates: dict[int, list[str]] = {}
-    for (update, _), of_rank in sorted(passes.items()):
-        updates.setdefault(update, []).extend(name for rank in sorted(of_rank) for name in of_rank[rank])
-    return [updates[update] for update in sorted(updates)]
-
-
-@pytest.fixture
-def record_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = StageModule.on_train_batch_start
-
-    def record(self: StageModule, batch, batch_idx: int) -> None:
-        entry = {"update": self.trainer.global_step, "pass": self.forward_pass, "samples": batch.report.samples}
-        with open(Path(self.trainer.default_root_dir) / f"samples.{self.trainer.global_rank}.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        begun(self, batch, batch_idx)
-
-    monkeypatch.setattr(StageModule, "on_train_batch_start", record)
-
-
-def back_to(run: Path, step: int) -> None:
-    """As if the run had been killed after the checkpoint of `step`."""
-    (run / "finished.json").unlink()
-    shutil.rmtree(run / "model")
-    for later in (run / "checkpoints").glob("step-*"):
-        if int(later.name.removeprefix("step-")) > step:
-            shutil.rmtree(later)
-    for file in run.glob("samples.*.jsonl"):
-        file.write_text("".join(line for line in file.open() if json.loads(line)["update"] < step))
-
-
-@pytest.fixture
-def configs(tmp_path: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path) -> dict[str, Path]:
-    shards = miniature.write_shards(tmp_path / "shards")
-    init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
-    return miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
-
 
 # Groups of like length call a sharded network several times in one pass; the single process takes the batch whole.
 # Stage 2's released loss counts padding, which each process has its own of.
@@ -212,15 +144,6 @@ def test_sharded_run_is_stopped_by_a_signal_to_one_process_and_goes_on_bit_for_b
     tensors = exported(stopped)
     for name, tensor in exported(whole).items():
         assert torch.equal(tensors[name], tensor), name
-
-
-def wait_for_rows(run: Path, count: int) -> None:
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
-        if (run / "metrics.csv").is_file() and len((run / "metrics.csv").read_text().splitlines()) > count:
-            return
-        time.sleep(0.005)
-    raise AssertionError(output(run))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

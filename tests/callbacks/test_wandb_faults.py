@@ -1,0 +1,91 @@
+"""A W&B server that cannot be reached, at the start, in mid-run or at the end, changes where the log lies alone."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+
+import train
+from callbacks.weights_and_biases import RunWandbLogger
+from lightning_modules.base import StageModule
+from tests.callbacks.wandb_server import wandb_server
+from tests.lightning_modules import miniature
+
+pytestmark = pytest.mark.slow
+TIMEOUT = 2.0
+PATIENCE = 30.0  # seconds; wandb's own would be 90 at the start and without end at the end
+
+
+@pytest.fixture
+def config(
+    tmp_path: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    shards = miniature.write_shards(tmp_path / "shards")
+    wandb.teardown()  # what earlier tests told it
+    yield miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, {"alignment": tiny_model})[
+        "alignment"
+    ]
+    wandb.teardown()
+
+
+def trained(config: Path, run: Path, mode: str) -> float:
+    """Seconds of a run."""
+    started = time.monotonic()
+    assert train.main([str(config), f"run={run}", f"wandb.mode={mode}", f"wandb.timeout={TIMEOUT}"]) == 0
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("when", ["start", "mid-run", "end"])
+def test_unreachable_server_costs_seconds_and_no_number(
+    when: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without = trained(config, tmp_path / "without", "disabled")
+    run = tmp_path / "run"
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+
+        def fall_silent() -> None:
+            server.shutdown()
+            server.server_close()
+
+        if when == "start":
+            fall_silent()
+        elif when == "mid-run":
+            step = StageModule.on_train_batch_start
+
+            def silent_from_the_second(self, batch, batch_idx: int) -> None:
+                if self.trainer.global_step == 1:
+                    fall_silent()
+                step(self, batch, batch_idx)
+
+            monkeypatch.setattr(StageModule, "on_train_batch_start", silent_from_the_second)
+        else:
+            finish = RunWandbLogger.finalize
+
+            def silent_at_the_end(self, status: str) -> None:
+                fall_silent()
+                finish(self, status)
+
+            monkeypatch.setattr(RunWandbLogger, "finalize", silent_at_the_end)
+        taken = trained(config, run, "online")
+    print(f"silent at {when}: {taken - without:.1f} s more than without W&B")
+    assert taken < without + PATIENCE
+    names = ("train/loss", "grad_norm")
+    assert miniature.losses(run, names) == miniature.losses(tmp_path / "without", names)
+    kept = list((run / "wandb").glob("*run-*/*.wandb"))
+    assert kept
+    if when == "start":
+        assert "W&B cannot be reached" in caplog.text
+        assert kept[0].parent.name.startswith("offline-run-")
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(kept[0].parent)]
+        synced = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert synced.returncode == 0, synced.stdout + synced.stderr

@@ -1,0 +1,79 @@
+"""Runs of the miniature stages by one or several processes, and what they left behind."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import train
+from tests.lightning_modules import miniature
+from tests.lightning_modules.processes import run_together
+
+TRACKED = {
+    "language_modelling": ("train/loss", "grad_norm", "val/caption_loss", "val/caption_loss_wrong_image"),
+    "alignment": ("train/loss", "grad_norm", "val/mse_loss", "val/mse_loss"),
+    "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss", "val/diffusion_loss_wrong_image"),
+}
+FOUR_ROWS = ["trainer.global_batch_size=4", "data.validation_samples=8", "model.mllm.dropout=0"]
+
+
+def training(file: Path, run: Path, *arguments: str) -> Callable[[], int]:
+    return lambda: train.main([str(file), f"run={run}", *FOUR_ROWS, *arguments])
+
+
+def finish(processes: int, file: Path, run: Path, *arguments: str) -> None:
+    """Train to the end."""
+    rows = [f"data.batch_size={4 // processes}", f"trainer.devices={processes}"]
+    statuses = run_together(processes, training(file, run, *rows, *arguments), run.with_suffix(".log"))
+    assert statuses == [0] * processes, output(run)
+
+
+def output(run: Path) -> str:
+    return "".join(log.read_text()[-3000:] for log in sorted(run.parent.glob(f"{run.name}.log.*")))
+
+
+def numbers(run: Path, stage: str) -> list[tuple[float, ...]]:
+    rows = miniature.losses(run, TRACKED[stage])
+    return [tuple(float(value) if value else 0.0 for value in row) for row in rows]
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run / "model").rglob("*.safetensors"))
+    return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def samples(run: Path) -> list[list[str]]:
+    """Samples of each update, in the order of the global batch, from what `record_samples` wrote."""
+    passes: dict[tuple[int, int], dict[int, list[str]]] = {}
+    for file in run.glob("samples.*.jsonl"):
+        for line in file.read_text().splitlines():
+            entry = json.loads(line)
+            passes.setdefault((entry["update"], entry["pass"]), {})[int(file.suffixes[0][1:])] = entry["samples"]
+    updates: dict[int, list[str]] = {}
+    for (update, _), of_rank in sorted(passes.items()):
+        updates.setdefault(update, []).extend(name for rank in sorted(of_rank) for name in of_rank[rank])
+    return [updates[update] for update in sorted(updates)]
+
+
+def back_to(run: Path, step: int) -> None:
+    """As if the run had been killed after the checkpoint of `step`."""
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "model")
+    for later in (run / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    for file in run.glob("samples.*.jsonl"):
+        file.write_text("".join(line for line in file.open() if json.loads(line)["update"] < step))
+
+
+def wait_for_rows(run: Path, count: int) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        if (run / "metrics.csv").is_file() and len((run / "metrics.csv").read_text().splitlines()) > count:
+            return
+        time.sleep(0.005)
+    raise AssertionError(output(run))
