@@ -1,4 +1,4 @@
-"""Measure: python -m benchmarks {stage1|stage2|stage3|sampling|loader|evaluation|all} [form] [key=value …]
+"""Measure: python -m benchmarks {stage1|stage2|stage3|sampling|loader|evaluation|processes|all} [form] [key=value …]
 
     python -m benchmarks stage2                        # the CPU size: about a minute
     python -m benchmarks stage3 size=gpu --json        # full size on a GPU
@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from benchmarks.report import markdown, print_result, with_section
 from kosmosg.config import ConfigError
 
-BENCHMARKS = ("stage1", "stage2", "stage3", "sampling", "loader", "evaluation")
+BENCHMARKS = ("stage1", "stage2", "stage3", "sampling", "loader", "evaluation", "processes")
 ALL = tuple(name for name in BENCHMARKS if name != "loader")
 FORMS = ("--json", "--markdown", "--write")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"

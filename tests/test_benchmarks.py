@@ -24,6 +24,17 @@ def test_benchmark_runs_and_reports(name: str, capsys: pytest.CaptureFixture) ->
         assert lever["lever"] and lever["ratio"]["median"] > 0
 
 
+@pytest.mark.slow
+def test_processes_are_measured_together(capsys: pytest.CaptureFixture) -> None:
+    assert main(["processes", "--json", "size=tiny", "repetitions=2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {row["strategy"] for row in result["rows"]} == {"ddp", "fsdp2"}
+    for row in result["rows"]:
+        assert row["seconds"] > 0 and row["ratio"]["low"] <= row["ratio"]["high"]
+        if row["processes"] == 1:
+            assert row["ratio"]["median"] == 1
+
+
 def test_mistakes_are_answered(capsys: pytest.CaptureFixture) -> None:
     assert main(["stage4"]) == 2
     assert "stage1|stage2" in capsys.readouterr().err
