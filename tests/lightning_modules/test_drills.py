@@ -1,6 +1,6 @@
 """Drills: a run meets one fault after another at random moments, and must end as the run that met none.
 
-Each meets one fault here; for the table of docs/training.md:
+Two of them meet one fault in every run of the slow tests; all of them, as many as wanted:
 
     pytest --slow --drills 20 tests/lightning_modules/test_drills.py
 """
@@ -22,9 +22,8 @@ from tests.lightning_modules.processes import start, wait
 from tests.lightning_modules.runs import FOUR_ROWS, exported, finish, numbers, output, samples, training
 
 pytestmark = pytest.mark.slow
-STAGES = ("language_modelling", "alignment", "instruction_tuning")
 UPDATES_OF_A_LIFE = 8  # so many are planned for each fault, for the run must outlast them all
-LIMIT_SECONDS = 30  # within which a run that was asked to stop has stopped
+LIMIT_SECONDS = 100  # a run that was asked to stop and still stands then hangs; it takes a few on two free cores
 FINISHED, STOPPED = 0, 128 + signal.SIGTERM
 
 
@@ -90,8 +89,17 @@ def forget_after(step: int, run: Path) -> None:
         file.write_text("".join(line for line in lines if json.loads(line)["update"] < step))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "processes"),
+    [
+        ("language_modelling", 1),
+        ("language_modelling", 2),
+        ("alignment", 1),
+        ("alignment", 2),
+        ("instruction_tuning", 1),
+        pytest.param("instruction_tuning", 2, marks=pytest.mark.rehearsed),
+    ],
+)
 def test_killed_at_random_moments(
     stage: str, processes: int, faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
 ) -> None:
@@ -146,6 +154,7 @@ def test_launcher_told_to_stop_at_random_moments(faults: int, configs: dict[str,
     assert numbers(stopped, stage) == numbers(whole, stage)
 
 
+@pytest.mark.rehearsed
 def test_processes_and_workers_change(
     faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
 ) -> None:
