@@ -51,7 +51,7 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
         assert list(row)[8:] == (["guidance_scale"] if row["table"] == "guidance" else [])
         assert row["low"] <= row["value"] <= row["high"]
         name = "dreambench" if row["table"] == "guidance" else row["table"]
-        assert re.fullmatch(rf"{name}/toyland@1#[0-9a-f]{{8}}", row["protocol"])
+        assert re.fullmatch(rf"{name}/toyland@2#[0-9a-f]{{8}}", row["protocol"])
     found = {(row["table"], row["system"], row["metric"]) for row in rows if row["table"] != "guidance"}
     fidelity = {("dreambench", s, metric) for s in SYSTEMS for metric in ("dino", "clip_i", "near_copies")}
     told = {("dreambench", system, "clip_t") for system in SYSTEMS - {"Real images"}}
