@@ -1,9 +1,11 @@
 """A finished evaluation in Weights & Biases: a run of job type `evaluation` with its table and an artifact.
 
 Summary: `<table>/<metric>/<system>`. Table `scores`: the rows of results.json. Artifact: results, samples and report.
+The results are written before; where no server answers, the run is logged offline for `wandb sync`.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +20,8 @@ STORED = ("results.json", "results.md", "samples.csv", "breakdown.csv", "report.
 AGENTS_RUN = "WANDB_RUN_ID"
 COLUMNS = ("table", "system", "metric", "value", "low", "high", "n", "protocol", "guidance_scale")
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Tracking:
@@ -29,6 +33,12 @@ class Tracking:
     """Group of the run; null is `evaluation`."""
     name: str | None = None
     """Name shown for the run; null is the name of the output folder's parent."""
+    timeout: float = 30.0
+    """Seconds that a server may take to answer at the start and to take the rest at the end."""
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ValueError(f"wandb.timeout={self.timeout} is not allowed; it must be above 0.")
 
 
 def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dict[str, Any]) -> None:
@@ -36,19 +46,18 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
     folder's, so that a repeated evaluation is one run."""
     if tracking.mode == "disabled":
         return
-    resolved = output.resolve()
-    run = wandb.init(
-        project=tracking.project,
-        group=tracking.group or "evaluation",
-        job_type="evaluation",
-        name=tracking.name or resolved.parent.name,
-        id=os.environ.get(AGENTS_RUN) or hashlib.sha256(str(resolved).encode()).hexdigest()[:12],
-        dir=output,
-        mode=tracking.mode,
-        resume="allow",
-        config=config,
-        settings=wandb.Settings(console="off", silent=tracking.mode == "offline"),
-    )
+    try:
+        run = start(tracking, output, config, tracking.mode)
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        if tracking.mode == "offline":
+            raise
+        wandb.teardown()  # which still holds the run's id
+        logger.warning(
+            "W&B cannot be reached (%s). The evaluation is logged offline; 'wandb sync' uploads it from '%s'.",
+            str(error).splitlines()[0],
+            output / "wandb",
+        )
+        run = start(tracking, output, config, "offline")
     try:
         rows = [asdict(score) for score in scores]
         run.log({"scores": wandb.Table(columns=list(COLUMNS), data=[[row[name] for name in COLUMNS] for row in rows])})
@@ -60,6 +69,29 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
         run.log_artifact(artifact)
     finally:
         run.finish()
+
+
+def start(tracking: Tracking, output: Path, config: dict[str, Any], mode: Literal["offline", "online"]) -> wandb.Run:
+    """The evaluation's run. Raises CommError or UsageError: no server answers, or it does not know the key."""
+    resolved = output.resolve()
+    return wandb.init(
+        project=tracking.project,
+        group=tracking.group or "evaluation",
+        job_type="evaluation",
+        name=tracking.name or resolved.parent.name,
+        id=os.environ.get(AGENTS_RUN) or hashlib.sha256(str(resolved).encode()).hexdigest()[:12],
+        dir=output,
+        mode=mode,
+        resume="allow",
+        config=config,
+        settings=wandb.Settings(
+            console="off",
+            silent=mode == "offline",
+            init_timeout=tracking.timeout,
+            login_timeout=tracking.timeout,
+            finish_timeout=tracking.timeout,
+        ),
+    )
 
 
 def summary_key(score: Score) -> str:

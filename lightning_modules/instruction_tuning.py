@@ -48,6 +48,8 @@ class InstructionTuningRecipe:
     """Probability that a sample's condition is replaced by the null condition."""
     draws_per_sample: int = 1
     """Timesteps and noises drawn for each condition; more make its gradient steadier at the U-Net's cost alone."""
+    timesteps: Literal["independent", "even"] = "independent"
+    """even: spread evenly over each batch, for a steadier gradient of the same expectation."""
     timestep_weighting: TimestepWeighting = "uniform"
     """w(t) of eq. 8: 1 (the released code), 1 − ᾱ_t (DreamFusion's σ_t²), or 1/ᾱ_t, at most 25 (as v-prediction)."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
@@ -192,7 +194,9 @@ class InstructionTuningModule(StageModule):
         decoder = self.image_decoder
         side = targets.shape[-1] // (1 if decoder.are_moments(targets) else decoder.shrinkage)
         shape = (decoder.vae.config.latent_channels, side, side)
-        return draw_diffusion(self.seed, purpose, numbers, shape, self.image_decoder.num_timesteps).to(self.device)
+        even = self.recipe.timesteps == "even"
+        draws = draw_diffusion(self.seed, purpose, numbers, shape, decoder.num_timesteps, even)
+        return draws.to(self.device)
 
 
 def given_targets(batch: Any) -> Tensor:

@@ -7,10 +7,13 @@ Shapes: `B` batch, `c×h×h` latents.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -48,9 +51,19 @@ class DiffusionDraws:
 
 
 def draw_diffusion(
-    seed: int, purpose: str, numbers: range, latent_shape: tuple[int, int, int], num_timesteps: int
+    seed: int,
+    purpose: str,
+    numbers: range,
+    latent_shape: tuple[int, int, int],
+    num_timesteps: int,
+    even: bool = False,
 ) -> DiffusionDraws:
-    """One set of draws for each sample number."""
+    """One set of draws for each sample number.
+
+    Args:
+        even: timesteps of consecutive numbers are spread evenly (multiples of the golden ratio, shifted by the seed),
+            so that every batch covers them; each alone is uniform still. Other draws stay as they are.
+    """
     rows = []
     for number in numbers:
         source = generator(seed, purpose, number)
@@ -62,4 +75,15 @@ def draw_diffusion(
                 torch.rand((), generator=source),
             )
         )
-    return DiffusionDraws(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    draws = DiffusionDraws(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    if even:
+        draws.timesteps = even_timesteps(seed, purpose, numbers, num_timesteps)
+    return draws
+
+
+def even_timesteps(seed: int, purpose: str, numbers: range, num_timesteps: int) -> Tensor:
+    """A low-discrepancy sequence in place of independent draws, as variational diffusion models use (arXiv 2107.00630,
+    appendix I.1); B int64."""
+    shift = torch.rand((), dtype=torch.float64, generator=generator(seed, purpose, "timesteps"))
+    places = torch.arange(numbers.start, numbers.stop, dtype=torch.float64) * GOLDEN_RATIO + shift
+    return (places.frac() * num_timesteps).long()

@@ -87,5 +87,5 @@ def test_unreachable_server_costs_seconds_and_no_number(
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
         command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(kept[0].parent)]
-        synced = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        synced = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert synced.returncode == 0, synced.stdout + synced.stderr

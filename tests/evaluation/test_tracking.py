@@ -1,6 +1,8 @@
-"""What an evaluation gives to Weights & Biases, offline."""
+"""What an evaluation gives to Weights & Biases, offline and where no server answers."""
 
 import json
+import logging
+import socket
 
 import pytest
 import wandb
@@ -53,7 +55,28 @@ def test_an_offline_run_holds_summary_table_and_artifact(output, monkeypatch, ag
     assert json.loads(tables[0].read_text())["data"][0][:3] == ["dreambench", "KOSMOS-G after stage 3", "dino"]
 
 
+@pytest.mark.slow
+def test_an_unreachable_server_leaves_an_offline_run(output, monkeypatch, caplog):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    wandb.teardown()  # what earlier tests told it
+    with caplog.at_level(logging.WARNING):
+        track(Tracking(mode="online", project="p", timeout=2.0), output, SCORES, {"key": "k"})
+    wandb.teardown()
+    assert "W&B cannot be reached" in caplog.text and str(output / "wandb") in caplog.text
+    assert list(output.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_disabled_touches_nothing(output, monkeypatch):
     monkeypatch.setattr(wandb, "init", None)
     track(Tracking(), output, SCORES, {})
     assert [path.name for path in output.iterdir()] == ["results.json"]
+
+
+def test_a_server_gets_some_time():
+    with pytest.raises(ValueError, match="timeout=0"):
+        Tracking(timeout=0)

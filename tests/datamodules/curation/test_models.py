@@ -28,13 +28,7 @@ OPEN_IMAGES = REPOSITORY / "configs" / "curation" / "open_images.yaml"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "safety": tiny_models.write_safety_checker(folder / "safety", strict=False),
-        "caption": tiny_models.write_blip2(folder / "caption"),
-        "entities": tiny_models.write_language_model(folder / "entities"),
-        "masks": tiny_models.write_clipseg(folder / "masks"),
-    }
+    return tiny_models.write_all(tmp_path_factory.mktemp("models"))
 
 
 def picture(number: int) -> Image.Image:

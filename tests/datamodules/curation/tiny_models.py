@@ -1,9 +1,18 @@
-"""Tiny models in the real folder layouts. The language models are built to say one thing: each word calls the next."""
+"""Tiny models in the real folder layouts. The language models are built to say one thing: each word calls the next.
 
+    python -m tests.datamodules.curation.tiny_models runs/tiny-curation 1000
+
+writes them with so many pictures of 512 px and more (coloured noise), and a curation.yaml that takes them in the place
+of the paper's models: what the pipeline itself costs.
+"""
+
+import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+import yaml
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,6 +33,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from benchmarks.loader import LoaderBenchmark, photograph
 from tests import tiny
 
 CAPTION = "dog beside red car"
@@ -39,6 +49,16 @@ VISION = {
     "image_size": SIDE,
     "patch_size": 16,
 }
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """The four models of configs/curation/open_images.yaml by stage; none of them drops an image."""
+    return {
+        "safety": write_safety_checker(folder / "safety", strict=False),
+        "caption": write_blip2(folder / "caption"),
+        "entities": write_language_model(folder / "entities"),
+        "masks": write_clipseg(folder / "masks"),
+    }
 
 
 def write_blip2(folder: Path) -> Path:
@@ -152,3 +172,23 @@ def teach(model: OPTForCausalLM, chain: list[str]) -> None:
     model.lm_head.weight.data.zero_()
     for word, following in pairwise(chain):
         model.lm_head.weight.data[WORDS.index(following), WORDS.index(word)] = 1.0
+
+
+def main(folder: Path, pictures: int) -> None:
+    """Write models, pictures and curation.yaml."""
+    stages = {name: {"model": str(model), "dtype": "float32"} for name, model in write_all(folder / "models").items()}
+    stages["entities"]["chat_template"] = None
+    paper = Path(__file__).resolve().parents[3] / "configs" / "curation" / "open_images"
+    values = {"extends": [str(paper)], "output": str(folder / "set"), "device": "cpu", **stages}
+    # The tiny CLIPSeg's heat is random and around one half: all of it is one region.
+    values |= {"input": {"images": str(folder / "pictures")}, "crops": {"threshold": 0.05, "max_area": 1.0}}
+    (folder / "curation.yaml").write_text(yaml.safe_dump(values))
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(pictures):
+        sides = rng.integers(512, 1025, 2)
+        (folder / "pictures" / f"{number:06d}.jpg").write_bytes(photograph(rng, *sides, LoaderBenchmark()).data)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
