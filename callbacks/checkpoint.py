@@ -14,6 +14,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint
 
+from callbacks.metrics_file import MetricsFile
 from lightning_modules.runs.checkpoint_folder import CheckpointWriteError, checkpoint_name, remove_old
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class StepCheckpoint(Checkpoint):
         self.folder, self.every, self.keep = folder, every, keep
         self.requested: int | None = None
         self._stopping = False
+        self._due = False
         self._saved_step = 0
         self._handlers: dict[int, Any] = {}
 
@@ -50,19 +52,29 @@ class StepCheckpoint(Checkpoint):
         except ValueError:  # only the main thread may set handlers; elsewhere nobody sends signals to us
             self._handlers = {}
 
+    # What lies before a checkpoint is never logged again, so the log must have it by then: the update's row, which
+    # Lightning writes after this hook, and that of a validation which comes next.
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
             return
         step = trainer.global_step
         self._stopping = trainer.strategy.reduce_boolean_decision(self.requested is not None, all=False)
-        if self._stopping or step % self.every == 0 or step == trainer.max_steps:
+        self._due = step % self.every == 0 or step == trainer.max_steps
+        validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and not loop.val_loop.skip
+        if self._stopping or (self._due and not validates):
+            write_row(trainer)
             self.save(trainer)
 
-    # The log has the row of the saved step only after on_train_batch_end, and the row of a validation that is due only
-    # after that: a resumed run would not make it up.
+    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if self._due and not trainer.sanity_checking:
+            self.save(trainer)
+
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if self._stopping:
+        if self._stopping:  # not before: a validation that is due would not be made up for
             raise RunInterruptedError(trainer.global_step, self.requested or signal.SIGTERM, self._saved_step)
+        # Lightning's count of rows misses one where a validation was due when it was saved and is not now.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
@@ -71,7 +83,7 @@ class StepCheckpoint(Checkpoint):
 
     def save(self, trainer: lightning.Trainer) -> None:
         """Write the checkpoint of this step, then remove all but the latest."""
-        step = trainer.global_step
+        step, self._due = trainer.global_step, False
         if step == self._saved_step:
             return
         try:
@@ -94,3 +106,13 @@ class StepCheckpoint(Checkpoint):
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # pressed twice: stop at once, the last checkpoint stands
         self.requested = number
+
+
+def write_row(trainer: lightning.Trainer) -> None:
+    """The present update's row into the run's metrics.csv, where Lightning's own will join it."""
+    connector = trainer._logger_connector
+    if trainer.is_global_zero and connector.should_update_logs:
+        row = {name: float(value) for name, value in connector.metrics["log"].items()}
+        for file in trainer.loggers:
+            if isinstance(file, MetricsFile):
+                file.log_metrics(row, trainer.fit_loop.epoch_loop._batches_that_stepped)

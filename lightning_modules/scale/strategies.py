@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_modules.runs.checkpoint_folder import read_state, write_checkpoint
@@ -34,11 +35,11 @@ class FolderCheckpoints(Strategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The tensors that train, as they lie on this process."""
-        return {name: parameter.detach() for name, parameter in trained_parameters(self._module()).items()}
+        return {name: parameter.detach() for name, parameter in self._trained().items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Groups as in the optimiser's own state; its tensors as `<parameter>.<key>`."""
-        names = {id(parameter): name for name, parameter in trained_parameters(self._module()).items()}
+        names = {id(parameter): name for name, parameter in self._trained().items()}
         tensors = {
             f"{names[id(parameter)]}.{key}": value
             for parameter, state in optimizer.state.items()
@@ -92,6 +93,9 @@ class FolderCheckpoints(Strategy):
         assert self.lightning_module is not None
         return self.lightning_module
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return trained_parameters(self._module())
+
 
 class SingleDevice(FolderCheckpoints, SingleDeviceStrategy):
     """One process, one device."""
@@ -103,6 +107,13 @@ class WholeCopies(FolderCheckpoints, DDPStrategy):
 
 class Sharded(FolderCheckpoints, ModelParallelStrategy):
     """FSDP2: parameters, gradients and the optimiser's states are divided among the processes."""
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        # A validation leaves the last layers gathered, since no backward pass follows that would divide them again.
+        for module in self._module().modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super()._trained()
 
 
 def build_strategy(name: str, accelerator: str, processes: int) -> Strategy:
