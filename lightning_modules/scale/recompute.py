@@ -22,6 +22,7 @@ ATTENTION = (
     "_scaled_dot_product_fused_attention_overrideable",
 )
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+FORMS = 64
 KEPT = {getattr(torch.ops.aten, name).default for name in (*ATTENTION, *PRODUCTS) if hasattr(torch.ops.aten, name)}
 
 
@@ -46,6 +47,9 @@ def apply_recompute(module: nn.Module, mode: str) -> None:
 
 def apply_compile(module: nn.Module, **options: Any) -> None:
     """Compile every layer's forward; sharding's hooks stay outside. `options` go to torch.compile."""
+    # One limit counts the forms of all layers of a class: widths, with a gradient and without, of fixed and of changing
+    # length. The default of 8 is passed by stages 2 and 3, whose last layers would then run uncompiled.
+    torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
     for layer in layers(module):
         layer.forward = torch.compile(layer.forward, **options)
     for unet in unets(module):

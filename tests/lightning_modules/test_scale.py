@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,24 @@ def test_compiled_layers_give_the_same(
     assert torch.allclose(found, expected, atol=1e-5)
     for name, gradient in gradients.items():
         assert torch.allclose(others[name], gradient, atol=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("language_modelling", []),
+        ("alignment", ["recipe.variant=masked", "recipe.length_groups=2"]),
+        ("instruction_tuning", ["recipe.length_groups=2"]),
+    ],
+)
+def test_no_layer_of_a_stage_is_left_uncompiled(
+    stage: str, options: list[str], configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(train, "apply_compile", partial(apply_compile, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        assert train.main([str(configs[stage]), "trainer.compile=true", "trainer.max_steps=8", *options]) == 0
 
 
 def test_layers_travel_in_half_precision_on_a_gpu_alone() -> None:
