@@ -282,6 +282,28 @@ def test_run_folder_is_taken_by_one_process(
     assert "in use by another process" in capsys.readouterr().err
 
 
+def test_what_a_killed_run_leaves_running_does_not_hold_its_folder(configs: dict[str, Path], tmp_path: Path) -> None:
+    """As workers that read data do for some seconds."""
+    experiment, folder = load_config([str(configs["alignment"])], train.stage_schema), tmp_path / "alignment"
+    told, tell = os.pipe()
+    killed = os.fork()
+    if killed == 0:
+        with train.RunFolder(folder).held(experiment):
+            worker = os.fork()
+            if worker == 0:
+                signal.pause()
+            os.write(tell, str(worker).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    worker = int(os.read(told, 20))
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
+        os.kill(worker, 0)  # still there
+        with train.RunFolder(folder).held(experiment):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(REPOSITORY / "configs")))
 def test_shipped_configurations_load(file: Path) -> None:
     experiment = load_config([str(file)], train.stage_schema)

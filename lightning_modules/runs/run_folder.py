@@ -122,6 +122,8 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as lock:
+            # Workers that read data outlive a killed run by seconds, and would hold the folder for so long.
+            os.register_at_fork(after_in_child=lock.close)
             self._take(lock)
             self._record(config)
             yield self
