@@ -1,7 +1,8 @@
 """Stage 3's step on 1, 2, … processes that train together, each with as many samples and one share of the cores.
 
 What a process adds beside its own arithmetic is the exchange of gradients (ddp), and of parameters too (fsdp2). Ideal
-is a step that takes as long on all as on one.
+is a step that takes as long on all as on one; what the machine itself takes from that, by caches and cores that are
+shared, is seen where nothing is exchanged (none).
 """
 
 import json
@@ -30,7 +31,7 @@ from lightning_modules.instruction_tuning import InstructionTuningModule, Instru
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.scale.sharding import DATA_PARALLEL, shard
 
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("none", "ddp", "fsdp2")
 HEADER = ["strategy", "processes", "seconds a step", "images a second", "times one process's images"]
 
 
@@ -106,7 +107,7 @@ def work(rank: int, count: int, strategy: str, threads: int, arguments: list[str
     step: Any = Step(config)
     if strategy == "fsdp2":
         shard(step.module.sharded_networks(), init_device_mesh("cpu", (count,), mesh_dim_names=(DATA_PARALLEL,)))
-    elif count > 1:
+    elif strategy == "ddp" and count > 1:
         step = DistributedDataParallel(step)
     seconds = []
     for repetition in range(config.warm_up + config.repetitions):
@@ -140,7 +141,7 @@ def footnote(result: dict[str, Any]) -> str:
     """What the figures hold for."""
     machine = result["machine"]
     facts = "; ".join(f"{name}: {value}" for name, value in result["facts"].items())
-    return f"Stage 3's step with gloo, no optimiser. {machine['device']}, torch {machine['torch']}. {facts}."
+    return f"Stage 3's step with gloo, no optimiser; none: nothing is exchanged. {machine['device']}, torch {machine['torch']}. {facts}."
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def test_benchmark_runs_and_reports(name: str, capsys: pytest.CaptureFixture) ->
 def test_processes_are_measured_together(capsys: pytest.CaptureFixture) -> None:
     assert main(["processes", "--json", "size=tiny", "repetitions=2"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert {row["strategy"] for row in result["rows"]} == {"ddp", "fsdp2"}
+    assert {row["strategy"] for row in result["rows"]} == {"none", "ddp", "fsdp2"}
     for row in result["rows"]:
         assert row["seconds"] > 0 and row["ratio"]["low"] <= row["ratio"]["high"]
         if row["processes"] == 1:
