@@ -141,7 +141,8 @@ def footnote(result: dict[str, Any]) -> str:
     """What the figures hold for."""
     machine = result["machine"]
     facts = "; ".join(f"{name}: {value}" for name, value in result["facts"].items())
-    return f"Stage 3's step with gloo, no optimiser; none: nothing is exchanged. {machine['device']}, torch {machine['torch']}. {facts}."
+    what = "Stage 3's step with gloo, no optimiser; none: nothing is exchanged."
+    return f"{what} {machine['device']}, torch {machine['torch']}. {facts}."
 
 
 def markdown(result: dict[str, Any]) -> str:
