@@ -5,23 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from datamodules.errors import SampleError
-from kosmosg.image_processing import LONGEST_ASPECT, rgb
+from kosmosg.image_processing import LONGEST_ASPECT, rgb, upright
 
 T = TypeVar("T")
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass
@@ -91,16 +82,6 @@ class StoredImage:
 
     def _error(self, reason: str, detail: str) -> SampleError:
         return SampleError(reason, self.shard, self.key, f"{self.name}: {detail}")
-
-
-def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """`pixels` turned as the EXIF orientation of `image` says. Broken EXIF data are no reason to lose an image."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # what stands there is the camera's, or anybody's
-        return pixels
-    turn = TURNS.get(orientation)
-    return pixels if turn is None else pixels.transpose(turn)
 
 
 SampleImage = Image.Image | StoredImage

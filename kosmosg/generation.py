@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from kosmosg.image_processing import upright
 from kosmosg.prompt import PLACEHOLDER
 
 METADATA_KEY = "kosmosg"
@@ -186,8 +187,7 @@ def generate(pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size:
         opened: dict[str, Image.Image] = {}
         for name in {name for job in batch for name in job.request.images}:
             with Image.open(name) as image:
-                image.load()
-                opened[name] = image.copy()
+                opened[name] = upright(image.copy(), image)
         drawn = pipeline(
             [job.request.prompt for job in batch],
             images=[[opened[name] for name in job.request.images] for job in batch],

@@ -52,6 +52,17 @@ def test_a_prompt_is_drawn_as_the_pipeline_draws_it(model, images, capsys):
     assert [image["file"] for image in parameters["images"]] == ["dog.png", "hero.png"] and parameters["model"]
 
 
+def test_a_photo_is_turned_upright(model, images):
+    photo, exif = Image.fromarray(np.arange(70 * 80 * 3, dtype=np.uint8).reshape(80, 70, 3)), Image.Exif()
+    photo.save(images / "upright.png")
+    exif[0x0112] = 8  # as a camera held sideways writes it: to be turned by 90 degrees
+    photo.transpose(Image.Transpose.ROTATE_270).save(images / "sideways.png", exif=exif)
+    for name in ("upright", "sideways"):
+        assert generate(model, "<i>", "--images", images / f"{name}.png", "--output", images / name, "--seed", "1") == 0
+    (one,), (other,) = ((images / name).glob("*.png") for name in ("upright", "sideways"))
+    assert (pixels(one) == pixels(other)).all()
+
+
 def write_manifest(folder, *lines):
     file = folder / "prompts.jsonl"
     file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
