@@ -1,6 +1,5 @@
 """train.py end to end on CPU: each stage trains, is stopped and resumed, is finished, and refuses what it should."""
 
-import csv
 import json
 import os
 import signal
@@ -20,7 +19,6 @@ from lightning_modules.runs.run_folder import RunFolder
 from lightning_modules.runs.tensor_storage import read_index, write_plain
 from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
-from tests.lightning_modules.runs import back_to
 
 LOSSES = {
     "language_modelling": ("train/loss", "val/caption_loss", "val/caption_loss_wrong_image"),
@@ -169,42 +167,6 @@ def test_steps_that_are_not_finite_are_skipped_and_bounded(
     assert skipped["processes"][0]["samples"][0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("validates", [True, False])
-def test_log_has_the_rows_of_a_checkpoint_when_it_is_saved(
-    validates: bool, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run killed right after a save goes on behind it, so these rows are never written again."""
-    saved: dict[int, list[dict[str, str]]] = {}
-
-    def note(self: StepCheckpoint, trainer) -> None:
-        with open(tmp_path / "alignment" / "metrics.csv", newline="") as log:
-            saved[trainer.global_step] = list(csv.DictReader(log))
-        save(self, trainer)
-
-    save = StepCheckpoint.save
-    monkeypatch.setattr(StepCheckpoint, "save", note)
-    held_out = [] if validates else ["data.captions.validation=''"]
-    assert run(configs["alignment"], "trainer.checkpoint_every=1", *held_out) == 0
-    assert sorted(saved) == [1, 2, 3, 4]
-    for step, rows in saved.items():
-        assert [row["step"] for row in rows] == [str(done) for done in range(step)]
-        assert all(row["train/loss"] and row["samples_per_second"] for row in rows)
-        assert [bool(row.get("val/loss")) for row in rows] == [validates and done % 2 == 1 for done in range(step)]
-
-
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_resumed_run_may_validate_at_other_steps(every: int, configs: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "alignment"
-    assert run(configs["alignment"]) == 0
-    expected = [row[:2] for row in losses(folder)]
-    back_to(folder, 2)
-    assert run(configs["alignment"], f"trainer.val_every={every}") == 0
-    assert [row[:2] for row in losses(folder)] == expected
-    with open(folder / "metrics.csv", newline="") as log:
-        validated = [int(row["step"]) + 1 for row in csv.DictReader(log) if row["val/loss"]]
-    assert validated == [2, *(step for step in (3, 4) if step % every == 0)]
-
-
 def test_checkpoint_of_another_model_is_refused(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -280,28 +242,6 @@ def test_run_folder_is_taken_by_one_process(
     with train.RunFolder(tmp_path / "alignment").held(experiment):
         assert run(configs["alignment"]) == 2
     assert "in use by another process" in capsys.readouterr().err
-
-
-def test_what_a_killed_run_leaves_running_does_not_hold_its_folder(configs: dict[str, Path], tmp_path: Path) -> None:
-    """As workers that read data do for some seconds."""
-    experiment, folder = load_config([str(configs["alignment"])], train.stage_schema), tmp_path / "alignment"
-    told, tell = os.pipe()
-    killed = os.fork()
-    if killed == 0:
-        with train.RunFolder(folder).held(experiment):
-            worker = os.fork()
-            if worker == 0:
-                signal.pause()
-            os.write(tell, str(worker).encode())
-            os.kill(os.getpid(), signal.SIGKILL)
-    worker = int(os.read(told, 20))
-    try:
-        assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
-        os.kill(worker, 0)  # still there
-        with train.RunFolder(folder).held(experiment):
-            pass
-    finally:
-        os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(REPOSITORY / "configs")))
