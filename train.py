@@ -1,14 +1,13 @@
 """Train one stage: python train.py stage.yaml [more.yaml | run_folder | key=value …]
 
 Every argument is a YAML file, a run folder or key=value; later wins. `stage:` names the stage, `run:` the folder for
-checkpoints, logs, pictures and the finished model. The same command goes on with an interrupted run.
+checkpoints, logs, images and the finished model. The same command resumes an interrupted run.
 
     python train.py configs/toyland/alignment.yaml
     python train.py configs/toyland/alignment.yaml configs/toyland/short.yaml trainer.max_steps=2
-    torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml configs/scale/8.yaml
-    python train.py configs/instruction_tuning.yaml configs/scale/8.yaml dry_run=true
+    torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml
+    python train.py configs/instruction_tuning.yaml trainer.devices=8 dry_run=true
     python train.py export runs/instruction_tuning output=models/step-40000 [step=40000] [weights=ema|raw]
-    python train.py sweep configs/sweeps/toyland/alignment.yaml trials=8 [seed=0] [key=value …]
 """
 
 import os
@@ -19,12 +18,11 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: noth
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING
 from rich.console import Console
@@ -32,54 +30,64 @@ from rich.console import Console
 from callbacks.checkpoint import RunInterruptedError, StepCheckpoint
 from callbacks.ema import EmaConfig, WeightAverage
 from callbacks.image_grid import GridConfig, ImageGrid
-from callbacks.metrics_file import MetricsFile
-from callbacks.model_export import ModelExport
+from callbacks.metrics import MetricsFile, StepMetrics
 from callbacks.progress import RunProgress
-from callbacks.throughput import Throughput
 from callbacks.weights_and_biases import WandbConfig, wandb_logger
-from datamodules.alignment import AlignmentData, AlignmentDataConfig
+from datamodules.alignment import AlignmentData
+from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import DataError
-from datamodules.instruction import InstructionData, InstructionDataConfig
-from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
-from datamodules.moments.files import moments_identity
-from kosmosg.config import ConfigError, load_config
-from kosmosg.config_help import describe_schema
-from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from datamodules.instruction import InstructionData
+from datamodules.language_modelling import LanguageModellingData
+from kosmosg.config import ConfigError, describe_schema, load_config, written_config
+from kosmosg.files import replaced
+from kosmosg.models.build import load_image_decoder
 from kosmosg.models.model_config import ModelConfig
-from kosmosg.prompt import PromptEncoder
 from kosmosg.sampling import DiffusionSampler
 from kosmosg.tokenizer import Tokenizer
-from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
+from lightning_modules.alignment import AlignmentModule
 from lightning_modules.base import StageModule, build_stage
-from lightning_modules.estimate.compute import affordable_updates
-from lightning_modules.estimate.hardware import HardwareConfig
-from lightning_modules.estimate.run_estimate import DoesNotFitError, report
-from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
-from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe
+from lightning_modules.checkpointing import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    checkpoint_name,
+    checkpoint_step,
+    load_weights,
+    verify,
+)
+from lightning_modules.dry_run import DoesNotFitError, HardwareConfig, report
+from lightning_modules.instruction_tuning import InstructionTuningModule
+from lightning_modules.language_modelling import LanguageModellingModule
 from lightning_modules.optimizer import OptimizerConfig
-from lightning_modules.runs.checkpoint_folder import CheckpointDamagedError, checkpoint_step
-from lightning_modules.runs.export import export
-from lightning_modules.runs.local_sweep import sweep_command
-from lightning_modules.runs.run_folder import RunFolder, RunFolderError
-from lightning_modules.runs.tensor_storage import StorageError
-from lightning_modules.runs.trained_weights import CheckpointMismatchError
-from lightning_modules.scale.batch_layout import BatchLayout, batch_layout, count_devices
-from lightning_modules.scale.launcher import launched_by_ourselves, named_launcher
-from lightning_modules.scale.recompute import apply_compile, apply_recompute
-from lightning_modules.scale.trainer import TrainerConfig, build_trainer, quieten_libraries
+from lightning_modules.parallelize import apply_activation_checkpointing, apply_compile
+from lightning_modules.run_folder import RunFolder, RunFolderError
 from lightning_modules.step_guard import TooManySkippedStepsError
+from lightning_modules.trainer import TrainerConfig, batch_layout, build_trainer, configure_logging
+
+# What ends a run with a message and exit status 2.
+USER_ERRORS = (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    ConfigError,
+    DataError,
+    DoesNotFitError,
+    RunFolderError,
+    TooManySkippedStepsError,
+)
 
 
 @dataclass
 class Experiment:
-    """What every stage's configuration holds; the stages add `data`, `recipe` and, where images are drawn, `grids`."""
+    """What every stage's configuration holds; see `stage` for what stages add."""
 
     module: ClassVar[type[StageModule]]
+    datamodule: ClassVar[type[MixtureDataModule]]
 
     stage: str = MISSING
     """Name of the stage, see STAGES."""
     runs: str = "runs"
-    """Where run folders lie, for `run` and `init_from` to refer to."""
+    """Where run folders are, for `run` and `init_from` to refer to."""
     run: str = MISSING
     """Run folder."""
     ablation: str | None = None
@@ -87,7 +95,7 @@ class Experiment:
     seed: int = 0
     """Of initial weights, noise, timesteps and dropout; data.seed is the order's."""
     init_from: str | None = None
-    """Model folder or run folder of the stage before; null starts from random weights (and CLIP's image tower)."""
+    """Model folder or run folder of the stage before; null starts from random weights (and CLIP's vision encoder)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes and pretrained parts, see configs/model/."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -97,168 +105,142 @@ class Experiment:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """What a dry run assumes."""
     dry_run: bool = False
-    """Tell what the run would take and end; nothing is read or written."""
+    """Print what the run would take and end; nothing is read or written."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Average of the weights."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
-    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
-        """The stage's batches."""
-        raise NotImplementedError
 
-    def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
-        """Callbacks that draw; none where there is no image decoder."""
-        return []
-
-    def layout(self) -> BatchLayout:
-        """How an update's rows are divided. Raises ValueError: they cannot be."""
-        options = self.trainer
-        devices = count_devices(options.devices, options.num_nodes, options.accelerator)
-        return batch_layout(self.data.batch_size, options.global_batch_size, devices, options.num_nodes)  # type: ignore
-
-    def encoder(self, tokenizer: Tokenizer) -> PromptEncoder:
-        mllm = self.model.mllm
-        return PromptEncoder(tokenizer, UnderstandingTransform(mllm.vision.image_size), mllm.image_tokens)
-
-
-@dataclass
-class LanguageModelling(Experiment):
-    module = LanguageModellingModule
-    data: LanguageModellingDataConfig = field(default_factory=LanguageModellingDataConfig)
-    """Text, captions and interleaved documents."""
-    recipe: LanguageModellingRecipe = field(default_factory=LanguageModellingRecipe)
-    """What trains."""
-
-    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
-        return LanguageModellingData(self.data, self.encoder(tokenizer))
-
-
-@dataclass
-class Alignment(Experiment):
-    module = AlignmentModule
-    data: AlignmentDataConfig = field(default_factory=AlignmentDataConfig)
-    """Captions."""
-    recipe: AlignmentRecipe = field(default_factory=AlignmentRecipe)
-    """Weights of the losses."""
-    grids: GridConfig = field(default_factory=GridConfig)
-    """Pictures of held-out prompts."""
-
-    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
-        return AlignmentData(self.data, self.encoder(tokenizer), module.text_target.tokenize)
-
-    def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
-        if self.grids.every == 0:
-            return []
-        sampler = DiffusionSampler.from_pretrained(self.model.image_decoder)
-        return [ImageGrid(self.grids, run.grids, sampler, tokenizer, module.text_target)]
-
-
-@dataclass
-class InstructionTuning(Experiment):
-    module = InstructionTuningModule
-    data: InstructionDataConfig = field(default_factory=InstructionDataConfig)
-    """Constructed samples, edits and captions."""
-    recipe: InstructionTuningRecipe = field(default_factory=InstructionTuningRecipe)
-    """What trains, and the loss."""
-    grids: GridConfig = field(default_factory=GridConfig)
-    """Pictures of held-out prompts."""
-
-    def datamodule(self, tokenizer: Tokenizer, module: Any) -> lightning.LightningDataModule:
-        transform = TargetTransform(self.model.image_size)
-        identity = moments_identity(module.image_decoder.vae, transform) if self.data.kept_moments else None
-        return InstructionData(self.data, self.encoder(tokenizer), transform, identity)
-
-    def pictures(self, run: RunFolder, tokenizer: Tokenizer, module: Any) -> list[lightning.Callback]:
-        if self.grids.every == 0:
-            return []
-        decoder = module.image_decoder
-        sampler = DiffusionSampler(decoder.unet, decoder.vae, decoder.scheduler)
-        return [ImageGrid(self.grids, run.grids, sampler, tokenizer)]
+def stage(module: type[StageModule], datamodule: type[MixtureDataModule]) -> type[Experiment]:
+    """The configuration of a stage: `data`, `recipe` and, where there is something to draw, `grids`."""
+    schemas = {"data": datamodule.Config, "recipe": module.Recipe}
+    if module.draws_images:
+        schemas["grids"] = GridConfig
+    return make_dataclass(
+        module.__name__.replace("Module", "Experiment"),
+        [(name, schema, field(default_factory=schema)) for name, schema in schemas.items()],
+        bases=(Experiment,),
+        namespace={"module": module, "datamodule": datamodule},
+    )
 
 
 STAGES: dict[str, type[Experiment]] = {
-    "language_modelling": LanguageModelling,
-    "alignment": Alignment,
-    "instruction_tuning": InstructionTuning,
+    "language_modelling": stage(LanguageModellingModule, LanguageModellingData),
+    "alignment": stage(AlignmentModule, AlignmentData),
+    "instruction_tuning": stage(InstructionTuningModule, InstructionData),
 }
-
-
-# What ends a run with a message and exit status 2.
-STOPS = (
-    CheckpointDamagedError,
-    CheckpointMismatchError,
-    ConfigError,
-    DataError,
-    DoesNotFitError,
-    RunFolderError,
-    StorageError,
-    TooManySkippedStepsError,
-)
 
 
 def stage_schema(values: dict[str, Any]) -> type[Experiment]:
     """The schema of `stage:`. Raises ConfigError: unknown or missing."""
-    stage = values.get("stage")
-    if stage not in STAGES:
-        raise ConfigError(f"stage is {stage!r}; allowed: {', '.join(STAGES)}. Set it in a YAML file or as stage=…")
-    return STAGES[stage]
+    name = values.get("stage")
+    if name not in STAGES:
+        raise ConfigError(f"stage is {name!r}; allowed: {', '.join(STAGES)}. Set it in a YAML file or as stage=…")
+    return STAGES[name]
 
 
-def train(experiment: Experiment) -> Path:
-    """Run the stage, or go on with it, to its end; the run folder. Raises what `main` answers with a message."""
+def train(experiment: Any, written: dict[str, Any]) -> Path:
+    """Run the stage, or resume it, to its end; the run folder. Raises what `main` answers with a message."""
     run = RunFolder(experiment.run)
-    with run.held(experiment, write=rank_zero_only.rank == 0):
+    with run.lock(written, type(experiment), write=rank_zero_only.rank == 0):
         if (finished := run.finished()) is not None:
             print(f"Run folder '{run.path}' is finished since {finished['finished']} ({finished['step']} steps)")
         else:
-            fit(experiment, run)
+            fit(experiment, written, run)
+            if rank_zero_only.rank == 0:
+                with replaced(run.model) as folder:
+                    export_model(experiment, run, run.latest_checkpoint(), folder)
+                run.mark_finished(step=experiment.trainer.max_steps, max_steps=experiment.trainer.max_steps)
     return run.path
 
 
-def fit(experiment: Experiment, run: RunFolder) -> None:
+def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
     """Build everything and train."""
-    options = experiment.trainer
+    options, model = experiment.trainer, experiment.model
     try:
-        layout = experiment.layout()
-        tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
-        module = build_stage(experiment, tokenizer)
-        data, pictures = experiment.datamodule(tokenizer, module), experiment.pictures(run, tokenizer, module)
-        if options.max_flops is not None:
-            options = replace(options, max_steps=affordable_updates(options.max_flops, layout, run, module, data))
+        layout = batch_layout(experiment.data.micro_batch_size, options)
+        tokenizer = Tokenizer.from_pretrained(Path(model.tokenizer))
+        module = build_stage(experiment.module, experiment, tokenizer)
+        data = experiment.datamodule.build(
+            experiment.data, module.mllm.encoder(tokenizer), model.image_size, module.image_decoder
+        )
+        grids = []
+        if experiment.module.draws_images and experiment.grids.every:
+            decoder = module.image_decoder if module.image_decoder.denoiser is not None else None
+            sampler = DiffusionSampler(decoder or load_image_decoder(model.image_decoder, "images"))
+            grids = [ImageGrid(experiment.grids, run.grids, sampler, tokenizer)]
     except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
         raise ConfigError(str(error)) from error
-    module.global_batch, module.max_skipped_steps = layout.global_batch, options.max_skipped_steps
-    apply_recompute(module, options.recompute)
+    module.global_batch, module.guard.limit = layout.global_batch, options.max_skipped_steps
+    data.micro_batches = layout.micro_batches
+    apply_activation_checkpointing(module, options.activation_checkpointing)
     if options.compile:
         apply_compile(module)
-    # The first process alone reads a checkpoint's every byte; its choice is the others', see FolderCheckpoints.
+    # The first rank alone reads a checkpoint's every byte; its choice is the others', see FolderCheckpoints.
     checkpoint = run.intact_checkpoint() if rank_zero_only.rank == 0 else run.latest_checkpoint()
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
-    loggers = [MetricsFile(run.path / "metrics.csv", first_step)]
-    loggers += filter(None, [wandb_logger(experiment.wandb, run.path, experiment)])
+    wandb = wandb_logger(experiment.wandb, run.path, experiment.stage, written)
     trainer = build_trainer(
         options,
-        layout,
+        layout.world_size,
         default_root_dir=run.path,
-        logger=loggers,
+        logger=[MetricsFile(run.path / "metrics.csv", first_step), *([wandb] if wandb else [])],
         callbacks=[
-            Throughput(),
+            StepMetrics(options.log_every),
             RunProgress(experiment.stage),
             *([WeightAverage(experiment.ema.decay)] if experiment.ema.decay else []),
-            *pictures,
-            ModelExport(run, tokenizer, lambda: build_stage(experiment, tokenizer), experiment.ema.exported),
+            *grids,
             StepCheckpoint(run.checkpoints, options.checkpoint_every, options.keep_checkpoints),
         ],
     )
-    with named_launcher():
-        trainer.fit(module, data, ckpt_path=checkpoint)
+    trainer.fit(module, data, ckpt_path=checkpoint)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], str]] = {
-    "export": lambda arguments: export(arguments, stage_schema),
-    "sweep": sweep_command,
-}
+def export_model(
+    experiment: Any, run: RunFolder, checkpoint: Path | None, output: Path, average: bool | None = None
+) -> bool:
+    """Write a checkpoint's model folder; whether it holds the average of the weights, by default as `ema` says.
+
+    Parameters sharded over ranks are whole on none, and an average is not in the module: so the module is built afresh
+    and filled from the checkpoint. Raises ConfigError: no checkpoint, or a part that is missing.
+    """
+    if checkpoint is None or not checkpoint.is_dir():
+        raise ConfigError(f"run folder '{run.path}' holds no checkpoint {checkpoint.name if checkpoint else 'yet'}.")
+    average = experiment.ema.exported if average is None else average
+    try:
+        tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
+        module = build_stage(experiment.module, experiment, tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    load_weights(checkpoint, module, average)
+    module.save_model(output, tokenizer)
+    return average
+
+
+def export(arguments: Sequence[str]) -> str:
+    """RUN output=FOLDER [step=N] [weights=ema|raw]: a checkpoint to a model folder, while its run goes on or after it;
+    what was done, in a sentence. By default the last checkpoint and the run's own choice of weights.
+
+    Raises:
+        ConfigError: arguments that are missing, unknown or not allowed; no checkpoint.
+        CheckpointDamagedError, CheckpointMismatchError: what the checkpoint holds is of no use.
+    """
+    keys = ("output", "step", "weights")
+    options = dict(argument.split("=", 1) for argument in arguments if argument.split("=", 1)[0] in keys)
+    runs = [argument for argument in arguments if argument.split("=", 1)[0] not in keys]
+    step, weights = options.get("step"), options.get("weights")
+    if len(runs) != 1 or "output" not in options:
+        raise ConfigError("export takes a run folder and output=FOLDER; step=N and weights=ema or raw may be added.")
+    if weights not in (None, "ema", "raw") or not (step is None or step.isdecimal()):
+        raise ConfigError(f"export: step={step} weights={weights} is not allowed; step is a number, weights ema or raw.")
+    experiment, run = load_config(runs, stage_schema), RunFolder(runs[0])
+    checkpoint = run.checkpoints / checkpoint_name(int(step)) if step else run.latest_checkpoint()
+    if checkpoint is not None and checkpoint.is_dir():
+        verify(checkpoint)
+    output = Path(options["output"])
+    average = export_model(experiment, run, checkpoint, output, None if weights is None else weights == "ema")
+    return f"The {'average' if average else 'weights'} of '{checkpoint}' are the model in '{output}'."
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -267,10 +249,10 @@ def main(arguments: Sequence[str]) -> int:
     if not given:
         print(__doc__ + f"\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
         return 0 if arguments else 2
-    quieten_libraries()
+    configure_logging()
     try:
-        if given[0] in COMMANDS:
-            print(COMMANDS[given[0]](given[1:]))
+        if given[0] == "export":
+            print(export(given[1:]))
             return 0
         if len(given) < len(arguments):
             print(describe_schema(type(load_config(given, stage_schema))))
@@ -279,16 +261,18 @@ def main(arguments: Sequence[str]) -> int:
         if experiment.dry_run:
             report(experiment, Console())
             return 0
-        run = train(experiment)
-    except STOPS as error:
+        run = train(experiment, written_config(arguments, stage_schema))
+    except USER_ERRORS as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except RunInterruptedError as stop:
-        if rank_zero_only.rank == 0:
-            print(stop, file=sys.stderr)
-        return 0 if launched_by_ourselves() else 128 + stop.signal
-    except KeyboardInterrupt:  # before the first step, or between the trials of a sweep
-        print("Stopped. The same command goes on from there.", file=sys.stderr)
+        # The first rank's exit status is the run's: a launcher kills the others as soon as one fails.
+        if rank_zero_only.rank:
+            return 0
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        print("Stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 128 + signal.SIGINT
     if rank_zero_only.rank == 0:
         print(f"The model is in '{run / 'model'}'.")

@@ -10,7 +10,7 @@ from benchmarks.comparison import Comparison
 from benchmarks.config import BenchmarkConfig, read_config
 from benchmarks.models import Parts
 from benchmarks.released import Alignment
-from datamodules.batches import AlignmentBatch
+from kosmosg.batches import AlignmentBatch
 from kosmosg.prompt import PromptBatch
 from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
 from lightning_modules.optimizer import OptimizerConfig

@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights that train, as each process holds them: whole or sharded.
+"""Exponential moving average of the trainable weights, as each rank holds them: whole or sharded.
 
 The average is float32, is in every checkpoint under `ema.`, and is what the finished model holds unless told otherwise.
-It is a pure function of the updates, so any number of processes finds the same.
+It is a pure function of the optimizer steps, so any number of ranks finds the same.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.base import StageModule
-from lightning_modules.runs.trained_weights import trained_parameters
-from lightning_modules.scale.strategies import empty_average
+from lightning_modules.checkpointing import empty_average, trainable_parameters
 
 
 @dataclass
 class EmaConfig:
     decay: float = 0.0
-    """Share of the old average that an update keeps, less in the first updates: at most (1 + n) / (10 + n). 0: none."""
+    """Share of the old average that a step keeps, less in the first steps: at most (1 + n) / (10 + n). 0: none."""
     export: bool = True
     """Whether the finished model holds the average instead of the last weights."""
 
@@ -41,23 +40,18 @@ class WeightAverage(Callback):
     def __init__(self, decay: float):
         self.decay = decay
         self.average: dict[str, Tensor] = {}
-        self._updates = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: StageModule) -> None:
-        self._updates = trainer.global_step
         if not self.average:
-            for name, parameter in trained_parameters(pl_module).items():
+            for name, parameter in trainable_parameters(pl_module).items():
                 self.average[name] = empty_average(parameter).copy_(parameter.detach())
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: StageModule, *_: Any) -> None:
-        if trainer.global_step == self._updates:
-            return  # a pass of an update that goes on
-        self._updates = trainer.global_step
         if pl_module.guard.skipping:
             return
-        decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
-        parameters = trained_parameters(pl_module)
+        decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
+        parameters = trainable_parameters(pl_module)
         old = [local(tensor) for tensor in self.average.values()]
         new = [local(parameters[name].detach()).float() for name in self.average]
         torch._foreach_lerp_(old, new, 1 - decay)
@@ -70,5 +64,5 @@ class WeightAverage(Callback):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: the average of parts is the part of the average."""
+    """This rank's part of a tensor: the average of parts is the part of the average."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

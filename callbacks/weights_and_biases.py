@@ -1,14 +1,14 @@
-"""Weights & Biases: losses, learning rate, gradient norm, throughput and picture grids. Offline unless told otherwise.
+"""Weights & Biases: losses, learning rate, gradient norm, throughput and image grids. Offline unless told otherwise.
 
 Offline runs lie in the run folder's `wandb/`; `wandb sync` uploads them later. No key is ever needed here. A server
 that does not answer never stops a training run, and keeps it waiting for `wandb.timeout` seconds at most: at the start
 the run is logged offline instead, later what was not uploaded stays on disk.
 """
 
-import hashlib
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from kosmosg.files import write_text
 
 
 @dataclass
@@ -76,11 +78,14 @@ class RunWandbLogger(WandbLogger):
             self._experiment = None
 
 
-def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger | None:
-    """The logger of run folder `run`, whose parameters are the dataclass `experiment`; None when disabled.
+def wandb_logger(config: WandbConfig, run: Path, stage: str, written: dict[str, Any]) -> WandbLogger | None:
+    """The logger of run folder `run`; None when disabled.
 
-    The id is the folder's, so that a resumed run goes on in the same W&B run; in a sweep it is the one that W&B's agent
-    gave.
+    The id is random and kept in the run folder, so that a resumed run continues the same W&B run; in a sweep it is the
+    one that W&B's agent gave.
+
+    Args:
+        written: the configuration as it was written, without secrets: the run's parameters.
     """
     if config.mode == "disabled":
         return None
@@ -96,20 +101,28 @@ def wandb_logger(config: WandbConfig, run: Path, experiment: Any) -> WandbLogger
     found = RunWandbLogger(
         project=config.project,
         name=config.name or run.name,
-        id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12],
+        id=os.environ.get("WANDB_RUN_ID") or run_id(run),
         save_dir=run,
         mode=config.mode,
         resume="allow",
-        group=config.group or experiment.stage,
+        group=config.group or stage,
         job_type=config.job_type,
         tags=list(config.tags),
         settings=settings,
     )
     if config.mode == "online" and (why := unreachable(config.timeout)):
         found.go_offline(why)
-    found._wandb_init.pop("anonymous", None)  # Lightning passes it as None, and wandb warns of it on every start
-    found.log_hyperparams(asdict(experiment))
+    found.log_hyperparams(written)
     return found
+
+
+@rank_zero_only
+def run_id(run: Path) -> str:
+    """The folder's id, made at its first start."""
+    file = run / "wandb.id"
+    if not file.is_file():
+        write_text(file, secrets.token_hex(6))
+    return file.read_text().strip()
 
 
 def unreachable(timeout: float) -> str | None:

@@ -12,7 +12,8 @@ import torch.distributed as distributed
 from torch.utils.data import Dataset
 
 from datamodules.errors import DataError
-from datamodules.report import ReadReport, SampleCounter
+from datamodules.report import SampleCounter
+from kosmosg.batches import ReadReport
 
 
 @dataclass

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.batches import AlignmentBatch
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.mixture import Request, SampleSource
-from datamodules.report import ReadReport
 from datamodules.sample import TEXT_MEMBERS, CaptionSample
-from kosmosg.prompt import PromptBatch, PromptEncoder
+from kosmosg.batches import AlignmentBatch, ReadReport
+from kosmosg.models.image_decoder import ImageDecoder
+from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 
 BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
 REMEMBERED_CHARACTERS = 10_000_000  # of all words together: a hostile caption may be one word of megabytes
 TextTokenize = Callable[[list[str]], Tensor]
-CaptionRow = tuple[list[int], np.ndarray]  # ids of <s> and the caption; CLIP ids (Q,)
+CaptionRow = tuple[EncodedPrompt, np.ndarray]  # <s> and the caption; ids (Q,) of the image decoder's text model
 
 
 @dataclass
@@ -126,7 +126,8 @@ class CaptionRows:
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
         if not pieces:
             return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
-        return ([self.tokenizer.bos_id, *pieces], clip_ids), f"{sample.shard}/{sample.key}"
+        prompt = EncodedPrompt([self.tokenizer.bos_id, *pieces], None, [])
+        return (prompt, clip_ids), f"{sample.shard}/{sample.key}"
 
 
 class AlignmentData(MixtureDataModule):
@@ -134,13 +135,21 @@ class AlignmentData(MixtureDataModule):
 
     Args:
         encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens.
-        text_tokenize: captions → CLIP ids B×Q, padded and cut, e.g. `TextTarget.tokenize`.
+        text_tokenize: captions → CLIP ids B×Q, padded and cut, e.g. `ImageDecoder.tokenize`.
 
     Raises:
         ValueError: `max_clip_tokens` is more than the CLIP text model takes.
     """
 
+    Config = AlignmentDataConfig
     config: AlignmentDataConfig
+
+    @classmethod
+    def build(
+        cls, config: AlignmentDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
+    ) -> "AlignmentData":
+        assert decoder is not None
+        return cls(config, encoder, decoder.tokenize)
 
     def __init__(self, config: AlignmentDataConfig, encoder: PromptEncoder, text_tokenize: TextTokenize):
         super().__init__(config)
@@ -166,10 +175,7 @@ class AlignmentData(MixtureDataModule):
         return CaptionRows(source, self.encoder.tokenizer, self.clip, self.config)
 
     def collate(self, rows: list[CaptionRow], report: ReadReport) -> AlignmentBatch:
-        """Rows → batch, as `PromptEncoder.collate` would make it."""
-        pad_id = self.encoder.tokenizer.pad_id
-        longest = max(len(ids) for ids, _ in rows)
-        # One tensor for all rows: a tensor for each caption would take as long as reading it.
-        ids = torch.from_numpy(np.array([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows]))
-        prompt = PromptBatch(ids, torch.zeros_like(ids, dtype=torch.bool), None, ids == pad_id)
-        return AlignmentBatch(prompt, torch.from_numpy(np.stack([clip_ids for _, clip_ids in rows])), report)
+        """Rows → batch."""
+        prompt = PromptBatch.stack([prompt for prompt, _ in rows], self.encoder.tokenizer.pad_id)
+        text_ids = torch.from_numpy(np.stack([text_ids for _, text_ids in rows]))
+        return AlignmentBatch(prompt=prompt, text_ids=text_ids, report=report)

@@ -27,8 +27,8 @@ class Source:
 class DataConfig:
     """What all stages say about their data."""
 
-    batch_size: int = 16
-    """Rows per process and batch."""
+    micro_batch_size: int = 16
+    """Rows that go through the networks together on one device."""
     seed: int = 0
     """Of the order of samples and of the choices inside them."""
     mixing: Literal["per_sample", "per_batch"] = "per_sample"
@@ -42,7 +42,7 @@ class DataConfig:
     pin_memory: bool = True
     """Page-locked batches for faster copies; used only where there is a GPU."""
     validation_samples: int = 256
-    """Rows of each validation, over all processes; rounded up to whole batches."""
+    """Rows of each validation, over all ranks."""
     validation_sources: list[str] | None = None
     """Sources in use whose held-out shards are validated on; null: all that have some."""
     max_bad_share: float = 0.01
@@ -60,7 +60,7 @@ class DataConfig:
         for name, allowed in (("mixing", ("per_sample", "per_batch")), ("weights_of", ("samples", "tokens"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}='{getattr(self, name)}' must be {' or '.join(allowed)}.")
-        for name in ("batch_size", "prefetch_factor", "validation_samples", "min_bad_count"):
+        for name in ("micro_batch_size", "prefetch_factor", "validation_samples", "min_bad_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_workers < 0:

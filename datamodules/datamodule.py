@@ -1,67 +1,84 @@
 """What the three DataModules share: loaders over an endless mixture, the position on resume, the count of bad samples.
 
-The loader's declared length is the whole run (`max_steps` × accumulated batches) and its iterator yields what is left
-of it: Lightning counts the batches before a resume as fetched, and an undeclared length would lose one batch.
+A batch of the training loader is one optimizer step: the list of its micro-batches. The loader's declared length is the
+whole run and its iterator yields what is left of it: Lightning counts the steps before a resume as fetched, and an
+undeclared length would lose one.
 """
 
 import gc
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.agreement import Agreement, Answered, AnsweringDataset
+from datamodules.agreement import Agreement, AnsweringDataset
 from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
 from datamodules.mixture import BatchPositions, MixtureDataset, RowBuilder, SampleSource, token_weights
-from datamodules.report import ReadReport, SampleCounter
+from datamodules.report import SampleCounter
+from kosmosg.batches import ReadReport
+from kosmosg.models.image_decoder import ImageDecoder
+from kosmosg.prompt import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
-class RunLoader(DataLoader):
-    """A loader that Lightning knows to be resumable: its position is derived from the step, so it stores none.
+class StepLoader:
+    """Optimizer steps as lists of micro-batches; or micro-batches alone, for validation.
+
+    The position is derived from the step, so that there is no state to store.
 
     Args:
-        agreement: is shown every batch's report, and what went wrong instead of a batch, on all processes at once.
+        loader: of micro-batches.
+        agreement: is shown every report, and what went wrong instead of a batch, on all ranks at once.
+        per_step: micro-batches of a step; None yields them one by one.
+        counted: rows of the global order that count, for validation.
     """
 
-    def __init__(self, dataset: MixtureDataset, agreement: Agreement, **options: Any):
-        super().__init__(AnsweringDataset(dataset), **options)
-        self.agreement = agreement
+    def __init__(self, loader: DataLoader, agreement: Agreement, per_step: int | None, counted: int | None = None):
+        self.loader, self.agreement, self.per_step, self.counted = loader, agreement, per_step, counted
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Batches.
+    def __len__(self) -> int:
+        return len(self.loader) // (self.per_step or 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Steps, or micro-batches.
 
         Raises:
-            DataError: on every process, where one cannot go on or too many samples are unusable.
+            DataError: on every rank, where one cannot go on or too many samples are unusable.
         """
-        answer: Answered
-        for answer in super().__iter__():
-            yield self.agreement(answer)
-
-    def state_dict(self) -> dict:
-        """Nothing: see `MixtureDataModule.position`."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
+        step = []
+        for answer in self.loader:
+            batch = self.agreement(answer)
+            if self.per_step is None:
+                batch.counted = sum(index < self.counted for index in batch.indices) if self.counted else None
+                yield batch
+                continue
+            step.append(batch)
+            if len(step) == self.per_step:
+                yield step
+                step = []
 
 
 class MixtureDataModule(lightning.LightningDataModule):
     """A mixture of sources, read in an order that only seed and position determine.
 
-    A checkpoint holds the position (samples read by all processes), so a run may go on with another number of
-    processes, workers or accumulated batches and reads the same global sequence.
+    The position follows from the optimizer step and the global batch, so a run may go on with another number of ranks,
+    workers or micro-batches and reads the same global sequence.
 
     Subclasses name their sources in `sources()` and build rows and batches.
+
+    Attributes:
+        micro_batches: of one optimizer step, on each rank.
     """
+
+    Config: ClassVar[type[DataConfig]]
 
     def __init__(self, config: DataConfig):
         super().__init__()
@@ -69,7 +86,19 @@ class MixtureDataModule(lightning.LightningDataModule):
         self.counter = SampleCounter(config.max_bad_share, config.min_bad_count)
         self.train_dataset: MixtureDataset | None = None
         self.validation_dataset: MixtureDataset | None = None
-        self._resumed: dict[str, Any] = {"step": 0, "position": 0}
+        self.micro_batches = 1
+        self._resumed: dict[str, Any] = {}
+
+    @classmethod
+    def build(cls, config: Any, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None) -> Any:
+        """The stage's data.
+
+        Args:
+            encoder: encodes prompts as the stage's MLLM reads them.
+            image_size: side of the target images in pixels.
+            decoder: of the stage's module, if it has one.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def sources(self) -> dict[str, Source]:
@@ -102,7 +131,7 @@ class MixtureDataModule(lightning.LightningDataModule):
             raise DataError(f"no source of data is in use; set at least one of {names} and a weight above 0.")
         training = {name: source.shards for name, source in used.items()}
         whole_batches = self.config.mixing == "per_batch"
-        turn = self.config.batch_size if whole_batches else 1
+        turn = self.config.micro_batch_size if whole_batches else 1
         self.train_dataset = self._dataset(training, self.config.seed, rows_per_turn=turn)
         chosen = self.config.validation_sources
         if chosen is not None and (unknown := sorted(set(chosen) - set(self.sources()))):
@@ -116,54 +145,39 @@ class MixtureDataModule(lightning.LightningDataModule):
             self.validation_dataset = self._dataset(held_out, seed=0)  # the same samples whatever the run's seed
         self._check_identity()
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches from the present position to the end of the run.
+    def train_dataloader(self) -> StepLoader:
+        """Optimizer steps from the present one to the end of the run.
 
         Raises:
-            DataError: the trainer has no `max_steps`, or would replace the sampler by its own.
+            DataError: the trainer has no `max_steps`.
         """
         assert self.trainer is not None and self.train_dataset is not None
         if self.trainer.max_steps < 1:
             raise DataError(
                 f"trainer.max_steps={self.trainer.max_steps}: the mixture has no end; set the steps to train."
             )
-        self._refuse_other_sampler()
-        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        return self._loader(self.train_dataset, steps, lambda: self.position()[:2])
+        loader = self._loader(self.train_dataset, self.trainer.max_steps * self.micro_batches, self._first)
+        return StepLoader(loader, Agreement(self.counter), self.micro_batches)
 
-    def val_dataloader(self) -> DataLoader | list:
+    def val_dataloader(self) -> StepLoader | list:
         """The first `validation_samples` of the held-out mixture in fixed order; an empty list if there is none."""
         if self.validation_dataset is None:
             return []
-        self._refuse_other_sampler()
-        steps = -(-self.config.validation_samples // (self.config.batch_size * self._world()[1]))
-        return self._loader(self.validation_dataset, steps, lambda: (0, 0))
+        count = -(-self.config.validation_samples // (self.config.micro_batch_size * self._world()[1]))
+        loader = self._loader(self.validation_dataset, count, lambda: 0)
+        return StepLoader(loader, Agreement(self.counter), None, self.config.validation_samples)
 
-    def position(self) -> tuple[int, int]:
-        """(batches, samples of all processes) that the run has read so far.
-
-        Only finished optimiser steps count: the batches of one that a crash interrupted are read again.
-        """
+    def _first(self) -> int:
+        """The micro-batch at which the run goes on. What a crash interrupted within a step is read again."""
         assert self.trainer is not None
-        since = max(0, self.trainer.global_step - self._resumed["step"])
-        accumulated = self.trainer.accumulate_grad_batches
-        batches = since * accumulated
-        samples = self._resumed["position"] + batches * self.config.batch_size * self._world()[1]
-        return (self._resumed["step"] + since) * accumulated, samples
+        return self.trainer.global_step * self.micro_batches
 
     def state_dict(self) -> dict:
-        """Position and identity of the data, and the counts of all processes."""
-        assert self.trainer is not None
-        return {
-            "version": STATE_VERSION,
-            "step": self.trainer.global_step,
-            "position": self.position()[1],
-            "identity": self.identity(),
-            "counts": self.counter.state_dict(),
-        }
+        """Identity of the data, and the counts of all ranks."""
+        return {"version": STATE_VERSION, "identity": self.identity(), "counts": self.counter.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take up the position; refuse other data unless `accept_changed_data`.
+        """Take up the counts; refuse other data unless `accept_changed_data`.
 
         Raises:
             DataError: the checkpoint's data are not these.
@@ -223,14 +237,13 @@ class MixtureDataModule(lightning.LightningDataModule):
         logger.info("rows by tokens: %s", ", ".join(f"{name} {w}" for name, w in zip(patterns, weights, strict=True)))
         return MixtureDataset(builders, weights, seed, self.collate, rows_per_turn)
 
-    def _loader(self, dataset: MixtureDataset, steps: int, start) -> DataLoader:
+    def _loader(self, dataset: MixtureDataset, count: int, first: Callable[[], int]) -> DataLoader:
         rank, world_size = self._world()
         workers = self.config.num_workers
-        return RunLoader(
-            dataset,
-            Agreement(self.counter),
-            batch_size=None,  # the dataset makes whole batches
-            sampler=BatchPositions(self.config.batch_size, steps, rank, world_size, start),
+        return DataLoader(
+            AnsweringDataset(dataset),
+            batch_size=None,  # the dataset makes whole micro-batches
+            sampler=BatchPositions(self.config.micro_batch_size, count, rank, world_size, first),
             collate_fn=_unchanged,
             num_workers=workers,
             worker_init_fn=_prepare_worker,
@@ -240,12 +253,6 @@ class MixtureDataModule(lightning.LightningDataModule):
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    def _refuse_other_sampler(self) -> None:
-        if self._world()[1] > 1 and self.trainer._accelerator_connector.use_distributed_sampler:  # type: ignore
-            raise DataError(
-                "set trainer.use_distributed_sampler=false: the batches are already divided among processes."
-            )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -11,17 +11,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from datamodules.batches import InstructionBatch
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.entities import Draws, EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.images import SampleImage, StoredImage, load
 from datamodules.mixture import Request, SampleSource
-from datamodules.moments.files import KeptMoments
-from datamodules.report import ReadReport
+from datamodules.moments.files import KeptMoments, moments_identity
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Sample
+from kosmosg.batches import InstructionBatch, ReadReport
 from kosmosg.image_processing import TargetTransform
+from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.prompt import EncodedPrompt, PromptEncoder, PromptTooLongError
 
 
@@ -149,7 +149,17 @@ class InstructionData(MixtureDataModule):
         ValueError: kept moments are asked for, but not of which VAE.
     """
 
+    Config = InstructionDataConfig
     config: InstructionDataConfig
+
+    @classmethod
+    def build(
+        cls, config: InstructionDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
+    ) -> "InstructionData":
+        assert decoder is not None
+        transform = TargetTransform(image_size)
+        identity = moments_identity(decoder.autoencoder, transform) if config.kept_moments else None
+        return cls(config, encoder, transform, identity)
 
     def __init__(
         self,
@@ -180,7 +190,4 @@ class InstructionData(MixtureDataModule):
     def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> InstructionBatch:
         """Rows → batch."""
         prompt = self.encoder.collate([prompt for prompt, _ in rows])
-        targets = torch.stack([target for _, target in rows])
-        if self.config.kept_moments:
-            return InstructionBatch(prompt, None, targets, report)
-        return InstructionBatch(prompt, targets, None, report)
+        return InstructionBatch(prompt=prompt, targets=torch.stack([target for _, target in rows]), report=report)

@@ -11,15 +11,15 @@ from typing import cast
 
 import torch
 
-from datamodules.batches import LanguageModellingBatch
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import SampleError
 from datamodules.mixture import MAX_ATTEMPTS, Request, SampleSource
 from datamodules.order import Permutation, mix
 from datamodules.packing import Document, PackedRow, Packer
-from datamodules.report import ReadReport
 from datamodules.sample import CaptionSample, InterleavedSample, Sample, TextSample
+from kosmosg.batches import LanguageModellingBatch, ReadReport
+from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.prompt import PromptBatch, PromptEncoder
 
 LOOK_AHEAD = 8  # documents asked of an object store at once
@@ -65,7 +65,7 @@ class PackedRows:
 
     def tokens(self, row: PackedRow) -> int:
         """See `RowBuilder`."""
-        return int((~row.padding).sum())
+        return len(row.prompt)
 
     def _build(self, request: Request, report: ReadReport) -> tuple[PackedRow, str] | SampleError:
         failed = len(report.errors)
@@ -126,7 +126,14 @@ class LanguageModellingData(MixtureDataModule):
         encoder: tokenizer, image transform and slots per image of the model to train.
     """
 
+    Config = LanguageModellingDataConfig
     config: LanguageModellingDataConfig
+
+    @classmethod
+    def build(
+        cls, config: LanguageModellingDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
+    ) -> "LanguageModellingData":
+        return cls(config, encoder)
 
     def __init__(self, config: LanguageModellingDataConfig, encoder: PromptEncoder):
         super().__init__(config)
@@ -145,11 +152,5 @@ class LanguageModellingData(MixtureDataModule):
 
     def collate(self, rows: list[PackedRow], report: ReadReport) -> LanguageModellingBatch:
         """Rows → batch; all are T long."""
-        images = [image for row in rows for image in row.images]
-        prompt = PromptBatch(
-            torch.stack([row.ids for row in rows]),
-            torch.stack([row.image_mask for row in rows]),
-            torch.stack(images) if images else None,
-            torch.stack([row.padding for row in rows]),
-        )
-        return LanguageModellingBatch(prompt, torch.stack([row.labels for row in rows]), report)
+        prompt = PromptBatch.stack([row.prompt for row in rows], self.packer.tokenizer.pad_id, len(rows[0].labels))
+        return LanguageModellingBatch(prompt=prompt, labels=torch.stack([row.labels for row in rows]), report=report)

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset, Sampler
 from datamodules.errors import DataError, SampleError
 from datamodules.images import Limits
 from datamodules.order import Draw, MixtureOrder, mix, whole_weights
-from datamodules.report import ReadReport
 from datamodules.sample import CaptionSample, Sample, decode
 from datamodules.storage.indexed_shards import IndexedShards
 from datamodules.storage.remote import RemoteConfig
+from kosmosg.batches import MicroBatch, ReadReport
 
 T = TypeVar("T")
 MAX_ATTEMPTS = 100
@@ -103,7 +103,7 @@ class MixtureDataset(Dataset, Generic[T]):
     Args:
         builders: one for each source.
         weights: whole shares of the sources.
-        collate: rows and their report → batch.
+        collate: rows and their report → micro-batch.
         rows_per_turn: rows in a row from one source, see `MixtureOrder`.
     """
 
@@ -112,7 +112,7 @@ class MixtureDataset(Dataset, Generic[T]):
         builders: Sequence[RowBuilder[T]],
         weights: Sequence[int],
         seed: int,
-        collate: Callable[[list[T], ReadReport], object],
+        collate: Callable[[list[T], ReadReport], MicroBatch],
         rows_per_turn: int = 1,
     ):
         self.builders, self.collate, self.seed = list(builders), collate, seed
@@ -129,7 +129,9 @@ class MixtureDataset(Dataset, Generic[T]):
         for position in positions:
             report.samples.append(rows[position][1])
             report.sources.append(self.builders[draws[position].source].name)
-        return self.collate([rows[position][0] for position in positions], report)
+        batch = self.collate([rows[position][0] for position in positions], report)
+        batch.indices = list(positions)
+        return batch
 
     def mean_tokens(self, rows_each: int) -> list[float]:
         """Mean tokens of the first `rows_each` rows of each source."""
@@ -181,27 +183,24 @@ def token_weights(dataset: MixtureDataset, shares: Sequence[int]) -> list[int]:
 
 
 class BatchPositions(Sampler[list[int]]):
-    """Which global sample indices each step of this process reads.
+    """Which global sample indices each micro-batch of this rank reads.
 
-    Step `k` of all processes together reads the positions after those of step `k-1` without a gap, and process
-    `rank` of `world_size` reads its contiguous part, so every process has equally many steps.
+    Micro-batch `k` of all ranks together reads the positions after those of micro-batch `k - 1` without a gap, and
+    rank `rank` of `world_size` its contiguous part, so that every rank has equally many.
 
     Args:
-        batch_size: rows per process and step.
-        steps: `len()`; all steps of the run, those before `start` included, as Lightning counts them.
-        start: gives (step, position) to begin at; asked at every iteration.
+        size: rows of a micro-batch.
+        count: micro-batches of the whole run.
+        first: gives the number of the micro-batch to begin with; asked at every iteration.
     """
 
-    def __init__(self, batch_size: int, steps: int, rank: int, world_size: int, start: Callable[[], tuple[int, int]]):
-        self.batch_size, self.steps, self.rank, self.world_size = batch_size, steps, rank, world_size
-        self.start = start
+    def __init__(self, size: int, count: int, rank: int, world_size: int, first: Callable[[], int]):
+        self.size, self.count, self.rank, self.world_size, self.first = size, count, rank, world_size, first
 
     def __len__(self) -> int:
-        return self.steps
+        return self.count
 
     def __iter__(self) -> Iterator[list[int]]:
-        step, position = self.start()
-        position += self.rank * self.batch_size
-        for _ in range(step, self.steps):
-            yield list(range(position, position + self.batch_size))
-            position += self.world_size * self.batch_size
+        for number in range(self.first(), self.count):
+            start = (number * self.world_size + self.rank) * self.size
+            yield list(range(start, start + self.size))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from datamodules.batches import IGNORED
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.images import SampleImage, load
-from datamodules.report import ReadReport
-from kosmosg.prompt import PromptEncoder
+from kosmosg.batches import ReadReport
+from kosmosg.losses import IGNORED_LABEL
+from kosmosg.prompt import EncodedPrompt, PromptEncoder
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
@@ -44,13 +44,10 @@ class Document:
 
 @dataclass
 class PackedRow:
-    """ids, labels (T,) int64; image_mask, padding (T,) bool; images float32 3×S×S each; documents `shard/key`."""
+    """prompt: the tokens of the row, without padding; labels (T,) int64; documents: `shard/key` of each."""
 
-    ids: Tensor
+    prompt: EncodedPrompt
     labels: Tensor
-    image_mask: Tensor
-    padding: Tensor
-    images: list[Tensor] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
 
 
@@ -148,8 +145,9 @@ class Packer:
         row[: len(packed)] = torch.tensor(packed)
         ids, following = row[:-1], row[1:]
         not_learned = torch.tensor([tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.image_end_id])
-        labels = following.masked_fill(torch.isin(following, not_learned), IGNORED)
-        # <image> and the slots after it share an id: the first of a run is the mark.
+        labels = following.masked_fill(torch.isin(following, not_learned), IGNORED_LABEL)
+        # <image> and the image tokens after it share an id: the first of a run is the mark.
         is_image = ids == tokenizer.image_id
-        slots = is_image & torch.cat([torch.zeros(1, dtype=torch.bool), is_image[:-1]])
-        return PackedRow(ids, labels, slots, ids == tokenizer.pad_id, images, names)
+        mask = is_image & torch.cat([torch.zeros(1, dtype=torch.bool), is_image[:-1]])
+        length = min(len(packed), len(ids))
+        return PackedRow(EncodedPrompt(ids[:length], mask[:length], images), labels, names)

@@ -1,40 +1,15 @@
-"""Counting unusable samples: in the workers per batch, in the training process over the run."""
+"""Counts the unusable samples of a run."""
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 
 from datamodules.errors import DataError, SampleError
+from kosmosg.batches import ReadReport
 
 logger = logging.getLogger(__name__)
 
 LOGGED_PER_REASON = 20
 REMEMBERED_SAMPLES = 100_000
-
-
-@dataclass
-class ReadReport:
-    """What was read for one batch; travels with it from the worker to the training process.
-
-    Attributes:
-        samples: `shard/key` of each row, for error messages and for comparing orders.
-        sources: name of the source of each row.
-        reads: samples opened, usable or not.
-        errors: the unusable ones.
-    """
-
-    samples: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    reads: int = 0
-    errors: list[SampleError] = field(default_factory=list)
-
-    def __add__(self, other: "ReadReport") -> "ReadReport":
-        return ReadReport(
-            self.samples + other.samples,
-            self.sources + other.sources,
-            self.reads + other.reads,
-            self.errors + other.errors,
-        )
 
 
 class SampleCounter:

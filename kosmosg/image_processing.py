@@ -3,6 +3,8 @@
 Values are those of float64 arithmetic rounded once, at the end: that is how the released code computes its inputs.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import ExifTags, Image
@@ -22,8 +24,8 @@ TURNS = {
 }
 
 
-class UnderstandingTransform:
-    """What the image tower reads: shorter side bicubic, centre crop, CLIP's mean and deviation.
+class ClipImageTransform:
+    """What the vision encoder reads: shorter side bicubic, centre crop, CLIP's mean and deviation.
 
     Args:
         size: pixels on a side, `S`.
@@ -102,6 +104,13 @@ def rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def to_images(pixels: Tensor, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3) -> list[Image.Image]:
+    """Normalised tensors B×3×H×W as PIL images, by default from [-1, 1]."""
+    shape = (1, 3, 1, 1)
+    values = pixels.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in (values.clamp(0, 1) * 255).round().byte()]
 
 
 def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:

@@ -27,15 +27,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kosmosg.condition import Condition
 from kosmosg.config import RUN_CONFIG
-from kosmosg.image_processing import UnderstandingTransform
 from kosmosg.models.aligner import Aligner, load_aligner
+from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MAX_TOKENS, MLLM
+from kosmosg.models.stable_diffusion import ABSENT_PARTS, StableDiffusion
 from kosmosg.models.storage import find_model, load_part
-from kosmosg.prompt import PromptEncoder, Segment
-from kosmosg.prompt_forms import Picture, Prompt, read_prompts
-from kosmosg.sampling import ABSENT_PARTS, DiffusionSampler, build_scheduler
+from kosmosg.prompt import ImageInput, Prompt, PromptEncoder, Segment, read_prompts
+from kosmosg.sampling import DiffusionSampler, build_scheduler
 from kosmosg.tokenizer import Tokenizer
 
 Composed = TypeVar("Composed", bound=DiffusionPipeline)
@@ -76,7 +77,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 f"{unet.config.cross_attention_dim}: the model was aligned with another Stable Diffusion."
             )
         self.register_modules(mllm=mllm, aligner=aligner, tokenizer=tokenizer, unet=unet, vae=vae, scheduler=scheduler)
-        self._null_condition: tuple[Any, Tensor] | None = None
+        self._null_condition: tuple[Any, Condition] | None = None
 
     @classmethod
     def from_pretrained(
@@ -125,19 +126,22 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     @property
     def encoder(self) -> PromptEncoder:
         """Segments → ids and preprocessed images."""
-        longest = min(MAX_TOKENS, self.aligner.max_length or MAX_TOKENS)
-        transform = UnderstandingTransform(self.mllm.vision.image_size)
-        return PromptEncoder(self.tokenizer, transform, self.mllm.config.image_tokens, longest)
+        return self.mllm.encoder(self.tokenizer, min(MAX_TOKENS, self.aligner.max_length or MAX_TOKENS))
+
+    @property
+    def image_decoder(self) -> ImageDecoder:
+        """U-Net and VAE behind the interface that the project knows."""
+        return StableDiffusion(self.unet, self.vae, self.scheduler)
 
     @property
     def sampler(self) -> DiffusionSampler:
         """Conditions → images, without a progress bar."""
-        return DiffusionSampler(self.unet, self.vae, self.scheduler)
+        return DiffusionSampler(self.image_decoder)
 
     def __call__(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
-        images: Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
         prompt_embeds: Tensor | None = None,
@@ -183,8 +187,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         drawing = self.sampler
         drawing.pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {"disable": False}))
         drawn = drawing(
-            prompt_embeds,
-            self.null_condition if negative_prompt_embeds is None else negative_prompt_embeds,
+            Condition(prompt_embeds),
+            self.null_condition if negative_prompt_embeds is None else Condition(negative_prompt_embeds),
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -205,12 +209,12 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def encode_prompt(
         self,
         prompt: Prompt | Sequence[Prompt],
-        images: Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(conditions, what guidance steers away from), B×Q×C both; see `__call__`."""
-        condition = self._condition(read_prompts(prompt, images))
-        return condition, self._negative(negative_prompt, len(condition)).expand(len(condition), -1, -1)
+        condition = self._condition(read_prompts(prompt, images)).states
+        return condition, self._negative(negative_prompt, len(condition)).states.expand(len(condition), -1, -1)
 
     def embeddings(self, *prompt: Any, **options: Any) -> dict[str, Tensor]:
         """`encode_prompt` as keyword arguments of diffusers' pipelines."""
@@ -232,8 +236,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return kind(unet=self.unet, vae=self.vae, scheduler=parts.pop("scheduler", scheduler), **ABSENT_PARTS, **parts)
 
     @property
-    def null_condition(self) -> Tensor:
-        """The condition of `<s>` alone, 1×Q×C; computed once for frozen weights, as `from_pretrained` leaves them."""
+    def null_condition(self) -> Condition:
+        """The condition of `<s>` alone, one row; computed once for frozen weights, as `from_pretrained` leaves them."""
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             return self._condition([[]])
         state = weights_state(self.mllm), weights_state(self.aligner), str(self._execution_device)
@@ -264,8 +268,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             )
         self.load_lora_into_unet(ours, alphas, self.unet, adapter_name=adapter_name, _pipeline=self, hotswap=hotswap)
 
-    def _negative(self, negative_prompt: str | Sequence[str] | None, count: int) -> Tensor:
-        """1×Q×C, or B×Q×C where each prompt has its own."""
+    def _negative(self, negative_prompt: str | Sequence[str] | None, count: int) -> Condition:
+        """Of one row, or of B where each prompt has its own."""
         if not negative_prompt:
             return self.null_condition
         if isinstance(negative_prompt, str):
@@ -277,7 +281,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return self._condition([[text] for text in negative_prompt])
 
     @torch.no_grad()
-    def _condition(self, prompts: Sequence[Sequence[Segment]]) -> Tensor:
+    def _condition(self, prompts: Sequence[Sequence[Segment]]) -> Condition:
         encoder, model = self.encoder, self.model
         batch = encoder.collate([encoder(segments) for segments in prompts])
         with evaluating(model):

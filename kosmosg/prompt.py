@@ -1,22 +1,29 @@
 """Interleaved text and images as one sequence (paper section 2.1; golden README, "Sequence format").
 
-`<s> text <image> slot×K </image> text …`: the slots hold the id of `<image>` too and are marked by a mask.
+`<s> text <image> token×K </image> text …`: the image tokens hold the id of `<image>` too and are marked by a mask.
+Users write a prompt as text with a `<i>` for each image, or as a list of strings and images.
 
-Shapes: `B` batch, `L` tokens, `I` images of the batch in reading order, `K` slots per image, `S` pixels.
+Shapes: `B` batch, `L` tokens, `I` images of the batch in reading order, `K` tokens per image, `S` pixels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from kosmosg.image_processing import UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform
 from kosmosg.tokenizer import Tokenizer
 
 PLACEHOLDER = "<i>"
 Segment = str | Image.Image | Tensor
+Prompt = str | Sequence[Segment]
+ImageInput = Image.Image | Tensor
 
 
 class PromptTooLongError(ValueError):
@@ -25,10 +32,10 @@ class PromptTooLongError(ValueError):
 
 @dataclass
 class EncodedPrompt:
-    """One prompt: ids (L,) int64, image_mask (L,) bool, images: float32 3×S×S each."""
+    """One prompt: ids (L,) int64 or a list; image_mask (L,) bool, None without images; images: float32 3×S×S each."""
 
-    ids: Tensor
-    image_mask: Tensor
+    ids: Tensor | list[int]
+    image_mask: Tensor | None
     images: list[Tensor]
 
     def __len__(self) -> int:
@@ -37,15 +44,104 @@ class EncodedPrompt:
 
 @dataclass
 class PromptBatch:
-    """Prompts padded on the right: ids B×L int64; image_mask B×L, padding B×L bool; images I×3×S×S or None."""
+    """Prompts padded on the right: ids B×L int64; image_mask B×L, padding B×L bool; images I×3×S×S or None.
+
+    Attributes:
+        lengths: tokens of each row without padding. Kept on the host, as `images_per_row`, so that dividing a batch
+            does not wait for the GPU; both are derived from the tensors where they are not given.
+        images_per_row: images of each row.
+        pad_id: id at padding.
+    """
 
     ids: Tensor
     image_mask: Tensor
     images: Tensor | None
     padding: Tensor
+    lengths: list[int] = None  # type: ignore[assignment]
+    images_per_row: list[int] = None  # type: ignore[assignment]
+    pad_id: int = 1
+
+    def __post_init__(self) -> None:
+        if self.lengths is None:
+            self.lengths = (~self.padding).sum(dim=1).tolist()
+        if self.images_per_row is None:
+            # The tokens of an image are one run of the mask, since `</image>` follows them.
+            before = F.pad(self.image_mask, (1, 0))[:, :-1]
+            self.images_per_row = (self.image_mask & ~before).sum(dim=1).tolist()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def stack(cls, rows: Sequence[EncodedPrompt], pad_id: int, length: int | None = None) -> "PromptBatch":
+        """Rows padded on the right to `length`, by default to the longest.
+
+        Raises:
+            ValueError: no rows.
+        """
+        if not rows:
+            raise ValueError("PromptBatch.stack got no prompts; a batch holds at least one.")
+        lengths = [len(row) for row in rows]
+        # Through numpy: a tensor for each caption of stage 2 would take as long as reading it.
+        shape = (len(rows), length or max(lengths))
+        ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=bool)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = row.ids
+            if row.image_mask is not None:
+                mask[number, : len(row)] = row.image_mask
+        images = [image for row in rows for image in row.images]
+        padding = np.arange(shape[1])[None, :] >= np.array(lengths)[:, None]
+        return cls(
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            torch.stack(images) if images else None,
+            torch.from_numpy(padding),
+            lengths,
+            [len(row.images) for row in rows],
+            pad_id,
+        )
+
+    def rows(self, index: Sequence[int]) -> "PromptBatch":
+        """Some rows in the order of `index`, with their images, cut to their own longest."""
+        length = max(self.lengths[row] for row in index)
+        ends = list(accumulate(self.images_per_row))
+        chosen = [image for row in index for image in range(ends[row] - self.images_per_row[row], ends[row])]
+        rows = torch.tensor(index, device=self.ids.device)
+        images = None
+        if self.images is not None and chosen:
+            images = self.images[torch.tensor(chosen, device=self.images.device)]
+        return PromptBatch(
+            self.ids[rows, :length],
+            self.image_mask[rows, :length],
+            images,
+            self.padding[rows, :length],
+            [self.lengths[row] for row in index],
+            [self.images_per_row[row] for row in index],
+            self.pad_id,
+        )
+
+    def join(self, other: "PromptBatch") -> "PromptBatch":
+        """The rows of both batches, padded to the longer; such as one unconditional prompt more."""
+        length = max(self.ids.shape[1], other.ids.shape[1])
+
+        def joined(name: str, value: int | bool) -> Tensor:
+            tensors = (getattr(self, name), getattr(other, name).to(self.ids.device))
+            return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
+
+        images = [part.images.to(self.ids.device) for part in (self, other) if part.images is not None]
+        return PromptBatch(
+            joined("ids", self.pad_id),
+            joined("image_mask", False),
+            torch.cat(images) if images else None,
+            joined("padding", True),
+            self.lengths + other.lengths,
+            self.images_per_row + other.images_per_row,
+            self.pad_id,
+        )
+
+    def replace_images(self, images: Tensor | None) -> "PromptBatch":
+        """The same prompts with other images I×3×S×S at the same places."""
+        return replace(self, images=images)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
         """The batch on another device."""
@@ -56,7 +152,8 @@ class PromptBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
-        return PromptBatch(
+        return replace(
+            self,
             ids=function(self.ids),
             image_mask=function(self.image_mask),
             images=None if self.images is None else function(self.images),
@@ -76,7 +173,7 @@ class PromptEncoder:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_transform: UnderstandingTransform,
+        image_transform: ClipImageTransform,
         image_tokens: int,
         max_length: int | None = None,
     ):
@@ -92,52 +189,41 @@ class PromptEncoder:
             TypeError: a segment that is neither text nor image.
         """
         tokenizer = self.tokenizer
-        ids, slots = [tokenizer.bos_id], [False]
+        ids, mask = [tokenizer.bos_id], [False]
         images: list[Tensor] = []
         for segment in segments:
             if isinstance(segment, str):
                 piece_ids = tokenizer.encode(segment)
                 ids += piece_ids
-                slots += [False] * len(piece_ids)
+                mask += [False] * len(piece_ids)
                 continue
             images.append(self._preprocess(segment))
             ids += [tokenizer.image_id] * (1 + self.image_tokens) + [tokenizer.image_end_id]
-            slots += [False] + [True] * self.image_tokens + [False]
+            mask += [False] + [True] * self.image_tokens + [False]
         if eos:
             ids.append(tokenizer.eos_id)
-            slots.append(False)
+            mask.append(False)
         if self.max_length is not None and len(ids) > self.max_length:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens ({len(images)} images of {self.image_tokens + 2} each) but at most "
                 f"{self.max_length} are allowed; shorten the text or use fewer images."
             )
-        return EncodedPrompt(torch.tensor(ids), torch.tensor(slots), images)
+        return EncodedPrompt(torch.tensor(ids), torch.tensor(mask), images)
 
     def collate(self, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
         """Pad on the right to the longest prompt.
 
         Raises:
-            ValueError: no prompts, or a prompt whose slots do not fit its images.
+            ValueError: no prompts, or a prompt whose image tokens do not fit its images.
         """
-        if not prompts:
-            raise ValueError("collate got no prompts; a batch holds at least one.")
         for number, prompt in enumerate(prompts):
-            slots = int(prompt.image_mask.sum())
-            if slots != len(prompt.images) * self.image_tokens:
+            tokens = 0 if prompt.image_mask is None else int(prompt.image_mask.sum())
+            if tokens != len(prompt.images) * self.image_tokens:
                 raise ValueError(
-                    f"prompt {number} has {slots} image slots for {len(prompt.images)} images; each image takes "
+                    f"prompt {number} has {tokens} image tokens for {len(prompt.images)} images; each image takes "
                     f"{self.image_tokens}."
                 )
-        shape = (len(prompts), max(len(prompt) for prompt in prompts))
-        ids = torch.full(shape, self.tokenizer.pad_id)
-        image_mask = torch.zeros(shape, dtype=torch.bool)
-        padding = torch.ones(shape, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt.ids
-            image_mask[row, : len(prompt)] = prompt.image_mask
-            padding[row, : len(prompt)] = False
-        images = [image for prompt in prompts for image in prompt.images]
-        return PromptBatch(ids, image_mask, torch.stack(images) if images else None, padding)
+        return PromptBatch.stack(prompts, self.tokenizer.pad_id)
 
     def _preprocess(self, segment: Image.Image | Tensor) -> Tensor:
         if isinstance(segment, Image.Image):
@@ -151,7 +237,7 @@ class PromptEncoder:
         if tuple(segment.shape) != (3, size, size):
             raise ValueError(
                 f"an image tensor is {tuple(segment.shape)} but must be (3, {size}, {size}); pass the PIL image or "
-                f"preprocess it with UnderstandingTransform(size={size})."
+                f"preprocess it with ClipImageTransform(size={size})."
             )
         return segment.float()
 
@@ -172,3 +258,42 @@ def parse_prompt(text: str, images: Sequence[Image.Image | Tensor] = ()) -> list
     for image, following in zip(images, texts[1:], strict=True):
         segments += [image, following]
     return [segment for segment in segments if not isinstance(segment, str) or segment]
+
+
+def read_prompts(prompts: Prompt | Sequence[Prompt], images: Sequence[Any] | None) -> list[list[Segment]]:
+    """The forms of `KosmosGPipeline.__call__` as lists of segments.
+
+    Raises:
+        ValueError: nothing to draw, or images that fit no placeholders; a batch's error names the prompt.
+    """
+    if isinstance(prompts, str) or any(not isinstance(item, str) and is_image(item) for item in prompts):
+        batch, image_lists = [prompts], [images or ()]
+    else:
+        batch, image_lists = list(prompts), list(images) if images is not None else [()] * len(prompts)
+        if not batch:
+            raise ValueError("no prompts were given; give at least one.")
+        if len(image_lists) != len(batch) or any(is_image(item) for item in image_lists):
+            raise ValueError(
+                f"a batch of {len(batch)} prompts needs images as a list of {len(batch)} lists, one for each prompt."
+            )
+    return [read_prompt(prompt, list(image_lists[number]), number) for number, prompt in enumerate(batch)]
+
+
+def read_prompt(prompt: Prompt, images: Sequence[ImageInput], number: int) -> list[Segment]:
+    """One prompt as segments; `number` is its place in the batch."""
+    if isinstance(prompt, str):
+        try:
+            segments = parse_prompt(prompt, images)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
+    elif images:
+        raise ValueError(f"prompt {number} is a list of segments, which holds its images itself; give no images=.")
+    else:
+        segments = list(prompt)
+    if not any(is_image(segment) or str(segment).strip() for segment in segments):
+        raise ValueError(f"prompt {number} is empty; give text, an image or both.")
+    return segments
+
+
+def is_image(item: object) -> bool:
+    return isinstance(item, (Image.Image, Tensor))

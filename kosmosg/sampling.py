@@ -1,27 +1,22 @@
-"""Conditions to images: diffusers' StableDiffusionPipeline, driven through prompt embeddings.
+"""Conditions to images: diffusers' own pipeline of the image decoder, driven through prompt embeddings.
 
 Notable: no sampler of ours. The three schedulers are set as the released code's (golden README, "Evaluation"):
 DPM-Solver++ of order 2 ends at its smallest sigma, not at zero; DDIM and PNDM step from a leading spacing.
 
-Shapes: `B` conditions, `n` images for each, `Q` condition tokens, `C` condition width.
+Shapes: `B` conditions, `n` images for each.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
+
+from kosmosg.condition import Condition
+from kosmosg.models.image_decoder import ImageDecoder
 
 SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "dpm": (
@@ -48,14 +43,6 @@ NOISE_SCHEDULE = (
     "trained_betas",
     "prediction_type",
 )
-# Parts of diffusers' Stable Diffusion pipelines that prompt embeddings make needless.
-ABSENT_PARTS: dict[str, Any] = {
-    "text_encoder": None,
-    "tokenizer": None,
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
 
 
 def build_scheduler(sampler: str, trained_with: SchedulerMixin) -> SchedulerMixin:
@@ -81,54 +68,20 @@ def build_scheduler(sampler: str, trained_with: SchedulerMixin) -> SchedulerMixi
     return kind.from_config(trained_with.config)
 
 
-class EmbeddedStableDiffusion(StableDiffusionPipeline):
-    """diffusers' pipeline without a text encoder, to which it would hand down the scale of LoRA layers."""
-
-    def encode_prompt(self, *arguments: Any, lora_scale: float | None = None, **options: Any) -> tuple:
-        return super().encode_prompt(*arguments, **options)
-
-
 class DiffusionSampler:
-    """Samples images for conditions, whoever made them: AlignerNet, or Stable Diffusion's own text encoder.
+    """Samples images for conditions, whoever made them: AlignerNet, or the decoder's own text model.
 
     Args:
-        scheduler: gives the noise schedule that the U-Net was trained with, and samples where no `sampler` is named.
+        decoder: its scheduler gives the noise schedule it was trained with, and samples where no `sampler` is named.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: SchedulerMixin):
-        self.given_scheduler = scheduler
-        # Each call sets its own scheduler; this one is only in settings that diffusers does not find fault with.
-        self.pipeline = EmbeddedStableDiffusion(
-            unet=unet, vae=vae, scheduler=build_scheduler("ddim", scheduler), **ABSENT_PARTS
-        )
+    def __init__(self, decoder: ImageDecoder):
+        self.decoder, self.given_scheduler = decoder, decoder.scheduler
+        self.pipeline = decoder.diffusers_pipeline()
         self.pipeline.set_progress_bar_config(disable=True)
 
-    @classmethod
-    def from_pretrained(
-        cls, stable_diffusion: str | Path, torch_dtype: torch.dtype = torch.float32
-    ) -> "DiffusionSampler":
-        """Read unet/, vae/ and scheduler/ of a Stable Diffusion folder or hub id."""
-        return cls(
-            UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", dtype=torch_dtype),
-            AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", dtype=torch_dtype),
-            DDIMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler"),
-        )
-
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.pipeline.unet
-
-    @property
-    def vae(self) -> AutoencoderKL:
-        return self.pipeline.vae
-
-    @property
-    def condition_width(self) -> int:
-        """`C`, what the U-Net's cross-attention reads."""
-        return self.unet.config.cross_attention_dim
-
     def to(self, device: torch.device | str) -> "DiffusionSampler":
-        """Move the U-Net and the VAE."""
+        """Move the decoder's networks."""
         self.pipeline.to(device)
         return self
 
@@ -138,8 +91,8 @@ class DiffusionSampler:
 
     def __call__(
         self,
-        condition: Tensor,
-        null_condition: Tensor,
+        condition: Condition,
+        unconditional: Condition,
         *,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 50,
@@ -156,11 +109,11 @@ class DiffusionSampler:
         cross_attention_kwargs: dict[str, Any] | None = None,
         fast_unguided_share: float = 0.0,
     ) -> Any:
-        """B·n images, those of one condition together: ε̂ = null + w (cond − null), eq. 4.
+        """B·n images, those of one condition together: ε̂ = uncond + w (cond − uncond), eq. 4.
 
         Args:
-            condition: B×Q×C.
-            null_condition: what guidance steers away from, 1×Q×C or B×Q×C.
+            condition: of B prompts.
+            unconditional: what guidance steers away from, of 1 row or B.
             guidance_scale: w; up to 1, only the condition is computed.
             seeds: one for each image, B·n; an image then depends on its seed alone, not on the batch around it.
             generator: draws the starting noise where there are no seeds.
@@ -179,24 +132,22 @@ class DiffusionSampler:
                 f"num_inference_steps={num_inference_steps} and num_images_per_prompt={num_images_per_prompt} "
                 "must be at least 1."
             )
-        if condition.shape[-1] != self.condition_width:
-            raise ValueError(
-                f"the condition is {condition.shape[-1]} wide but the U-Net reads {self.condition_width}: the model "
-                "was aligned with another Stable Diffusion."
-            )
+        self.decoder.check(condition)
         if not 0 <= fast_unguided_share <= 1:
             raise ValueError(f"fast_unguided_share={fast_unguided_share} is not allowed; it lies in 0 … 1.")
         if fast_unguided_share and guidance_scale > 1:
             guided = round((1 - fast_unguided_share) * num_inference_steps)
             callback_on_step_end = Unguide(guided, callback_on_step_end)
             callback_on_step_end_tensor_inputs = [*callback_on_step_end_tensor_inputs, "prompt_embeds"]
-        images = len(condition) * num_images_per_prompt
+        prompts = len(condition.states)
+        images = prompts * num_images_per_prompt
         self.pipeline.scheduler = self.scheduler(sampler)
-        # Under CPU offload the U-Net lies elsewhere than it computes.
-        placed = {"device": self.pipeline._execution_device, "dtype": self.unet.dtype}
+        # Under CPU offload the denoiser lies elsewhere than it computes.
+        placed = {"device": self.pipeline._execution_device, "dtype": self.decoder.denoiser.dtype}
+        if len(unconditional.states) != prompts:
+            unconditional = unconditional.repeat_interleave(prompts)
         return self.pipeline(
-            prompt_embeds=condition.to(**placed),
-            negative_prompt_embeds=null_condition.to(**placed).expand(len(condition), -1, -1),
+            **self.decoder.pipeline_arguments(condition.to(**placed), unconditional.to(**placed)),
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

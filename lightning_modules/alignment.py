@@ -1,10 +1,10 @@
-"""Stage 2, image decoder alignment (paper section 2.2): AlignerNet learns CLIP's text space from captions alone.
+"""Stage 2, image decoder alignment (paper section 2.2): AlignerNet learns the decoder's text space from captions alone.
 
-L = w_mse·L_mse + w_rec·L_rec: M(s) hits the CLIP text model's states t (eq. 5) and N finds s again (eq. 6), with s
-the MLLM's states of the caption. Trained: M and N. Frozen: MLLM and CLIP text model.
+L = w_mse·L_mse + w_rec·L_rec: M(s) hits the text model's states t (eq. 5) and N finds s again (eq. 6), with s the
+MLLM's states of the caption. Trainable: M and N. Frozen: MLLM and text model.
 
-Notable: without padding in the loss (`recipe.variant` masked or paper) a caption's loss does not depend on the batch it
-stands in, so that a batch may be computed in groups of like length and frozen states may be kept.
+Notable: without padding in the loss (`recipe.variant` masked or paper) a caption's loss does not depend on its batch,
+which may then be computed in buckets of similar length.
 
 Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries, `C` condition width.
 """
@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from kosmosg.batches import AlignmentBatch
+from kosmosg.condition import Condition
 from kosmosg.losses import AlignmentVariant, alignment_losses
-from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
-from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm
+from kosmosg.models.aligner import Aligner, AlignerDecoder
+from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm, load_image_decoder
+from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
-from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
-from lightning_modules.base import StageExperiment, StageModule
-from lightning_modules.frozen_cache import FrozenCache, padded, row_keys, unpadded
-from lightning_modules.length_groups import LengthGroups, image_rows, take
+from lightning_modules.base import LoadDecoder, PromptShape, Sample, StageExperiment, StageModule, fake_prompts
+from lightning_modules.length_buckets import length_buckets
 from lightning_modules.optimizer import OptimizerConfig
+
+CAPTION_TOKENS = 75
 
 
 @dataclass
@@ -39,88 +43,95 @@ class AlignmentRecipe:
     """Weight of L_rec, eq. 6; 0 leaves N out of the loss."""
     variant: AlignmentVariant = "released"
     """How the norms of eqs. 5 and 6 are averaged, see kosmosg.losses.alignment_losses; released counts padding."""
-    length_groups: int = 1
-    """Parts of like length in which a batch is computed; more than 1 needs a variant that does not count padding."""
-    cache_megabytes: int = 0
-    """Room for the frozen networks' states of captions, for small corpora: so much for CLIP's, and so much for the
-    MLLM's where no padding counts, its dropout is off and it is not sharded. 0: none is kept. A resumed run, whose
-    cache is empty, agrees with an uninterrupted one to rounding."""
+    length_buckets: int = 1
+    """Parts of similar length in which a micro-batch is computed; more than 1 needs a variant that does not count
+    padding."""
     frozen_dropout: bool = False
     """Dropout in the frozen MLLM. The released code leaves it on; a frozen network without it is the paper's text."""
 
     def __post_init__(self) -> None:
-        for name, least in (("mse_weight", 0), ("rec_weight", 0), ("length_groups", 1), ("cache_megabytes", 0)):
+        for name, least in (("mse_weight", 0), ("rec_weight", 0), ("length_buckets", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; allowed: {least} or more")
-        if self.length_groups > 1 and self.variant == "released":
+        if self.length_buckets > 1 and self.variant == "released":
             raise ValueError(
-                f"recipe.length_groups is {self.length_groups}, but recipe.variant=released counts the padding of the "
-                "whole batch; allowed: 1, or recipe.variant=masked or paper"
+                f"recipe.length_buckets is {self.length_buckets}, but recipe.variant=released counts the padding of "
+                "the whole batch; allowed: 1, or recipe.variant=masked or paper"
             )
         if self.mse_weight == self.rec_weight == 0:
             raise ValueError("recipe.mse_weight and recipe.rec_weight are both 0; at least one must be above 0")
 
 
 class AlignmentModule(StageModule):
-    """Batches: `prompt` PromptBatch of `<s>caption` and `clip_ids` B×Q.
+    """See `AlignmentBatch`.
 
     Raises:
-        ValueError: M's queries or width are not the CLIP text model's length or width.
+        ValueError: M's queries or width are not the text model's length or width.
     """
+
+    Recipe = AlignmentRecipe
+    draws_images = True
 
     def __init__(
         self,
         mllm: MLLM,
-        aligner: AlignerEncoder,
+        aligner: Aligner,
         aligner_decoder: AlignerDecoder,
-        text_target: TextTarget,
+        image_decoder: ImageDecoder,
         recipe: AlignmentRecipe,
         optimizer: OptimizerConfig,
         seed: int,
     ):
         super().__init__(optimizer, seed)
+        spec = image_decoder.spec
         for key, ours, theirs in (
-            ("num_queries", aligner.config.num_queries, text_target.length),
-            ("width", aligner.config.width, text_target.width),
+            ("num_queries", aligner.config.num_queries, spec.tokens),
+            ("width", aligner.config.width, spec.width),
         ):
             if ours != theirs:
                 raise ValueError(
                     f"model.aligner.{key} is {ours}, but the text model of model.image_decoder has {theirs}"
                 )
-        self.mllm, self.aligner, self.aligner_decoder, self.text_target = mllm, aligner, aligner_decoder, text_target
-        self.recipe = recipe
-        self.target_cache, self.hidden_cache = FrozenCache(recipe.cache_megabytes), FrozenCache(recipe.cache_megabytes)
+        self.mllm, self.aligner, self.aligner_decoder = mllm, aligner, aligner_decoder
+        self.image_decoder, self.recipe = image_decoder, recipe
         mllm.requires_grad_(False)
         aligner.requires_grad_(True)
         aligner_decoder.requires_grad_(recipe.rec_weight > 0)
 
     @classmethod
     def build(
-        cls, experiment: StageExperiment, tokenizer: Tokenizer, text_target: TextTarget | None = None
+        cls, experiment: StageExperiment, tokenizer: Tokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "AlignmentModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
             build_aligner(experiment.model),
             build_aligner_decoder(experiment.model),
-            text_target or TextTarget.from_pretrained(experiment.model.image_decoder),
+            load_decoder(experiment.model.image_decoder, "text"),
             experiment.recipe,
             experiment.optimizer,
             experiment.seed,
         )
 
-    def frozen_networks(self) -> Sequence[nn.Module]:
-        return (self.text_target,) if self.recipe.frozen_dropout else (self.mllm, self.text_target)
+    @property
+    def model(self) -> KosmosG:
+        """MLLM and aligner as one network."""
+        return KosmosG(self.mllm, self.aligner)
 
-    def sharded_networks(self) -> Sequence[nn.Module]:
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        return (self.image_decoder,) if self.recipe.frozen_dropout else (self.mllm, self.image_decoder)
+
+    def sharded_modules(self) -> Sequence[nn.Module]:
         return (self.mllm, self.aligner, self.aligner_decoder)
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """`loss`, `mse_loss` (eq. 5) and `rec_loss` (eq. 6) of a batch."""
-        target = self.targets(batch.clip_ids)
-        groups = LengthGroups(batch.prompt, self.recipe.length_groups)
+        target = self.image_decoder.text_condition(batch.text_ids)
+        buckets = length_buckets(batch.prompt.lengths, self.recipe.length_buckets)
+        prompts = [batch.prompt] if len(buckets) == 1 else [batch.prompt.rows(rows) for rows in buckets]
+        targets = [target] if len(buckets) == 1 else [target.rows(rows) for rows in buckets]
         means = [
-            torch.stack(self.group_losses(part, target[rows])) * (len(rows) / len(batch.prompt))
-            for rows, part in zip(groups.rows, groups.parts, strict=True)
+            torch.stack(self._bucket_losses(prompt, target)) * (len(prompt) / len(batch))
+            for prompt, target in zip(prompts, targets, strict=True)
         ]
         mse, rec = torch.stack(means).sum(dim=0)
         return {
@@ -129,48 +140,35 @@ class AlignmentModule(StageModule):
             "rec_loss": rec,
         }
 
-    def batch_loss(self, batch: Any) -> Tensor:
-        return self.losses(batch)["loss"]
-
-    def group_losses(self, prompt: PromptBatch, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _bucket_losses(self, prompt: PromptBatch, target: Condition) -> tuple[Tensor, Tensor]:
         """L_mse and L_rec, means over the captions of `prompt`."""
         variant = self.recipe.variant
-        hidden = self.hidden_states(prompt)
-        condition = self.aligner(hidden, prompt.padding)
-        beyond = None if variant == "released" else prompt.padding
-        reconstruction = self.aligner_decoder(condition, hidden.shape[1], beyond)
-        return alignment_losses(condition, target, hidden, reconstruction, padding=prompt.padding, variant=variant)
+        with torch.no_grad():
+            hidden, padding = self.mllm.hidden_states(prompt)
+        condition = self.aligner(hidden, padding)
+        reconstruction = self.aligner_decoder(condition, hidden.shape[1], None if variant == "released" else padding)
+        return alignment_losses(
+            condition.states, target.states, hidden, reconstruction, padding=padding, variant=variant
+        )
 
-    @torch.no_grad()
-    def targets(self, clip_ids: Tensor) -> Tensor:
-        """t of eq. 5, B×Q×C."""
-        if not self.recipe.cache_megabytes:
-            return self.text_target(clip_ids)
-        return torch.stack(self.target_cache(row_keys(clip_ids), lambda rows: list(self.text_target(clip_ids[rows]))))
+    def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        return {name: (value, len(batch)) for name, value in self.losses(batch).items()}
 
-    @torch.no_grad()
-    def hidden_states(self, prompt: PromptBatch) -> Tensor:
-        """s of eq. 6, B×L×D."""
-        kept = self.recipe.variant != "released" and not self.recipe.frozen_dropout
-        # Sharded networks are gathered by all processes together, whether or not one has found all its states.
-        if not (self.recipe.cache_megabytes and kept and self.device_mesh is None):
-            return self.mllm(prompt)
-        keys = row_keys(prompt.ids, prompt.padding)
+    def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
+        return PromptShape(CAPTION_TOKENS, 0)
 
-        def compute(rows: list[int]) -> list[Tensor]:
-            part = take(prompt, rows, prompt.ids.shape[1], image_rows(prompt))
-            return unpadded(self.mllm(part), part.padding)
+    def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> AlignmentBatch:
+        prompt = fake_prompts(self.mllm, rows, shape)
+        text_ids = torch.zeros(rows, self.image_decoder.spec.tokens, dtype=torch.int64, device=prompt.ids.device)
+        return AlignmentBatch(prompt=prompt, text_ids=text_ids, indices=list(range(rows)))
 
-        return padded(self.hidden_cache(keys, compute), prompt.ids.shape[1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        losses = self.losses(batch)
-        self.log_losses("train", losses, len(batch.prompt))
-        return losses["loss"]
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log_losses("val", self.losses(batch), len(batch.prompt))
+    def reference_images(self, batch: Any, sample: Sample) -> list[Image.Image]:
+        """What the image decoder draws for the captions by itself."""
+        decoder = self.image_decoder
+        ids = torch.cat([batch.text_ids, decoder.tokenize([""])]).to(self.device)
+        conditions = decoder.text_condition(ids)
+        return sample(conditions.rows(slice(0, -1)), conditions.rows(slice(-1, None)))
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """mllm/, aligner/, aligner_decoder/ and tokenizer/."""
-        KosmosG(self.mllm, self.aligner).save_pretrained(folder, tokenizer, aligner_decoder=self.aligner_decoder)
+        self.model.save_pretrained(folder, tokenizer, aligner_decoder=self.aligner_decoder)

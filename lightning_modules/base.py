@@ -1,239 +1,310 @@
-"""What the three stages share: optimiser, clipping, skipped updates, frozen parts, random draws, sharding.
+"""What the stages share: one Lightning batch is one optimizer step, made of micro-batches that the module steps itself.
 
-Logged at every `trainer.log_every` updates: train/loss (of the whole update, accumulated passes too), lr, grad_norm
-(before clipping), skipped_steps. Lightning numbers updates from 0: the row of step n is of update n + 1.
+Per optimizer step: a loss for each micro-batch, weighted by what it counts, and its backward pass; then clip or skip,
+step, schedule. So `batch_idx == global_step` on any number of devices, and a step is the same however it is divided.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import lightning
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from kosmosg.models.mllm import MLLM
+from kosmosg.batches import MicroBatch
+from kosmosg.condition import Condition
+from kosmosg.models.build import load_image_decoder
+from kosmosg.models.image_decoder import ImageDecoder
+from kosmosg.models.mllm import MultimodalLM
 from kosmosg.models.model_config import ModelConfig
+from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
-from lightning_modules.optimizer import OptimizerConfig, build_optimizer
-from lightning_modules.randomness import derive_seed, sample_numbers
-from lightning_modules.runs.trained_weights import CheckpointMismatchError
-from lightning_modules.scale.sharding import shard
+from lightning_modules.checkpointing import CheckpointMismatchError
+from lightning_modules.optimizer import OptimizerConfig, StageAdamW, build_optimizer, learning_rate_factor
+from lightning_modules.parallelize import shard
+from lightning_modules.randomness import derive_seed
 from lightning_modules.step_guard import StepGuard
+
+LoadDecoder = Callable[..., ImageDecoder]
+Sample = Callable[[Condition, Condition], list[Image.Image]]
 
 
 class StageExperiment(Protocol):
     """What a stage reads of an experiment's configuration."""
 
-    module: ClassVar[type["StageModule"]]
     model: ModelConfig
+    data: Any
     recipe: Any
     optimizer: OptimizerConfig
     init_from: str | None
     seed: int
 
 
+@dataclass
+class PromptShape:
+    """Length of a stage's typical row, for dry runs."""
+
+    tokens: int
+    images: int
+
+
 class StageModule(lightning.LightningModule):
     """Base of the stages.
 
     Args:
-        optimizer: schema of the optimiser.
+        optimizer: schema of the optimizer.
         seed: of all random draws of the run.
 
     Attributes:
-        guard: skips updates that are not finite.
-        max_skipped_steps: how many it may skip in a run.
-        global_batch: rows of an update; a resumed run must have the same.
+        Recipe: schema of the stage's own keys.
+        draws_images: whether the stage has a condition that sample grids can be drawn from.
+        guard: skips optimizer steps that are not finite.
+        global_batch: rows of an optimizer step; a resumed run must have the same.
+        step_began, waiting_since: when the last step began, and the wait for the next one's data; seconds.
     """
+
+    Recipe: ClassVar[type]
+    draws_images: ClassVar[bool] = False
 
     def __init__(self, optimizer: OptimizerConfig, seed: int):
         super().__init__()
+        self.automatic_optimization = False
         self.optimizer_config, self.seed = optimizer, seed
-        self.guard, self.max_skipped_steps = StepGuard(), 10
+        self.guard = StepGuard()
         self.global_batch: int | None = None
-        self._update_sums: dict[str, Tensor] = {}
-        self._update_weight: float | Tensor = 0.0
+        self.step_began = self.waiting_since = 0.0
+        self._step_metrics: dict[str, Tensor | float] = {}
+        self._validation: dict[str, tuple[Tensor, Tensor]] = {}
 
+    # What a stage owns.
     @classmethod
-    def build(cls, experiment: "StageExperiment", tokenizer: Tokenizer) -> "StageModule":
+    def build(
+        cls, experiment: StageExperiment, tokenizer: Tokenizer, load_decoder: LoadDecoder = load_image_decoder
+    ) -> "StageModule":
         """The module with the networks that the configuration describes; `init_from` holds the stage before."""
         raise NotImplementedError
 
-    def frozen_networks(self) -> Sequence[nn.Module]:
+    def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Training losses of a micro-batch, means over what it counts; `loss` is the one to minimise."""
+        raise NotImplementedError
+
+    def validation_losses(self, batch: MicroBatch) -> dict[str, tuple[Tensor, int]]:
+        """Name → loss and what it counts. All ranks must give the same names."""
+        raise NotImplementedError
+
+    def count(self, batch: MicroBatch) -> int:
+        """What a micro-batch counts in its optimizer step: rows, unless the stage says otherwise."""
+        return len(batch)
+
+    def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
+        """The row that a dry run assumes."""
+        raise NotImplementedError
+
+    def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> MicroBatch:
+        """A micro-batch of that shape, for dry runs, profiling and tests; its values mean nothing."""
+        raise NotImplementedError
+
+    def reference_images(self, batch: MicroBatch, sample: Sample) -> list[Image.Image]:
+        """What the grid compares each prompt's image with; `sample` draws from conditions."""
+        raise NotImplementedError
+
+    def frozen_modules(self) -> Sequence[nn.Module]:
         """Networks that stay in eval mode."""
         return ()
 
-    def sharded_networks(self) -> Sequence[nn.Module]:
-        """Networks that fsdp2 shards; the others are whole on every process. Each must be run by calling it."""
+    def sharded_modules(self) -> Sequence[nn.Module]:
+        """Networks that FSDP2 shards; the others are whole on every rank. Each must be run by calling it."""
         return ()
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Write the stage's result as a model folder."""
         raise NotImplementedError
 
-    def batch_loss(self, batch: Any) -> Tensor:
-        """The training loss of a batch, with draws of its own: for what looks at a step from outside of a run."""
-        raise NotImplementedError
+    # The optimizer step.
+    def training_step(self, step: list[MicroBatch], batch_idx: int) -> dict[str, Tensor]:
+        """One optimizer step over the micro-batches of this rank; its loss, for the progress bar."""
+        self.step_began = time.perf_counter()
+        optimizer: Any = self.optimizers()
+        self.guard.begin_step(step)
+        sums: dict[str, Tensor] = {}
+        for number, (batch, share) in enumerate(zip(step, self._shares(step), strict=True)):
+            # Dropout draws from the global generator. Seeded here, it needs no saving and resume is exact.
+            position = self.trainer.global_step * len(step) + number
+            torch.manual_seed(derive_seed(self.seed, "dropout", position, self.trainer.global_rank))
+            with self._gradient_sync(last=number == len(step) - 1):
+                losses = self.losses(batch.to(self.device, non_blocking=True))
+                self.manual_backward(losses["loss"] * share)
+            self.guard.observe(losses["loss"])
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() * share
+        rate = self.optimizer_config.lr * learning_rate_factor(
+            self.trainer.global_step, self.optimizer_config.warmup_steps, self.trainer.max_steps
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        self._step_metrics = {f"train/{name}": value for name, value in sums.items()} | {"lr": rate}
+        optimizer.step()  # clips or skips, see on_before_optimizer_step
+        optimizer.zero_grad()
+        return {"loss": sums["loss"]}
 
-    @property
-    def forward_pass(self) -> int:
-        """Number of this forward pass since the run began, from 0; accumulated passes count singly."""
-        accumulation = self.trainer.accumulate_grad_batches
-        position = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
-        return self.trainer.global_step * accumulation + position % accumulation
+    def step_metrics(self) -> dict[str, float]:
+        """Losses of the last optimizer step over all ranks, rate, gradient norm and skipped steps. All ranks call it."""
+        reduced = {
+            name: float(self.trainer.strategy.reduce(value, reduce_op="mean") if name.startswith("train/") else value)
+            for name, value in self._step_metrics.items()
+        }
+        return reduced | {"skipped_steps": float(self.guard.skipped)}
 
-    def train_numbers(self, rows: int) -> range:
-        """Numbers of the samples in this rank's batch, independent of how the global batch is split."""
-        return sample_numbers(self.forward_pass, self.trainer.world_size, self.trainer.global_rank, rows)
+    def _shares(self, step: list[MicroBatch]) -> list[Tensor] | list[float]:
+        """Weight of each micro-batch's mean: the mean over ranks of the weighted sums is the mean over the step."""
+        counts = [self.count(batch) for batch in step]
+        if self.trainer.world_size == 1:
+            return [count / max(1, sum(counts)) for count in counts]
+        total = torch.tensor(float(sum(counts)), device=self.device)
+        total = self.trainer.strategy.reduce(total, reduce_op="sum").clamp(min=1)
+        return [count * self.trainer.world_size / total for count in counts]
 
-    @property
-    def meets_others(self) -> bool:
-        """Whether other processes train along: all must then use the same networks, see `with_blank_image_row`."""
-        return self._trainer is not None and self.trainer.world_size > 1
+    @contextmanager
+    def _gradient_sync(self, last: bool) -> Iterator[None]:
+        """DDP exchanges gradients once a step. FSDP2 does so in every micro-batch, to keep them sharded."""
+        model = self.trainer.model
+        if isinstance(model, DistributedDataParallel) and not last:
+            with model.no_sync():
+                yield
+        else:
+            yield
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether `flag` holds on any process. All must ask alike: what they then do together must be the same."""
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the norm over all trainable parameters, whole or sharded; or drop the gradients of a step that is not
+        finite. The gradients are no longer scaled here.
+
+        Raises:
+            TooManySkippedStepsError: see `StepGuard.skip`.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._step_metrics["grad_norm"] = norm
+        # The norm is one number for all ranks; a loss is each rank's own.
+        losses_are_finite = not self.any_rank(not self.guard.losses_are_finite())
+        if losses_are_finite and bool(norm.isfinite()):
+            return
+        optimizer.zero_grad()
+        # With fp16 a gradient that overflows is the loss scaler's daily work, as long as it has room to shrink.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if not (losses_are_finite and scaler is not None and scaler.get_scale() > 1):
+            self.guard.skip(self.trainer.global_step + 1, float(norm), Path(self.trainer.default_root_dir))
+
+    def configure_optimizers(self) -> StageAdamW:
+        return build_optimizer([p for p in self.parameters() if p.requires_grad], self.optimizer_config)
+
+    # Validation.
+    def on_validation_epoch_start(self) -> None:
+        self._validation = {}
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        counted = len(batch) if batch.counted is None else batch.counted
+        chosen = batch.rows(list(range(counted))) if 0 < counted < len(batch) else batch
+        for name, (value, count) in self.validation_losses(chosen).items():
+            count = torch.tensor(float(count if counted else 0), device=self.device)
+            total, counts = self._validation.get(name, (torch.zeros_like(count), torch.zeros_like(count)))
+            # Nothing counted may be a mean over nothing.
+            self._validation[name] = (total + torch.where(count > 0, value * count, 0), counts + count)
+
+    def on_validation_epoch_end(self) -> None:
+        reduced = {
+            name: [self.trainer.strategy.reduce(part.clone(), reduce_op="sum") for part in parts]
+            for name, parts in self._validation.items()
+        }
+        metrics = {f"val/{name}": float(total / counts.clamp(min=1)) for name, (total, counts) in reduced.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    # Ranks, modes, checkpoints.
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Micro-batches of a training step move one by one, when their turn comes."""
+        return batch if isinstance(batch, list) else batch.to(device, non_blocking=True)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank. All must ask alike: what they do together next must be the same."""
         return self.trainer.strategy.reduce_boolean_decision(flag, all=False)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks gather parameters together, in every call of a network."""
+        return self._trainer is not None and self.device_mesh is not None
+
+    def with_image(self, prompt: PromptBatch, mllm: MultimodalLM) -> PromptBatch:
+        """The batch, with a row with a blank image if it has no image at all; the loss counts that row with weight 0.
+
+        Without it, ranks whose rows have images would wait for this one at the vision encoder. Its gradient is then
+        zero and not absent, on one rank as on many, so that the optimizer's step does not depend on their number.
+        """
+        return prompt if prompt.images is not None else prompt.join(mllm.dummy_image_prompt().to(prompt.ids.device))
+
     def train(self, mode: bool = True) -> "StageModule":
-        """Training mode for what trains; frozen networks stay in eval mode, without dropout."""
+        """Training mode for what trains; frozen modules stay in eval mode, without dropout."""
         super().train(mode)
-        for network in self.frozen_networks():
+        for network in self.frozen_modules():
             network.train(False)
         return self
 
     def configure_model(self) -> None:
         """Shard over the device mesh when the strategy has one. Idempotent."""
         if self.device_mesh is not None:
-            shard(self.sharded_networks(), self.device_mesh, self.trainer.precision)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer, schedule = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clip the norm over all trained parameters, whole or sharded, and log what it was; or skip the update.
-
-        Raises:
-            TooManySkippedStepsError: see `StepGuard.skip`.
-        """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.finish_gradients([parameter.grad for parameter in parameters if parameter.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # The norm is one number for all processes; a loss is each process's own.
-        losses_are_finite = not self.any_process(not self.guard.losses_are_finite())
-        if not (losses_are_finite and bool(norm.isfinite())):
-            for parameter in parameters:
-                parameter.grad = None
-            if not (losses_are_finite and self._loss_scale_will_shrink()):
-                update = self.trainer.global_step + 1
-                self.guard.skip(update, float(norm), Path(self.trainer.default_root_dir), self.max_skipped_steps)
-        self.log("grad_norm", norm)
-        self.log("lr", optimizer.param_groups[0]["lr"])
-        self.log("skipped_steps", float(self.guard.skipped))
-
-    def finish_gradients(self, gradients: list[Tensor]) -> None:
-        """What is due between the last backward pass of an update and the clipping; nothing by default."""
-
-    def _loss_scale_will_shrink(self) -> bool:
-        """With fp16, a gradient that overflows is the loss scaler's daily work, as long as it has room to shrink."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler is not None and scaler.get_scale() > 1
+            shard(self.sharded_modules(), self.device_mesh, self.trainer.precision)
 
     def on_train_start(self) -> None:
         self.train()
+        self.waiting_since = time.perf_counter()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout draws from the global generator. Seeded for every batch, it needs no saving and resume is exact.
-        torch.manual_seed(derive_seed(self.seed, "dropout", self.forward_pass, self.trainer.global_rank))
-        if self.forward_pass % self.trainer.accumulate_grad_batches == 0:
-            self.guard.begin_update()
-            self._update_sums, self._update_weight = {}, 0.0
-        self.guard.begin_pass(batch)
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.waiting_since = time.perf_counter()  # the callbacks are done
 
-    def on_before_backward(self, loss: Tensor) -> None:
-        self.guard.see(loss)
+    def on_validation_end(self) -> None:
+        self.waiting_since = time.perf_counter()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = type(self).__name__
         checkpoint["skipped_steps"] = self.guard.skipped
-        checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         checkpoint["global_batch"] = self.global_batch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the counts; the loop's are in forward passes, of which an update may now have more or fewer.
-
-        Raises:
-            CheckpointMismatchError: the checkpoint is another stage's, or its updates read another number of rows.
-        """
+        """Raises CheckpointMismatchError: another stage's checkpoint, or one whose steps read another number of rows."""
         if checkpoint.get("stage") != type(self).__name__:
             raise CheckpointMismatchError(
                 f"the checkpoint is of {checkpoint.get('stage')}, this is {type(self).__name__}: use another run folder"
             )
         if checkpoint["global_batch"] != self.global_batch:
             raise CheckpointMismatchError(
-                f"an update of the checkpoint reads {checkpoint['global_batch']} rows, one of this run would read "
-                f"{self.global_batch}: set trainer.global_batch_size={checkpoint['global_batch']}, and data.batch_size "
-                "to what a device holds."
+                f"an optimizer step of the checkpoint reads {checkpoint['global_batch']} rows, one of this run would "
+                f"read {self.global_batch}: set trainer.global_batch_size={checkpoint['global_batch']}, and "
+                "data.micro_batch_size to what a device holds."
             )
         self.guard.skipped = checkpoint["skipped_steps"]
-        now = self.trainer.accumulate_grad_batches
-        if checkpoint["accumulate"] != now:
-            count_passes_anew(checkpoint["loops"]["fit_loop"], checkpoint["accumulate"], now)
-
-    def log_losses(self, prefix: str, losses: dict[str, Tensor], weight: int) -> None:
-        """Log `prefix`/name for each loss, a mean over processes; `weight` is what this batch counts in validation.
-
-        Every process must log the same names in a validation; one without anything to say gives weight 0.
-        """
-        if prefix == "train":
-            self._log_update(losses)
-            return
-        for name, value in losses.items():
-            self.log(
-                f"{prefix}/{name}",
-                value,
-                on_step=False,
-                on_epoch=True,
-                batch_size=weight,
-                sync_dist=True,
-                add_dataloader_idx=False,
-            )
-
-    def pass_weight(self) -> float | Tensor:
-        """What the loss of the present forward pass counts in its update's; passes are alike by default."""
-        return 1.0
-
-    def _log_update(self, losses: dict[str, Tensor]) -> None:
-        """Log the mean over the passes of an update so far; the last pass's row is the update's."""
-        weight = self.pass_weight()
-        self._update_weight = self._update_weight + weight
-        for name, value in losses.items():
-            self._update_sums[name] = self._update_sums.get(name, 0.0) + value.detach() * weight
-            mean = self._update_sums[name] / self._update_weight
-            self.log(f"train/{name}", mean, prog_bar=name == "loss", on_step=True, on_epoch=False, sync_dist=True)
 
 
-def build_stage(experiment: StageExperiment, tokenizer: Tokenizer) -> StageModule:
+def fake_prompts(mllm: Any, rows: int, shape: PromptShape) -> PromptBatch:
+    """Prompts of a length and number of images, with values that mean nothing."""
+    size, count = mllm.vision.image_size, rows * shape.images
+    ids = torch.zeros(rows, shape.tokens, dtype=torch.int64, device=mllm.device)
+    nowhere = torch.zeros_like(ids, dtype=torch.bool)
+    mask = nowhere.clone()
+    for image in range(shape.images):
+        first = 2 + image * (mllm.config.image_tokens + 2)
+        mask[:, first : first + mllm.config.image_tokens] = True
+    images = torch.zeros(count, 3, size, size, device=mllm.device) if count else None
+    return PromptBatch(ids, mask, images, nowhere, [shape.tokens] * rows, [shape.images] * rows)
+
+
+def build_stage(module: type[StageModule], experiment: StageExperiment, tokenizer: Tokenizer) -> StageModule:
     """The stage's module. Weights that no file holds are drawn anew from the seed, so that every start has the same:
-    a frozen part with random weights is in no checkpoint."""
+    a frozen network with random weights is in no checkpoint."""
     lightning.seed_everything(experiment.seed, verbose=False)
-    return experiment.module.build(experiment, tokenizer)
-
-
-def count_passes_anew(fit_loop: dict[str, Any], before: int, now: int) -> None:
-    """Turn the counts of forward passes in a saved loop's state from `before` passes an update into `now`."""
-    progress = fit_loop["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        open_passes = counts["ready"] - counts["completed"]  # saved before Lightning closes the last one
-        for name in ("ready", "started", "processed"):
-            counts[name] = counts[name] // before * now
-        counts["completed"] = counts["ready"] - open_passes
-
-
-def save_mllm(mllm: MLLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write mllm/ and tokenizer/: the model folder of stage 1, which has no aligner yet."""
-    mllm.save_pretrained(folder / "mllm")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    return module.build(experiment, tokenizer)

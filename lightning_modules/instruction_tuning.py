@@ -1,78 +1,82 @@
-"""Stage 3, instruction tuning by score distillation (paper section 2.3): eq. 8 through the frozen U-Net.
+"""Stage 3, instruction tuning by score distillation (paper section 2.3): eq. 8 through the frozen image decoder.
 
-C = M(MLLM(prompt)); L_diff = E[w(t)‖ε_θ(z_t; C, t) − ε‖²]. The gradient reaches M and the MLLM through the U-Net's
+C = M(MLLM(prompt)); L_diff = E[w(t)‖ε_θ(z_t; C, t) − ε‖²]. The gradient reaches M and the MLLM through the denoiser's
 Jacobian (eq. 9). With probability 0.1 a sample's whole condition gives way to the null condition, which carries
-gradients too: it is computed as one more row of the same batch. Targets are images, or the VAE's moments of them, read
-from disk (datamodules/moments). Trained: M, decoder, resampler, end of the image
-tower. Frozen: U-Net, VAE, rest of the tower.
+gradients too: it is computed as one more row of the same batch. Trainable: M, decoder, resampler, end of the vision
+encoder. Frozen: image decoder, rest of the vision encoder.
 
-With `recipe.trains: aligner` and captions alone this is the end-to-end alignment of section 4.3: eq. 3 in place of
+With `recipe.trainable: aligner` and captions alone this is the end-to-end alignment of section 4.3: eq. 3 in place of
 stage 2's losses, the MLLM frozen (configs/ablations/end_to_end_with_alignernet.yaml).
 
-Shapes: `B` batch, `L` tokens, `I` images of the batch, `Q` queries, `C` condition width, `H` target pixels.
+Shapes: `B` batch, `n` timesteps of each sample, `L` tokens, `Q` queries, `C` condition width, `H` target pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from kosmosg.losses import TimestepWeighting, diffusion_loss, timestep_weights
+from kosmosg.batches import InstructionBatch
+from kosmosg.condition import Condition
+from kosmosg.image_processing import to_images
+from kosmosg.losses import TimestepWeighting, diffusion_loss
 from kosmosg.models.aligner import Aligner
-from kosmosg.models.build import build_aligner, build_mllm
+from kosmosg.models.build import build_aligner, build_mllm, load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.models.kosmosg import KosmosG, drop_condition
-from kosmosg.models.mllm import MLLM
+from kosmosg.models.kosmosg import KosmosG
+from kosmosg.models.mllm import MLLM, VisionTraining
 from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
-from lightning_modules.base import StageExperiment, StageModule
-from lightning_modules.language_modelling import wrong_images
-from lightning_modules.length_groups import LengthGroups
+from lightning_modules.base import LoadDecoder, PromptShape, Sample, StageExperiment, StageModule, fake_prompts
+from lightning_modules.language_modelling import mismatched_images
+from lightning_modules.length_buckets import length_buckets
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion
-from lightning_modules.runs.trained_weights import VisionTraining, train_mllm
-from lightning_modules.scale.sharding import with_blank_image_row
+
+PROMPT_TOKENS, PROMPT_IMAGES = 160, 2
 
 
 @dataclass
 class InstructionTuningRecipe:
-    trains: Literal["all", "aligner"] = "all"
+    trainable: Literal["all", "aligner"] = "all"
     """aligner: the MLLM is frozen, without dropout, as in stage 2."""
     new_aligner: bool = False
     """Start the aligner from random weights; init_from then gives the MLLM alone."""
-    condition_drop: float = 0.1
+    condition_dropout: float = 0.1
     """Probability that a sample's condition is replaced by the null condition."""
-    draws_per_sample: int = 1
-    """Timesteps and noises drawn for each condition; more make its gradient steadier at the U-Net's cost alone."""
-    timesteps: Literal["independent", "even"] = "independent"
-    """even: spread evenly over each batch, for a steadier gradient of the same expectation."""
+    timesteps_per_sample: int = 1
+    """Timesteps and noises drawn for each condition; more make its gradient steadier at the denoiser's cost alone."""
+    timestep_sampling: Literal["independent", "low_discrepancy"] = "independent"
+    """low_discrepancy: spread evenly over each batch, for a steadier gradient of the same expectation."""
     timestep_weighting: TimestepWeighting = "uniform"
     """w(t) of eq. 8: 1 (the released code), 1 − ᾱ_t (DreamFusion's σ_t²), or 1/ᾱ_t, at most 25 (as v-prediction)."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
-    """Which part of the image tower trains."""
-    length_groups: int = 1
-    """Parts of like length in which a batch's conditions are computed; the loss is the same, though dropout's draws are
-    not."""
+    """Which part of the vision encoder trains."""
+    length_buckets: int = 1
+    """Parts of similar length in which a micro-batch's conditions are computed; the loss is the same, though dropout's
+    draws are not."""
 
     def __post_init__(self) -> None:
-        if self.length_groups < 1:
-            raise ValueError(f"recipe.length_groups is {self.length_groups}; allowed: 1 or more")
-        if not 0 <= self.condition_drop < 1:
-            raise ValueError(f"recipe.condition_drop is {self.condition_drop}; allowed: in [0, 1)")
-        if self.draws_per_sample < 1:
-            raise ValueError(f"recipe.draws_per_sample is {self.draws_per_sample}; allowed: 1 or more")
+        for name in ("length_buckets", "timesteps_per_sample"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; allowed: 1 or more")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"recipe.condition_dropout is {self.condition_dropout}; allowed: in [0, 1)")
 
 
 class InstructionTuningModule(StageModule):
-    """Batches: `prompt` PromptBatch, and `targets` B×3×H×H in [-1, 1] or their `moments` B×8×h×h.
+    """See `InstructionBatch`.
 
     Raises:
-        ValueError: M is not as wide as the U-Net's cross-attention.
+        ValueError: M's condition is not of the image decoder's width.
     """
+
+    Recipe = InstructionTuningRecipe
+    draws_images = True
 
     def __init__(
         self,
@@ -84,135 +88,135 @@ class InstructionTuningModule(StageModule):
         seed: int,
     ):
         super().__init__(optimizer, seed)
-        if aligner.config.width != image_decoder.condition_width:
+        if aligner.config.width != image_decoder.spec.width:
             raise ValueError(
-                f"model.aligner.width is {aligner.config.width}, but the U-Net of model.image_decoder reads conditions "
-                f"of width {image_decoder.condition_width}"
+                f"model.aligner.width is {aligner.config.width}, but model.image_decoder reads conditions of width "
+                f"{image_decoder.spec.width}"
             )
-        self.mllm, self.aligner, self.image_decoder = mllm, aligner, image_decoder
-        self.recipe = recipe
-        if recipe.trains == "all":
-            train_mllm(mllm, recipe.vision_training)
+        self.mllm, self.aligner, self.image_decoder, self.recipe = mllm, aligner, image_decoder, recipe
+        if recipe.trainable == "all":
+            mllm.set_trainable(recipe.vision_training)
         else:
             mllm.requires_grad_(False)
         aligner.requires_grad_(True)
 
     @classmethod
     def build(
-        cls, experiment: StageExperiment, tokenizer: Tokenizer, image_decoder: ImageDecoder | None = None
+        cls, experiment: StageExperiment, tokenizer: Tokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "InstructionTuningModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
             build_aligner(experiment.model, None if experiment.recipe.new_aligner else experiment.init_from),
-            image_decoder or ImageDecoder.from_pretrained(experiment.model.image_decoder),
+            load_decoder(experiment.model.image_decoder, "images"),
             experiment.recipe,
             experiment.optimizer,
             experiment.seed,
         )
 
-    def frozen_networks(self) -> Sequence[nn.Module]:
-        return (self.image_decoder,) if self.recipe.trains == "all" else (self.image_decoder, self.mllm)
+    @property
+    def model(self) -> KosmosG:
+        """MLLM and aligner as one network."""
+        return KosmosG(self.mllm, self.aligner)
 
-    def sharded_networks(self) -> Sequence[nn.Module]:
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        return (self.image_decoder,) if self.recipe.trainable == "all" else (self.image_decoder, self.mllm)
+
+    def sharded_modules(self) -> Sequence[nn.Module]:
         return (self.mllm, self.aligner)
 
-    def sample_losses(self, prompt: PromptBatch, targets: Tensor, draws: DiffusionDraws, drop: float) -> Tensor:
-        """L_diff of each draw, B·n for n draws of each sample, those of one sample together.
+    def sample_losses(self, prompt: PromptBatch, targets: Tensor, draws: DiffusionDraws, dropout: float) -> Tensor:
+        """L_diff of each draw, B·n, those of one sample together.
 
         Args:
             targets: images, or the VAE's moments of them.
+            draws: of B·n timesteps.
+            dropout: probability of the null condition.
         """
+        decoder, rows = self.image_decoder, len(prompt)
+        condition, null = self.conditions(prompt)
+        repeated = condition.repeat_interleave(len(draws.time) // rows)
+        read = repeated.replace_where(draws.dropout < dropout, null)
+        timesteps = decoder.timesteps(draws.time)
+        latents = decoder.latents(targets, draws.posterior)
+        noisy = decoder.add_noise(latents, draws.noise, timesteps)
+        prediction = decoder.predict(noisy, timesteps, read)
+        target = decoder.training_target(latents, draws.noise, timesteps)
+        weights = decoder.loss_weights(timesteps, self.recipe.timestep_weighting)
+        return diffusion_loss(prediction, target, weights, reduction="none")
+
+    def conditions(self, prompt: PromptBatch) -> tuple[Condition, Condition]:
+        """C of each prompt, and the null condition, one row."""
+        with_null = self.image_decoder.spec.unconditional == "prompt"
         rows = len(prompt)
-        each = len(draws.timesteps) // rows
-        conditions = self.conditions(with_null_row(prompt, self.mllm.config.bos_id, self.mllm.config.pad_id))
-        repeated = conditions[:rows].repeat_interleave(each, dim=0)
-        condition = drop_condition(repeated, conditions[rows:], draws.uniform, drop)
-        latents = self.image_decoder.latents(targets, draws.posterior)
-        noisy = self.image_decoder.add_noise(latents, draws.noise, draws.timesteps)
-        prediction = self.image_decoder(noisy, draws.timesteps, condition)
-        return diffusion_loss(prediction, draws.noise, self.weights(draws.timesteps), reduction="none")
+        if with_null:
+            prompt = prompt.join(self.mllm.unconditional_prompt().to(prompt.ids.device))
+        buckets = length_buckets(prompt.lengths, self.recipe.length_buckets)
+        # Without any image the vision encoder would get no gradient; sharded networks are gathered in every call.
+        wants_image = self.recipe.trainable == "all" and prompt.images is None
+        if len(buckets) == 1:
+            conditions = self._bucket_condition(prompt, wants_image or self.is_sharded)
+        else:
+            parts = [
+                self._bucket_condition(prompt.rows(bucket), self.is_sharded or (wants_image and number == 0))
+                for number, bucket in enumerate(buckets)
+            ]
+            places = torch.tensor([row for bucket in buckets for row in bucket], device=prompt.ids.device).argsort()
+            conditions = Condition.cat(parts).rows(places)
+        if not with_null:
+            return conditions, conditions.zeros()
+        return conditions.rows(slice(0, rows)), conditions.rows(slice(rows, None))
 
-    def conditions(self, prompt: PromptBatch) -> Tensor:
-        """C of each prompt, B×Q×C."""
-        groups = LengthGroups(prompt, self.recipe.length_groups)
-        # Sharded networks are gathered in every call; whole copies compare their gradients once.
-        reads_images = self.meets_others and (self.device_mesh is not None or prompt.images is None)
-        return groups.join([self._group_conditions(part, reads_images) for part in groups.parts])
+    def _bucket_condition(self, prompt: PromptBatch, wants_image: bool) -> Condition:
+        rows = len(prompt)
+        condition = self.aligner(*self.mllm.hidden_states(self.with_image(prompt, self.mllm) if wants_image else prompt))
+        unused = condition.states[rows:].sum()
+        return condition.rows(slice(0, rows))._replace(states=condition.states[:rows] + 0 * unused)
 
-    def _group_conditions(self, prompt: PromptBatch, reads_images: bool) -> Tensor:
-        blank = reads_images and prompt.images is None
-        batch = with_blank_image_row(prompt, self.mllm) if blank else prompt
-        conditions = self.aligner(self.mllm(batch), batch.padding)
-        return conditions[: len(prompt)] + 0 * conditions[len(prompt) :].sum()
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        draws = self.draws("train", batch)
+        return {"loss": self.sample_losses(batch.prompt, batch.targets, draws, self.recipe.condition_dropout).mean()}
 
-    def weights(self, timesteps: Tensor) -> Tensor:
-        """w(t) of eq. 8, B."""
-        alphas = self.image_decoder.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-        return timestep_weights(alphas, self.recipe.timestep_weighting)
+    def draws(self, purpose: str, batch: InstructionBatch) -> DiffusionDraws:
+        """n timesteps and noises for each row, by its index."""
+        each, decoder, targets = self.recipe.timesteps_per_sample, self.image_decoder, batch.targets
+        each = each if purpose == "train" else 1
+        shape = decoder.latent_shape(targets)
+        indices = [index * each + number for index in batch.indices for number in range(each)]
+        low_discrepancy = self.recipe.timestep_sampling == "low_discrepancy"
+        return draw_diffusion(self.seed, purpose, indices, shape, low_discrepancy).to(self.device)
 
-    def batch_loss(self, batch: Any) -> Tensor:
-        return self._training_loss(batch, range(len(batch.prompt)))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._training_loss(batch, self.train_numbers(len(batch.prompt)))
-        self.log_losses("train", {"loss": loss}, len(batch.prompt))
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """val/diffusion_loss on draws that never change; over samples with images also with each image replaced by
-        its neighbour in the batch, val/diffusion_loss_wrong_image, beside val/diffusion_loss_with_image."""
-        rows = len(batch.prompt)
-        first = (batch_idx * self.trainer.world_size + self.trainer.global_rank) * rows
-        targets = given_targets(batch)
-        draws = self._draws("validation", range(first, first + rows), targets)
-        targets = targets if self.image_decoder.are_moments(targets) else self.image_decoder.moments(targets)
-        right = self.sample_losses(batch.prompt, targets, draws, drop=0.0)
-        self.log_losses("val", {"diffusion_loss": right.mean()}, rows)
+    def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        """`diffusion_loss` on draws that never change; over samples with images also `diffusion_loss_with_image` and
+        the same with each image replaced by its neighbour in the batch, `diffusion_loss_mismatched_images`."""
+        decoder, draws = self.image_decoder, self.draws("validation", batch)
+        targets = batch.targets if decoder.are_moments(batch.targets) else decoder.moments(batch.targets)
+        right = self.sample_losses(batch.prompt, targets, draws, dropout=0.0)
+        losses = {"diffusion_loss": (right.mean(), len(batch))}
         images = batch.prompt.images
-        if not self.any_process(images is not None and len(images) > 1):
-            return
-        wrong = self.sample_losses(wrong_images(batch.prompt), targets, draws, drop=0.0)
-        with_image = batch.prompt.image_mask.any(dim=1)
-        count = int(with_image.sum())
-        losses = {
-            "diffusion_loss_with_image": right[with_image].sum() / max(1, count),
-            "diffusion_loss_wrong_image": wrong[with_image].sum() / max(1, count),
-        }
-        self.log_losses("val", losses, count)
+        if self.any_rank(images is not None and len(images) > 1):
+            wrong = self.sample_losses(mismatched_images(batch.prompt), targets, draws, dropout=0.0)
+            with_image = torch.tensor([count > 0 for count in batch.prompt.images_per_row], device=right.device)
+            count = sum(count > 0 for count in batch.prompt.images_per_row)
+            losses["diffusion_loss_with_image"] = (right[with_image].sum() / max(1, count), count)
+            losses["diffusion_loss_mismatched_images"] = (wrong[with_image].sum() / max(1, count), count)
+        return losses
+
+    def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
+        return PromptShape(PROMPT_TOKENS, PROMPT_IMAGES)
+
+    def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> InstructionBatch:
+        prompt = fake_prompts(self.mllm, rows, shape)
+        targets = torch.zeros(rows, 3, image_size, image_size, device=prompt.ids.device)
+        return InstructionBatch(prompt=prompt, targets=targets, indices=list(range(rows)))
+
+    def reference_images(self, batch: Any, sample: Sample) -> list[Image.Image]:
+        """The samples' own targets."""
+        targets, decoder = batch.targets, self.image_decoder
+        if decoder.are_moments(targets):
+            noise = torch.zeros(len(targets), *decoder.latent_shape(targets), device=self.device)
+            targets = decoder.decode(decoder.latents(targets.to(self.device), noise))
+        return to_images(targets)
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """mllm/, aligner/ and tokenizer/."""
-        KosmosG(self.mllm, self.aligner).save_pretrained(folder, tokenizer)
-
-    def _training_loss(self, batch: Any, numbers: range) -> Tensor:
-        each = self.recipe.draws_per_sample
-        targets = given_targets(batch)
-        draws = self._draws("train", range(numbers.start * each, numbers.stop * each), targets)
-        return self.sample_losses(batch.prompt, targets, draws, self.recipe.condition_drop).mean()
-
-    def _draws(self, purpose: str, numbers: range, targets: Tensor) -> DiffusionDraws:
-        decoder = self.image_decoder
-        side = targets.shape[-1] // (1 if decoder.are_moments(targets) else decoder.shrinkage)
-        shape = (decoder.vae.config.latent_channels, side, side)
-        even = self.recipe.timesteps == "even"
-        draws = draw_diffusion(self.seed, purpose, numbers, shape, decoder.num_timesteps, even)
-        return draws.to(self.device)
-
-
-def given_targets(batch: Any) -> Tensor:
-    """The batch's target images, or the VAE's moments of them where these were read."""
-    return batch.targets if batch.moments is None else batch.moments
-
-
-def with_null_row(prompt: PromptBatch, bos_id: int, pad_id: int) -> PromptBatch:
-    """The batch with one more row, `<s>` alone: its condition is the null condition (golden README, "Stage-3 loss")."""
-    row = torch.full_like(prompt.ids[:1], pad_id)
-    row[:, 0] = bos_id
-    padding = torch.ones_like(prompt.padding[:1])
-    padding[:, 0] = False
-    return replace(
-        prompt,
-        ids=torch.cat([prompt.ids, row]),
-        image_mask=F.pad(prompt.image_mask, (0, 0, 0, 1)),
-        padding=torch.cat([prompt.padding, padding]),
-    )
+        self.model.save_pretrained(folder, tokenizer)

@@ -1,9 +1,8 @@
 """AdamW with linear warm-up and linear decay to zero (paper section 3.2), the same in all stages.
 
-First update: update number n (from 1) uses the schedule's value at n − 1, so the first update has rate 0, as in the
-released code (golden README, "Optimiser"). Its Adam adds eps to sqrt(v) before the bias correction, PyTorch's after:
-that is PyTorch's with eps / sqrt(1 − β₂ᵗ), which is set before each update. PyTorch reads eps anew in every update, so
-its foreach and fused kernels do the work either way.
+Step n (from 1) uses the schedule's value at n − 1, so the first step has rate 0, as in the released code (golden
+README, "Optimiser"). Its Adam adds eps to sqrt(v) before the bias correction, PyTorch's after: that is PyTorch's with
+eps / sqrt(1 − β₂ᵗ), which is set before each step.
 """
 
 import math
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass
@@ -28,12 +26,12 @@ class OptimizerConfig:
     eps_before_correction: bool = True
     """Add eps before the bias correction, as the released code; false is PyTorch's own AdamW."""
     weight_decay: float = 0.01
-    """Decoupled decay of every trained parameter, biases and norms too (as the released code)."""
-    warm_up_steps: int = 375
-    """Updates over which the rate rises linearly to `lr`; then it falls linearly to 0 at trainer.max_steps."""
+    """Decoupled decay of every trainable parameter, biases and norms too (as the released code)."""
+    warmup_steps: int = 375
+    """Steps over which the rate rises linearly to `lr`; then it falls linearly to 0 at trainer.max_steps."""
     fused: bool | None = None
-    """One kernel for the whole update; null takes it on a GPU. On a CPU it changes the last bits."""
-    clip: float = 2.0
+    """One kernel for the whole step; null takes it on a GPU. On a CPU it changes the last bits."""
+    max_grad_norm: float = 2.0
     """Largest norm of the whole gradient; longer ones are scaled down to it."""
 
     def __post_init__(self) -> None:
@@ -42,22 +40,22 @@ class OptimizerConfig:
             ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             ("eps", self.eps, self.eps > 0, "above 0"),
             ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
-            ("warm_up_steps", self.warm_up_steps, self.warm_up_steps >= 0, "0 or more"),
-            ("clip", self.clip, self.clip > 0, "above 0"),
+            ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more"),
+            ("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0"),
         ):
             if not right:
                 raise ValueError(f"optimizer.{name} is {value}; allowed: {allowed}")
 
 
-def learning_rate_factor(updates: int, warm_up_steps: int, max_steps: int) -> float:
-    """Share of the peak rate after `updates` finished updates: linear up, then linear to 0 at `max_steps`."""
-    if updates < warm_up_steps:
-        return updates / warm_up_steps
-    return max(0.0, (max_steps - updates) / max(1, max_steps - warm_up_steps))
+def learning_rate_factor(finished: int, warmup_steps: int, max_steps: int) -> float:
+    """Share of the peak rate after `finished` optimizer steps: linear up, then linear to 0 at `max_steps`."""
+    if finished < warmup_steps:
+        return finished / warmup_steps
+    return max(0.0, (max_steps - finished) / max(1, max_steps - warmup_steps))
 
 
 class StageAdamW(AdamW):
-    """AdamW with a choice where eps goes; an update without any gradient, as a skipped one is, changes nothing.
+    """AdamW with a choice where eps goes; a step without any gradient, as a skipped one is, changes nothing.
 
     Args:
         eps_before_correction: see `OptimizerConfig`.
@@ -66,37 +64,32 @@ class StageAdamW(AdamW):
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, eps: float, eps_before_correction: bool, **options: Any):
         super().__init__(parameters, eps=eps, **options)
-        self.own_eps, self.eps_before_correction = eps, eps_before_correction
-        # The gradients are clipped before the update, so a loss scaler must have scaled them back by then.
+        self.configured_eps, self.eps_before_correction = eps, eps_before_correction
+        # The gradients are clipped before the step, so a loss scaler must have scaled them back by then.
         self._step_supports_amp_scaling = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; `closure` computes loss and gradients first."""
+        """One step; `closure` computes loss and gradients first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(parameter.grad is not None for group in self.param_groups for parameter in group["params"]):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if any(parameter.grad is not None for parameter in parameters):
             if self.eps_before_correction:
-                self._correct_eps()
+                # All trainable parameters have a gradient in every step, so one's count is that of all.
+                taken = next((int(self.state[p]["step"]) for p in parameters if "step" in self.state[p]), 0)
+                for group in self.param_groups:
+                    group["eps"] = self.configured_eps / math.sqrt(1 - group["betas"][1] ** (taken + 1))
             super().step()
         return loss
 
-    def _correct_eps(self) -> None:
-        """Set each group's eps so that the coming update equals one that adds eps before the bias correction."""
-        for group in self.param_groups:
-            group["updates"] = group.get("updates", 0) + 1  # kept in checkpoints, as all of a group
-            group["eps"] = self.own_eps / math.sqrt(1 - group["betas"][1] ** group["updates"])
 
-
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, max_steps: int
-) -> tuple[StageAdamW, LambdaLR]:
-    """The optimiser over what trains, and its schedule, to be stepped after every update."""
-    trained = list(parameters)
-    fused = config.fused if config.fused is not None else all(parameter.device.type == "cuda" for parameter in trained)
-    optimizer = StageAdamW(
-        trained,
+def build_optimizer(trainable: list[nn.Parameter], config: OptimizerConfig) -> StageAdamW:
+    """The optimizer; its rate is set before every step."""
+    fused = config.fused if config.fused is not None else all(parameter.device.type == "cuda" for parameter in trainable)
+    return StageAdamW(
+        trainable,
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
@@ -104,5 +97,3 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         fused=fused or None,
     )
-    schedule = LambdaLR(optimizer, lambda updates: learning_rate_factor(updates, config.warm_up_steps, max_steps))
-    return optimizer, schedule

@@ -1,13 +1,14 @@
-"""Random draws as pure functions of (seed, what for, which sample): resume is exact, however many processes there are.
+"""Random draws as pure functions of (seed, purpose, index of the sample): resume is exact on any number of ranks.
 
-Lightning saves no random state. Here none needs saving: each training sample has a number (`sample_numbers`) that
-seeds its own draws, and dropout's global generator is seeded anew for every batch.
+Lightning saves no random state, and none needs saving: each row's place in the run's order seeds its own draws, and
+dropout's global generator is seeded for every micro-batch.
 
-Shapes: `B` batch, `c×h×h` latents.
+Shapes: `B` batch, `c×h×w` latents.
 """
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,23 +28,14 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
-def sample_numbers(step: int, world_size: int, rank: int, rows: int) -> range:
-    """Numbers of a rank's `rows` samples at forward pass `step` (global_step × accumulation + position in it).
-
-    Rank r holds rows r·b … r·b + b − 1 of the pass, so the same global batch has the same numbers however it is split.
-    """
-    first = (step * world_size + rank) * rows
-    return range(first, first + rows)
-
-
 @dataclass
 class DiffusionDraws:
-    """All that eq. 8 draws: timesteps B int64; posterior noise and noise B×c×h×h; uniform B in [0, 1)."""
+    """All that eq. 8 draws: posterior noise and noise B×c×h×w; time and dropout B in [0, 1)."""
 
-    timesteps: Tensor
+    time: Tensor
     posterior: Tensor
     noise: Tensor
-    uniform: Tensor
+    dropout: Tensor
 
     def to(self, device: torch.device) -> "DiffusionDraws":
         """The draws on another device."""
@@ -53,37 +45,29 @@ class DiffusionDraws:
 def draw_diffusion(
     seed: int,
     purpose: str,
-    numbers: range,
+    indices: Sequence[int],
     latent_shape: tuple[int, int, int],
-    num_timesteps: int,
-    even: bool = False,
+    low_discrepancy: bool = False,
 ) -> DiffusionDraws:
-    """One set of draws for each sample number.
+    """One set of draws for each index.
 
     Args:
-        even: timesteps of consecutive numbers are spread evenly (multiples of the golden ratio, shifted by the seed),
-            so that every batch covers them; each alone is uniform still. Other draws stay as they are.
+        low_discrepancy: times of consecutive indices are multiples of the golden ratio, shifted by the seed, so that
+            every batch covers them evenly; each alone is still uniform. Other draws stay as they are.
     """
     rows = []
-    for number in numbers:
-        source = generator(seed, purpose, number)
+    for index in indices:
+        source = generator(seed, purpose, index)
         rows.append(
             (
-                torch.randint(num_timesteps, (), generator=source),
+                torch.rand((), generator=source),
                 torch.randn(latent_shape, generator=source),
                 torch.randn(latent_shape, generator=source),
                 torch.rand((), generator=source),
             )
         )
     draws = DiffusionDraws(*(torch.stack(column) for column in zip(*rows, strict=True)))
-    if even:
-        draws.timesteps = even_timesteps(seed, purpose, numbers, num_timesteps)
+    if low_discrepancy:  # as variational diffusion models use it (arXiv 2107.00630, appendix I.1)
+        shift = torch.rand((), dtype=torch.float64, generator=generator(seed, purpose, "timesteps"))
+        draws.time = (torch.tensor(indices, dtype=torch.float64) * GOLDEN_RATIO + shift).frac()
     return draws
-
-
-def even_timesteps(seed: int, purpose: str, numbers: range, num_timesteps: int) -> Tensor:
-    """A low-discrepancy sequence in place of independent draws, as variational diffusion models use (arXiv 2107.00630,
-    appendix I.1); B int64."""
-    shift = torch.rand((), dtype=torch.float64, generator=generator(seed, purpose, "timesteps"))
-    places = torch.arange(numbers.start, numbers.stop, dtype=torch.float64) * GOLDEN_RATIO + shift
-    return (places.frac() * num_timesteps).long()

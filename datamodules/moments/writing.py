@@ -18,6 +18,7 @@ from datamodules.sample import CaptionSample, ConstructedSample, EditSample, dec
 from datamodules.storage.indexed_shards import IndexedShards
 from datamodules.storage.shards import write_durably
 from kosmosg.image_processing import TargetTransform
+from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ def write_moments(config: MomentsConfig) -> Counts:
     """
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
-    decoder, transform = ImageDecoder.from_pretrained(config.image_decoder), TargetTransform(config.image_size)
-    identity = moments_identity(decoder.vae, transform)
+    decoder, transform = load_image_decoder(config.image_decoder, "images"), TargetTransform(config.image_size)
+    identity = moments_identity(decoder.autoencoder, transform)
     decoder.to(device)
     shards, counts = IndexedShards(config.shards, config.limits), Counts()
     first = 0
@@ -97,7 +98,7 @@ def encode(
     """
     moments: Tensor | None = None
     known = torch.zeros(len(samples), dtype=torch.bool)
-    device = next(decoder.vae.parameters()).device
+    device = next(decoder.autoencoder.parameters()).device
     waiting: list[tuple[int, Tensor]] = []
 
     def flush() -> None:

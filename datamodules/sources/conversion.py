@@ -10,10 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from datamodules.errors import DataError, SampleError
 from datamodules.folder_lock import held
 from datamodules.processes import ordered_map
-from datamodules.report import ReadReport, SampleCounter
+from datamodules.report import SampleCounter
 from datamodules.sources.journal import SUFFIX, Journal, add_examples, count_left_out, open_journal
 from datamodules.sources.layout import Converted, Layout, Record
 from datamodules.storage.shards import ShardWriter
+from kosmosg.batches import ReadReport
 
 CHUNK = 16
 """Records of one task of a process."""

@@ -2,9 +2,7 @@
 
 A condition computed in a batch differs in its last bits with the batch; kept for a later one, it would make an image
 depend on what was generated before it. Computed alone it may be kept: it is the same in every process, and after a
-restart. An input image, which all prompts of a subject share, goes through the image tower once.
-
-Shapes: `B` images to be made, `Q` condition tokens, `C` condition width, `K` image tokens, `D` MLLM width.
+restart.
 """
 
 import hashlib
@@ -14,9 +12,9 @@ from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from evaluation.images.generation import Batch
+from kosmosg.condition import Condition
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.prompt import parse_prompt
 
@@ -42,35 +40,26 @@ class Kept(Generic[Value]):
 
 
 class Conditions:
-    """Those of one pipeline, whose weights stay as they are; `kept` of them, and of images, are remembered."""
+    """Those of one pipeline, whose weights stay as they are; `kept` of them are remembered."""
 
     def __init__(self, pipeline: KosmosGPipeline, kept: int = KEPT):
         self.model, self.encoder, self.device = pipeline.model.eval(), pipeline.encoder, pipeline.device
-        self._conditions: Kept[Tensor] = Kept(kept)
-        self._images: Kept[tuple[Tensor, Tensor]] = Kept(kept)
+        self._conditions: Kept[Condition] = Kept(kept)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """B×Q×C."""
+    def __call__(self, batch: Batch) -> Condition:
+        """The conditions of B images to be made."""
         named = {id(image): pixel_hash(image) for images in batch.images for image in images}
         rows = []
         for prompt, images in zip(batch.prompts, batch.images, strict=True):
             names = [named[id(image)] for image in images]
-            rows.append(self._conditions((prompt, *names), lambda p=prompt, n=names, i=images: self._encode(p, n, i)))
-        return torch.cat(rows)
+            rows.append(self._conditions((prompt, *names), lambda p=prompt, i=images: self._encode(p, i)))
+        return Condition.cat(rows)
 
     @torch.no_grad()
-    def _encode(self, prompt: str, names: list[str], images: list[Image.Image]) -> Tensor:
-        """1×Q×C of one prompt."""
-        seen = [self._images(name, lambda i=image: self._see(i)) for name, image in zip(names, images, strict=True)]
-        batch = self.encoder.collate([self.encoder(parse_prompt(prompt, [pixels for pixels, _ in seen]))])
-        features = torch.cat([features for _, features in seen]) if seen else None
-        return self.model.condition(batch.to(self.device), features)
-
-    @torch.no_grad()
-    def _see(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Preprocessed 3×S×S, and its features 1×K×D."""
-        pixels = self.encoder.image_transform(image)
-        return pixels, self.model.mllm.image_features(pixels[None].to(self.device))
+    def _encode(self, prompt: str, images: list[Image.Image]) -> Condition:
+        """The condition of one prompt."""
+        batch = self.encoder.collate([self.encoder(parse_prompt(prompt, images))])
+        return self.model.condition(batch.to(self.device))
 
 
 def pixel_hash(image: Image.Image) -> str:

@@ -22,6 +22,7 @@ from evaluation.protocols.requests import EvaluationError
 from evaluation.protocols.resizing import truncated
 from kosmosg.acceleration import Acceleration, accelerate
 from kosmosg.config import RUN_CONFIG
+from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import DiffusionSampler, seeded
@@ -55,7 +56,7 @@ def stable_diffusion_system(weights: str, device: torch.device, acceleration: Ac
         ).to(device)
         pipeline.set_progress_bar_config(disable=True)
         accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
-        sampler = DiffusionSampler(pipeline.unet, pipeline.vae, pipeline.scheduler)
+        sampler = DiffusionSampler(StableDiffusion(pipeline.unet, pipeline.vae, pipeline.scheduler))
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
             pipeline.scheduler = sampler.scheduler(sampling.sampler)
@@ -117,8 +118,8 @@ def run_system(
 ) -> System:
     """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
     config = OmegaConf.load(folder / RUN_CONFIG)
-    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trains")}
-    stage = "alignment" if values["recipe.trains"] == "aligner" else values["stage"]
+    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trainable")}
+    stage = "alignment" if values["recipe.trainable"] == "aligner" else values["stage"]
     variant = Variant(values["ablation"] or stage, stage, values["seed"])
     return replace(model_system(variant.name, str(folder), image_decoder, device, acceleration), variant=variant)
 

@@ -15,6 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from kosmosg.condition import Condition
 from kosmosg.models.storage import StrictWeights, load_part, saved_class
 from kosmosg.models.transformer import (
     LAYER_NORM_EPS,
@@ -80,8 +81,8 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
             x = layer(x, mask=mask)
         return self.encoder_norm(x)
 
-    def forward(self, hidden: Tensor, padding: Tensor) -> Tensor:
-        """Hidden B×L×D, padding bool B×L (True at padding) → condition B×Q×C.
+    def forward(self, hidden: Tensor, padding: Tensor) -> Condition:
+        """Hidden B×L×D, padding bool B×L (True at padding) → condition, states B×Q×C.
 
         Raises:
             ValueError: the prompt is longer than the position table.
@@ -91,7 +92,7 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         x = self.queries.type_as(memory).expand(hidden.shape[0], -1, -1)
         for layer in self.decoder:
             x = layer(x, memory, memory_mask=memory_mask)
-        return self.decoder_norm(x)
+        return Condition(self.decoder_norm(x))
 
 
 class LinearAligner(StrictWeights, ModelMixin, ConfigMixin):
@@ -116,13 +117,13 @@ class LinearAligner(StrictWeights, ModelMixin, ConfigMixin):
         self.projection = nn.Linear(input_width, width)
         self.padding = nn.Parameter(torch.randn(width))
 
-    def forward(self, hidden: Tensor, padding: Tensor) -> Tensor:
-        """Hidden B×L×D, padding bool B×L (True at padding) → condition B×Q×C."""
+    def forward(self, hidden: Tensor, padding: Tensor) -> Condition:
+        """Hidden B×L×D, padding bool B×L (True at padding) → condition, states B×Q×C."""
         length = min(hidden.shape[1], self.config.num_queries)
         states = self.projection(hidden[:, :length])
         states = torch.where(padding[:, :length, None], self.padding.type_as(states), states)
         rest = self.padding.type_as(states).expand(len(hidden), self.config.num_queries - length, -1)
-        return torch.cat([states, rest], dim=1)
+        return Condition(torch.cat([states, rest], dim=1))
 
 
 Aligner = AlignerEncoder | LinearAligner
@@ -171,7 +172,7 @@ class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
             magneto_scale(self.encoder, self_attention_gain(encoder_layers))
 
     def decode(self, condition: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
-        """Decoder half: the first `length` learned queries read the condition, B×L×C."""
+        """Decoder half: the first `length` learned queries read the condition's states, B×L×C."""
         if length > len(self.queries):
             raise ValueError(f"length={length} exceeds max_positions={len(self.queries)} of the aligner's decoder.")
         x = self.queries[:length].type_as(condition).expand(condition.shape[0], -1, -1)
@@ -180,8 +181,8 @@ class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
             x = layer(x, condition, mask=mask)
         return self.decoder_norm(x)
 
-    def forward(self, condition: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
-        """Condition B×Q×C → states B×`length`×D.
+    def forward(self, condition: Condition, length: int, padding: Tensor | None = None) -> Tensor:
+        """Condition → the MLLM's states B×`length`×D.
 
         Args:
             padding: bool B×length, True beyond a caption's own length: its states are then those of the caption alone,
@@ -190,7 +191,7 @@ class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
         Raises:
             ValueError: `length` is beyond the tables.
         """
-        x = self.decode(condition, length, padding)
+        x = self.decode(condition.states, length, padding)
         x = x + position_rows(self.positions, length)
         mask = None if padding is None else ~padding[:, None, None, :]
         for layer in self.encoder:

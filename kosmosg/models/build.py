@@ -1,23 +1,49 @@
 """From the configuration to the parts of the model, fresh or with the weights of an earlier stage."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from transformers import CLIPVisionModel
 
 from kosmosg.models.aligner import Aligner, AlignerDecoder, AlignerEncoder, LinearAligner
+from kosmosg.models.image_decoder import ImageDecoder, Parts
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.model_config import ModelConfig, VisionConfig
+from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.models.storage import Part, find_model, load_part, require_class, require_same_config
 from kosmosg.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-5
+# By the name of diffusers' pipeline in model_index.json; the first reads folders without one.
+IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {"StableDiffusionPipeline": StableDiffusion}
+
+
+def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
+    """The class that reads a diffusers folder or hub id.
+
+    Raises:
+        ValueError: a pipeline without a class here.
+    """
+    name = next(iter(IMAGE_DECODERS))
+    if not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
+        with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
+            name = DiffusionPipeline.load_config(str(source))["_class_name"]  # type: ignore[call-overload]
+    if name not in IMAGE_DECODERS:
+        raise ValueError(f"model.image_decoder='{source}' is a {name}; allowed: {', '.join(IMAGE_DECODERS)}.")
+    return IMAGE_DECODERS[name]
+
+
+def load_image_decoder(source: str | Path, parts: Parts = "all", **options: Any) -> ImageDecoder:
+    """`from_pretrained` of the class that reads `source`."""
+    return image_decoder_class(source).from_pretrained(source, parts, **options)
 
 
 def build_mllm(config: ModelConfig, tokenizer: Tokenizer, init_from: str | Path | None = None) -> MLLM:
     """The MLLM of `config`, with `tokenizer`'s vocabulary.
 
-    Without `init_from` the weights are random, but for the image tower, which is read from `config.vision_weights`.
+    Without `init_from` the weights are random, but for the vision encoder, which is read from `config.vision_weights`.
 
     Args:
         init_from: a model folder or run folder to read the weights from.
@@ -111,7 +137,7 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
 
 
 def load_vision_weights(model: MLLM, weights: str) -> None:
-    """Put the image tower of a CLIP folder or hub id into `model`.
+    """Put the vision encoder of a CLIP folder or hub id into `model`.
 
     Raises:
         ValueError: a tower of other sizes, or weights that are missing.
@@ -126,5 +152,5 @@ def load_vision_weights(model: MLLM, weights: str) -> None:
     if report["missing_keys"]:
         different.append(f"{len(report['missing_keys'])} weights are missing, as {sorted(report['missing_keys'])[:3]}")
     if different:
-        raise ValueError(f"model.vision_weights='{weights}' is another image tower: " + "; ".join(different) + ".")
+        raise ValueError(f"model.vision_weights='{weights}' is another vision encoder: " + "; ".join(different) + ".")
     model.vision.clip.load_state_dict(clip.state_dict())

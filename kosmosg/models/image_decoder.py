@@ -1,128 +1,160 @@
-"""The frozen image decoder: Stable Diffusion's U-Net and VAE (paper section 2.2), from diffusers.
+"""What the project knows of an image decoder: a small interface, and the table of its implementations.
 
-Notable: nothing here ever trains or leaves eval mode, but the gradient of the prediction reaches the condition
-through the U-Net (eq. 9).
+An image decoder is frozen and always in eval mode; the gradient of its prediction reaches the condition (eq. 9). It
+owns everything that differs between families: the condition it reads, how time is scaled, the sign of its prediction,
+the scale and shift of its latents. Training, dry run, grids, pipeline and evaluation know this interface alone, so
+another decoder is one class and one line in `kosmosg.models.build.IMAGE_DECODERS`.
 
-Shapes: `B` batch, `H` image pixels, `h` latent pixels, `Q` condition tokens, `C` condition width.
+Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens, `C` condition width.
 """
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+from kosmosg.condition import Condition, ConditionSpec
+from kosmosg.losses import TimestepWeighting
+
+Parts = Literal["all", "text", "images"]
 
 
 class ImageDecoder(nn.Module):
-    """U-Net, VAE and the noise schedule they were trained with.
+    """Base of the image decoders. Only the `parts` needed are loaded: its text side, its image side or all."""
 
-    Args:
-        scheduler: gives ᾱ_t and the number of training timesteps; it must predict noise.
-
-    Raises:
-        ValueError: the scheduler's prediction is not noise.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDPMScheduler):
-        super().__init__()
-        if scheduler.config.prediction_type != "epsilon":
-            raise ValueError(
-                f"the image decoder's scheduler has prediction_type={scheduler.config.prediction_type!r}; the "
-                "diffusion loss (eq. 8) predicts noise: use a Stable Diffusion with 'epsilon', as v1.5."
-            )
-        self.unet, self.vae, self.scheduler = unet, vae, scheduler
-        self.requires_grad_(False)
-        self.train(False)
+    spec: ConditionSpec
+    scheduler: Any
 
     @classmethod
+    @abstractmethod
     def from_pretrained(
-        cls, stable_diffusion: str | Path, torch_dtype: torch.dtype = torch.float32, **options
+        cls, source: str | Path, parts: Parts = "all", torch_dtype: torch.dtype = torch.float32, **options: Any
     ) -> "ImageDecoder":
-        """Read unet/, vae/ and scheduler/ of a Stable Diffusion folder or hub id; `options` go to diffusers."""
-        options = {"dtype": torch_dtype, **options}
-        return cls(
-            UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", **options),
-            AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", **options),
-            DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler"),
-        )
+        """Read the parts from a diffusers folder or hub id; `options` go to diffusers."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, source: str | Path, parts: Parts = "all") -> "ImageDecoder":
+        """The same without weights, for dry runs.
+
+        Raises:
+            ValueError: a hub id whose sizes are not known here.
+        """
 
     def train(self, mode: bool = True) -> "ImageDecoder":
         """Stay in eval mode whatever the surrounding module does."""
         return super().train(False)
 
-    @property
-    def condition_width(self) -> int:
-        """`C`, what the U-Net's cross-attention reads."""
-        return self.unet.config.cross_attention_dim
-
-    @property
-    def num_timesteps(self) -> int:
-        """Timesteps are drawn from 0 … num_timesteps - 1."""
-        return self.scheduler.config.num_train_timesteps
-
-    @property
-    def shrinkage(self) -> int:
-        """H / h."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def are_moments(self, targets: Tensor) -> bool:
-        """Whether targets B×…×H×H are the VAE's moments rather than images."""
-        return targets.shape[1] == 2 * self.vae.config.latent_channels
-
-    @torch.no_grad()
-    def moments(self, images: Tensor) -> Tensor:
-        """Images B×3×H×H in [-1, 1] → means and log-variances of the VAE's posterior, B×8×h×h.
+    # Text side: what stage 2 aligns with.
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str], *, truncation: bool = True) -> Tensor:
+        """Captions → ids B×T of the decoder's own text model; longer ones are cut unless `truncation` is False.
 
         Raises:
-            ValueError: sides that the VAE cannot halve evenly.
+            ValueError: a caption is too long and may not be cut.
         """
-        factor = self.shrinkage
-        if images.shape[-1] % factor or images.shape[-2] % factor:
-            raise ValueError(
-                f"target images are {tuple(images.shape[-2:])} but the VAE needs sides that are multiples of {factor}."
-            )
-        return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
 
-    @torch.no_grad()
-    def latents(self, targets: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Images B×3×H×H in [-1, 1], or their moments B×8×h×h → a sample of the VAE's posterior, scaled, B×4×h×h.
+    @abstractmethod
+    def text_condition(self, text_ids: Tensor) -> Condition:
+        """Ids B×T → what the decoder itself would read for these captions: t of eq. 5. No gradient."""
+
+    # Image side: what stage 3 trains through.
+    @abstractmethod
+    def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
+        """c×h×w of the latents of images or moments.
+
+        Raises:
+            ValueError: sides that the VAE cannot divide evenly.
+        """
+
+    @abstractmethod
+    def moments(self, images: Tensor) -> Tensor:
+        """Images B×3×H×W in [-1, 1] → what of them is cached: the parameters of the VAE's posterior. No gradient."""
+
+    @abstractmethod
+    def are_moments(self, targets: Tensor) -> bool:
+        """Whether `targets` are moments rather than images."""
+
+    @abstractmethod
+    def latents(self, targets: Tensor, noise: Tensor) -> Tensor:
+        """Images or moments of B images → scaled latents n·B×c×h×w, those of one image together. No gradient.
 
         Args:
-            noise: the posterior's standard normal draw, B×4×h×h; drawn from `generator` where not given. With B·n
-                rows it gives n samples of each image, which is encoded once; those of one image stand together.
-
-        Raises:
-            ValueError: sides that the VAE cannot halve evenly.
+            noise: the posterior's standard normal draw, n·B×c×h×w.
         """
-        moments = targets if self.are_moments(targets) else self.moments(targets)
-        posterior = DiagonalGaussianDistribution(moments)
-        if noise is None:
-            noise = torch.randn(posterior.mean.shape, generator=generator, device=targets.device)
-        mean, std = (
-            moment.repeat_interleave(len(noise) // len(targets), 0) for moment in (posterior.mean, posterior.std)
-        )
-        return (mean + std * noise.to(mean.dtype)) * self.vae.config.scaling_factor
 
-    @torch.no_grad()
-    def mean_images(self, moments: Tensor) -> Tensor:
-        """The images that the posteriors' means stand for, B×3×H×H, about -1 … 1: targets to look at."""
-        return self.vae.decode(DiagonalGaussianDistribution(moments).mean.to(self.vae.dtype)).sample
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents → images B×3×H×W, about -1 … 1. No gradient."""
 
+    @abstractmethod
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """Draws B from [0, 1) → training timesteps, by the quantiles of the distribution the decoder trains with."""
+
+    @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t = sqrt(ᾱ_t) z_0 + sqrt(1 − ᾱ_t) ε (eq. 1)."""
-        return self.scheduler.add_noise(latents, noise, timesteps)
+        """z_t, what the decoder is given at these timesteps (eq. 1)."""
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """ε_θ(z_t; C, t): noisy latents B×4×h×h, timesteps B, condition B×Q×C → B×4×h×h.
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The decoder's prediction for z_t B×c×h×w, of the shape of `training_target`.
 
         Raises:
-            ValueError: the condition is not as wide as the U-Net's cross-attention.
+            ValueError: the condition is not of the decoder's form.
         """
-        if condition.shape[-1] != self.condition_width:
+
+    @abstractmethod
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What `predict` should give: the noise for eq. 8."""
+
+    def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting) -> Tensor:
+        """w(t) of eq. 8, B.
+
+        Raises:
+            ValueError: a weighting that the decoder does not have.
+        """
+        if weighting != "uniform":
+            raise ValueError(f"recipe.timestep_weighting={weighting!r} is not defined for {type(self).__name__}.")
+        return torch.ones(len(timesteps), device=timesteps.device)
+
+    # Sampling, by diffusers' own pipeline of the family.
+    @abstractmethod
+    def diffusers_pipeline(self) -> DiffusionPipeline:
+        """diffusers' pipeline over these networks, to be driven by `pipeline_arguments`."""
+
+    @abstractmethod
+    def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
+        """The conditions as keyword arguments of that pipeline."""
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that predicts, a diffusers model."""
+
+    @property
+    @abstractmethod
+    def autoencoder(self) -> Any:
+        """The network whose latents it draws, a diffusers model: what cached latents depend on."""
+
+    def check(self, condition: Condition) -> None:
+        """Refuse a condition of another form.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        width = condition.states.shape[-1]
+        if width != self.spec.width:
             raise ValueError(
-                f"the condition is {condition.shape[-1]} wide but the U-Net reads {self.condition_width}: the "
-                "aligner's width must be the image decoder's cross_attention_dim. Is it another Stable Diffusion?"
+                f"the condition is {width} wide but the image decoder reads {self.spec.width}: model.aligner.width "
+                "must be the decoder's. Is it another image decoder than the model was aligned with?"
             )
-        dtype = self.unet.dtype
-        return self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample
+        pooled = None if condition.pooled is None else condition.pooled.shape[-1]
+        if (condition.mask is not None, pooled) != (self.spec.masked, self.spec.pooled):
+            raise ValueError(
+                f"the condition has mask {condition.mask is not None} and a pooled vector of width {pooled}; "
+                f"{type(self).__name__} reads {self.spec.masked} and {self.spec.pooled}."
+            )

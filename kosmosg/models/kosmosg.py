@@ -1,4 +1,4 @@
-"""MLLM and AlignerNet together: a prompt becomes the condition of Stable Diffusion (paper Fig. 2).
+"""MLLM and AlignerNet together: a prompt becomes the image decoder's condition (paper Fig. 2).
 
 Shapes: `B` batch, `Q` condition tokens, `C` condition width.
 """
@@ -6,8 +6,9 @@ Shapes: `B` batch, `Q` condition tokens, `C` condition width.
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from kosmosg.condition import Condition
 from kosmosg.models.aligner import Aligner, AlignerDecoder, load_aligner
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.storage import find_model, load_part, save_model
@@ -31,18 +32,18 @@ class KosmosG(nn.Module):
             )
         self.mllm, self.aligner = mllm, aligner
 
-    def condition(self, batch: PromptBatch, features: Tensor | None = None) -> Tensor:
-        """Prompts → condition B×Q×C; `features` as in `MLLM.forward`."""
-        return self.aligner(self.mllm(batch, features), batch.padding)
+    def condition(self, batch: PromptBatch) -> Condition:
+        """Prompts → condition, states B×Q×C."""
+        return self.aligner(*self.mllm.hidden_states(batch))
 
-    def null_condition(self) -> Tensor:
-        """The condition of `<s>` alone, 1×Q×C: what classifier-free guidance steers away from.
+    def null_condition(self) -> Condition:
+        """The condition of the unconditional prompt, one row: what classifier-free guidance steers away from.
 
         It carries gradients, and follows the weights: recompute it when they change.
         """
-        return self.condition(self.mllm.null_prompt())
+        return self.condition(self.mllm.unconditional_prompt().to(self.mllm.device))
 
-    def forward(self, batch: PromptBatch) -> Tensor:
+    def forward(self, batch: PromptBatch) -> Condition:
         """See `condition`."""
         return self.condition(batch)
 
@@ -65,14 +66,3 @@ class KosmosG(nn.Module):
             load_part(MLLM, folder / "mllm", torch_dtype),
             load_aligner(folder / "aligner", torch_dtype),
         )
-
-
-def drop_condition(condition: Tensor, null_condition: Tensor, uniform: Tensor, probability: float) -> Tensor:
-    """Replace whole conditions by the null condition where `uniform < probability` (golden README, "Stage-3 loss").
-
-    Args:
-        condition: B×Q×C.
-        null_condition: 1×Q×C.
-        uniform: one draw from [0, 1) for each sample, B.
-    """
-    return torch.where((uniform < probability)[:, None, None], null_condition, condition)

@@ -1,27 +1,78 @@
-"""The multimodal language model: image tower → resampler → causal decoder (paper section 2.1, Fig. 2).
+"""The multimodal language model: vision encoder → resampler → causal decoder (paper section 2.1, Fig. 2).
 
-Notable: image features enter before the embeddings are scaled by sqrt(D), so they are scaled too; the output of the
-final LayerNorm at *every* position is what AlignerNet reads; the output matrix is the input embedding.
+`MultimodalLM` is what the stages, the dry run and the pipeline know of it; `MLLM` is the paper's. Notable there: image
+features enter before the embeddings are scaled by sqrt(D), so they are scaled too; the output of the final LayerNorm at
+*every* position is what AlignerNet reads; the output matrix is the input embedding.
 
-Shapes: `B` batch, `L` tokens, `D` width, `I` images of the whole batch in reading order, `K` slots per image.
+Shapes: `B` batch, `L` tokens, `D` width, `I` images of the whole batch in reading order, `K` tokens per image.
 """
+
+from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
 
+from kosmosg.image_processing import ClipImageTransform
 from kosmosg.models.decoder import CausalDecoder
 from kosmosg.models.resampler import Resampler
 from kosmosg.models.storage import StrictWeights
-from kosmosg.models.vision import VisionTower
-from kosmosg.prompt import PromptBatch
+from kosmosg.models.vision import VisionEncoder
+from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder
+from kosmosg.tokenizer import Tokenizer
 
 MAX_TOKENS = 2048  # the longest sequence of the language model's training (tokens_per_sample)
 
 
-class MLLM(StrictWeights, ModelMixin, ConfigMixin):
+@dataclass
+class VisionTraining:
+    """Which part of the vision encoder trains (paper section 3.2: "only the last layer")."""
+
+    blocks: int = 1
+    """How many of the last blocks train; -1 is the whole encoder."""
+    final_norm: bool = True
+    """Whether the LayerNorm after the last block trains."""
+
+    def __post_init__(self) -> None:
+        if self.blocks < -1:
+            raise ValueError(f"vision_training.blocks is {self.blocks}; allowed: -1 (all), 0, 1, 2, …")
+
+
+class MultimodalLM(nn.Module):
+    """What the project knows of a multimodal language model; another one is one class."""
+
+    width: int
+
+    @abstractmethod
+    def encoder(self, tokenizer: Tokenizer, max_length: int | None = None) -> PromptEncoder:
+        """Encodes prompts as this model reads them."""
+
+    @abstractmethod
+    def hidden_states(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """States B×L×D and their padding bool B×L, True where a state is none. Sharding needs every process to call it
+        equally often, each time with or without images."""
+
+    @abstractmethod
+    def unconditional_prompt(self) -> PromptBatch:
+        """The one-row batch whose condition is the null condition."""
+
+    @abstractmethod
+    def dummy_image_prompt(self) -> PromptBatch:
+        """A one-row batch with one blank image, for batches without any: see `StageModule.reads_images`."""
+
+    @abstractmethod
+    def set_trainable(self, vision: VisionTraining) -> None:
+        """Let all train but the frozen part of the vision encoder.
+
+        Raises:
+            ValueError: more blocks asked for than the encoder has.
+        """
+
+
+class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
     """Interleaved ids and images → hidden states. Sizes of the paper: section 3.2.
 
     Args:
@@ -50,9 +101,13 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin):
         bos_id: int = 0,
     ):
         super().__init__()
-        self.vision = VisionTower(vision_config)
+        self.vision = VisionEncoder(vision_config)
         self.resampler = Resampler(self.vision.width, width, heads, image_tokens, dropout)
         self.decoder = CausalDecoder(vocab_size, width, layers, heads, ffn_width, dropout, xpos, pad_id)
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.config.width
 
     @property
     def output_matrix(self) -> Tensor:
@@ -63,44 +118,67 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin):
         """Preprocessed images I×3×S×S → I×K×D."""
         return self.resampler(self.vision(images))
 
-    def embed(self, batch: PromptBatch, features: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Input of the first layer, B×L×D; `features` I×K×D spares the images their way through the tower. See
-        `CausalDecoder.forward` for `documents`.
+    def embed(self, batch: PromptBatch, documents: Tensor | None = None) -> Tensor:
+        """Input of the first layer, B×L×D; see `CausalDecoder.forward` for `documents`.
 
         Raises:
-            ValueError: the number of image slots is not K times the number of images.
+            ValueError: the number of image tokens is not K times the number of images.
         """
-        if batch.images is not None and features is None:
-            features = self.image_features(batch.images)
+        features = None if batch.images is None else self.image_features(batch.images)
         # On a GPU the count would cost a synchronisation in every step; PromptEncoder.collate has checked it. A
         # subclass of Tensor may have no values to count, as in a dry run.
         if batch.image_mask.device.type == "cpu" and type(batch.image_mask) is Tensor:
             images = 0 if batch.images is None else len(batch.images)
-            slots = int(batch.image_mask.sum())
-            if slots != images * self.config.image_tokens:
+            tokens = int(batch.image_mask.sum())
+            if tokens != images * self.config.image_tokens:
                 raise ValueError(
-                    f"the batch has {slots} image slots but {images} images of {self.config.image_tokens} slots "
+                    f"the batch has {tokens} image tokens but {images} images of {self.config.image_tokens} tokens "
                     "each; build it with PromptEncoder(image_tokens=mllm.config.image_tokens)."
                 )
         return self.decoder.embed(batch.ids, batch.padding, batch.image_mask, features, documents)
 
-    def forward(self, batch: PromptBatch, features: Tensor | None = None, separate_documents: bool = False) -> Tensor:
-        """Hidden states B×L×D: the final LayerNorm's output at every position, `<s>` and image slots included.
+    def forward(self, batch: PromptBatch, separate_documents: bool = False) -> Tensor:
+        """Hidden states B×L×D: the final LayerNorm's output at every position, `<s>` and image tokens included.
 
         Args:
-            features: I×K×D, what `image_features` gave for the batch's images, where it is known already.
             separate_documents: each `<s>` in a row begins a document, whose states become those of the document alone:
                 attention stays within it and positions begin anew.
         """
         documents = (batch.ids == self.config.bos_id).cumsum(dim=1) if separate_documents else None
-        return self.decoder(self.embed(batch, features, documents), documents)
+        return self.decoder(self.embed(batch, documents), documents)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, …×vocab_size. Stage 1 only."""
         return F.linear(hidden, self.output_matrix)
 
-    def null_prompt(self) -> PromptBatch:
-        """The prompt of the null condition: `<s>` alone."""
-        ids = torch.full((1, 1), self.config.bos_id, device=self.device)
-        nowhere = torch.zeros_like(ids, dtype=torch.bool)
-        return PromptBatch(ids=ids, image_mask=nowhere, images=None, padding=nowhere)
+    def encoder(self, tokenizer: Tokenizer, max_length: int | None = None) -> PromptEncoder:
+        return PromptEncoder(
+            tokenizer, ClipImageTransform(self.vision.image_size), self.config.image_tokens, max_length
+        )
+
+    def hidden_states(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        return self(batch), batch.padding
+
+    def unconditional_prompt(self) -> PromptBatch:
+        """`<s>` alone (golden README, "Stage-3 loss")."""
+        return PromptBatch.stack([EncodedPrompt([self.config.bos_id], None, [])], self.config.pad_id)
+
+    def dummy_image_prompt(self) -> PromptBatch:
+        """`<s>` and a blank image."""
+        tokens, size = self.config.image_tokens, self.vision.image_size
+        mask = torch.tensor([False] + [True] * tokens)
+        row = EncodedPrompt([self.config.bos_id] * (1 + tokens), mask, [torch.zeros(3, size, size)])
+        return PromptBatch.stack([row], self.config.pad_id)
+
+    def set_trainable(self, vision: VisionTraining) -> None:
+        clip = self.vision.clip
+        blocks = clip.encoder.layers
+        if vision.blocks > len(blocks):
+            raise ValueError(
+                f"vision_training.blocks is {vision.blocks}, but the vision encoder has {len(blocks)} blocks"
+            )
+        self.requires_grad_(True)
+        clip.requires_grad_(vision.blocks == -1)
+        for block in list(blocks)[len(blocks) - vision.blocks :] if vision.blocks > 0 else []:
+            block.requires_grad_(True)
+        clip.post_layernorm.requires_grad_(vision.final_norm)

@@ -68,7 +68,7 @@ class MLLMConfig:
     xpos: bool = False
     """Rotate and decay queries and keys; the released model does not."""
     vision: VisionConfig = field(default_factory=VisionConfig)
-    """The image tower."""
+    """The vision encoder."""
 
     def __post_init__(self) -> None:
         require_positive(self, "model.mllm", "width", "layers", "heads", "ffn_width", "image_tokens")
@@ -137,7 +137,7 @@ class ModelConfig:
     image_decoder: str = MISSING
     """Stable Diffusion folder or hub id."""
     vision_weights: str | None = None
-    """CLIP folder or hub id whose image tower stage 1 starts from; null for random weights."""
+    """CLIP folder or hub id whose vision encoder stage 1 starts from; null for random weights."""
 
     def __post_init__(self) -> None:
         require_positive(self, "model", "image_size")

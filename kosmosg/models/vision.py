@@ -1,4 +1,4 @@
-"""The image tower: CLIP's vision transformer without its projection.
+"""The vision encoder: CLIP's vision transformer without its projection.
 
 Notable: the final LayerNorm runs over all tokens, the class token too, and each is then scaled to length one
 (golden README, "Image tower"); the paper mentions neither.
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
-class VisionTower(nn.Module):
+class VisionEncoder(nn.Module):
     """transformers' CLIPVisionModel, all tokens normalised.
 
     Args:
@@ -26,7 +26,7 @@ class VisionTower(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Pixels on a side of the square images that the tower reads."""
+        """Pixels on a side of the square images that the encoder reads."""
         return self.clip.config.image_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ class VisionTower(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"images are {tuple(images.shape[1:])} but the image tower reads {expected} (channels, height, "
-                f"width); preprocess them with UnderstandingTransform(size={self.image_size})."
+                f"images are {tuple(images.shape[1:])} but the vision encoder reads {expected} (channels, height, "
+                f"width); preprocess them with ClipImageTransform(size={self.image_size})."
             )
         tokens = self.clip(images.to(self.clip.dtype)).last_hidden_state
         return F.normalize(self.clip.post_layernorm(tokens), dim=-1)

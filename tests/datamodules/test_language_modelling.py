@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from datamodules.batches import IGNORED
+from kosmosg.losses import IGNORED_LABEL
 from datamodules.data_config import Source
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
 from datamodules.packing import Packer
@@ -59,7 +59,7 @@ def test_labels_are_the_next_text_tokens_and_nothing_else(data):
     ignored = torch.isin(
         following, torch.tensor([tokenizer.bos_id, tokenizer.pad_id, tokenizer.image_id, tokenizer.image_end_id])
     )
-    assert torch.equal(labels[:, :-1] == IGNORED, ignored)
+    assert torch.equal(labels[:, :-1] == IGNORED_LABEL, ignored)
     assert torch.equal(labels[:, :-1][~ignored], following[~ignored])
     assert (labels == tokenizer.eos_id).any()
     assert not torch.isin(labels, torch.tensor([tokenizer.image_id, tokenizer.bos_id, tokenizer.pad_id])).any()
@@ -70,7 +70,7 @@ def test_a_full_row_predicts_one_token_beyond_its_input(data, tiny_tokenizer):
     module = data(text=[TextSample("the dog. " * 300)], length=sentence * 10)  # <s> and ten sentences are T+1 tokens
     batch = module.train_dataset[[0]]
     assert not batch.prompt.padding.any()
-    assert batch.labels[0, -1] != IGNORED
+    assert batch.labels[0, -1] != IGNORED_LABEL
 
 
 def test_documents_follow_each_other_whole_in_the_shards_order(data):

@@ -19,7 +19,7 @@ from datamodules.entities import EntityRules
 from datamodules.errors import FilteredSample
 from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig, InstructionRows
-from datamodules.report import ReadReport
+from kosmosg.batches import ReadReport
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
 from tests.datamodules import worlds

@@ -15,7 +15,8 @@ from datamodules.data_config import Source
 from datamodules.entities import EntityRules
 from datamodules.errors import DataError, SampleError
 from datamodules.instruction import InstructionData, InstructionDataConfig
-from datamodules.report import ReadReport, SampleCounter
+from datamodules.report import SampleCounter
+from kosmosg.batches import ReadReport
 from kosmosg.image_processing import TargetTransform
 from kosmosg.prompt import PromptEncoder
 from tests.datamodules import worlds

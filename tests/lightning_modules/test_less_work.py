@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datamodules.batches import AlignmentBatch
+from kosmosg.batches import AlignmentBatch
 from kosmosg.config import ConfigError, load_config
 from kosmosg.models.aligner import AlignerDecoder
 from kosmosg.models.image_decoder import ImageDecoder

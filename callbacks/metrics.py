@@ -1,0 +1,116 @@
+"""Metrics of every step that is logged, and metrics.csv of a run folder.
+
+A row's step is the number of optimizer steps done. Logged are train/*, lr, grad_norm (before clipping), skipped_steps,
+samples_per_second and tokens_per_second over all ranks. The time is that of steps and of waiting for data; validation,
+checkpoints and grids are left out. Padding is not counted as tokens.
+"""
+
+import csv
+import io
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from kosmosg.files import write_text
+
+log = logging.getLogger(__name__)
+
+
+class StepMetrics(Callback):
+    """Hands the loggers a row every `every` steps. Must be the first callback: the row is logged, and the wait for data
+    over, before anything else happens."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self._samples = self._tokens = 0
+        self._seconds = 0.0
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        self._seconds += time.perf_counter() - pl_module.waiting_since
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, step: Any, batch_idx: int
+    ) -> None:
+        self._seconds += time.perf_counter() - pl_module.step_began
+        self._samples += sum(len(batch) for batch in step) * trainer.world_size
+        self._tokens += sum(sum(batch.prompt.lengths) for batch in step) * trainer.world_size
+        if trainer.global_step % self.every:
+            return
+        metrics = pl_module.step_metrics()
+        metrics |= {"samples_per_second": self._samples / self._seconds}
+        metrics |= {"tokens_per_second": self._tokens / self._seconds}
+        self._samples, self._tokens, self._seconds = 0, 0, 0.0
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+class MetricsFile(Logger):
+    """Writes `file`, a row a step, on disk at once. A resumed run drops the rows after its `first_step`, which come
+    again. Where the disk is full it says so and goes on; the rows are written as soon as there is room."""
+
+    def __init__(self, file: Path, first_step: int = 0):
+        super().__init__()
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
+        if file.is_file():
+            self.rows = [row for row in read_rows(file) if int(row["step"]) <= first_step]
+        self.columns = list(dict.fromkeys(["step", *(name for row in self.rows for name in row)]))
+        self._appendable = False
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row; values of the step of the last row join it."""
+        joins = bool(self.rows) and int(self.rows[-1]["step"]) == step
+        if joins:
+            self.rows[-1] |= metrics
+        else:
+            self.rows.append({"step": step, **metrics})
+        new = [name for name in metrics if name not in self.columns]
+        self.columns += new
+        try:
+            if new or joins or not self._appendable:
+                write_text(self.file, as_csv(self.columns, self.rows, header=True))
+            else:
+                with open(self.file, "a", newline="", encoding="utf-8") as target:
+                    target.write(as_csv(self.columns, self.rows[-1:]))
+            self._appendable = True
+        except OSError as error:
+            self._appendable = False
+            log.error("'%s' could not be written: %s; training goes on.", self.file, error)
+
+
+def as_csv(columns: list[str], rows: list[dict[str, Any]], header: bool = False) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv; what a power cut left of one is dropped with a warning."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    rows = list(csv.DictReader(text.replace("\0", "").splitlines()))
+    whole = [row for row in rows if None not in row and (row.get("step") or "").isdecimal()]
+    if len(whole) < len(rows) or "\0" in text:
+        log.warning("'%s' is damaged: %d of its %d rows are kept.", file, len(whole), len(rows))
+    return whole

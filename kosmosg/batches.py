@@ -1,0 +1,106 @@
+"""What each stage's DataModule hands to its LightningModule: micro-batches, and a list of them for an optimizer step.
+
+Shapes: `B` rows, `L` tokens, `Q` positions of the image decoder's text model, `H×W` target pixels.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kosmosg.prompt import PromptBatch
+
+Batch = TypeVar("Batch", bound="MicroBatch")
+
+
+@dataclass
+class ReadReport:
+    """What was read for one micro-batch; travels with it from the data worker to the training process.
+
+    Attributes:
+        samples: `shard/key` of each row, for messages and for comparing orders.
+        sources: name of the source of each row.
+        reads: samples opened, usable or not.
+        errors: why the others were not usable.
+    """
+
+    samples: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    reads: int = 0
+    errors: list[Any] = field(default_factory=list)
+
+    def __add__(self, other: "ReadReport") -> "ReadReport":
+        return ReadReport(
+            self.samples + other.samples,
+            self.sources + other.sources,
+            self.reads + other.reads,
+            self.errors + other.errors,
+        )
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """Rows that go through the networks together. A stage adds its tensors, one row each.
+
+    Attributes:
+        indices: place of each row in the run's global order. Noise, timesteps and condition dropout are drawn by it,
+            so that they do not depend on how a step is divided.
+        counted: how many rows count in a validation, the first ones; the others only keep the ranks in step.
+    """
+
+    prompt: PromptBatch
+    indices: list[int] = field(default_factory=list)
+    report: ReadReport = field(default_factory=ReadReport)
+    counted: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def rows(self: Batch, index: list[int]) -> Batch:
+        """Some rows."""
+        values: dict[str, Any] = {"prompt": self.prompt.rows(index)}
+        if self.indices:
+            values["indices"] = [self.indices[row] for row in index]
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), Tensor):
+                values[item.name] = value[index]
+        return replace(self, **values)
+
+    def to(self: Batch, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on another device."""
+        return self._map("to", device, non_blocking=non_blocking)
+
+    def pin_memory(self: Batch) -> Batch:
+        """The batch in page-locked memory, from which copies to a GPU need not block."""
+        return self._map("pin_memory")
+
+    def _map(self: Batch, method: str, *arguments: Any, **keywords: Any) -> Batch:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {
+            name: getattr(value, method)(*arguments, **keywords)
+            for name, value in values.items()
+            if isinstance(value, Tensor | PromptBatch)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True)
+class LanguageModellingBatch(MicroBatch):
+    """Stage 1. `labels` B×L int64: `labels[:, t]` is the token after `ids[:, t]`, or -100 where it is not learned."""
+
+    labels: Tensor
+
+
+@dataclass(kw_only=True)
+class AlignmentBatch(MicroBatch):
+    """Stage 2. `text_ids` B×Q int64: the same captions for the image decoder's text model."""
+
+    text_ids: Tensor
+
+
+@dataclass(kw_only=True)
+class InstructionBatch(MicroBatch):
+    """Stage 3. `targets` B×3×H×W float32 in [-1, 1], or their cached latents: the VAE's moments B×8×h×w."""
+
+    targets: Tensor

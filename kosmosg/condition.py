@@ -1,0 +1,76 @@
+"""What an image decoder reads, and the form in which it wants it.
+
+Shapes: `B` batch, `Q` condition tokens, `C` condition width, `P` width of the pooled vector.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """The form of an image decoder's condition.
+
+    Attributes:
+        tokens: `Q`.
+        width: `C`.
+        masked: whether the decoder reads a mask of the states that count.
+        pooled: `P`, or None for decoders without a pooled vector.
+        unconditional: what classifier-free guidance steers away from: the condition of the unconditional prompt, or
+            zeros.
+    """
+
+    tokens: int
+    width: int
+    masked: bool = False
+    pooled: int | None = None
+    unconditional: Literal["prompt", "zeros"] = "prompt"
+
+
+class Condition(NamedTuple):
+    """states B×Q×C; mask bool B×Q, True where a state counts, or None; pooled B×P or None."""
+
+    states: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def rows(self, index: slice | Sequence[int]) -> "Condition":
+        """Some rows."""
+        return Condition(*(None if tensor is None else tensor[index] for tensor in self))
+
+    def repeat_interleave(self, times: int) -> "Condition":
+        """Each row `times` times, those of one row together."""
+        return Condition(*(None if tensor is None else tensor.repeat_interleave(times, dim=0) for tensor in self))
+
+    def to(self, *arguments, **options) -> "Condition":
+        """As `torch.Tensor.to`; a mask keeps its dtype."""
+        states, mask, pooled = self
+        return Condition(
+            states.to(*arguments, **options),
+            None if mask is None else mask.to(states.to(*arguments, **options).device),
+            None if pooled is None else pooled.to(*arguments, **options),
+        )
+
+    def replace_where(self, chosen: Tensor, other: "Condition") -> "Condition":
+        """Rows where `chosen` (bool, B) is True give way to `other`, of one row or B."""
+
+        def merged(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if ours is None or theirs is None:
+                return ours
+            return torch.where(chosen.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
+
+        return Condition(*(merged(ours, theirs) for ours, theirs in zip(self, other, strict=True)))  # type: ignore[arg-type]
+
+    @staticmethod
+    def cat(conditions: Sequence["Condition"]) -> "Condition":
+        """The rows of all, in order."""
+        columns = zip(*conditions, strict=True)
+        return Condition(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    def zeros(self) -> "Condition":
+        """A condition of one row that is zero everywhere, of this one's form."""
+        return Condition(*(None if tensor is None else torch.zeros_like(tensor[:1]) for tensor in self))

@@ -1,0 +1,408 @@
+"""The dry run: parameters, memory of each GPU by part, FLOPs, time; refuses what does not fit. No weights are read.
+
+The stage's own module is built at its full size without memory, under PyTorch's FakeTensorMode: shapes, dtypes and
+autocast are real, nothing is stored or computed. Its own loss runs forward and backward over `fake_batch`, which is
+counted. Sizes of the image decoder come from its folder, or are the published ones of Stable Diffusion v1.5.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from kosmosg.config import ConfigError
+from kosmosg.models.build import image_decoder_class
+from kosmosg.tokenizer import Tokenizer
+from lightning_modules.base import PromptShape, StageModule
+from lightning_modules.parallelize import apply_activation_checkpointing, layers
+from lightning_modules.trainer import BatchLayout, TrainerConfig, batch_layout
+
+GIB, TERA = 2**30, 1e12
+FULL, HALF = 4, 2  # bytes of a number
+SECONDS_OF_DAY = 86_400
+RELEASED_VOCABULARY = 64_007
+
+
+class DoesNotFitError(ValueError):
+    """A run that the assumed GPU cannot hold."""
+
+
+class Device(NamedTuple):
+    """A card: memory in GiB that PyTorch sees, peak TFLOP/s of dense matrix products by precision (makers' sheets)."""
+
+    memory_gib: float
+    half_tflops: float
+    single_tflops: float
+    has_bf16: bool = True
+
+
+DEVICES = {
+    "h200-141gb": Device(139.8, 989.0, 67.0),
+    "h100-80gb": Device(79.1, 989.0, 67.0),
+    "a100-80gb": Device(79.1, 312.0, 19.5),
+    "a100-40gb": Device(39.4, 312.0, 19.5),
+    "rtx4090-24gb": Device(23.5, 165.0, 82.6),
+    "rtx3090-24gb": Device(23.6, 71.0, 35.6),
+    "v100-32gb": Device(31.7, 125.0, 15.7, has_bf16=False),
+}
+
+
+@dataclass
+class HardwareConfig:
+    device: str = "h100-80gb"
+    """Card that the dry run counts with, see lightning_modules/dry_run.py."""
+    memory_gib: float | None = None
+    """Memory of a card; null: the device's."""
+    tflops: float | None = None
+    """Peak TFLOP/s of a card in the run's precision; null: the device's."""
+    utilization: float = 0.3
+    """Share of the peak that is assumed to be reached."""
+    reserve_gib: float = 2.0
+    """Memory that CUDA, NCCL and fragmentation are assumed to take on each card."""
+    prompt_tokens: int | None = None
+    """Tokens of a row, padding included; null: data.sequence_length in stage 1, 75 in stage 2, 160 in stage 3."""
+    images_per_row: int | None = None
+    """Images in a row's prompt; null: 11 in stage 1, 0 in stage 2, 2 in stage 3."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"hardware.device is {self.device!r}; allowed: {', '.join(DEVICES)}")
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"hardware.utilization is {self.utilization}; allowed: above 0, at most 1")
+        for name in ("memory_gib", "tflops", "reserve_gib", "prompt_tokens", "images_per_row"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"hardware.{name} is {value}; allowed: 0 or more")
+
+    def card(self) -> Device:
+        """The device with what is set here in its place."""
+        device = DEVICES[self.device]
+        if self.memory_gib is not None:
+            device = device._replace(memory_gib=self.memory_gib)
+        return device if self.tflops is None else device._replace(half_tflops=self.tflops, single_tflops=self.tflops)
+
+
+# Counting.
+class PassCost(NamedTuple):
+    """Of one micro-batch, forward and backward: operations, and the most bytes alive beside parameters."""
+
+    flops: float
+    activations: float
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A stage's module without weights, and what micro-batches of one and of two rows cost: a + b · rows."""
+
+    module: StageModule
+    shape: PromptShape
+    vocabulary: int
+    one: PassCost
+    two: PassCost
+
+    def flops(self, rows: int) -> float:
+        return self.one.flops + (rows - 1) * (self.two.flops - self.one.flops)
+
+    @property
+    def row_bytes(self) -> float:
+        """Activations of a row."""
+        return self.two.activations - self.one.activations
+
+    @property
+    def fixed_bytes(self) -> float:
+        """Activations that do not grow with the rows: autocast's copies of the weights in half precision."""
+        return max(0.0, self.one.activations - self.row_bytes)
+
+
+class Vocabulary(NamedTuple):
+    """As much of a tokenizer as building a model needs."""
+
+    size: int
+    pad_id: int = 1
+    bos_id: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def size_up(experiment: Any) -> Sized:
+    """Build the stage of `experiment` without memory and count a pass.
+
+    Raises:
+        ValueError: sizes that do not fit, or an image decoder of which only a name is known.
+    """
+    folder = Path(experiment.model.tokenizer)
+    words = len(Tokenizer.from_pretrained(folder)) if folder.is_dir() else RELEASED_VOCABULARY
+    # Rows are of one length here, so buckets change nothing.
+    buckets = {"length_buckets": 1} if hasattr(experiment.recipe, "length_buckets") else {}
+    fresh = replace(
+        experiment,
+        init_from=None,
+        recipe=replace(experiment.recipe, **buckets),
+        model=replace(experiment.model, vision_weights=None),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        module = experiment.module.build(
+            fresh, Vocabulary(words), lambda source, parts: image_decoder_class(source).from_config(source, parts)
+        ).train()
+        apply_activation_checkpointing(module, experiment.trainer.activation_checkpointing)
+        usual, hardware = module.prompt_shape(experiment), experiment.hardware
+        shape = PromptShape(
+            usual.tokens if hardware.prompt_tokens is None else hardware.prompt_tokens,
+            usual.images if hardware.images_per_row is None else hardware.images_per_row,
+        )
+
+        def cost(rows: int) -> PassCost:
+            batch = module.fake_batch(rows, shape, experiment.model.image_size)
+            return measure(module, lambda: module.losses(batch)["loss"], experiment.trainer.precision)
+
+        return Sized(module, shape, words, cost(1), cost(2))
+
+
+def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> PassCost:
+    """Cost of `loss()` and its backward pass under FakeTensorMode; no gradient is kept."""
+    # Sharding hands a gradient on as soon as it is there; what is kept of it is counted with the parameters.
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
+    live = LiveBytes([*module.parameters(), *module.buffers()])
+    # The CPU's autocast stands for the GPU's.
+    autocast: Any = contextlib.nullcontext()
+    if precision.endswith("-mixed"):
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, live, EverywhereCounted():
+        with autocast:
+            value = loss()
+        value.backward()
+    for hook in hooks:
+        hook.remove()
+    return PassCost(counter.get_total_flops(), live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage from its making to its end; `peak` is the most at a time."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._meet(result.untyped_storage())
+        return results
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._part, key, size)
+
+    def _part(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+class EverywhereCounted(TorchFunctionMode):
+    """Which positions a mask picks depends on values; here every mask picks all."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0].flatten(0, args[1].ndim - 1)
+        return function(*args, **(kwargs or {}))
+
+
+# PyTorch counts the attention kernels of GPUs alone.
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
+}
+
+
+# The estimate.
+@dataclass(frozen=True)
+class Estimate:
+    """Of one GPU: `memory` in bytes by part, `flops` and `seconds` of an optimizer step."""
+
+    memory: dict[str, float]
+    row_bytes: float
+    available: float
+    flops: float
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+    def largest_micro_batch(self, rows: int) -> int:
+        """Rows that fit, 0 for none."""
+        return max(0, int((self.available - (self.total - rows * self.row_bytes)) // self.row_bytes))
+
+
+def estimate(sized: Sized, hardware: HardwareConfig, options: TrainerConfig, layout: BatchLayout, ema: bool) -> Estimate:
+    """What a GPU holds and does."""
+    card, module = hardware.card(), sized.module
+    sharded = options.strategy == "fsdp2" or (options.strategy == "auto" and layout.world_size > 1)
+    share = layout.world_size if sharded else 1
+    mixed = options.precision.endswith("-mixed")
+    own = HALF if options.precision == "bf16-true" else FULL
+    trainable = count(module, trainable=True)
+    in_sharded = {id(parameter) for network in module.sharded_modules() for parameter in network.parameters()}
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    frozen_sharded = sum(parameter.numel() for parameter in frozen if id(parameter) in in_sharded)
+    frozen_whole = sum(parameter.numel() for parameter in frozen) - frozen_sharded
+    copies = sized.fixed_bytes
+    memory = {
+        "trainable weights": own * trainable / share,
+        "gradients": own * trainable / share,
+        "optimizer states": 2 * own * trainable / share,
+        "average of the weights": FULL * trainable / share if ema else 0.0,
+        "frozen modules": own * (frozen_sharded / share + frozen_whole),
+    }
+    if sharded:
+        memory["gathered layers"] = gathered(module, HALF if mixed else own, own)
+        if mixed:  # layers are gathered in half precision, so autocast makes no copies of theirs
+            copies = max(0.0, copies - HALF * (trainable + frozen_sharded))
+    elif options.strategy == "ddp":
+        memory["gradient buckets"] = own * trainable
+    rows = layout.micro_batch_size
+    memory["half-precision copies and the like"] = copies
+    memory[f"activations, {rows} rows, checkpointing {options.activation_checkpointing}"] = rows * sized.row_bytes
+    memory["CUDA, NCCL, fragmentation"] = hardware.reserve_gib * GIB
+    flops = sized.flops(rows) * layout.micro_batches
+    seconds = flops / (peak_tflops(card, options) * TERA * hardware.utilization)
+    return Estimate(memory, sized.row_bytes, card.memory_gib * GIB, flops, seconds)
+
+
+def peak_tflops(card: Device, options: TrainerConfig) -> float:
+    return card.single_tflops if options.precision == "32-true" else card.half_tflops
+
+
+def count(module: nn.Module, trainable: bool) -> int:
+    """Numbers in the parameters that train, or that do not."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == trainable)
+
+
+def gathered(module: StageModule, layer_bytes: int, own: int) -> float:
+    """What FSDP2 holds whole: the layer at work and the one gathered ahead, and from the forward pass to the end of the
+    backward what belongs to no layer (embeddings, positions, norms), with its gradient where it trains."""
+    sizes, total = [0], 0.0
+    for network in module.sharded_modules():
+        in_layers: set[int] = set()
+        for layer in layers(network):
+            parameters = list(layer.parameters())
+            sizes.append(sum(parameter.numel() for parameter in parameters))
+            in_layers |= {id(parameter) for parameter in parameters}
+        for parameter in network.parameters():
+            if id(parameter) not in in_layers:
+                total += own * parameter.numel() * (2 if parameter.requires_grad else 1)
+    return total + 2 * layer_bytes * max(sizes)
+
+
+# The report.
+def report(experiment: Any, console: Console) -> None:
+    """Print the estimate of an experiment.
+
+    Raises:
+        ConfigError: the run cannot be laid out.
+        DoesNotFitError: after printing; names what takes most and what would fit.
+    """
+    options, hardware = experiment.trainer, experiment.hardware
+    try:
+        layout = batch_layout(experiment.data.micro_batch_size, options)
+        sized = size_up(experiment)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    found = estimate(sized, hardware, options, layout, experiment.ema.decay > 0)
+    console.print(f"Dry run of {experiment.stage}: {layout}", highlight=False, soft_wrap=True)
+    console.print(parameters_table(sized.module), memory_table(found, hardware.device, layout.world_size))
+    for line in time_lines(sized, found, options, layout, hardware):
+        console.print(line, highlight=False, soft_wrap=True)
+    if options.precision == "bf16-mixed" and not hardware.card().has_bf16:
+        console.print(f"{hardware.device} computes no bf16: use trainer.precision=16-mixed.", style="bold")
+    if not Path(experiment.model.tokenizer).is_dir():
+        console.print(f"There is no tokenizer at '{experiment.model.tokenizer}' yet: {sized.vocabulary:,} ids assumed.")
+    if found.total > found.available:
+        raise DoesNotFitError(refusal(found, layout, hardware.device))
+
+
+def refusal(found: Estimate, layout: BatchLayout, device: str) -> str:
+    """What does not fit, and what would."""
+    if largest := found.largest_micro_batch(layout.micro_batch_size):
+        advice = f"data.micro_batch_size={largest} would fit"
+    else:
+        parts = sorted(found.memory.items(), key=lambda part: -part[1])[:3]
+        most = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+        advice = f"no micro-batch fits; most is taken by {most} GiB. More devices divide them (strategy fsdp2)"
+    return (
+        f"{found.total / GIB:.1f} GiB are needed on each GPU and {device} has {found.available / GIB:.1f}: {advice}; "
+        "trainer.activation_checkpointing=full keeps the fewest activations."
+    )
+
+
+def parameters_table(module: StageModule) -> Table:
+    """Parameters of each network."""
+    table = Table("network", "trainable", "frozen", title="Parameters", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, network in module.named_children():
+        table.add_row(name, f"{count(network, True):,}", f"{count(network, False):,}")
+    table.add_section()
+    table.add_row("all", f"{count(module, True):,}", f"{count(module, False):,}")
+    return table
+
+
+def memory_table(found: Estimate, device: str, world_size: int) -> Table:
+    """Memory of each GPU by part."""
+    table = Table("part", "GiB", title=f"Memory of each GPU, {world_size} × {device}", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, size in found.memory.items():
+        if size:
+            table.add_row(name, f"{size / GIB:.2f}")
+    table.add_section()
+    verdict = "fits" if found.total <= found.available else "DOES NOT FIT"
+    table.add_row(f"needed, of {found.available / GIB:.1f}: {verdict}", f"{found.total / GIB:.2f}")
+    return table
+
+
+def time_lines(
+    sized: Sized, found: Estimate, options: TrainerConfig, layout: BatchLayout, hardware: HardwareConfig
+) -> Iterator[str]:
+    """Work and time."""
+    days = found.seconds * options.max_steps / SECONDS_OF_DAY
+    yield (
+        f"Each step: {found.flops * layout.world_size / TERA:,.1f} TFLOP on all GPUs, "
+        f"{found.flops / layout.micro_batches / layout.micro_batch_size / TERA:.3f} a row"
+    )
+    yield (
+        f"Expected: {found.seconds:.2f} s a step, {layout.global_batch / found.seconds:,.0f} rows/s, {days:.1f} days "
+        f"for {options.max_steps:,} steps, if {hardware.utilization:.0%} of {peak_tflops(hardware.card(), options):g} "
+        "TFLOP/s are reached and neither data nor network is waited for"
+    )
+    yield (
+        f"Assumed: {sized.shape.tokens} tokens and {sized.shape.images} images a row (keys hardware.*); the largest "
+        f"data.micro_batch_size that fits is {found.largest_micro_batch(layout.micro_batch_size)}"
+    )

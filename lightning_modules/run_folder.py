@@ -1,0 +1,201 @@
+"""A run folder: what a run was told, with what versions, its checkpoints, what it made.
+
+config.yaml    configuration as written, itself a valid argument of train.py
+versions.json  packages, Python and git revision of every start
+metrics.csv    everything logged
+wandb.id       id of the W&B run
+checkpoints/   step-*/, see checkpointing.py
+grids/         images of fixed prompts
+model/         the finished model
+finished.json  written last: the run is complete
+"""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kosmosg.config import RUN_CONFIG, ConfigError, save_config, written_config
+from kosmosg.files import write_json
+from lightning_modules.checkpointing import CheckpointDamagedError, checkpoints, verify
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "webdataset", "omegaconf", "wandb", "sentencepiece")
+DAMAGED = "damaged-"  # goes before the name of what is set aside
+# What may differ between two starts of one run: nothing that the weights depend on. Micro-batch and global batch may,
+# if the rows of an optimizer step stay the same, which the checkpoint itself is asked for.
+RESUMABLE_KEYS = {
+    *("run", "runs", "wandb", "grids", "hardware", "dry_run"),
+    *("data.micro_batch_size", "data.num_workers", "data.prefetch_factor", "data.pin_memory"),
+    *("data.accept_changed_data", "data.max_bad_share", "data.min_bad_count"),
+    *("trainer.global_batch_size", "trainer.val_every", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
+    *("trainer.log_every", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
+    *("trainer.activation_checkpointing", "trainer.compile", "trainer.max_skipped_steps"),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be started: in use, or of another configuration."""
+
+
+class RunFolder:
+    """The folder `path`; nothing is created before `lock`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints, self.grids, self.model = (self.path / name for name in ("checkpoints", "grids", "model"))
+
+    def latest_checkpoint(self) -> Path | None:
+        """The last checkpoint; a name is there only when all of it is."""
+        return next(reversed(checkpoints(self.checkpoints)), None)
+
+    def intact_checkpoint(self) -> Path | None:
+        """The last checkpoint whose every byte is what was written; None if the run has not saved yet.
+
+        Damaged ones are reported and set aside under another name, so that the run can save that step again.
+
+        Raises:
+            RunFolderError: all of them are damaged.
+        """
+        damaged = []
+        for checkpoint in reversed(checkpoints(self.checkpoints)):
+            try:
+                verify(checkpoint)
+                return checkpoint
+            except CheckpointDamagedError as error:
+                damaged.append(set_aside(checkpoint))
+                logger.warning("%s. It is set aside as '%s'; the one before is tried.", error, damaged[-1].name)
+        if damaged:
+            raise RunFolderError(
+                f"run folder '{self.path}' holds no intact checkpoint: {', '.join(path.name for path in damaged)} are "
+                "damaged. Put an intact copy of one in its place, or delete the folder to begin anew."
+            )
+        return None
+
+    def finished(self) -> dict[str, Any] | None:
+        """What finished.json says, or None while the run is not complete."""
+        return read_json(self.path / "finished.json", None)
+
+    def mark_finished(self, **facts: Any) -> None:
+        """Write finished.json."""
+        write_json(self.path / "finished.json", {"finished": now(), **facts})
+
+    @contextmanager
+    def lock(self, written: dict[str, Any], schema: Any, write: bool = True) -> Iterator["RunFolder"]:
+        """Take the folder for this process while inside, and record configuration and versions.
+
+        Args:
+            written: the configuration, see `kosmosg.config.written_config`.
+            schema: reads the one recorded.
+            write: False on ranks other than the first, which then change nothing.
+
+        Raises:
+            RunFolderError: another process has it, or its run was started with another configuration.
+        """
+        if not write:
+            yield self
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as lock:
+            # Data workers outlive a killed run by seconds, and would hold the folder for so long.
+            os.register_at_fork(after_in_child=lock.close)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunFolderError(
+                    f"run folder '{self.path}' is in use by another process; wait for it, stop it, or give run=…"
+                ) from error
+            self._record(written, schema)
+            yield self
+
+    def _record(self, written: dict[str, Any], schema: Any) -> None:
+        recorded = self.path / RUN_CONFIG
+        if recorded.is_file() and (self.latest_checkpoint() or self.finished()):
+            if different := differences(self._recorded(schema), written):
+                raise RunFolderError(
+                    f"run folder '{self.path}' holds a run with another configuration: {'; '.join(different)}. Give "
+                    "the same values to resume it, run=… for a new one, or delete the folder."
+                )
+        if self.finished():
+            return  # the record of a finished run does not change
+        save_config(written, recorded)
+        starts = read_json(self.path / "versions.json", [])
+        starts.append(
+            {
+                "started": now(),
+                "python": platform.python_version(),
+                "packages": {package: package_version(package) for package in PACKAGES},
+                "git": git_revision(),
+            }
+        )
+        write_json(self.path / "versions.json", starts)
+
+    def _recorded(self, schema: Any) -> dict[str, Any]:
+        """What config.yaml says, completed by the defaults of keys that came with a later version."""
+        try:
+            return written_config([str(self.path)], schema)
+        except ConfigError as error:
+            raise RunFolderError(f"run folder '{self.path}' holds a run of another version: {error}") from error
+
+
+def differences(recorded: Any, given: Any, key: str = "") -> list[str]:
+    """`key is X there and Y here` for every value that may not differ."""
+    if key in RESUMABLE_KEYS:
+        return []
+    if isinstance(recorded, dict) and isinstance(given, dict):
+        names = dict.fromkeys([*recorded, *given])
+        below = (differences(recorded.get(n), given.get(n), f"{key}.{n}".lstrip(".")) for n in names)
+        return [difference for found in below for difference in found]
+    return [] if recorded == given else [f"{key} is {recorded!r} there and {given!r} here"]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged to a name that is free."""
+    names = (f"{DAMAGED}{path.name}", *(f"{DAMAGED}{path.name}.{number}" for number in range(2, 1000)))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    path.rename(aside)
+    return aside
+
+
+def read_json(file: Path, default: Any) -> Any:
+    """The content of a side file; a damaged one is set aside with a warning, and `default` stands for it."""
+    if not file.is_file():
+        return default
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        logger.warning("'%s' is damaged (%s); it is set aside as '%s'.", file, error, set_aside(file).name)
+        return default
+
+
+def package_version(package: str) -> str | None:
+    """None where a package came without metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """Commit of the source, with `+changes` when tracked files differ; None outside of a repository."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

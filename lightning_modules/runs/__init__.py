@@ -1,1 +1,0 @@
-"""Run folders, checkpoints, exports and sweeps."""

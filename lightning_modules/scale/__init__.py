@@ -1,1 +1,0 @@
-"""Devices: batches, sharding, recomputing, the Trainer."""
