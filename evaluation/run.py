@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor
 
 from evaluation.config import EvaluationConfig
-from evaluation.images.manifest import write_atomically
 from evaluation.images.provenance import environment
 from evaluation.images.references import reference_features
 from evaluation.images.systems import COPY_OF_INPUT, REAL_IMAGES
@@ -35,6 +34,7 @@ from evaluation.reports.pages import Manifests, draw_pages, swap_grids
 from evaluation.scores.results import Score, markdown, print_results, read_results, write_results
 from evaluation.scores.scoring import Encoders, Sample, Scorer, load_encoders, shared_encoders, write_samples
 from evaluation.tracking import track
+from kosmosg.files import write_text
 
 PROVENANCE = "provenance.json"
 
@@ -89,11 +89,11 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
     write_breakdown(parts, output / "breakdown.csv")
     write_results(scores, output / "results.json")
     sections = [*breakdown_markdown(parts), *guidance_markdown(scores)]
-    write_atomically(output / "results.md", markdown(scores, evaluation.notes(), sections).encode())
+    write_text(output / "results.md", markdown(scores, evaluation.notes(), sections))
     provenance = provenance_of(evaluation, time.monotonic() - started)
     draw_pages(evaluation, manifests, grids, scores, parts, provenance)
     content = {"key": evaluation.key(), "written": provenance, "config": asdict(config)}
-    write_atomically(output / PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_text(output / PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False))
     track(config.wandb, output, scores, content)
     return scores
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from kosmosg.files import replaced
 from kosmosg.image_processing import upright
 from kosmosg.prompt import PLACEHOLDER
 
@@ -202,18 +203,10 @@ def generate(pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size:
 
 def store(image: Image.Image, job: Job) -> None:
     """Write the PNG with its parameters, whole or not at all."""
-    job.file.parent.mkdir(parents=True, exist_ok=True)
-    beside = job.file.with_name(f".{job.file.name}.{os.getpid()}")
     text = PngImagePlugin.PngInfo()
     text.add_itxt(METADATA_KEY, json.dumps(job.parameters, ensure_ascii=False))
-    try:
-        with beside.open("wb") as stream:
-            image.save(stream, format="png", pnginfo=text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(job.file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replaced(job.file) as temporary:
+        image.save(temporary, format="png", pnginfo=text)
 
 
 def read_parameters(file: Path) -> dict[str, Any] | None:

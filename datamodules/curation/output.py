@@ -22,9 +22,10 @@ from datamodules.curation.config import EXECUTION, Curation
 from datamodules.curation.rows import Batch, Row
 from datamodules.curation.work import Work
 from datamodules.errors import DataError
-from datamodules.storage.shards import MANIFEST_SUFFIX, ShardWriter, sync_folder, write_durably
+from datamodules.storage.shards import MANIFEST_SUFFIX, ShardWriter, sync_folder
 from datamodules.storage.tar_index import index_path
 from datamodules.toyland.parts import world_hash
+from kosmosg.files import write_bytes
 
 Record = dict[str, Any]
 
@@ -61,7 +62,7 @@ class Output:
         if not any(self.records.glob("*.json")):  # nothing was made of an earlier plan
             self._clear(file)
             self.records.mkdir(parents=True, exist_ok=True)
-            write_durably(file, _json(wanted))
+            write_bytes(file, _json(wanted))
         found = json.loads(file.read_text(encoding="utf-8"))
         changed = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
         if changed:
@@ -101,7 +102,7 @@ class Output:
         written = [row for row in work.rows if "dropped" not in row]
         if written:
             record["shard"] = self._write_shard(work.chunk.number, written)
-        write_durably(self.records / f"{work.chunk.number:06d}.json", _json(record))
+        write_bytes(self.records / f"{work.chunk.number:06d}.json", _json(record))
         return record
 
     def _refuse_broken_stage(self, work: Work) -> None:
@@ -136,7 +137,7 @@ class Output:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest."""
         shutil.rmtree(self.scratch, ignore_errors=True)
-        write_durably(self.manifest(), _json(manifest))
+        write_bytes(self.manifest(), _json(manifest))
 
 
 def encode_row(row: Row, suffix: str) -> dict[str, bytes]:

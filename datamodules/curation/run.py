@@ -12,8 +12,8 @@ from datamodules.curation.report import report
 from datamodules.curation.sheet import write_sheet
 from datamodules.curation.tally import Tally
 from datamodules.folder_lock import held
-from datamodules.storage.shards import write_durably
 from kosmosg.config import save_config
+from kosmosg.files import write_text
 
 ENGINES = {"local": run_local, "ray": run_ray}
 
@@ -51,7 +51,7 @@ def curate(config: Curation, console: Console) -> None:
 
 def _tell(config: Curation, output: Output, tally: Tally, console: Console) -> None:
     text = report(config, tally)
-    write_durably(output.own / "report.md", text.encode())
+    write_text(output.own / "report.md", text)
     if config.report.sheet:
         write_sheet(
             str(output.folder / f"{config.prefix}-*.tar"), config.report.sheet, config.seed, output.own / "sheet.png"

@@ -16,7 +16,7 @@ from datamodules.images import Limits, SampleImage, load
 from datamodules.moments.files import KNOWN, MOMENTS, PRECISIONS, header, moments_file, moments_identity
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, decode
 from datamodules.storage.indexed_shards import IndexedShards
-from datamodules.storage.shards import write_durably
+from kosmosg.files import write_bytes
 from kosmosg.image_processing import TargetTransform
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
@@ -78,7 +78,7 @@ def write_moments(config: MomentsConfig) -> Counts:
             rows = encode(shards, range(first, first + size), decoder, transform, config, path)
             counts.bad += size - int(rows[KNOWN].sum())
             counts.shards, counts.samples = counts.shards + 1, counts.samples + size
-            write_durably(file, save(rows, header(identity, content, size)))
+            write_bytes(file, save(rows, header(identity, content, size)))
         first += size
     return counts
 

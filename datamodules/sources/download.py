@@ -24,7 +24,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from datamodules.folder_lock import held
 from datamodules.sources.download_config import DownloadConfig
 from datamodules.sources.fetching import FetchError, Wanted, fetch
-from datamodules.storage.shards import write_durably
+from kosmosg.files import write_text
 
 WINDOW = 10_000
 """Rows of the list that are looked at ahead, so that one slow host does not hold up the others."""
@@ -115,7 +115,7 @@ class Downloader:
                     self._collect(under_way, log, done)
                     told = f"{done.listed:,} listed, {done.fetched:,} fetched, {done.failed.total():,} failed"
                     progress.update(bar, told=told)
-            write_durably(self.folder / SUMMARY, (json.dumps(done.summary(), indent=1) + "\n").encode())
+            write_text(self.folder / SUMMARY, json.dumps(done.summary(), indent=1) + "\n")
         return done
 
     def path_of(self, wanted: Wanted) -> Path:

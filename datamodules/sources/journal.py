@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.sources.layout import Layout
-from datamodules.storage.shards import write_durably
+from kosmosg.files import write_text
 
 VERSION = 1
 SUFFIX = ".conversion.json"
@@ -49,7 +49,7 @@ class Journal:
 
     def save(self, file: Path) -> None:
         """Write it so that a crash leaves the old one or the new one."""
-        write_durably(file, (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
+        write_text(file, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 def open_journal(file: Path, layout_name: str, layout: Layout, files: list[Path]) -> Journal:

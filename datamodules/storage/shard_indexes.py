@@ -3,8 +3,8 @@
 import fcntl
 import hashlib
 import json
-import os
 import re
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from datamodules.storage.remote import RemoteConfig
 from datamodules.storage.shard_files import LocalFile, RemoteFile, ShardFile
 from datamodules.storage.shard_patterns import what_is_there
 from datamodules.storage.tar_index import ShardIndex, index_name
+from kosmosg.files import write_bytes
 
 MANIFEST_PATTERN = "*.manifest.json"
 NUMBERED = re.compile(r"-\d{6}\.tar$")
@@ -105,12 +106,8 @@ def _fits(index: ShardIndex, listed: dict | None, size: int) -> bool:
 
 
 def _keep(index: ShardIndex, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(index.to_bytes())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a read-only data folder: the index lives in memory alone
+    with suppress(OSError):  # a read-only data folder: the index lives in memory alone
+        write_bytes(path, index.to_bytes())
 
 
 def _records(content: bytes, manifest: str) -> dict[str, dict]:

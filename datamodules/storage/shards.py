@@ -22,6 +22,7 @@ from datamodules.storage.indexed_shards import IndexedShards
 from datamodules.storage.shard_files import Descriptors, LocalFile
 from datamodules.storage.shard_patterns import expand_pattern
 from datamodules.storage.tar_index import ShardIndex, index_path
+from kosmosg.files import write_bytes, write_text
 
 __all__ = ["MANIFEST_SUFFIX", "IndexedShards", "ShardWriter", "expand_pattern"]
 
@@ -105,7 +106,7 @@ class ShardWriter:
             raise DataError(f"no sample was written to '{self.folder}/{self.prefix}-*.tar'; an empty set is an error.")
         manifest = self.folder / (self.prefix + MANIFEST_SUFFIX)
         record = {"schema": SCHEMA_VERSION, "shards": self.shards}
-        write_durably(manifest, (json.dumps(record, indent=1) + "\n").encode())
+        write_text(manifest, json.dumps(record, indent=1) + "\n")
         return manifest
 
     def __enter__(self) -> "ShardWriter":
@@ -137,23 +138,12 @@ class ShardWriter:
         size = partial.stat().st_size
         with open(partial, "rb") as written:
             checksum = hashlib.file_digest(written, "sha256").hexdigest()
-        write_durably(index_path(path), ShardIndex.scan(LocalFile(partial, Descriptors())).to_bytes())
+        write_bytes(index_path(path), ShardIndex.scan(LocalFile(partial, Descriptors())).to_bytes())
         partial.rename(path)
         sync_folder(self.folder)
         self.shards.append({"name": path.name, "samples": len(self._keys), "bytes": size, "sha256": checksum})
         self._stream = self._writer = None
         self._keys = set()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, whole."""
-    partial = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ reused, an interrupted one is drawn again.
     python -m datamodules.toyland output=data/other coco.images=100 processes=1
 """
 
-import shutil
 import signal
 import sys
 import time
@@ -19,15 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datamodules.errors import DataError
 from datamodules.folder_lock import held
-from datamodules.storage.shards import sync_folder
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.drawing import drawing
 from datamodules.toyland.parts import all_parts
 from kosmosg.config import CONFIGS, ConfigError, load_config
 from kosmosg.config_help import describe_schema
+from kosmosg.files import clear_leftovers, replaced
 
 DEFAULTS = str(CONFIGS / "toyland" / "data.yaml")
-PARTIAL = ".partial"
 
 
 def build(config: ToylandData, console: Console) -> None:
@@ -47,13 +45,11 @@ def build(config: ToylandData, console: Console) -> None:
             for part in missing:
                 begin, total = time.monotonic(), sum(part.splits.values())
                 bar = bars.add_task(part.name, total=total)
-                partial = output / (part.path + PARTIAL)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                for drawn in part.write(partial, draw):
-                    bars.advance(bar, drawn)
-                partial.rename(output / part.path)
-                sync_folder((output / part.path).parent)
+                clear_leftovers((output / part.path).parent)
+                with replaced(output / part.path) as temporary:
+                    temporary.mkdir()
+                    for drawn in part.write(temporary, draw):
+                        bars.advance(bar, drawn)
                 bars.remove_task(bar)
                 told = f"{part.name}: {total:,} samples in {time.monotonic() - begin:.0f} s"
                 console.print(told, highlight=False)

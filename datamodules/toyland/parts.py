@@ -11,10 +11,11 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.sample import SCHEMA_VERSION
-from datamodules.storage.shards import ShardWriter, write_durably
+from datamodules.storage.shards import ShardWriter
 from datamodules.toyland import evaluation_sets, samples
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.drawing import Chunk, Draw, Members, chunks
+from kosmosg.files import write_bytes
 from kosmosg.toyland import kinds, language, looks, scene, settings, shapes
 
 RECORD = "toyland.json"
@@ -73,7 +74,7 @@ class Part:
         """Write all files into an empty folder; yields how many samples were added at every step."""
         write = {"dreambench": self._write_dreambench, "coco": self._write_coco}.get(self.name, self._write_shards)
         yield from write(folder, draw)
-        write_durably(folder / RECORD, _json(self.record()))
+        write_bytes(folder / RECORD, _json(self.record()))
 
     def _write_shards(self, folder: Path, draw: Draw) -> Iterator[int]:
         for split in self.splits:

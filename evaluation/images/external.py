@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from evaluation.images.manifest import MANIFEST, write_atomically
+from evaluation.images.manifest import MANIFEST
 from evaluation.images.provenance import hash_files
 from evaluation.images.systems import TABLE_ORDER
 from evaluation.protocols.requests import SHOWN_PROBLEMS, EvaluationError, Request
+from kosmosg.files import write_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def write_requests(table: str, requests: Sequence[Request], folder: Path) -> Pat
     """`<folder>/<table>.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{table}.jsonl"
-    write_atomically(file, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in requests).encode())
+    write_text(file, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in requests))
     return file
 
 

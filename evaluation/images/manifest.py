@@ -11,8 +11,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +21,7 @@ from PIL import Image
 
 from evaluation.parallel.processes import Processes
 from evaluation.protocols.requests import EvaluationError
+from kosmosg.files import write_bytes, write_text
 
 MANIFEST, SHARDS = "manifest.jsonl", "manifest.*.jsonl"
 IDENTITY = "identity.json"
@@ -95,7 +94,7 @@ class Manifest:
         else:
             image.save(buffer, format="png")
         name = f"{IMAGES}/{index:06d}.{'jpg' if storage == 'jpeg' else 'png'}"
-        write_atomically(self.folder / name, buffer.getvalue())
+        write_bytes(self.folder / name, buffer.getvalue())
         row = Row(**values, file=name, sha256=hashlib.sha256(buffer.getvalue()).hexdigest())
         with self._appended.open("ab") as stream:
             stream.write(_line(row))
@@ -169,7 +168,7 @@ class Manifest:
         self.rows = self._read(files, look)
         content = b"".join(map(_line, self.rows.values()))
         if content != (self.file.read_bytes() if self.file.is_file() else b""):
-            write_atomically(self.file, content)
+            write_bytes(self.file, content)
         # A kill before this leaves rows that stand in two files: they count once.
         for shard in files[1:]:
             shard.unlink(missing_ok=True)
@@ -179,7 +178,7 @@ class Manifest:
         if not file.is_file():
             if self.file.is_file():
                 raise ManifestError(f"'{self.folder}' has a {MANIFEST} but no {IDENTITY}; move it away.")
-            write_atomically(file, json.dumps(identity, indent=1, ensure_ascii=False).encode())
+            write_text(file, json.dumps(identity, indent=1, ensure_ascii=False))
             return
         found = json.loads(file.read_text(encoding="utf-8"))
         different = [
@@ -217,14 +216,6 @@ def _read_rows(file: Path) -> list[Row]:
                 f"{', '.join(field.name for field in fields(Row))}. Delete the folder to start anew."
             ) from error
     return rows
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write beside, then rename: `file` is whole or absent."""
-    # Processes of different machines may have the same number.
-    beside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    beside.write_bytes(content)
-    beside.replace(file)
 
 
 def _line(row: Row) -> bytes:

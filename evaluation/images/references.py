@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from evaluation.images.manifest import write_atomically
+from kosmosg.files import write_bytes
 
 FEATURES = "features"
 KEYS = ("protocol", "data", "weights", "n")
@@ -33,7 +33,7 @@ def reference_features(folder: Path, key: dict[str, str], compute: Callable[[], 
         console.print(f"The features of real images in '{file}' are not used ({reason}); they are computed anew.")
     features = compute()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, save({FEATURES: features.contiguous()}, metadata=key))
+    write_bytes(file, save({FEATURES: features.contiguous()}, metadata=key))
     return features
 
 

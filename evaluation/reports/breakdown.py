@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from evaluation.config import Bootstrap
-from evaluation.images.manifest import write_atomically
 from evaluation.images.systems import AFTER_STAGE_3
 from evaluation.scores.bootstrap import mean_interval
 from evaluation.scores.results import COLUMNS, DECIMALS, METRICS, markdown_table
 from evaluation.scores.scoring import Sample
+from kosmosg.files import write_text
 
 TABLE = "dreambench"
 KIND, SUBJECT, TEMPLATE = "kind", "subject", "template"
@@ -91,7 +91,7 @@ def write_breakdown(parts: Sequence[Part], file: Path) -> None:
     for part in parts:
         numbers = {name: f"{getattr(part, name):.6f}" for name in ("value", "low", "high")}
         writer.writerow({**asdict(part), **numbers})
-    write_atomically(file, text.getvalue().encode())
+    write_text(file, text.getvalue())
 
 
 def systems_of(parts: Sequence[Part]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from evaluation.images.manifest import Manifest, write_atomically
+from evaluation.images.manifest import Manifest
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 from evaluation.plan import Evaluation, Table
 from evaluation.protocols.dreambench import DreamBench
@@ -14,6 +14,7 @@ from evaluation.reports.gallery import common_requests, pair_grid, shown_request
 from evaluation.reports.report import CaptionBlock, Grid, Input, Report, SubjectBlock, write_report
 from evaluation.reports.sheets import contact_sheet, sheet
 from evaluation.scores.results import Score
+from kosmosg.files import replaced, write_text
 
 SHOWN_CAPTIONS, SHOWN_PROMPTS = 8, 3
 Manifests = dict[tuple[str, str], Manifest]
@@ -41,7 +42,7 @@ def draw_pages(
     if "coco" in tables:
         write_caption_sheet(evaluation, tables["coco"], manifests)
     for metric, svg in guidance.charts(scores):
-        write_atomically(output / "sheets" / f"guidance_{metric}.svg", svg.encode())
+        write_text(output / "sheets" / f"guidance_{metric}.svg", svg)
     names = [system.name for system in evaluation.systems]
     runs = [
         ("Stage 2, alignment", config.models.before_stage_3),
@@ -210,6 +211,5 @@ def write_caption_sheet(evaluation: Evaluation, table: Table, manifests: Manifes
 
 
 def save(picture, file: Path) -> None:
-    beside = file.with_name(f".{file.name}")
-    picture.save(beside, format="PNG", optimize=True)
-    beside.replace(file)
+    with replaced(file) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from evaluation.images.manifest import write_atomically
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 from evaluation.reports import breakdown, guidance, paper
 from evaluation.reports.breakdown import Part
 from evaluation.scores.results import COLUMNS, METRICS, TITLES, Score, columns, table_rows, tables_of
+from kosmosg.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 EMBEDDED_SIDE = 256
@@ -109,7 +109,7 @@ def write_report(report: Report, file: Path) -> None:
         paper_coco=[(row.system, *row.values) for row in paper.COCO],
         after=AFTER_STAGE_3,
     )
-    write_atomically(file, page.encode())
+    write_text(file, page)
 
 
 def embed(file: Path) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.images.manifest import write_atomically
 from evaluation.images.systems import BEFORE_STAGE_3, REAL_IMAGES, STABLE_DIFFUSION
 from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import Evaluated, read_evaluations
 from evaluation.reports.paper import ALIGNMENT, CITATION, COCO, DREAMBENCH, Printed
 from evaluation.reports.seeds import seed_groups
 from evaluation.scores.results import DECIMALS, METRICS, OPTIONAL, Score, markdown_table, sizes, table_rows
+from kosmosg.files import write_text
 
 PRINTED = f"As printed in {CITATION}"
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "#": r"\#", "_": r"\_", "%": r"\%", "&": r"\&", "@": "@"}
@@ -102,7 +102,7 @@ def write_tables(paths: Sequence[str | Path], output: Path) -> list[Path]:
         for suffix, render in ((".md", as_markdown), (".tex", as_latex), (".html", as_html)):
             files.append(output / f"{table.name}{suffix}")
             output.mkdir(parents=True, exist_ok=True)
-            write_atomically(files[-1], render(table).encode())
+            write_text(files[-1], render(table))
     return files
 
 

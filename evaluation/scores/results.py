@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.images.manifest import write_atomically
 from evaluation.images.systems import TABLE_ORDER
 from evaluation.reports import paper
+from kosmosg.files import write_text
 
 METRICS = {
     "dino": "DINO ↑",
@@ -62,7 +62,7 @@ class Score:
 def write_results(scores: Sequence[Score], file: Path) -> None:
     """results.json: a list of the fields of `Score`, those without a value left out."""
     rows = [{name: value for name, value in asdict(score).items() if value is not None} for score in scores]
-    write_atomically(file, json.dumps(rows, indent=1, ensure_ascii=False).encode())
+    write_text(file, json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 def read_results(file: Path) -> list[Score]:

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.config import Bootstrap, EvaluationConfig
-from evaluation.images.manifest import write_atomically
 from evaluation.parallel.sharing import Encode, Sharing
 from evaluation.protocols.protocol import KID, Resize
 from evaluation.protocols.requests import ScoredImage, read_image
@@ -24,6 +23,7 @@ from evaluation.scores.bootstrap import fid_interval, kid_interval, mean_interva
 from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, Remembered, feature_network
 from evaluation.scores.metrics import CosineMean, FeatureFID, FeatureKID
 from evaluation.scores.results import Score
+from kosmosg.files import write_text
 
 Features = Callable[[Sequence], Tensor]
 NEAR_COPY = 0.95
@@ -185,7 +185,7 @@ def write_samples(samples: Sequence[Sample], file: Path, folder: Path) -> None:
         paths = [_relative(path, folder) for path in (sample.file, sample.against)]
         told = [sample.table, sample.system, sample.metric, sample.unit, sample.template]
         writer.writerow([*told, *paths, f"{sample.score:.6f}"])
-    write_atomically(file, text.getvalue().encode())
+    write_text(file, text.getvalue())
 
 
 def _relative(path: str, folder: Path) -> str:

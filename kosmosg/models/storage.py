@@ -1,14 +1,14 @@
 """Model folders: writing them whole, finding them, and loading that refuses weights of another model."""
 
 import json
-import os
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
 
+from kosmosg.files import clear_leftovers, replaced
 from kosmosg.tokenizer import Tokenizer
 
 Part = TypeVar("Part", bound=ModelMixin)
@@ -34,19 +34,14 @@ def find_model(folder: str | Path) -> Path:
 def save_model(folder: str | Path, tokenizer: Tokenizer, **parts: ModelMixin | None) -> None:
     """Write tokenizer/ and the given parts (mllm=, aligner=, aligner_decoder=) into `folder`; None is left out.
 
-    Each part is written beside its place and moved there, so that an interruption leaves no half of one.
+    The parts that are there stay until all new ones are complete. One process at a time may write a model folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in {**parts, "tokenizer": tokenizer}.items():
-        if part is None:
-            continue
-        beside, replaced = (folder / f".{name}.{kind}.{os.getpid()}" for kind in ("new", "old"))
-        part.save_pretrained(beside)
-        if (folder / name).exists():
-            (folder / name).rename(replaced)
-        beside.rename(folder / name)
-        shutil.rmtree(replaced, ignore_errors=True)
+    clear_leftovers(folder)  # else what a killed process left would be published with the model
+    with ExitStack() as stack:
+        for name, part in {**parts, "tokenizer": tokenizer}.items():
+            if part is not None:
+                part.save_pretrained(stack.enter_context(replaced(folder / name)))
 
 
 class StrictWeights:

@@ -223,7 +223,7 @@ def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path):
     command = [sys.executable, "-m", "datamodules.toyland", *SMALL, f"output={folder}", "processes=2", more]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (folder / "shards" / "edit.partial").exists():
+    while not list((folder / "shards").glob(".edit.*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)

@@ -78,6 +78,20 @@ def test_a_stage_one_folder_has_no_aligner(config, tokenizer, tmp_path):
         build_aligner(config, init_from=tmp_path)
 
 
+def test_a_save_that_fails_leaves_the_old_model_whole(config, tokenizer, tmp_path, monkeypatch):
+    first, second = (build_mllm(config, tokenizer) for _ in range(2))
+    save_model(tmp_path / "model", tokenizer, mllm=first)
+    (tmp_path / "model" / ".mllm.0123456789abcdef.new").mkdir()  # as a killed save leaves it
+    monkeypatch.setattr(Tokenizer, "save_pretrained", lambda *_: (tmp_path / "full").read_bytes())
+    with pytest.raises(FileNotFoundError):
+        save_model(tmp_path / "model", tokenizer, mllm=second)
+    assert torch.equal(state(build_mllm(config, tokenizer, init_from=tmp_path)), state(first))
+    monkeypatch.undo()
+    save_model(tmp_path / "model", tokenizer, mllm=second)
+    assert torch.equal(state(build_mllm(config, tokenizer, init_from=tmp_path)), state(second))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["mllm", "tokenizer"]
+
+
 def test_image_tower_of_a_clip_folder(config, tokenizer, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     clip = CLIPModel(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kosmosg.files import replaced
 from kosmosg.toyland.kinds import KINDS
 from kosmosg.toyland.language import caption
 from kosmosg.toyland.looks import PATTERNS
@@ -95,7 +96,5 @@ def _parallel(function, count: int) -> list:
 
 
 def _save(content: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.partial")
-    torch.save(content, beside)
-    beside.replace(path)
+    with replaced(path) as temporary:
+        torch.save(content, temporary)
