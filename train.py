@@ -233,7 +233,9 @@ def export(arguments: Sequence[str]) -> str:
     if len(runs) != 1 or "output" not in options:
         raise ConfigError("export takes a run folder and output=FOLDER; step=N and weights=ema or raw may be added.")
     if weights not in (None, "ema", "raw") or not (step is None or step.isdecimal()):
-        raise ConfigError(f"export: step={step} weights={weights} is not allowed; step is a number, weights ema or raw.")
+        raise ConfigError(
+            f"export: step={step} weights={weights} is not allowed; step is a number, weights ema or raw."
+        )
     experiment, run = load_config(runs, stage_schema), RunFolder(runs[0])
     checkpoint = run.checkpoints / checkpoint_name(int(step)) if step else run.latest_checkpoint()
     if checkpoint is not None and checkpoint.is_dir():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from kosmosg.models.text_target import TextTarget
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -13,7 +14,6 @@ from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
 from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.mllm import MLLM
-from kosmosg.models.text_target import TextTarget
 
 
 class Vocabulary:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
+from lightning_modules.scale.sharding import DATA_PARALLEL, shard
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, nn
@@ -29,7 +30,6 @@ from benchmarks.report import line, times
 from benchmarks.timing import describe_machine, ratio
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
 from lightning_modules.optimizer import OptimizerConfig
-from lightning_modules.scale.sharding import DATA_PARALLEL, shard
 
 STRATEGIES = ("none", "ddp", "fsdp2")
 HEADER = ["strategy", "processes", "seconds a step", "images a second", "times one process's images"]

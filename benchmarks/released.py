@@ -13,6 +13,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from kosmosg.models.text_target import TextTarget
+from lightning_modules.length_groups import LengthGroups
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,10 +24,8 @@ from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import drop_condition
 from kosmosg.models.mllm import MLLM
-from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptBatch
 from lightning_modules.instruction_tuning import with_null_row
-from lightning_modules.length_groups import LengthGroups
 from lightning_modules.randomness import DiffusionDraws
 
 

@@ -49,4 +49,3 @@ class RunProgress(Callback):
 
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
-

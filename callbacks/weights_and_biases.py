@@ -15,7 +15,6 @@ from typing import Any, Literal
 import requests
 import wandb
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from kosmosg.files import write_text
@@ -47,39 +46,16 @@ logger = logging.getLogger(__name__)
 
 
 class RunWandbLogger(WandbLogger):
-    """Ends its run with the training, and not when the process happens to exit; offline where no server answers."""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The W&B run."""
-        try:
-            return super().experiment
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            wandb.teardown()  # which still holds the run's id
-            self.go_offline(str(error))
-            return super().experiment
-
-    def go_offline(self, why: str) -> None:
-        """Log to disk alone, from a run on that has not begun."""
-        logger.warning(
-            "W&B cannot be reached (%s). The run is logged offline; 'wandb sync' uploads it from '%s'.",
-            why.splitlines()[0],
-            Path(self.save_dir or ".") / "wandb",
-        )
-        self._wandb_init["mode"] = "offline"
-        self._wandb_init["settings"].silent = True
+    """Ends its run with the training, and not when the process happens to exit."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
-        if self._experiment is not None:
-            self._experiment.finish(exit_code=int(status != "success"))
-            self._experiment = None
+        self.experiment.finish(exit_code=int(status != "success"))
 
 
 def wandb_logger(config: WandbConfig, run: Path, stage: str, written: dict[str, Any]) -> WandbLogger | None:
-    """The logger of run folder `run`; None when disabled.
+    """The logger of run folder `run`; None when disabled, and on ranks other than the first.
 
     The id is random and kept in the run folder, so that a resumed run continues the same W&B run; in a sweep it is the
     one that W&B's agent gave.
@@ -87,36 +63,52 @@ def wandb_logger(config: WandbConfig, run: Path, stage: str, written: dict[str, 
     Args:
         written: the configuration as it was written, without secrets: the run's parameters.
     """
-    if config.mode == "disabled":
+    if config.mode == "disabled" or rank_zero_only.rank != 0:
         return None
-    # Our own lines stay as they are on the terminal; offline there is no address to tell either.
-    settings = wandb.Settings(
+    mode: str = config.mode
+    if mode == "online" and (why := unreachable(config.timeout)):
+        mode = offline_because(why, run)
+    options: dict[str, Any] = {
+        "project": config.project,
+        "name": config.name or run.name,
+        "id": os.environ.get("WANDB_RUN_ID") or run_id(run),
+        "dir": run,
+        "resume": "allow",
+        "group": config.group or stage,
+        "job_type": config.job_type,
+        "tags": list(config.tags),
+        "config": written,
+    }
+    try:
+        started = wandb.init(mode=mode, settings=settings(config, mode), **options)
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        wandb.teardown()  # which still holds the run's id
+        mode = offline_because(str(error), run)
+        started = wandb.init(mode=mode, settings=settings(config, mode), **options)
+    return RunWandbLogger(experiment=started)
+
+
+def settings(config: WandbConfig, mode: str) -> wandb.Settings:
+    """Our own lines stay as they are on the terminal; offline there is no address to print either."""
+    return wandb.Settings(
         console="off",
-        silent=config.mode == "offline",
+        silent=mode == "offline",
         init_timeout=config.timeout,
         login_timeout=config.timeout,
         finish_timeout=config.timeout,
     )
-    # `mode` and not `offline=True`, which Lightning puts into the environment of all later loggers.
-    found = RunWandbLogger(
-        project=config.project,
-        name=config.name or run.name,
-        id=os.environ.get("WANDB_RUN_ID") or run_id(run),
-        save_dir=run,
-        mode=config.mode,
-        resume="allow",
-        group=config.group or stage,
-        job_type=config.job_type,
-        tags=list(config.tags),
-        settings=settings,
+
+
+def offline_because(why: str, run: Path) -> str:
+    """The offline mode, said aloud."""
+    logger.warning(
+        "W&B cannot be reached (%s). The run is logged offline; 'wandb sync' uploads it from '%s'.",
+        why.splitlines()[0],
+        run / "wandb",
     )
-    if config.mode == "online" and (why := unreachable(config.timeout)):
-        found.go_offline(why)
-    found.log_hyperparams(written)
-    return found
+    return "offline"
 
 
-@rank_zero_only
 def run_id(run: Path) -> str:
     """The folder's id, made at its first start."""
     file = run / "wandb.id"

@@ -167,6 +167,10 @@ class MixtureDataModule(lightning.LightningDataModule):
         loader = self._loader(self.validation_dataset, count, lambda: 0)
         return StepLoader(loader, Agreement(self.counter), None, self.config.validation_samples)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Micro-batches of a training step move one by one, when their turn comes."""
+        return batch if isinstance(batch, list) else batch.to(device, non_blocking=True)
+
     def _first(self) -> int:
         """The micro-batch at which the run goes on. What a crash interrupted within a step is read again."""
         assert self.trainer is not None

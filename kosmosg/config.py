@@ -79,7 +79,11 @@ def divide(number: int, divisor: int) -> int:
 
 def save_config(config: Any, file: Path) -> None:
     """Write a schema instance as resolved YAML; the file is itself a valid argument. Atomic."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    values = (
+        config
+        if isinstance(config, dict)
+        else OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    )
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     beside.write_text(yaml.safe_dump(_portable(values), sort_keys=False, allow_unicode=True))
     beside.replace(file)
@@ -190,3 +194,16 @@ def _portable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_portable(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def written_config(arguments, schema):
+    import json
+    from dataclasses import asdict
+
+    return json.loads(json.dumps(asdict(load_config(arguments, schema))))
+
+
+def describe_schema(schema):
+    from kosmosg.config_help import describe_schema
+
+    return describe_schema(schema)

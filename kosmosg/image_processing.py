@@ -106,7 +106,9 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_images(pixels: Tensor, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3) -> list[Image.Image]:
+def to_images(
+    pixels: Tensor, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3
+) -> list[Image.Image]:
     """Normalised tensors B×3×H×W as PIL images, by default from [-1, 1]."""
     shape = (1, 3, 1, 1)
     values = pixels.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)

@@ -154,7 +154,7 @@ class StageModule(lightning.LightningModule):
         return {"loss": sums["loss"]}
 
     def step_metrics(self) -> dict[str, float]:
-        """Losses of the last optimizer step over all ranks, rate, gradient norm and skipped steps. All ranks call it."""
+        """Losses of the last optimizer step over all ranks, rate, gradient norm, skipped steps. All ranks call it."""
         reduced = {
             name: float(self.trainer.strategy.reduce(value, reduce_op="mean") if name.startswith("train/") else value)
             for name, value in self._step_metrics.items()
@@ -227,10 +227,6 @@ class StageModule(lightning.LightningModule):
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
     # Ranks, modes, checkpoints.
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Micro-batches of a training step move one by one, when their turn comes."""
-        return batch if isinstance(batch, list) else batch.to(device, non_blocking=True)
-
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank. All must ask alike: what they do together next must be the same."""
         return self.trainer.strategy.reduce_boolean_decision(flag, all=False)
@@ -276,7 +272,7 @@ class StageModule(lightning.LightningModule):
         checkpoint["global_batch"] = self.global_batch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises CheckpointMismatchError: another stage's checkpoint, or one whose steps read another number of rows."""
+        """Raises CheckpointMismatchError: another stage's checkpoint, or one whose steps read more or fewer rows."""
         if checkpoint.get("stage") != type(self).__name__:
             raise CheckpointMismatchError(
                 f"the checkpoint is of {checkpoint.get('stage')}, this is {type(self).__name__}: use another run folder"

@@ -262,7 +262,9 @@ class Estimate:
         return max(0, int((self.available - (self.total - rows * self.row_bytes)) // self.row_bytes))
 
 
-def estimate(sized: Sized, hardware: HardwareConfig, options: TrainerConfig, layout: BatchLayout, ema: bool) -> Estimate:
+def estimate(
+    sized: Sized, hardware: HardwareConfig, options: TrainerConfig, layout: BatchLayout, ema: bool
+) -> Estimate:
     """What a GPU holds and does."""
     card, module = hardware.card(), sized.module
     sharded = options.strategy == "fsdp2" or (options.strategy == "auto" and layout.world_size > 1)

@@ -168,7 +168,9 @@ class InstructionTuningModule(StageModule):
 
     def _bucket_condition(self, prompt: PromptBatch, wants_image: bool) -> Condition:
         rows = len(prompt)
-        condition = self.aligner(*self.mllm.hidden_states(self.with_image(prompt, self.mllm) if wants_image else prompt))
+        condition = self.aligner(
+            *self.mllm.hidden_states(self.with_image(prompt, self.mllm) if wants_image else prompt)
+        )
         unused = condition.states[rows:].sum()
         return condition.rows(slice(0, rows))._replace(states=condition.states[:rows] + 0 * unused)
 

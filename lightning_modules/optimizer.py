@@ -87,7 +87,9 @@ class StageAdamW(AdamW):
 
 def build_optimizer(trainable: list[nn.Parameter], config: OptimizerConfig) -> StageAdamW:
     """The optimizer; its rate is set before every step."""
-    fused = config.fused if config.fused is not None else all(parameter.device.type == "cuda" for parameter in trainable)
+    fused = (
+        config.fused if config.fused is not None else all(parameter.device.type == "cuda" for parameter in trainable)
+    )
     return StageAdamW(
         trainable,
         lr=config.lr,

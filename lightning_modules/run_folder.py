@@ -119,12 +119,12 @@ class RunFolder:
 
     def _record(self, written: dict[str, Any], schema: Any) -> None:
         recorded = self.path / RUN_CONFIG
-        if recorded.is_file() and (self.latest_checkpoint() or self.finished()):
-            if different := differences(self._recorded(schema), written):
-                raise RunFolderError(
-                    f"run folder '{self.path}' holds a run with another configuration: {'; '.join(different)}. Give "
-                    "the same values to resume it, run=… for a new one, or delete the folder."
-                )
+        has_begun = recorded.is_file() and (self.latest_checkpoint() or self.finished())
+        if has_begun and (different := differences(self._recorded(schema), written)):
+            raise RunFolderError(
+                f"run folder '{self.path}' holds a run with another configuration: {'; '.join(different)}. Give "
+                "the same values to resume it, run=… for a new one, or delete the folder."
+            )
         if self.finished():
             return  # the record of a finished run does not change
         save_config(written, recorded)

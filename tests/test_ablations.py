@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning_modules.estimate.compute import flops_of_batch, flops_of_update
+from lightning_modules.scale.batch_layout import BatchLayout
 
 import train
 from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_aligner_decoder
 from kosmosg.pipeline import KosmosGPipeline
-from lightning_modules.estimate.compute import flops_of_batch, flops_of_update
-from lightning_modules.scale.batch_layout import BatchLayout
 from tests import tiny
 from tests.test_train import configs, losses, press_ctrl_c, run, shards, trained_names, weights  # noqa: F401, fixtures
 

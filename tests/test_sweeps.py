@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning_modules.runs.local_sweep import Sweep
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import train
@@ -17,7 +18,6 @@ from evaluation.protocols.protocol import identity
 from evaluation.scores.results import Score
 from evaluation.tracking import summary_key
 from kosmosg.config import ConfigError, load_config
-from lightning_modules.runs.local_sweep import Sweep
 from tests.test_train import configs, shards  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent

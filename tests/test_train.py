@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning_modules.runs import checkpoint_folder
+from lightning_modules.runs.run_folder import RunFolder
+from lightning_modules.runs.tensor_storage import read_index, write_plain
 
 import train
 from callbacks.checkpoint import StepCheckpoint
 from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
 from lightning_modules.alignment import AlignmentModule
-from lightning_modules.runs import checkpoint_folder
-from lightning_modules.runs.run_folder import RunFolder
-from lightning_modules.runs.tensor_storage import read_index, write_plain
 from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
 

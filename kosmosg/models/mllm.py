@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from kosmosg.image_processing import ClipImageTransform
 from kosmosg.models.decoder import CausalDecoder
@@ -41,10 +41,8 @@ class VisionTraining:
             raise ValueError(f"vision_training.blocks is {self.blocks}; allowed: -1 (all), 0, 1, 2, …")
 
 
-class MultimodalLM(nn.Module):
-    """What the project knows of a multimodal language model; another one is one class."""
-
-    width: int
+class MultimodalLM:
+    """What the project knows of a multimodal language model; another one is one class, a `torch.nn.Module` with this."""
 
     @abstractmethod
     def encoder(self, tokenizer: Tokenizer, max_length: int | None = None) -> PromptEncoder:
@@ -104,10 +102,6 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
         self.vision = VisionEncoder(vision_config)
         self.resampler = Resampler(self.vision.width, width, heads, image_tokens, dropout)
         self.decoder = CausalDecoder(vocab_size, width, layers, heads, ffn_width, dropout, xpos, pad_id)
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.config.width
 
     @property
     def output_matrix(self) -> Tensor:

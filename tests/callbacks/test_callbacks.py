@@ -8,19 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from callbacks.contact_sheet import CELL, Row, contact_sheet, to_image
+from callbacks.metrics_file import MetricsFile
+from callbacks.throughput import Throughput
+from lightning_modules.runs.run_folder import RunFolder, RunFolderError
 from PIL import Image
 from rich.console import Console
 
 import train
-from callbacks.contact_sheet import CELL, Row, contact_sheet, to_image
 from callbacks.image_grid import describe, image_counts, select, spread
-from callbacks.metrics_file import MetricsFile
 from callbacks.progress import RunProgress
-from callbacks.throughput import Throughput
 from kosmosg.image_processing import UnderstandingTransform
 from kosmosg.prompt import PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
-from lightning_modules.runs.run_folder import RunFolder, RunFolderError
 from tests import tiny
 from tests.lightning_modules import miniature
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from kosmosg.losses import IGNORED_LABEL
 from datamodules.data_config import Source
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
 from datamodules.packing import Packer
 from datamodules.sample import CaptionSample, TextSample
+from kosmosg.losses import IGNORED_LABEL
 from tests.datamodules import worlds
 
 T = 64

@@ -19,8 +19,8 @@ from datamodules.entities import EntityRules
 from datamodules.errors import FilteredSample
 from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig, InstructionRows
-from kosmosg.batches import ReadReport
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
+from kosmosg.batches import ReadReport
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
 from tests.datamodules import worlds
 from tests.datamodules.bad_inputs import encoded

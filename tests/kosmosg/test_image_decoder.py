@@ -1,9 +1,9 @@
 import pytest
 import torch
+from kosmosg.models.text_target import TextTarget
 
 from kosmosg.losses import diffusion_loss
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.models.text_target import TextTarget
 from tests import tiny
 
 

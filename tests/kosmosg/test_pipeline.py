@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from kosmosg.models.text_target import TextTarget
 from PIL import Image
 
-from kosmosg.models.text_target import TextTarget
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import DiffusionSampler
 from tests import tiny

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as distributed
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
-
 from lightning_modules.runs import checkpoint_folder
 from lightning_modules.runs.checkpoint_folder import (
     CheckpointDamagedError,
@@ -25,6 +23,8 @@ from lightning_modules.runs.checkpoint_folder import (
 )
 from lightning_modules.runs.run_folder import RunFolder, RunFolderError
 from lightning_modules.runs.tensor_storage import StorageError, load_tensors, read_index
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
 from tests.lightning_modules.processes import run_together
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -5,9 +5,9 @@ from random import Random
 
 import pytest
 import torch
+from lightning_modules.length_groups import LengthGroups, group_by_length
 
 from kosmosg.prompt import PromptBatch
-from lightning_modules.length_groups import LengthGroups, group_by_length
 
 
 def padded_tokens(lengths: list[int], groups: list[list[int]]) -> int:

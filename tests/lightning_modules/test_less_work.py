@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kosmosg.models.text_target import TextTarget
+from lightning_modules.frozen_cache import FrozenCache
 from torch import Tensor, nn
 
 from kosmosg.batches import AlignmentBatch
@@ -11,10 +13,8 @@ from kosmosg.config import ConfigError, load_config
 from kosmosg.models.aligner import AlignerDecoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptBatch
 from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
-from lightning_modules.frozen_cache import FrozenCache
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
 from lightning_modules.optimizer import OptimizerConfig
 from tests import tiny

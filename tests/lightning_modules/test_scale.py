@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_modules.estimate.hardware import HardwareConfig
+from lightning_modules.estimate.run_estimate import DoesNotFitError, Estimate, refuse_what_does_not_fit
+from lightning_modules.runs.trained_weights import VisionTraining, train_mllm
+from lightning_modules.scale.batch_layout import batch_layout, count_devices
+from lightning_modules.scale.recompute import apply_compile, apply_recompute
+from lightning_modules.scale.sharding import layer_policy
+from lightning_modules.scale.trainer import TrainerConfig
 from rich.console import Console
 from torch import nn
 
@@ -15,13 +22,6 @@ from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.prompt import PromptBatch
 from lightning_modules.base import build_stage
-from lightning_modules.estimate.hardware import HardwareConfig
-from lightning_modules.estimate.run_estimate import DoesNotFitError, Estimate, refuse_what_does_not_fit
-from lightning_modules.runs.trained_weights import VisionTraining, train_mllm
-from lightning_modules.scale.batch_layout import batch_layout, count_devices
-from lightning_modules.scale.recompute import apply_compile, apply_recompute
-from lightning_modules.scale.sharding import layer_policy
-from lightning_modules.scale.trainer import TrainerConfig
 from tests import tiny
 
 SCALED = sorted((Path(train.__file__).parent / "configs" / "scale").rglob("*.yaml"))
@@ -192,10 +192,9 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 @pytest.mark.slow
 def test_dry_run_of_toyland_counts_what_runs(capsys: pytest.CaptureFixture) -> None:
     """FLOPs and parameters of the miniature, beside the same pass with values."""
+    from lightning_modules.estimate.dry_run import prompts, size_up
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-
-    from lightning_modules.estimate.dry_run import prompts, size_up
 
     config = Path(train.__file__).parent / "configs" / "toyland" / "language_modelling.yaml"
     experiment = load_config([str(config), "hardware.images_per_row=0"], train.stage_schema)

@@ -6,20 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kosmosg.models.text_target import TextTarget
+from lightning_modules.runs.trained_weights import CheckpointMismatchError, VisionTraining, check_trained, train_mllm
 from torch import Tensor, nn
 
 from kosmosg.losses import IGNORED_LABEL
 from kosmosg.models.aligner import AlignerDecoder, LinearAligner
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptBatch
 from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe, with_null_row
 from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe, wrong_images
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws
-from lightning_modules.runs.trained_weights import CheckpointMismatchError, VisionTraining, check_trained, train_mllm
 from tests import tiny
 
 IMAGE_ID = 7  # any id; the slots' embeddings are replaced

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from kosmosg.models.text_target import TextTarget
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -18,7 +19,6 @@ from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
-from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptBatch
 
 ACTIVATIONS = 1e-4  # absolute, as the set's README suggests

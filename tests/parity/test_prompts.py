@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kosmosg.models.text_target import TextTarget
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
-from kosmosg.models.text_target import TextTarget
 from kosmosg.prompt import PromptEncoder, parse_prompt
 from kosmosg.tokenizer import Tokenizer
 
