@@ -42,7 +42,7 @@ class VisionTraining:
 
 
 class MultimodalLM:
-    """What the project knows of a multimodal language model; another one is one class, a `torch.nn.Module` with this."""
+    """What the project knows of a multimodal language model, a `torch.nn.Module`; another one is one class."""
 
     @abstractmethod
     def encoder(self, tokenizer: Tokenizer, max_length: int | None = None) -> PromptEncoder:
