@@ -142,8 +142,9 @@ def build_trainer(config: TrainerConfig, world_size: int, **options: Any) -> lig
         num_nodes=config.num_nodes,
         strategy=build_strategy(config.strategy, config.accelerator, world_size),
         precision=config.precision,
-        val_check_interval=config.val_every,
-        check_val_every_n_epoch=None,
+        # The whole run is one epoch of Lightning's, whose batches are the optimizer steps.
+        val_check_interval=min(config.val_every, config.max_steps),
+        limit_val_batches=1.0 if config.val_every <= config.max_steps else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_every,
         # The order of samples is a pure function of their index; a sampler put in by Lightning would break it.

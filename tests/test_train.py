@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning_modules.runs import checkpoint_folder
-from lightning_modules.runs.run_folder import RunFolder
-from lightning_modules.runs.tensor_storage import read_index, write_plain
 
 import train
 from callbacks.checkpoint import StepCheckpoint
-from kosmosg.config import load_config
+from kosmosg.config import load_config, written_config
 from kosmosg.models.kosmosg import KosmosG
 from lightning_modules.alignment import AlignmentModule
+from lightning_modules.checkpointing import CheckpointWriteError, read_shapes, write_checkpoint
+from lightning_modules.run_folder import RunFolder
 from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
 
 LOSSES = {
-    "language_modelling": ("train/loss", "val/caption_loss", "val/caption_loss_wrong_image"),
+    "language_modelling": ("train/loss", "val/caption_loss", "val/caption_loss_mismatched_images"),
     "alignment": ("train/mse_loss", "train/rec_loss", "val/mse_loss", "val/rec_loss"),
-    "instruction_tuning": ("train/loss", "val/diffusion_loss", "val/diffusion_loss_wrong_image"),
+    "instruction_tuning": ("train/loss", "val/diffusion_loss", "val/diffusion_loss_mismatched_images"),
 }
 REPOSITORY = Path(train.__file__).parent
 SHIPPED = [file for file in sorted(REPOSITORY.glob("configs/**/*.yaml")) if "\nstage:" in file.read_text()]
@@ -47,7 +46,7 @@ def run(file: Path, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stage_trains_and_a_stopped_run_goes_on_bit_for_bit(
+def test_stage_trains_and_a_stopped_run_resumes_bit_for_bit(
     stage: str, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -56,17 +55,27 @@ def test_stage_trains_and_a_stopped_run_goes_on_bit_for_bit(
     press_ctrl_c(monkeypatch, after_step=3)
     assert run(configs[stage], f"run={stopped}") == 128 + signal.SIGINT
     monkeypatch.undo()
-    assert [row[0] for row in losses(stopped)] == ["0", "1", "2"]
+    assert [row[0] for row in losses(stopped)] == ["1", "2", "3"]
     assert run(configs[stage], f"run={stopped}") == 0
 
     expected = losses(whole, LOSSES[stage])
     assert losses(stopped, LOSSES[stage]) == expected
-    assert [row[0] for row in expected] == ["0", "1", "2", "3"]
-    assert all(expected[step][-1] != "" for step in (1, 3)), "validated after updates 2 and 4"
+    assert [row[0] for row in expected] == ["1", "2", "3", "4"]
+    assert all(expected[step][-1] != "" for step in (1, 3)), "validated after steps 2 and 4"
     assert weights(whole) == weights(stopped)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(configs: dict[str, Path], tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_at_once(
+    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    press_ctrl_c(monkeypatch, after_step=3, times=2)
+    assert run(configs["alignment"], "trainer.checkpoint_every=1") == 128 + signal.SIGINT
+    assert "Stopped after step 2, BUT ONLY SAVED AFTER STEP" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(configs["alignment"]) == 0
+
+
+def test_killed_run_resumes_from_its_last_checkpoint(configs: dict[str, Path], tmp_path: Path) -> None:
     stage = "instruction_tuning"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(configs[stage], f"run={whole}") == 0
@@ -82,10 +91,10 @@ def test_killed_run_goes_on_from_its_last_checkpoint(configs: dict[str, Path], t
 def test_finished_run_says_so(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(configs["alignment"]) == 0
     folder = tmp_path / "alignment"
-    before = weights(folder)
-    assert run(configs["alignment"]) == 0
+    before, recorded = weights(folder), (folder / "config.yaml").read_text()
+    assert run(configs["alignment"], "trainer.log_every=7") == 0
     assert "is finished" in capsys.readouterr().out
-    assert weights(folder) == before
+    assert weights(folder) == before and (folder / "config.yaml").read_text() == recorded
     assert (folder / "model" / "aligner_decoder" / "config.json").is_file()
     assert KosmosG.from_pretrained(folder).null_condition().isfinite().all()
     assert json.loads((folder / "versions.json").read_text())[0]["packages"]["torch"] == torch.__version__
@@ -110,9 +119,9 @@ def test_stages_follow_each_other(configs: dict[str, Path], tmp_path: Path) -> N
     assert not any("vision" in name and "layers.0" in name for name in changed)
 
 
-def test_checkpoint_holds_what_trains_alone(configs: dict[str, Path], tmp_path: Path) -> None:
+def test_checkpoint_holds_only_what_trains(configs: dict[str, Path], tmp_path: Path) -> None:
     assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    assert {name.split(".")[0] for name in trained_names(tmp_path / "alignment")} == {"aligner", "aligner_decoder"}
+    assert {name.split(".")[0] for name in trainable_names(tmp_path / "alignment")} == {"aligner", "aligner_decoder"}
 
 
 def test_export_writes_the_model_of_a_checkpoint(
@@ -127,44 +136,62 @@ def test_export_writes_the_model_of_a_checkpoint(
     changed = next(name for name in exported["last"] if name.endswith("fc1.weight"))
     assert not torch.equal(exported["last"][changed], exported["raw"][changed]), "the average is exported"
     assert not torch.equal(exported["last"][changed], exported["early"][changed])
-    (folder / "checkpoints" / "step-00000002" / "state.pt").unlink()
+    (folder / "checkpoints" / "step-00000002" / "state.json").unlink()
     assert train.main(["export", str(folder), f"output={tmp_path / 'none'}", "step=2"]) == 2
-    assert "state.pt is missing" in capsys.readouterr().err
+    assert "state.json is missing" in capsys.readouterr().err
     assert train.main(["export", str(folder)]) == 2
 
 
-def test_full_disk_is_told_and_training_goes_on(
-    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("step", [4, 6])
+def test_failed_save_is_loud_and_a_run_without_its_last_checkpoint_fails(
+    step: int,
+    configs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    def full(value: object, file: Path) -> None:
-        if "00000004" in str(file):
-            raise OSError(28, "No space left on device")
-        write_plain(value, file)
+    def full(folder: Path, *given) -> None:
+        if folder.name.endswith(str(step)):
+            raise CheckpointWriteError("No space left on device")
+        write_checkpoint(folder, *given)
 
-    monkeypatch.setattr(checkpoint_folder, "write_plain", full)
-    assert run(configs["alignment"], "trainer.max_steps=6") == 0
-    assert "NO CHECKPOINT of step 4: No space left on device" in str(caplog.text) and "step 2 stands" in caplog.text
-    kept = sorted(path.name for path in (tmp_path / "alignment" / "checkpoints").iterdir())
-    assert kept == ["step-00000002", "step-00000006"]
+    monkeypatch.setattr("lightning_modules.checkpointing.write_checkpoint", full)
+    status = run(configs["alignment"], "trainer.max_steps=6")
+    folder = tmp_path / "alignment"
+    assert f"NO CHECKPOINT of step {step}: No space left on device" in caplog.text
+    assert f"step {step - 2} is intact" in caplog.text
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    if step == 4:
+        assert status == 0 and kept == ["step-00000002", "step-00000006"]
+    else:
+        assert status == 2 and kept == ["step-00000002", "step-00000004"]
+        assert "Make room, and start the same command again" in capsys.readouterr().err
+        assert not (folder / "finished.json").exists() and not (folder / "model").exists()
+        monkeypatch.undo()
+        assert run(configs["alignment"], "trainer.max_steps=6") == 0
 
 
 def test_steps_that_are_not_finite_are_skipped_and_bounded(
     configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    step = AlignmentModule.training_step
+    losses_of = AlignmentModule.losses
     monkeypatch.setattr(
         AlignmentModule,
-        "training_step",
-        lambda self, *given: step(self, *given) * (float("nan") if self.trainer.global_step == 1 else 1.0),
+        "losses",
+        lambda self, batch: {
+            name: value * (float("nan") if self.training and self.trainer.global_step == 1 else 1.0)
+            for name, value in losses_of(self, batch).items()
+        },
     )
     assert run(configs["alignment"]) == 0
     folder = tmp_path / "alignment"
     assert [row[1] for row in losses(folder, ["skipped_steps"])] == ["0.0", "1.0", "1.0", "1.0"]
     skipped = json.loads((folder / "skipped_steps.jsonl").read_text())
-    assert (skipped["update"], len(skipped["processes"][0]["samples"])) == (2, 4)
+    assert (skipped["step"], len(skipped["ranks"][0]["samples"])) == (2, 4)
     assert all(tensor.isfinite().all() for tensor in part(folder, "aligner").values())
     assert run(configs["alignment"], f"run={tmp_path / 'none'}", "trainer.max_skipped_steps=0") == 2
-    assert skipped["processes"][0]["samples"][0] in capsys.readouterr().err
+    assert skipped["ranks"][0]["samples"][0] in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_model_is_refused(
@@ -196,18 +223,18 @@ def test_other_configuration_in_a_started_folder_is_refused(
     assert run(configs["alignment"], "trainer.max_steps=1", "trainer.log_every=7") == 0
 
 
-def test_run_of_an_earlier_version_goes_on(
+def test_run_of_an_earlier_version_resumes(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A key that came later has its default there; one that has gone is told."""
+    """A key that came later has its default there; an unknown one is refused."""
     assert run(configs["alignment"], "trainer.max_steps=1") == 0
     file = tmp_path / "alignment" / "config.yaml"
     recorded = yaml.safe_load(file.read_text())
-    del recorded["runs"], recorded["trainer"]["max_flops"], recorded["model"]["aligner"]["kind"]
+    del recorded["runs"], recorded["trainer"]["compile"], recorded["model"]["aligner"]["kind"]
     file.write_text(yaml.safe_dump(recorded))
     assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    assert run(configs["alignment"], "trainer.max_steps=1", "trainer.max_flops=1e12") == 2
-    assert "trainer.max_flops is None there and 1000000000000.0 here" in capsys.readouterr().err
+    assert run(configs["alignment"], "trainer.max_steps=1", "model.aligner.kind=linear") == 2
+    assert "model.aligner.kind is 'alignernet' there and 'linear' here" in capsys.readouterr().err
     file.write_text(yaml.safe_dump({**recorded, "colour": "red"}))
     assert run(configs["alignment"], "trainer.max_steps=1") == 2
     assert "holds a run of another version" in capsys.readouterr().err
@@ -220,7 +247,7 @@ def test_run_of_an_earlier_version_goes_on(
         (["optimizer.lrr=1"], "Key 'lrr' not in 'OptimizerConfig'. Did you mean: 'lr'?"),
         (["recipe.mse_weigth=1"], "Did you mean one of: 'mse_weight', 'rec_weight'?"),
         (["data.captions.shards=nowhere/train-*.tar"], "nowhere/train-*.tar"),
-        (["optimizer.clip=0"], "optimizer.clip is 0.0; allowed: above 0"),
+        (["optimizer.max_grad_norm=0"], "optimizer.max_grad_norm is 0.0; allowed: above 0"),
         (["trainer.max_steps=0"], "trainer.max_steps is 0; allowed: 1 or more"),
         (["trainer.strategy=dp"], "expected one of ['auto', 'single', 'ddp', 'fsdp2']"),
         (["init_from=nowhere"], "'nowhere' holds no model"),
@@ -238,8 +265,8 @@ def test_mistakes_are_told(
 def test_run_folder_is_taken_by_one_process(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    experiment = load_config([str(configs["alignment"])], train.stage_schema)
-    with train.RunFolder(tmp_path / "alignment").held(experiment):
+    written = written_config([str(configs["alignment"])], train.stage_schema)
+    with RunFolder(tmp_path / "alignment").lock(written, train.stage_schema):
         assert run(configs["alignment"]) == 2
     assert "in use by another process" in capsys.readouterr().err
 
@@ -268,21 +295,22 @@ def test_help_lists_stages_and_keys(configs: dict[str, Path], capsys: pytest.Cap
     assert train.main([]) == 2
 
 
-def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, after_step: int) -> None:
-    """Send SIGINT to this process while update `after_step` is under way."""
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, after_step: int, times: int = 1) -> None:
+    """Send SIGINT to this process in optimizer step `after_step`."""
     ended = StepCheckpoint.on_train_batch_end
 
     def press(self: StepCheckpoint, trainer, *arguments) -> None:
         if trainer.global_step == after_step:
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
         ended(self, trainer, *arguments)
 
     monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", press)
 
 
-def trained_names(folder: Path) -> list[str]:
+def trainable_names(folder: Path) -> list[str]:
     """Names of the model's tensors in the last checkpoint."""
-    names = read_index(RunFolder(folder).latest_checkpoint())
+    names = read_shapes(RunFolder(folder).latest_checkpoint())
     assert {name.split(".")[0] for name in names} == {"model", "optimizer"}
     return [name.removeprefix("model.") for name in names if name.startswith("model.")]
 
