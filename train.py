@@ -42,8 +42,7 @@ from datamodules.errors import DataError
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
 from datamodules.moments.files import moments_identity
-from kosmosg.config import ConfigError, load_config
-from kosmosg.config_help import describe_schema
+from kosmosg.config import ConfigError, describe_schema, load_config
 from kosmosg.image_processing import TargetTransform, UnderstandingTransform
 from kosmosg.models.model_config import ModelConfig
 from kosmosg.prompt import PromptEncoder
