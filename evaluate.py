@@ -35,8 +35,7 @@ from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import compare
 from evaluation.reports.tables import write_tables
 from evaluation.run import evaluate
-from kosmosg.config import ConfigError, load_config
-from kosmosg.config_help import describe_schema
+from kosmosg.config import ConfigError, describe_schema, load_config, split_options
 
 INTERRUPTED = 130
 
@@ -95,14 +94,6 @@ def requests_command(arguments: Sequence[str]) -> None:
 
 
 COMMANDS = {"compare": compare_command, "tables": tables_command, "requests": requests_command}
-
-
-def split_options(arguments: Sequence[str], defaults: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Paths, and key=value over the defaults. Raises ConfigError: another key; lists what is allowed."""
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if unknown := sorted(set(options) - set(defaults)):
-        raise ConfigError(f"{unknown} was given beside the folders; allowed: {', '.join(defaults)}.")
-    return [argument for argument in arguments if "=" not in argument], {**defaults, **options}
 
 
 def quiet_libraries() -> None:

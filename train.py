@@ -38,7 +38,7 @@ from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import DataError
 from datamodules.instruction import InstructionData
 from datamodules.language_modelling import LanguageModellingData
-from kosmosg.config import ConfigError, describe_schema, load_config, written_config
+from kosmosg.config import ConfigError, describe_schema, load_config, split_options, written_config
 from kosmosg.files import replaced
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.model_config import ModelConfig
@@ -226,11 +226,9 @@ def export(arguments: Sequence[str]) -> str:
         ConfigError: arguments that are missing, unknown or not allowed; no checkpoint.
         CheckpointDamagedError, CheckpointMismatchError: what the checkpoint holds is of no use.
     """
-    keys = ("output", "step", "weights")
-    options = dict(argument.split("=", 1) for argument in arguments if argument.split("=", 1)[0] in keys)
-    runs = [argument for argument in arguments if argument.split("=", 1)[0] not in keys]
-    step, weights = options.get("step"), options.get("weights")
-    if len(runs) != 1 or "output" not in options:
+    runs, options = split_options(arguments, {"output": None, "step": None, "weights": None})
+    step, weights = options["step"], options["weights"]
+    if len(runs) != 1 or options["output"] is None:
         raise ConfigError("export takes a run folder and output=FOLDER; step=N and weights=ema or raw may be added.")
     if weights not in (None, "ema", "raw") or not (step is None or step.isdecimal()):
         raise ConfigError(

@@ -1,73 +1,138 @@
-"""Configuration by one rule: every argument is a YAML file or `key=value`; later wins.
+"""Configuration from YAML files and `key=value` arguments, merged in order: later wins.
 
+- In an argument, what stands left of the first `=` decides. Without a slash there, it is a key: `run=runs/a.yaml` sets
+  `run`. Everything else is the path of a YAML file or of a run folder (which holds a `config.yaml`):
+  `runs/lr=0.1/config.yaml`, `./lr=0.1`.
+- Values are read as their schema says. Text is kept to the letter (`run=0123`, `wandb.name=no`, `run="a #b"`), integers
+  are decimal, `null` and `None` (which W&B sweeps pass) mean None where None is allowed, `key="''"` is the empty text.
+  Everything else is YAML. Unquoted values in YAML files follow the same rules.
 - A YAML file may start from others: `extends: [model/toyland, data/captions]`. A name is looked for under the nearest
-  folder called `configs` above the file, then under the project's `configs/`, with or without `.yaml`; a name that
+  folder called `configs` above the file, then under `configs/` beside the package, with or without `.yaml`; a name that
   begins with `./` or `../` is taken from the file's own folder. What is extended is read first, so the file wins.
-- A run folder (it holds the resolved `config.yaml`) is an argument like its YAML.
-- Relative paths *in* a configuration are relative to the working directory, as on a command line.
-- In `key=value`, the value is read as YAML; `null` and the string `None` (which W&B sweeps pass) mean None.
-- `${divide:${model.mllm.layers},2}` is a whole share of another value, for files that fit every size of the model.
+- Relative paths in a configuration are relative to the working directory.
+- `${divide:${model.mllm.layers},2}` is a whole share of another value. `${oc.env:NAME}` is read from the environment,
+  and never recorded (`written_config`).
 
 Schemas are dataclasses that stand beside what they configure; `__post_init__` checks values.
 """
 
+import ast
 import difflib
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from kosmosg.files import write_text
 
 Schema = TypeVar("Schema")
+SchemaChoice = type[Schema] | Callable[[dict[str, Any]], type[Schema]]
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # absent where the package is installed by itself
 RUN_CONFIG = "config.yaml"
 SUFFIXES = (".yaml", ".yml")
+MASK = "***"
+NONE = ("", "~", "null", "Null", "NULL", "None")
+
+RENAMED = {
+    "hardware.utilisation": "hardware.utilization",
+    "data.batch_size": "data.micro_batch_size",
+    "optimizer.clip": "optimizer.max_grad_norm",
+    "optimizer.warm_up_steps": "optimizer.warmup_steps",
+    "recipe.condition_drop": "recipe.condition_dropout",
+    "recipe.draws_per_sample": "recipe.timesteps_per_sample",
+    "recipe.length_groups": "recipe.length_buckets",
+    "recipe.timesteps": "recipe.timestep_sampling",
+    "recipe.trains": "recipe.trainable",
+    "trainer.recompute": "trainer.activation_checkpointing",
+}
+REMOVED = {
+    "recipe.cache_megabytes": "Caption states are not cached any more; leave it out.",
+    "trainer.max_flops": "Set trainer.max_steps.",
+}
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the argument, the key and what is allowed."""
 
 
+class Plain(str):
+    """An unquoted scalar of YAML, whose type is not decided yet."""
+
+
+class Argument(str):
+    """The value of a `key=value` argument: text, or YAML where the schema wants anything else."""
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One argument's (or extended file's) values, and the name to blame for them."""
+    """The values of one argument, or of a file that it extends, and the name to blame for them."""
 
     origin: str
-    values: DictConfig
+    values: dict[str, Any]
 
 
-def load_config(arguments: Sequence[str], schema: type[Schema] | Callable[[dict[str, Any]], type[Schema]]) -> Schema:
+def load_config(arguments: Sequence[str], schema: SchemaChoice[Schema]) -> Schema:
     """Merge `arguments` in order into an instance of `schema`.
 
-    `schema` is a dataclass, or a function that picks one from the merged plain values (`train.py` picks by `stage`).
-    Raises ConfigError: unknown argument or file, circular `extends`, unknown key, value of a wrong type or range.
+    Args:
+        schema: a dataclass, or a function that picks one by the merged values (`train.py` picks by `stage`).
+
+    Raises:
+        ConfigError: unknown argument or file, circular `extends`, unknown key, value of a wrong type or range.
     """
-    OmegaConf.register_resolver("divide", divide, replace=True)
-    layers = [layer for argument in arguments for layer in read_argument(argument)]
-    if not isinstance(schema, type):
-        schema = schema(_plain_values(layers))
-    config = OmegaConf.structured(schema)
-    for layer in layers:
-        try:
-            config = OmegaConf.merge(config, layer.values)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{layer.origin}: {_describe(error)}") from error
-    try:
+    with _merged(arguments, schema) as config:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except MissingMandatoryValue as error:
-        key = error.full_key or error.key
-        raise ConfigError(f"'{key}' has no value; set it in a YAML file or as {key}=…") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(_describe(error)) from error
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+
+
+def written_config(arguments: Sequence[str], schema: SchemaChoice[Any]) -> dict[str, Any]:
+    """The same configuration as plain values for a record, completed by defaults, itself a valid argument.
+
+    What reads the environment, directly or through other keys, stays as it was written. In fields with the metadata
+    `secret`, other text and numbers are written as `***`.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    with _merged(arguments, schema) as config:
+        return _written(config)
+
+
+def save_config(config: Any, file: Path) -> None:
+    """Write what `written_config` gives, or a schema's instance, as YAML; atomic."""
+    values = config if isinstance(config, dict) else _written(OmegaConf.structured(config))
+    write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def split_options(arguments: Sequence[str], options: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The paths among a command's arguments, and its options `key=value` over the given defaults.
+
+    Raises:
+        ConfigError: an option that the command does not have.
+    """
+    paths, given = [], dict(options)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in options:
+            given[key] = value
+        elif _is_path(argument) or not equals or Path(argument).exists():
+            paths.append(argument)
+        else:
+            allowed = f"allowed: {', '.join(f'{name}=…' for name in options)}; ./{argument} is a path"
+            raise ConfigError(f"argument '{argument}': there is no option '{key}' ({allowed})")
+    return paths, given
 
 
 def divide(number: int, divisor: int) -> int:
@@ -77,52 +142,67 @@ def divide(number: int, divisor: int) -> int:
     return number // divisor
 
 
-def save_config(config: Any, file: Path) -> None:
-    """Write a schema instance as resolved YAML; the file is itself a valid argument. Atomic."""
-    values = (
-        config
-        if isinstance(config, dict)
-        else OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    )
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(yaml.safe_dump(_portable(values), sort_keys=False, allow_unicode=True))
-    beside.replace(file)
+@contextmanager
+def _merged(arguments: Sequence[str], schema: SchemaChoice[Any]) -> Iterator[DictConfig]:
+    """The merged configuration, unresolved; errors of the body, which resolves it, become ConfigErrors."""
+    OmegaConf.register_resolver("divide", divide, replace=True)
+    layers = [layer for argument in arguments for layer in read_argument(argument)]
+    kind = schema if isinstance(schema, type) else schema(_untyped(layers))
+    config = OmegaConf.structured(kind)
+    for layer in layers:
+        _refuse_old_keys(layer, kind)
+        try:
+            config = OmegaConf.merge(config, _typed(layer.values, kind))
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            hint = f" (the path of that name is ./{layer.origin})" if Path(layer.origin).is_dir() else ""
+            raise ConfigError(f"{layer.origin}: {_describe(error)}{hint}") from error
+    try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(f"'{missing[0]}' has no value; set it in a YAML file or as {missing[0]}=…")
+        yield config  # type: ignore[misc]
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, ValueError) as error:
+        key = str(getattr(error, "full_key", None) or "")
+        origin = next((layer.origin for layer in reversed(layers) if key and _holds(layer.values, key)), None)
+        raise ConfigError(f"{origin}: {_describe(error)}" if origin else _describe(error)) from error
 
 
 def read_argument(argument: str) -> list[Layer]:
     """The layers of one argument, those it extends first. Raises ConfigError."""
+    key, equals, value = argument.partition("=")
+    if not equals or _is_path(argument):
+        return _read_path(argument)
+    if key.startswith("-"):
+        raise ConfigError(f"argument '{argument}': write {key.lstrip('-')}={value}, without dashes")
+    if not all(key.split(".")) or key == "extends":
+        raise ConfigError(f"argument '{argument}': '{key}' is no key (files are extended in YAML only)")
+    if value == "":
+        raise ConfigError(f"argument '{argument}' has no value; write {key}=null for none, {key}=\"''\" for empty text")
+    values: Any = Argument(value)
+    for name in reversed(key.split(".")):
+        values = {name: values}
+    return [Layer(argument, values)]
+
+
+def _is_path(argument: str) -> bool:
+    return "/" in argument.partition("=")[0]
+
+
+def _read_path(argument: str) -> list[Layer]:
     path = Path(argument)
     if path.is_dir():
         if not (path / RUN_CONFIG).is_file():
             raise ConfigError(f"'{argument}' is a folder without {RUN_CONFIG}, so it is no run folder")
         return _read_file(path / RUN_CONFIG, ())
-    if path.suffix in SUFFIXES:
-        if not path.is_file():
-            known = [str(CONFIGS.relative_to(CONFIGS.parent) / name) for name in _known_files()]
-            raise ConfigError(f"there is no configuration file '{argument}'.{_nearest(argument, known)}")
-        return _read_file(path, ())
-    key, equals, value = argument.partition("=")
-    if not equals:
-        raise ConfigError(
-            f"argument '{argument}' is neither a YAML file, a run folder nor key=value."
-            + _nearest(argument, [*_known_files(), *(name.removesuffix(".yaml") for name in _known_files())])
-        )
-    if key.startswith("-"):
-        raise ConfigError(f"argument '{argument}': write {key.lstrip('-')}={value}, without dashes")
-    if not all(key.split(".")) or key == "extends":
-        raise ConfigError(f"argument '{argument}': '{key}' is no key (files are extended in YAML only)")
-    return [Layer(argument, _key_value(argument, key, value))]
-
-
-def _key_value(argument: str, key: str, value: str) -> DictConfig:
-    try:
-        node = OmegaConf.from_dotlist([argument])
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"argument '{argument}': the value {value!r} is not YAML: {error}") from error
-    values = OmegaConf.to_container(node)
-    if value == "":
-        raise ConfigError(f"argument '{argument}' has no value; write {key}=null for none, {key}=\"''\" for empty text")
-    return OmegaConf.create(_without_none_strings(values))
+    if path.suffix not in SUFFIXES:
+        known = [*_known_files(), *(name.removesuffix(".yaml") for name in _known_files())]
+        nearest = _nearest(argument, known)
+        raise ConfigError(f"argument '{argument}' is neither a YAML file, a run folder nor key=value.{nearest}")
+    if not path.is_file():
+        nearest = _nearest(argument, [f"{CONFIGS.name}/{name}" for name in _known_files()])
+        raise ConfigError(f"there is no configuration file '{argument}'.{nearest}")
+    return _read_file(path, ())
 
 
 def _read_file(file: Path, above: tuple[Path, ...]) -> list[Layer]:
@@ -131,10 +211,11 @@ def _read_file(file: Path, above: tuple[Path, ...]) -> list[Layer]:
         chain = " → ".join(path.name for path in (*above[above.index(resolved) :], resolved))
         raise ConfigError(f"{file}: 'extends' runs in a circle: {chain}")
     try:
-        values = OmegaConf.load(file)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+        values = yaml.load(file.read_bytes(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(values, DictConfig):
+    values = {} if values in (None, "") else values
+    if not isinstance(values, dict):
         raise ConfigError(f"{file} holds {type(values).__name__} at its top; a configuration is a mapping")
     bases = values.pop("extends", None) or []
     layers: list[Layer] = []
@@ -144,7 +225,7 @@ def _read_file(file: Path, above: tuple[Path, ...]) -> list[Layer]:
 
 
 def _find_base(name: str, file: Path) -> Path:
-    roots = [*[folder for folder in file.parents if folder.name == "configs"][:1], CONFIGS]
+    roots = [*[folder for folder in file.parents if folder.name == CONFIGS.name][:1], CONFIGS]
     if name.startswith(("./", "../")):
         roots = [file.parent]
     with_suffix = name if name.endswith(SUFFIXES) else f"{name}.yaml"
@@ -156,16 +237,131 @@ def _find_base(name: str, file: Path) -> Path:
     raise ConfigError(f"{file}: extends '{name}', but there is no {with_suffix} under {places}.{_nearest(name, known)}")
 
 
-def _plain_values(layers: list[Layer]) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Leaves the type of unquoted scalars to the schema; refuses a key that is given twice."""
+
+    # The key `<<` alone is still recognized.
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012
+
+    def construct_scalar(self, node: Any) -> str:
+        text = super().construct_scalar(node)
+        return text if getattr(node, "style", None) else Plain(text)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if key.value != "<<"]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.MarkedYAMLError(problem=f"the key '{twice[0]}' is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """Plain values of the types that the schema says; what does not fit is left for the merge to refuse."""
+    optional = get_origin(kind) in (Union, UnionType)
+    kinds = [k for k in (get_args(kind) if optional else (kind,)) if k is not NoneType]
+    if isinstance(value, dict):
+        return {str(key): _typed(item, _kind_of_item(kinds[0], key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item, _kind_of_item(kinds[0], number)) for number, item in enumerate(value)]
+    text = any(k in (str, Path) or (get_origin(k) is Literal and value in get_args(k)) for k in kinds)
+    if isinstance(value, Argument):
+        if text and not (optional and value in NONE):
+            return "" if value in ("''", '""') else str(value)
+        return _typed(yaml.load(value, _Loader), kind)
+    if not isinstance(value, Plain):
+        return value
+    if value in NONE:
+        return None
+    if text or value.lower() in ("true", "false"):
+        return str(value) if text else value.lower() == "true"
+    for number in (int,) if kinds == [int] else (int, float):  # which read decimal numbers alone
+        with suppress(ValueError):
+            return number(value)
+    return str(value)
+
+
+def _kind_of_item(kind: Any, key: Any) -> Any:
+    if is_dataclass(kind):
+        return get_type_hints(kind).get(key, Any)
+    arguments = [argument for argument in get_args(kind) if argument is not Ellipsis]
+    if get_origin(kind) is tuple and isinstance(key, int):
+        return arguments[min(key, len(arguments) - 1)]
+    return arguments[-1] if get_origin(kind) in (dict, list) else Any
+
+
+def _untyped(layers: list[Layer]) -> dict[str, Any]:
+    """The merged values, for the choice of a schema."""
+    values = []
+    for layer in layers:
+        with suppress(yaml.YAMLError):  # text, if the schema says so; else it is refused then
+            values.append(_typed(layer.values, Any))
+    return OmegaConf.to_container(OmegaConf.merge({}, *values))  # type: ignore[return-value]
+
+
+def _refuse_old_keys(layer: Layer, kind: type) -> None:
+    for key in filter(lambda key: _holds(layer.values, key) and not _knows(kind, key), (*RENAMED, *REMOVED)):
+        if key in REMOVED:
+            raise ConfigError(f"{layer.origin}: '{key}' is gone. {REMOVED[key]}")
+        if _knows(kind, RENAMED[key]):
+            raise ConfigError(f"{layer.origin}: '{key}' is now '{RENAMED[key]}'")
+
+
+def _knows(kind: Any, key: str) -> bool:
+    for name in key.split("."):
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind is not None
+
+
+def _holds(values: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
+def _written(config: Any) -> dict[str, Any]:
+    environment: list[Any] = []  # what the last look at a value read of it
+
+    def recorded(*arguments: Any) -> Any:
+        environment.append(arguments)
+        return oc.env(*arguments)
+
+    def written(node: Any, secret: bool = False) -> Any:
+        kind, raw = OmegaConf.get_type(node), OmegaConf.to_container(node, enum_to_str=True)
+        secrets = [field.name for field in fields(kind) if field.metadata.get("secret")] if is_dataclass(kind) else []
+        plain: dict[Any, Any] = {}
+        items: Any = raw.items() if isinstance(raw, dict) else enumerate(raw or ())
+        for key, text in items:
+            environment.clear()
+            value = node[key] if OmegaConf.is_interpolation(node, key) or isinstance(text, (dict, list)) else text
+            hidden = secret or key in secrets
+            if environment:
+                plain[key] = text
+            else:
+                plain[key] = written(value, hidden) if OmegaConf.is_config(value) else _portable(value, hidden)
+        return plain if isinstance(raw, dict) else list(plain.values())
+
+    OmegaConf.register_resolver("oc.env", recorded, replace=True)
     try:
-        merged = OmegaConf.unsafe_merge({}, *(layer.values for layer in layers))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_describe(error)) from error
-    return OmegaConf.to_container(merged)  # type: ignore[return-value]
+        return written(config)
+    finally:
+        OmegaConf.register_resolver("oc.env", oc.env, replace=True)
 
 
-def _describe(error: OmegaConfBaseException) -> str:
-    message = str(error).split("\n", 1)[0]
+def _portable(value: Any, secret: bool) -> Any:
+    """A scalar of plain YAML, from which `load_config` reads the same value."""
+    if secret and not isinstance(value, (bool, NoneType)):
+        return MASK
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value)) if isinstance(value, (str, Path)) else value
+
+
+def _describe(error: Exception) -> str:
+    message = str(error).split("\n", 1)[0] if isinstance(error, OmegaConfBaseException) else str(error)
+    if isinstance(error, yaml.YAMLError):
+        return f"the value is not YAML: {message}"
     key = getattr(error, "full_key", None)
     return f"{message} (at '{key}')" if key and f"'{key}'" not in message else message
 
@@ -179,31 +375,33 @@ def _nearest(word: str, known: list[str]) -> str:
     return f" Did you mean: '{close[0]}'?" if close else f" There are: {', '.join(known)}" if known else ""
 
 
-def _without_none_strings(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none_strings(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_none_strings(item) for item in value]
-    return None if value == "None" else value
+def describe_schema(schema: type, prefix: str = "") -> str:
+    """Help for a schema: a line for each key, `key: type = default  # docstring`; keys of nested schemas are dotted."""
+    hints, docstrings = get_type_hints(schema), field_docstrings(schema)
+    lines = []
+    for item in fields(schema):
+        key, kind = f"{prefix}{item.name}", hints[item.name]
+        if is_dataclass(kind):
+            lines.append(describe_schema(kind, f"{key}."))  # type: ignore[arg-type]
+        else:
+            name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+            value = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
+            default = "" if value is NO_DEFAULT or value == MISSING else f" = {value!r}"
+            lines.append(f"{key}: {name.replace('typing.', '')}{default}  # {docstrings.get(item.name, '')}")
+    return "\n".join(lines)
 
 
-def _portable(value: Any) -> Any:
-    """Plain YAML types alone, so that the safe loader reads what is written."""
-    if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def written_config(arguments, schema):
-    import json
-    from dataclasses import asdict
-
-    return json.loads(json.dumps(asdict(load_config(arguments, schema))))
-
-
-def describe_schema(schema):
-    from kosmosg.config_help import describe_schema
-
-    return describe_schema(schema)
+def field_docstrings(schema: type) -> dict[str, str]:
+    """The string that follows each field in the source, base classes included; none where there is no source."""
+    found: dict[str, str] = {}
+    for kind in reversed(schema.__mro__):
+        try:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        except (OSError, TypeError):  # made by dataclasses.make_dataclass, or built in
+            continue
+        for statement, following in pairwise(getattr(definition, "body", [])):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                found[statement.target.id] = str(following.value.value)
+    return found

@@ -1,12 +1,18 @@
 """The one rule of configuration: files and key=value, later wins; every mistake is answered with what was meant."""
 
-from dataclasses import dataclass, field
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
-from kosmosg.config import ConfigError, load_config, save_config
+import kosmosg
+from kosmosg import config as configuration
+from kosmosg.config import ConfigError, describe_schema, load_config, save_config, split_options, written_config
 
 
 @dataclass
@@ -152,3 +158,209 @@ def test_schema_chosen_by_a_value() -> None:
 
     config = load_config(["name=other", "width=3"], lambda values: Other if values["name"] == "other" else Schema)
     assert config == Other("other", 3)
+
+
+@dataclass
+class Store:
+    options: dict[str, dict[str, Any]] = field(default_factory=dict, metadata={"secret": True})
+    retries: int = 5
+
+
+@dataclass
+class Run:
+    run: str = "runs/x"
+    steps: int = 10
+    share: float = 0.5
+    on: bool = False
+    name: str | None = None
+    names: list[str] = field(default_factory=list)
+    colours: dict[str, str] = field(default_factory=dict)
+    kind: Literal["no", "yes"] = "yes"
+    sizes: dict[str, Any] = field(default_factory=dict)
+    store: Store = field(default_factory=Store)
+
+
+TEXTS = ["0123", "1e-4", "no", "12:30", "a #b", "a: b", "[x", "0x10", "1_000", "null", "'a'", "~/x", "a=b"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_kept_to_the_letter(text: str) -> None:
+    config = load_config([f"run={text}", f"colours.red={text}"], Run)
+    assert (config.run, config.colours) == (text, {"red": text})
+    if text != "null":
+        assert load_config([f"name={text}"], Run).name == text
+
+
+def test_unquoted_text_in_lists_and_files_is_kept_too(tmp_path: Path) -> None:
+    assert load_config(["names=[007, no, 12:30, 1e-4, 'a, b']"], Run).names == ["007", "no", "12:30", "1e-4", "a, b"]
+    (tmp_path / "x.yaml").write_text("run: 0123\nname: 12:30\nnames: [007, on]\nkind: no\ncolours: {red: 1e3}\n")
+    config = load_config([str(tmp_path / "x.yaml")], Run)
+    assert (config.run, config.name, config.names, config.kind) == ("0123", "12:30", ["007", "on"], "no")
+    assert config.colours == {"red": "1e3"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("steps=010", "steps", 10),
+        ("steps=1_000", "steps", 1000),
+        ("share=1e-4", "share", 1e-4),
+        ("share=1", "share", 1.0),
+        ("share=.5", "share", 0.5),
+        ("on=yes", "on", True),
+        ("on=False", "on", False),
+        ("kind=no", "kind", "no"),
+        ("run=''", "run", ""),
+        ("run=None", "run", "None"),
+        ("name=None", "name", None),
+        ("name=null", "name", None),
+        ("sizes={width: 010, rate: 1e-3, on: true, word: no}", "sizes",
+         {"width": 10, "rate": 1e-3, "on": True, "word": "no"}),
+        ("sizes.time=12:30", "sizes", {"time": "12:30"}),
+        ("run=${name}s", "run", "Nones"),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_the_schema_says(argument: str, key: str, value: Any) -> None:
+    found = getattr(load_config([argument], Run), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("argument", ["steps=1e2", "steps=0x10", "steps=12:30", "steps=1.5", "on=maybe", "names=[~]"])
+def test_the_argument_at_fault_is_named(argument: str, configs: Path) -> None:
+    (configs / "run.yaml").write_text("steps: 3\non: true\nnames: [a]\n")
+    for arguments in ([str(configs / "run.yaml"), argument], [argument, str(configs / "run.yaml")]):
+        with pytest.raises(ConfigError, match=rf"^{argument.replace('[', '.').replace(']', '.')}: .*{argument[:2]}"):
+            load_config(arguments, lambda values: Run)
+
+
+def test_an_interpolation_at_fault_names_its_argument(configs: Path) -> None:
+    (configs / "run.yaml").write_text("steps: ${nowhere}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: .*nowhere.*steps"):
+        load_config(["name=x", str(configs / "run.yaml"), "share=1"], Run)
+
+
+def test_a_key_given_twice_is_refused(configs: Path) -> None:
+    (configs / "run.yaml").write_text("vision: {width: 8, width: 9}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml.*'width' is given twice"):
+        load_config([str(configs / "run.yaml")], Schema)
+
+
+def test_what_is_left_of_the_first_equals_sign_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/lr=0.1", "run=y"):
+        Path(folder).mkdir(parents=True)
+        save_config(Run(run=folder), Path(folder, "config.yaml"))
+    assert load_config(["run=runs/a.yaml"], Run).run == "runs/a.yaml"
+    assert load_config(["run=runs/lr=0.1"], Run).run == "runs/lr=0.1"
+    assert load_config(["run=y"], Run).run == "y"
+    assert load_config(["./run=y"], Run).run == "run=y"
+    assert load_config(["runs/lr=0.1"], Run).run == "runs/lr=0.1"
+    assert load_config(["runs/lr=0.1/config.yaml", "steps=3"], Run).steps == 3
+    with pytest.raises(ConfigError, match=r"no configuration file 'runs/lr=0.2/config.yaml'"):
+        load_config(["runs/lr=0.2/config.yaml"], Run)
+    Path("lr=0.1").mkdir()
+    with pytest.raises(ConfigError, match=r"^lr=0.1: .*the path of that name is ./lr=0.1"):
+        load_config(["lr=0.1"], Run)
+
+
+def test_options_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=0.1").mkdir()
+    paths = ["runs/lr=0.1", "lr=0.1", "./output=x", "runs/a"]
+    assert split_options([*paths, "output=a/b=c"], {"output": "tables"}) == (paths, {"output": "a/b=c"})
+    assert split_options(paths, {"output": "tables"}) == (paths, {"output": "tables"})
+    with pytest.raises(ConfigError, match=r"'force=1': there is no option 'force' \(allowed: output=…"):
+        split_options(["force=1"], {"output": "tables"})
+
+
+def test_the_environment_is_never_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "s3cret")
+    monkeypatch.delenv("ROOT", raising=False)
+    arguments = [
+        "run=${name}/${steps}",
+        "name=${oc.env:ROOT,runs}",
+        "steps=7",
+        "names=['${oc.env:KEY}', '${kind}', 'a']",
+        "sizes={half: '${divide:${steps},7}', both: '${colours}', price: '5 \\${x}'}",
+        "colours={red: '${oc.env:KEY}', blue: '${kind}'}",
+        "store.options={s3: {key: '${oc.env:KEY}', secret: abc, port: 80, anon: true, user: '${kind}'}}",
+    ]
+    written = written_config(arguments, Run)
+    assert written == {
+        "run": "${name}/${steps}",
+        "steps": 7,
+        "share": 0.5,
+        "on": False,
+        "name": "${oc.env:ROOT,runs}",
+        "names": ["${oc.env:KEY}", "yes", "a"],
+        "colours": {"red": "${oc.env:KEY}", "blue": "yes"},
+        "kind": "yes",
+        "sizes": {"half": 1, "both": {"red": "${oc.env:KEY}", "blue": "yes"}, "price": "5 \\${x}"},
+        "store": {
+            "options": {"s3": {"key": "${oc.env:KEY}", "secret": "***", "port": "***", "anon": True, "user": "***"}},
+            "retries": 5,
+        },
+    }
+    save_config(written, tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == written
+    given, again = load_config(arguments, Run), load_config([str(tmp_path)], Run)
+    assert given.run == again.run == "runs/7" and again.sizes["price"] == "5 ${x}"
+    assert given.store.options["s3"]["key"] == again.store.options["s3"]["key"] == "s3cret"
+    assert given.store.options["s3"]["secret"] == "abc"
+    save_config(load_config(arguments[-1:], Run), tmp_path / "instance.yaml")
+    assert "abc" not in (tmp_path / "instance.yaml").read_text()
+
+
+@pytest.mark.parametrize("old", configuration.RENAMED)
+def test_an_old_key_names_the_new_one(old: str, tmp_path: Path) -> None:
+    section, name = old.split(".")
+    (tmp_path / "old.yaml").write_text(f"{section}: {{{name}: 1}}\n")
+    kinds = [make_dataclass("T", [(key, int, 0)]) for key in (name, configuration.RENAMED[old].split(".")[1])]
+    with_old, with_new = (make_dataclass("S", [(section, kind, field(default_factory=kind))]) for kind in kinds)
+    for argument in (f"{old}=1", str(tmp_path / "old.yaml")):
+        with pytest.raises(ConfigError, match=f"^{argument}: '{old}' is now '{configuration.RENAMED[old]}'$"):
+            load_config([argument], with_new)
+        assert getattr(getattr(load_config([argument], with_old), section), name) == 1
+
+
+def test_a_removed_key_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"'trainer.max_flops' is gone. Set trainer.max_steps"):
+        load_config(["name=x", "trainer.max_flops=1e18"], Schema)
+
+
+def test_help_lists_every_key() -> None:
+    made = make_dataclass(
+        "Made", [("more", int, 3), ("optimizer", Optimizer, field(default_factory=Optimizer))], bases=(Run,)
+    )
+    lines = describe_schema(made).splitlines()
+    assert "more: int = 3  # " in lines
+    assert "optimizer.lr: float = 0.001  # Peak learning rate." in lines
+    assert "store.retries: int = 5  # " in lines
+
+
+def test_an_installed_package_has_no_configs(tmp_path: Path) -> None:
+    """The package alone, as a wheel installs it, reads files of a project."""
+    ours = Path(kosmosg.__file__).parent
+    (tmp_path / "site" / "kosmosg").mkdir(parents=True)
+    for name in ("__init__.py", "config.py", "files.py"):
+        shutil.copy(ours / name, tmp_path / "site" / "kosmosg" / name)
+    (tmp_path / "project" / "configs").mkdir(parents=True)
+    (tmp_path / "project" / "configs" / "base.yaml").write_text("a: 1\n")
+    (tmp_path / "project" / "run.yaml").write_text("extends: ./configs/base\nb: 2\n")
+    code = (
+        "import sys; from dataclasses import make_dataclass; from kosmosg.config import ConfigError, load_config\n"
+        "schema = make_dataclass('S', [('a', int), ('b', int)])\n"
+        "print(load_config(['run.yaml'], schema))\n"
+        "for argument in ('nonsense', 'no.yaml'):\n"
+        "    try: load_config([argument], schema)\n"
+        "    except ConfigError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path / "project", env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        "S(a=1, b=2)",
+        "argument 'nonsense' is neither a YAML file, a run folder nor key=value.",
+        "there is no configuration file 'no.yaml'.",
+    ], done.stderr

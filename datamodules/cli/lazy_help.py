@@ -16,7 +16,7 @@ class SchemaHelp(argparse.Action):
         self.schemas = schemas
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from kosmosg.config_help import describe_schema
+        from kosmosg.config import describe_schema
 
         name = values[0] if values else ""
         if name not in self.schemas:

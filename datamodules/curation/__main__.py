@@ -25,8 +25,7 @@ from rich.console import Console
 from datamodules.curation.config import Curation
 from datamodules.curation.run import curate
 from datamodules.errors import DataError
-from kosmosg.config import ConfigError, load_config
-from kosmosg.config_help import describe_schema
+from kosmosg.config import ConfigError, describe_schema, load_config, written_config
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no worker is left behind
     try:
-        curate(load_config(arguments, Curation), Console())
+        curate(load_config(arguments, Curation), Console(), written_config(arguments, Curation))
     except (ConfigError, DataError) as error:
         print(f"datamodules.curation: {error}", file=sys.stderr)
         return 2

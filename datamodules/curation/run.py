@@ -1,5 +1,7 @@
 """One curation from its configuration to its manifest and report."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -18,8 +20,11 @@ from kosmosg.files import write_text
 ENGINES = {"local": run_local, "ray": run_ray}
 
 
-def curate(config: Curation, console: Console) -> None:
+def curate(config: Curation, console: Console, written: dict[str, Any] | None = None) -> None:
     """Work on every chunk that is not done; then write manifest, report and contact sheet.
+
+    Args:
+        written: the configuration as it is recorded, see `kosmosg.config.written_config`.
 
     Raises:
         DataError: the input or output cannot be used, a model is missing, too many images fail, nothing is left, or
@@ -29,7 +34,7 @@ def curate(config: Curation, console: Console) -> None:
     with held(output.folder):
         planned = plan(config.input, config.max_bad_share)
         output.prepare(planned)
-        save_config(config, output.own / "config.yaml")
+        save_config(written or config, output.own / "config.yaml")
         tally = Tally(config.max_bad_share, config.min_bad_count)
         done = output.done()
         for number in sorted(done):

@@ -30,8 +30,9 @@ class RemoteConfig:
 
     protocols: list[str] = field(default_factory=list)
     """Which may be read: s3, gs, az, abfs, hf, oss, https, http; empty: local files only."""
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """fsspec's options by protocol, e.g. {s3: {anon: true}}; they are written into the run's config.yaml."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict, metadata={"secret": True})
+    """fsspec's options by protocol, e.g. {s3: {anon: true}}. Records keep `${oc.env:NAME}` as it is written and show
+    other text and numbers as ***."""
     index_folder: str = "~/.cache/kosmosg/shard-indexes"
     """Where indexes of shards that come without one are kept."""
     retries: int = 5

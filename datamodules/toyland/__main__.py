@@ -21,8 +21,7 @@ from datamodules.folder_lock import held
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.drawing import drawing
 from datamodules.toyland.parts import all_parts
-from kosmosg.config import CONFIGS, ConfigError, load_config
-from kosmosg.config_help import describe_schema
+from kosmosg.config import CONFIGS, ConfigError, describe_schema, load_config
 from kosmosg.files import clear_leftovers, replaced
 
 DEFAULTS = str(CONFIGS / "toyland" / "data.yaml")

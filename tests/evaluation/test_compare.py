@@ -77,7 +77,7 @@ def test_what_does_not_compare_is_refused_or_marked(tmp_path, capsys, changes, t
         (["one", "one/results.json"], "2 or more different evaluations"),
         (["one", "nowhere"], "nowhere' holds no finished evaluation: results.json, samples.csv, provenance.json"),
         (["one", "two", "force=yes"], "force=yes is not allowed"),
-        (["one", "two", "forse=true"], "['forse'] was given beside the folders; allowed: force"),
+        (["one", "two", "forse=true"], "'forse=true': there is no option 'forse' (allowed: force=…"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, capsys, arguments, told):
@@ -92,6 +92,17 @@ def test_folders_of_one_name_are_told_apart(tmp_path, capsys):
     folders = [write(tmp_path / run / "evaluation", shift) for run, shift in (("a", 0.0), ("b", 0.1))]
     assert main(["compare", *map(str, folders)]) == 0
     assert "b/evaluation − a/evaluation" in capsys.readouterr().out
+
+
+def test_paths_may_hold_equals_signs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = [
+        str(write(Path("runs") / name, shift=shift).relative_to(".")) for name, shift in (("lr=1", 0.0), ("lr=2", 0.1))
+    ]
+    assert main(["compare", *folders, "force=false"]) == 0
+    assert "| lr=2 − lr=1 |" in capsys.readouterr().out
+    monkeypatch.chdir("runs")
+    assert main(["compare", "lr=1", "./lr=2"]) == 0
 
 
 def test_paired_interval_draws_units():

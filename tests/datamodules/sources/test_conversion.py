@@ -199,7 +199,7 @@ def test_captions_of_published_tables(tmp_path: Path) -> None:
     published.write(tmp_path / "cc3m.tsv", 'a "red fish\thttp://a\n\thttp://b\na dog\thttp://c\n')
     published.write(tmp_path / "laion.jsonl", published.jsonl(
         [{"TEXT": "a bird", "WIDTH": w, "HEIGHT": 500} for w in (400, 383, None)]))  # fmt: skip
-    first = convert("captions", tmp_path / "cc3m.tsv", tmp_path / "a", "column='0'")
+    first = convert("captions", tmp_path / "cc3m.tsv", tmp_path / "a", "column=0")
     assert [sample.caption for sample in samples(tmp_path / "a")] == ['a "red fish', "a dog"]
     assert first.counts["dropped"] == {"empty_caption": 1}
     sizes = ("column=TEXT", "width=WIDTH", "height=HEIGHT", "min_side=384")
