@@ -32,8 +32,6 @@ STATE_VERSION = 2
 class StepLoader:
     """Optimizer steps as lists of micro-batches; or micro-batches alone, for validation.
 
-    The position is derived from the step, so that there is no state to store.
-
     Args:
         loader: of micro-batches.
         agreement: is shown every report, and what went wrong instead of a batch, on all ranks at once.
@@ -64,6 +62,13 @@ class StepLoader:
             if len(step) == self.per_step:
                 yield step
                 step = []
+
+    def state_dict(self) -> dict:
+        """Nothing: the position follows from the step."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
 
 
 class MixtureDataModule(lightning.LightningDataModule):
