@@ -1,4 +1,4 @@
-"""Runs of the miniature stages by one or several processes, and what they left behind."""
+"""Runs of the miniature stages on one or several ranks, and what they left behind."""
 
 import json
 import shutil
@@ -25,11 +25,11 @@ def training(file: Path, run: Path, *arguments: str) -> Callable[[], int]:
     return lambda: train.main([str(file), f"run={run}", *FOUR_ROWS, *arguments])
 
 
-def finish(processes: int, file: Path, run: Path, *arguments: str) -> None:
+def finish(ranks: int, file: Path, run: Path, *arguments: str) -> None:
     """Train to the end."""
-    rows = [f"data.micro_batch_size={4 // processes}", f"trainer.devices={processes}"]
-    statuses = run_together(processes, training(file, run, *rows, *arguments), run.with_suffix(".log"))
-    assert statuses == [0] * processes, output(run)
+    rows = [f"data.micro_batch_size={4 // ranks}", f"trainer.devices={ranks}"]
+    statuses = run_together(ranks, training(file, run, *rows, *arguments), run.with_suffix(".log"))
+    assert statuses == [0] * ranks, output(run)
 
 
 def output(run: Path) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 import train
 from callbacks.checkpoint import StepCheckpoint
-from kosmosg.config import load_config
+from kosmosg.config import written_config
+from lightning_modules.run_folder import RunFolder
 from tests.lightning_modules.miniature import losses
 from tests.lightning_modules.runs import back_to
 
@@ -22,13 +23,14 @@ def run(file: Path, *arguments: str) -> int:
 def test_log_has_the_rows_of_a_checkpoint_when_it_is_saved(
     validates: bool, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run killed right after a save goes on behind it, so these rows are never written again."""
+    """A run killed right after a save resumes behind it, so these rows are never written again."""
     saved: dict[int, list[dict[str, str]]] = {}
 
-    def note(self: StepCheckpoint, trainer) -> None:
-        with open(tmp_path / "alignment" / "metrics.csv", newline="") as log:
-            saved[trainer.global_step] = list(csv.DictReader(log))
-        save(self, trainer)
+    def note(self: StepCheckpoint, trainer) -> bool:
+        if trainer.global_step:
+            with open(tmp_path / "alignment" / "metrics.csv", newline="") as log:
+                saved[trainer.global_step] = list(csv.DictReader(log))
+        return save(self, trainer)
 
     save = StepCheckpoint.save
     monkeypatch.setattr(StepCheckpoint, "save", note)
@@ -36,9 +38,11 @@ def test_log_has_the_rows_of_a_checkpoint_when_it_is_saved(
     assert run(configs["alignment"], "trainer.checkpoint_every=1", *held_out) == 0
     assert sorted(saved) == [1, 2, 3, 4]
     for step, rows in saved.items():
-        assert [row["step"] for row in rows] == [str(done) for done in range(step)]
+        assert [row["step"] for row in rows] == [str(done) for done in range(1, step + 1)]
         assert all(row["train/loss"] and row["samples_per_second"] for row in rows)
-        assert [bool(row.get("val/loss")) for row in rows] == [validates and done % 2 == 1 for done in range(step)]
+        assert [bool(row.get("val/loss")) for row in rows] == [
+            validates and done % 2 == 0 for done in range(1, step + 1)
+        ]
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -50,17 +54,17 @@ def test_resumed_run_may_validate_at_other_steps(every: int, configs: dict[str, 
     assert run(configs["alignment"], f"trainer.val_every={every}") == 0
     assert [row[:2] for row in losses(folder)] == expected
     with open(folder / "metrics.csv", newline="") as log:
-        validated = [int(row["step"]) + 1 for row in csv.DictReader(log) if row["val/loss"]]
+        validated = [int(row["step"]) for row in csv.DictReader(log) if row["val/loss"]]
     assert validated == [2, *(step for step in (3, 4) if step % every == 0)]
 
 
 def test_what_a_killed_run_leaves_running_does_not_hold_its_folder(configs: dict[str, Path], tmp_path: Path) -> None:
     """As workers that read data do for some seconds."""
-    experiment, folder = load_config([str(configs["alignment"])], train.stage_schema), tmp_path / "alignment"
+    written, folder = written_config([str(configs["alignment"])], train.stage_schema), tmp_path / "alignment"
     told, tell = os.pipe()
     killed = os.fork()
     if killed == 0:
-        with train.RunFolder(folder).held(experiment):
+        with RunFolder(folder).lock(written, train.stage_schema):
             worker = os.fork()
             if worker == 0:
                 signal.pause()
@@ -70,7 +74,7 @@ def test_what_a_killed_run_leaves_running_does_not_hold_its_folder(configs: dict
     try:
         assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
         os.kill(worker, 0)  # still there
-        with train.RunFolder(folder).held(experiment):
+        with RunFolder(folder).lock(written, train.stage_schema):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)

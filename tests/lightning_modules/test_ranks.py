@@ -1,0 +1,209 @@
+"""Two ranks train like one on the same global batch, with DDP and FSDP2; a run resumes on another number of them, and
+after a stop or a step that is not finite on one of them."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from lightning_modules.base import StageModule
+from tests.lightning_modules import miniature
+from tests.lightning_modules.processes import run_together, start, wait
+from tests.lightning_modules.runs import (
+    FOUR_ROWS,
+    back_to,
+    exported,
+    finish,
+    numbers,
+    output,
+    samples,
+    training,
+    wait_for_rows,
+)
+
+pytestmark = pytest.mark.slow
+
+# Length buckets call a sharded network several times in one micro-batch; the single rank takes the batch whole.
+# Stage 2's released loss counts padding, of which each rank has its own.
+BOTH = {"language_modelling": [], "alignment": ["recipe.variant=masked"], "instruction_tuning": []}
+BUCKETED = {"language_modelling": [], "alignment": [], "instruction_tuning": ["recipe.length_buckets=2"]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    [
+        ("language_modelling", "ddp"),
+        ("language_modelling", "fsdp2"),
+        ("alignment", "fsdp2"),
+        ("instruction_tuning", "ddp"),
+        ("instruction_tuning", "fsdp2"),
+    ],
+)
+def test_two_ranks_equal_one(stage: str, strategy: str, configs: dict[str, Path], tmp_path: Path) -> None:
+    """Also the average of the weights, which is what is exported; sharded, layers are checkpointed."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ["ema.decay=0.5", *BOTH[stage]]
+    finish(1, configs[stage], one, *options)
+    mode = "selective" if strategy == "fsdp2" else "none"
+    sharing = [f"trainer.strategy={strategy}", f"trainer.activation_checkpointing={mode}"]
+    finish(2, configs[stage], two, *options, *BUCKETED[stage], *sharing)
+    # Images are mismatched within each rank's rows, so that one loss is left out.
+    expected, found = numbers(one, stage), numbers(two, stage)
+    assert len(expected) == 4
+    for row, other in zip(expected, found, strict=True):
+        assert other[:-1] == pytest.approx(row[:-1], rel=1e-4)
+    before, tensors = exported_before(configs[stage]), exported(two)
+    for name, tensor in exported(one).items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-3), name
+        if stage == "alignment" and name.startswith("mllm."):
+            assert torch.equal(tensors[name], before[name]), f"{name} is frozen but moved"
+
+
+def exported_before(config: Path) -> dict[str, torch.Tensor]:
+    import yaml
+
+    start_from = yaml.safe_load(config.read_text())["init_from"]
+    if start_from is None:
+        return {}
+    files = sorted(Path(start_from).rglob("*.safetensors"))
+    return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("sources", "mixed"), [(["data.text.weight=30"], True), (["data.captions.weight=0"], False)])
+def test_rank_or_step_without_an_image_is_the_same_step_on_two_ranks(
+    strategy: str, sources: list[str], mixed: bool, configs: dict[str, Path], tmp_path: Path, record_samples: None
+) -> None:
+    """Gradients and shards of the vision encoder are exchanged by all ranks, also by one that read text alone. Where
+    no rank has an image, one rank and two give the encoder the same zero gradient."""
+    stage = "language_modelling"
+    one, two = tmp_path / "one", tmp_path / "two"
+    if not mixed:
+        sources = [*sources, "data.interleaved.weight=0", "data.captions.validation=''"]
+    finish(1, configs[stage], one, *sources)
+    finish(2, configs[stage], two, *sources, f"trainer.strategy={strategy}")
+    read = [json.loads(line)["samples"] for file in two.glob("samples.*.jsonl") for line in file.open()]
+    without = [all(Path(name).name.startswith("t") for name in names) for names in read]  # keys t0, t1, …: text
+    assert any(without) and all(without) != mixed
+    assert_same_losses(one, two)
+    tensors = exported(two)
+    for name, tensor in exported(one).items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-3), name
+
+
+def assert_same_losses(one: Path, other: Path) -> None:
+    names = ("train/loss", "grad_norm")
+    for row, theirs in zip(miniature.losses(one, names), miniature.losses(other, names), strict=True):
+        assert [float(value) for value in theirs] == pytest.approx([float(value) for value in row], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["language_modelling", "alignment", "instruction_tuning"])
+def test_step_does_not_depend_on_how_it_is_divided(
+    stage: str, configs: dict[str, Path], tmp_path: Path, record_samples: None
+) -> None:
+    """One rank with one, two and four micro-batches; two ranks with two each under DDP."""
+    whole = tmp_path / "whole"
+    finish(1, configs[stage], whole, *BOTH[stage])
+    for rows, ranks in ((2, 1), (1, 1), (1, 2)):
+        run = tmp_path / f"{rows}-{ranks}"
+        sharing = [f"data.micro_batch_size={rows}", f"trainer.devices={ranks}", "trainer.strategy=auto"]
+        sharing += ["trainer.strategy=ddp"] if ranks > 1 else []
+        arguments = [*BOTH[stage], *sharing]
+        statuses = run_together(ranks, training(configs[stage], run, *arguments), run.with_suffix(".log"))
+        assert statuses == [0] * ranks, output(run)
+        assert samples(run) == samples(whole)
+        assert_same_losses(whole, run)
+
+
+def test_run_resumes_on_another_number_of_ranks(configs: dict[str, Path], tmp_path: Path, record_samples: None) -> None:
+    """1 → 2 → 1 with gradients accumulated, in stage 1, whose loss is a mean over tokens."""
+    stage = "language_modelling"
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    finish(1, configs[stage], whole, "ema.decay=0.5")
+    again = [str(configs[stage]), f"run={changed}", *FOUR_ROWS, "ema.decay=0.5"]
+    for step, ranks, rows in ((2, 1, 4), (3, 2, 2), (4, 1, 2)):
+        arguments = [*again, f"data.micro_batch_size={rows}", f"trainer.devices={ranks}", "trainer.checkpoint_every=1"]
+        statuses = run_together(ranks, lambda given=arguments: train.main(given), changed.with_suffix(".log"))
+        assert statuses == [0] * ranks, output(changed)
+        if step < 4:
+            back_to(changed, step)
+    assert len(samples(whole)) == 4
+    assert samples(changed) == samples(whole)
+    for row, other in zip(numbers(whole, stage), numbers(changed, stage), strict=True):
+        assert other[:2] == pytest.approx(row[:2], abs=1e-5)
+    tensors = exported(changed)
+    for name, tensor in exported(whole).items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-3), name
+
+
+def test_other_global_batch_is_refused(configs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(1, configs["alignment"], run)
+    back_to(run, 2)
+    arguments = [str(configs["alignment"]), f"run={run}", "model.mllm.dropout=0", "data.micro_batch_size=2"]
+    assert run_together(1, lambda: train.main([*arguments, "data.validation_samples=8"]), run.with_suffix(".log")) == [
+        2
+    ]
+    assert "set trainer.global_batch_size=4" in output(run)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_sharded_run_is_stopped_by_a_signal_to_one_rank_and_resumes_bit_for_bit(
+    told: int, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    stage = "instruction_tuning"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish(2, configs[stage], whole)
+    rows = ["data.micro_batch_size=2", "trainer.devices=2"]
+    children = start(2, training(configs[stage], stopped, *rows), stopped.with_suffix(".log"))
+    wait_for_rows(stopped, 1)
+    os.kill(children[told], signal.SIGTERM)
+    statuses = wait(children, kill_after=200)
+    if statuses[0] != 0:  # the signal came before the last step
+        assert statuses == [128 + signal.SIGTERM, 0], output(stopped)
+        assert "Stopped and saved after step" in output(stopped)
+        finish(2, configs[stage], stopped)
+    assert numbers(stopped, stage) == numbers(whole, stage)
+    tensors = exported(stopped)
+    for name, tensor in exported(whole).items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    what: str, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, run = "alignment", tmp_path / "run"
+    module = train.STAGES[stage].module
+    losses_of = module.losses
+
+    def spoil(self: StageModule, batch) -> dict[str, torch.Tensor]:
+        losses = losses_of(self, batch)
+        if self.training and self.trainer.global_step in (1, 2) and self.trainer.global_rank == 1:
+            if what == "loss":
+                losses["loss"] = losses["loss"] + float("inf")  # whose gradient is finite
+            else:
+                losses["loss"].register_hook(lambda gradient: gradient * float("nan"))
+        return losses
+
+    monkeypatch.setattr(module, "losses", spoil)
+    finish(2, configs[stage], run)
+    rows = [float(row[1]) for row in miniature.losses(run, ["skipped_steps"])]
+    assert rows == [0, 1, 2, 2]
+    skipped = [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in skipped] == [2, 3]
+    assert [found["loss_is_finite"] for found in skipped[0]["ranks"]] == [True, what == "gradient"]
+    assert all(len(found["samples"]) == 2 for found in skipped[0]["ranks"])
+    assert all(tensor.isfinite().all() for tensor in exported(run).values())
+
+    aborted = tmp_path / "aborted"
+    rows = ["data.micro_batch_size=2", "trainer.devices=2", "trainer.max_skipped_steps=1"]
+    statuses = run_together(2, training(configs[stage], aborted, *rows), aborted.with_suffix(".log"))
+    assert statuses == [2, 2], output(aborted)
+    assert "2 steps had a loss or gradient that is not finite; trainer.max_skipped_steps is 1" in output(aborted)
+    assert skipped[1]["ranks"][1]["samples"][0] in output(aborted)
