@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption("--drills", type=int, default=0, metavar="N", help="run every drill with N faults")
+    parser.addoption("--faults", type=int, default=0, metavar="N", help="inject N faults in every fault-injection test")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -68,10 +68,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
 
 @pytest.fixture
 def faults(request: pytest.FixtureRequest) -> int:
-    """How many faults a drill meets (--drills)."""
-    given = request.config.getoption("--drills")
-    if not given and request.node.get_closest_marker("rehearsed") is None:
-        pytest.skip("a drill; run with --drills=20")
+    """How many faults a test injects (--faults)."""
+    given = request.config.getoption("--faults")
+    if not given and request.node.get_closest_marker("one_fault") is None:
+        pytest.skip("injects faults; run with --faults 5")
     return given or 1
 
 

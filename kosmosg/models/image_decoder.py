@@ -16,11 +16,13 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily as with_values
 
 from kosmosg.condition import Condition, ConditionSpec
 from kosmosg.losses import TimestepWeighting
 
 Parts = Literal["all", "text", "images"]
+__all__ = ["ImageDecoder", "Parts", "with_values"]
 
 
 class ImageDecoder(nn.Module):
@@ -39,7 +41,8 @@ class ImageDecoder(nn.Module):
     @classmethod
     @abstractmethod
     def from_config(cls, source: str | Path, parts: Parts = "all") -> "ImageDecoder":
-        """The same without weights, for dry runs.
+        """The same without weights, for dry runs, which call it under FakeTensorMode: networks then have shapes, but no
+        memory. What needs values, as a scheduler's constructor may, is made inside `with_values()`.
 
         Raises:
             ValueError: a hub id whose sizes are not known here.

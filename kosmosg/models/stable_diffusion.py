@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kosmosg.condition import Condition, ConditionSpec
 from kosmosg.losses import TimestepWeighting, timestep_weights
-from kosmosg.models.image_decoder import ImageDecoder, Parts
+from kosmosg.models.image_decoder import ImageDecoder, Parts, with_values
 
 CONFIG_FILES = {
     "unet": "unet/config.json",
@@ -116,7 +116,8 @@ class StableDiffusion(ImageDecoder):
         if parts != "text":
             networks["unet"] = UNet2DConditionModel.from_config(configs["unet"])
             networks["vae"] = AutoencoderKL.from_config(configs["vae"])
-            networks["scheduler"] = DDPMScheduler.from_config(configs["scheduler"])
+            with with_values():
+                networks["scheduler"] = DDPMScheduler.from_config(configs["scheduler"])
         if parts != "images":
             networks["text_encoder"] = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
         return cls(**networks)

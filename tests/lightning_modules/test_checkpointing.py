@@ -1,6 +1,5 @@
 """Checkpoints as folders: complete or absent, intact or set aside, and without a pickle."""
 
-import json
 import logging
 import os
 import pickle

@@ -1,10 +1,11 @@
-"""Drills: a run meets one fault after another at random moments, and must end as the run that met none.
+"""Fault injection: a run meets one fault after another at random moments, and must end as the run that met none.
 
-Two of them meet one fault in every run of the slow tests; all of them, as many as wanted:
+Two of the tests inject one fault in every run of the slow tests; all of them, as many as wanted:
 
-    pytest --slow --drills 20 tests/lightning_modules/test_drills.py
+    pytest --slow --faults 5 tests/lightning_modules/test_fault_injection.py
 """
 
+import contextlib
 import json
 import os
 import random
@@ -17,14 +18,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from callbacks.checkpoint import StepCheckpoint
+from lightning_modules.checkpointing import checkpoints, verify
 from tests.conftest import REPOSITORY
 from tests.lightning_modules.processes import start, wait
-from tests.lightning_modules.runs import FOUR_ROWS, exported, finish, numbers, output, samples, training
+from tests.lightning_modules.runs import (
+    FOUR_ROWS,
+    exported,
+    finish,
+    numbers,
+    output,
+    samples,
+    training,
+)
 
 pytestmark = pytest.mark.slow
-UPDATES_OF_A_LIFE = 8  # so many are planned for each fault, for the run must outlast them all
-LIMIT_SECONDS = 100  # a run that was asked to stop and still stands then hangs; it takes a few on two free cores
-FINISHED, STOPPED = 0, 128 + signal.SIGTERM
+STEPS_PER_FAULT = 8  # so many are planned for each fault, for the run must outlast them all
+LIMIT_SECONDS = 100  # a run that was asked to stop and has not by then hangs; it takes a few on two free cores
+FINISHED, STOPPED = 0, 128 + signal.SIGTERM  # of the first rank, whose exit status is the run's
 
 
 def rows(run: Path) -> int:
@@ -47,11 +58,11 @@ def is_over(child: int) -> bool:
 
 
 def length(faults: int) -> list[str]:
-    return [f"trainer.max_steps={UPDATES_OF_A_LIFE * (faults + 1)}", "trainer.keep_checkpoints=2"]
+    return [f"trainer.max_steps={STEPS_PER_FAULT * (faults + 1)}", "trainer.keep_checkpoints=2"]
 
 
 def entries(run: Path) -> dict[tuple[str, int, int], list[str]]:
-    """Samples by process, update and pass. What was read again must be what was read first."""
+    """Samples by rank, step and micro-batch. What was read again must be what was read first."""
     found: dict[tuple[str, int, int], list[str]] = {}
     for file in run.glob("samples.*.jsonl"):
         for line in file.read_text().splitlines():
@@ -59,7 +70,7 @@ def entries(run: Path) -> dict[tuple[str, int, int], list[str]]:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # the line that was being written
                 continue
-            key = (file.name, entry["update"], entry["pass"])
+            key = (file.name, entry["step"], entry["micro_batch"])
             assert found.setdefault(key, entry["samples"]) == entry["samples"]
     return found
 
@@ -79,37 +90,37 @@ def last_step(run: Path) -> int:
 
 
 def forget_after(step: int, run: Path) -> None:
-    """Drop what was read after the checkpoint of `step`: another number of processes reads it again in other shares."""
+    """Drop what was read after the checkpoint of `step`: another number of ranks reads it again in other shares."""
     for file in run.glob("samples.*.jsonl"):
         lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        file.write_text("".join(line for line in lines if json.loads(line)["update"] < step))
+        file.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
 
 
 @pytest.mark.parametrize(
-    ("stage", "processes"),
+    ("stage", "ranks"),
     [
         ("language_modelling", 1),
         ("language_modelling", 2),
         ("alignment", 1),
         ("alignment", 2),
         ("instruction_tuning", 1),
-        pytest.param("instruction_tuning", 2, marks=pytest.mark.rehearsed),
+        pytest.param("instruction_tuning", 2, marks=pytest.mark.one_fault),
     ],
 )
 def test_killed_at_random_moments(
-    stage: str, processes: int, faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
+    stage: str, ranks: int, faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
 ) -> None:
-    """kill -9 of every process, the first of them at random."""
-    source, whole, killed = random.Random(f"{stage}{processes}"), tmp_path / "whole", tmp_path / "killed"
-    finish(processes, configs[stage], whole, *length(faults))
-    arguments = [f"data.batch_size={4 // processes}", f"trainer.devices={processes}", *length(faults)]
+    """kill -9 of every rank, the first of them at random."""
+    source, whole, killed = random.Random(f"{stage}{ranks}"), tmp_path / "whole", tmp_path / "killed"
+    finish(ranks, configs[stage], whole, *length(faults))
+    arguments = [f"data.micro_batch_size={4 // ranks}", f"trainer.devices={ranks}", *length(faults)]
     for _ in range(faults):
-        children = start(processes, training(configs[stage], killed, *arguments), killed.with_suffix(".log"))
+        children = start(ranks, training(configs[stage], killed, *arguments), killed.with_suffix(".log"))
         live_a_little(killed, source, lambda children=children: is_over(children[0]))
         for child in source.sample(children, len(children)):
             os.kill(child, signal.SIGKILL)
-        assert wait(children) == [-signal.SIGKILL] * processes, output(killed)
-    finish(processes, configs[stage], killed, *length(faults))
+        assert wait(children) == [-signal.SIGKILL] * ranks, output(killed)
+    finish(ranks, configs[stage], killed, *length(faults))
     assert_same(killed, whole, stage)
 
 
@@ -117,26 +128,26 @@ def test_killed_at_random_moments(
 def test_told_to_stop_at_random_moments(
     told: int, faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
 ) -> None:
-    """SIGTERM to one of two sharded processes: both save and stop, and no update is done twice."""
+    """SIGTERM to one of two sharded ranks: both save and stop, and no step is done twice."""
     stage, source, whole, stopped = "alignment", random.Random(told), tmp_path / "whole", tmp_path / "stopped"
     finish(2, configs[stage], whole, *length(faults))
-    arguments = ["data.batch_size=2", "trainer.devices=2", *length(faults)]
+    arguments = ["data.micro_batch_size=2", "trainer.devices=2", *length(faults)]
     for _ in range(faults):
         children = start(2, training(configs[stage], stopped, *arguments), stopped.with_suffix(".log"))
         live_a_little(stopped, source, lambda children=children: is_over(children[0]))
         os.kill(children[told], signal.SIGTERM)
-        assert wait(children, kill_after=LIMIT_SECONDS) == [STOPPED] * 2, output(stopped)
+        assert wait(children, kill_after=LIMIT_SECONDS) == [STOPPED, FINISHED], output(stopped)
     finish(2, configs[stage], stopped, *length(faults))
     assert_same(stopped, whole, stage)
-    updates = [json.loads(line)["update"] for line in (stopped / "samples.0.jsonl").open()]
-    assert updates == list(range(UPDATES_OF_A_LIFE * (faults + 1)))
+    steps = [json.loads(line)["step"] for line in (stopped / "samples.0.jsonl").open()]
+    assert steps == list(range(STEPS_PER_FAULT * (faults + 1)))
 
 
 def test_launcher_told_to_stop_at_random_moments(faults: int, configs: dict[str, Path], tmp_path: Path) -> None:
-    """SIGTERM to the process that started the other one for trainer.devices=2."""
+    """SIGTERM to the process that started the other rank for trainer.devices=2."""
     stage, source, whole, stopped = "alignment", random.Random(2), tmp_path / "whole", tmp_path / "stopped"
     finish(2, configs[stage], whole, *length(faults))
-    arguments = [f"run={stopped}", *FOUR_ROWS, "data.batch_size=2", "trainer.devices=2", *length(faults)]
+    arguments = [f"run={stopped}", *FOUR_ROWS, "data.micro_batch_size=2", "trainer.devices=2", *length(faults)]
     command = [sys.executable, "train.py", str(configs[stage]), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for fault in range(faults + 1):
@@ -150,27 +161,73 @@ def test_launcher_told_to_stop_at_random_moments(faults: int, configs: dict[str,
     assert numbers(stopped, stage) == numbers(whole, stage)
 
 
-@pytest.mark.rehearsed
-def test_processes_and_workers_change(
-    faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
-) -> None:
-    """1 → 2 → 1 … sharded processes and 0 → 2 → 0 … workers, after each kill -9."""
+@pytest.mark.one_fault
+def test_ranks_and_workers_change(faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None) -> None:
+    """1 → 2 → 1 … sharded ranks and 0 → 2 → 0 … workers, after each kill -9."""
     stage, source, whole, changed = "language_modelling", random.Random(3), tmp_path / "whole", tmp_path / "changed"
-    # The rate keeps rounding, which differs with the number of processes, from growing over the updates.
+    # The rate keeps rounding, which differs with the number of ranks, from growing over the steps.
     options = [*length(faults), "optimizer.lr=1e-4"]
     finish(1, configs[stage], whole, *options)
     for life in range(faults + 1):
-        processes = 1 + life % 2
+        ranks = 1 + life % 2
         workers = [f"data.num_workers={2 * (life // 2 % 2)}"]
-        rest = [f"data.batch_size={4 // processes}", f"trainer.devices={processes}", *options, *workers]
-        children = start(processes, training(configs[stage], changed, *rest), changed.with_suffix(".log"))
+        rest = [f"data.micro_batch_size={4 // ranks}", f"trainer.devices={ranks}", *options, *workers]
+        children = start(ranks, training(configs[stage], changed, *rest), changed.with_suffix(".log"))
         if life < faults:
             live_a_little(changed, source, lambda children=children: is_over(children[0]))
             for child in children:
                 os.kill(child, signal.SIGKILL)
         statuses = wait(children)
         forget_after(last_step(changed), changed)
-        assert life < faults or statuses == [FINISHED] * processes, output(changed)
+        assert life < faults or statuses == [FINISHED] * ranks, output(changed)
     assert samples(changed) == samples(whole)
     for row, other in zip(numbers(whole, stage), numbers(changed, stage), strict=True):
         assert other[:2] == pytest.approx(row[:2], abs=1e-5)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a tmpfs")
+@pytest.mark.parametrize("freed", [True, False])
+def test_file_system_that_is_really_full(
+    freed: bool,
+    configs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The disk fills after step 3, and is freed after step 7 or when the run has ended: loud, nothing half-written, the
+    same numbers."""
+    stage, whole, mount = "alignment", tmp_path / "whole", tmp_path / "small"
+    finish(1, configs[stage], whole, "trainer.max_steps=12")
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)], check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    run, filler = mount / "run", mount / "filler"
+    ended = StepCheckpoint.on_train_batch_end
+
+    def fill(self: StepCheckpoint, trainer, *given) -> None:
+        if trainer.global_step == 3:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+        elif trainer.global_step == 7 and freed:
+            filler.unlink()
+        ended(self, trainer, *given)
+
+    again = training(configs[stage], run, "data.micro_batch_size=4", "trainer.max_steps=12")
+    monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", fill)
+    try:
+        assert again() == (FINISHED if freed else 2)
+        assert "NO CHECKPOINT of step 4" in caplog.text and "No space left on device" in caplog.text
+        assert "metrics.csv' could not be written" in caplog.text
+        monkeypatch.undo()
+        filler.unlink(missing_ok=True)
+        assert again() == FINISHED
+        assert numbers(run, stage) == numbers(whole, stage)
+        tensors = exported(run)
+        for name, tensor in exported(whole).items():
+            assert torch.equal(tensors[name], tensor), name
+        for checkpoint in checkpoints(run / "checkpoints"):
+            verify(checkpoint)
+        assert not list((run / "checkpoints").glob(".step-*"))
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)

@@ -1,0 +1,386 @@
+"""A fourth stage and another image decoder, defined here alone: they train, resume, draw grids and dry-run.
+
+The stage learns the mean colour of a caption's image from the condition. The decoder is all that Stable Diffusion is
+not: flow matching, a masked condition with a pooled vector, zeros as the null condition, a VAE with a shift.
+"""
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import Tensor, nn
+
+import train
+from datamodules.alignment import AlignmentDataConfig
+from datamodules.data_config import Source
+from datamodules.datamodule import MixtureDataModule
+from datamodules.errors import SampleError
+from datamodules.images import load
+from datamodules.sample import CaptionSample
+from kosmosg.batches import MicroBatch, ReadReport
+from kosmosg.condition import Condition, ConditionSpec
+from kosmosg.image_processing import to_images
+from kosmosg.models.build import IMAGE_DECODERS, build_aligner, build_mllm, load_image_decoder
+from kosmosg.models.image_decoder import ImageDecoder, with_values
+from kosmosg.models.kosmosg import KosmosG
+from lightning_modules.base import PromptShape, StageModule, fake_prompts
+from lightning_modules.instruction_tuning import InstructionTuningModule
+from tests import tiny
+from tests.test_train import losses, press_ctrl_c, run, weights
+
+POOLED, CHANNELS, SIDE = 6, 2, 16
+SHIFT, SCALE = 0.1, 1.5
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """Velocity from latents, time and condition."""
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(self, width: int = tiny.CONDITION_WIDTH):
+        super().__init__()
+        self.read = nn.Linear(width + POOLED + 1, CHANNELS)
+        self.mix = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+
+    def forward(self, noisy: Tensor, time: Tensor, states: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        read = self.read(torch.cat([mean, pooled, time[:, None].to(mean.dtype)], dim=1))
+        return self.mix(noisy) + read[:, :, None, None]
+
+
+class Autoencoder(ModelMixin, ConfigMixin):
+    """Pixels 3×H×W ↔ latents 2×H/4×W/4."""
+
+    @register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, CHANNELS, 4, stride=4), nn.ConvTranspose2d(CHANNELS, 3, 4, stride=4)
+
+
+class FlowPipeline(DiffusionPipeline):
+    """As much of diffusers' pipelines as sampling needs."""
+
+    def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder, scheduler: FlowMatchEulerDiscreteScheduler):
+        super().__init__()
+        self.register_modules(denoiser=denoiser, autoencoder=autoencoder, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, condition, unconditional, num_inference_steps, guidance_scale, generator, **_) -> tuple:
+        noise = [torch.randn(CHANNELS, SIDE, SIDE, generator=source) for source in generator]
+        latents = torch.stack(noise)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for time in self.scheduler.timesteps:
+            moment = time.expand(len(latents)) / 1000
+            right, wrong = (self.denoiser(latents, moment, *given) for given in (condition, unconditional))
+            latents = self.scheduler.step(wrong + guidance_scale * (right - wrong), time, latents)[0]
+        return (to_images(self.autoencoder.up(latents / SCALE + SHIFT)),)
+
+
+class FlowDecoder(ImageDecoder):
+    def __init__(self, denoiser, autoencoder, embedding, scheduler=None):
+        super().__init__()
+        self._denoiser, self._autoencoder, self.embedding = denoiser, autoencoder, embedding
+        self.scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
+        self.spec = ConditionSpec(tiny.QUERIES, tiny.CONDITION_WIDTH, True, POOLED, unconditional="zeros")
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, source, parts="all", torch_dtype=torch.float32, **options) -> "FlowDecoder":
+        embedding = nn.Embedding(256, tiny.CONDITION_WIDTH)
+        if parts != "images":
+            embedding.load_state_dict(torch.load(Path(source) / "text.pt", weights_only=True))
+        if parts == "text":
+            return cls(None, None, embedding)
+        return cls(
+            Denoiser.from_pretrained(source, subfolder="denoiser"),
+            Autoencoder.from_pretrained(source, subfolder="autoencoder"),
+            embedding if parts == "all" else None,
+        )
+
+    @classmethod
+    def from_config(cls, source, parts="all") -> "FlowDecoder":
+        with with_values():
+            scheduler = FlowMatchEulerDiscreteScheduler()
+        embedding = nn.Embedding(256, tiny.CONDITION_WIDTH)
+        networks = (None, None) if parts == "text" else (Denoiser(), Autoencoder())
+        return cls(*networks, embedding, scheduler)
+
+    def tokenize(self, texts: Sequence[str], *, truncation: bool = True) -> Tensor:
+        rows = [[ord(letter) % 256 for letter in text][: tiny.QUERIES] for text in texts]
+        return torch.tensor([row + [0] * (tiny.QUERIES - len(row)) for row in rows])
+
+    @torch.no_grad()
+    def text_condition(self, text_ids: Tensor) -> Condition:
+        states = self.embedding(text_ids)
+        return Condition(states, text_ids > 0, states.mean(1)[:, :POOLED])
+
+    def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
+        return CHANNELS, targets.shape[-2] // 4, targets.shape[-1] // 4
+
+    def are_moments(self, targets: Tensor) -> bool:
+        return targets.shape[1] == CHANNELS
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        return self._autoencoder.down(images)
+
+    @torch.no_grad()
+    def latents(self, targets: Tensor, noise: Tensor) -> Tensor:
+        latents = targets if self.are_moments(targets) else self.moments(targets)
+        return (latents.repeat_interleave(len(noise) // len(latents), 0) - SHIFT) * SCALE
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._autoencoder.up(latents / SCALE + SHIFT)
+
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """Logit-normal."""
+        return torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)).sigmoid().float()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        time = timesteps[:, None, None, None]
+        return (1 - time) * latents + time * noise
+
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        self.check(condition)
+        return self._denoiser(noisy, timesteps, *condition)
+
+    def diffusers_pipeline(self) -> FlowPipeline:
+        return FlowPipeline(self._denoiser, self._autoencoder, self.scheduler)
+
+    def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
+        return {"condition": condition, "unconditional": unconditional}
+
+    @property
+    def denoiser(self) -> Any:
+        return self._denoiser
+
+    @property
+    def autoencoder(self) -> Any:
+        return self._autoencoder
+
+
+class PooledAligner(nn.Module):
+    """M with what the decoder wants beside its states: a mask and a pooled vector, from a head of its own."""
+
+    def __init__(self, aligner: nn.Module):
+        super().__init__()
+        self.aligner, self.head = aligner, nn.Linear(tiny.CONDITION_WIDTH, POOLED)
+        self.config = aligner.config
+
+    def forward(self, hidden: Tensor, padding: Tensor) -> Condition:
+        states = self.aligner(hidden, padding).states
+        return Condition(states, torch.ones_like(states[..., 0], dtype=torch.bool), self.head(states.mean(1)))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.aligner.save_pretrained(folder)
+
+
+class FlowInstructionTuning(InstructionTuningModule):
+    """Stage 3 as it is, over the flow decoder."""
+
+    @classmethod
+    def build(cls, experiment, tokenizer, load_decoder=load_image_decoder) -> "FlowInstructionTuning":
+        aligner = PooledAligner(build_aligner(experiment.model))
+        mllm = build_mllm(experiment.model, tokenizer, experiment.init_from)
+        decoder = load_decoder(experiment.model.image_decoder, "images")
+        return cls(mllm, aligner, decoder, experiment.recipe, experiment.optimizer, experiment.seed)
+
+
+@dataclass
+class ColourRecipe:
+    weight: float = 1.0
+    """Of the loss."""
+
+
+@dataclass(kw_only=True)
+class ColourBatch(MicroBatch):
+    """`colours` B×3: the mean of each caption's image."""
+
+    colours: Tensor
+
+
+class ColourRows:
+    def __init__(self, source, encoder):
+        self.name, self.source, self.encoder = "captions", source, encoder
+
+    def __call__(self, requests, report: ReadReport) -> list:
+        report.reads += len(requests)
+        return [self._row(request.index) for request in requests]
+
+    def _row(self, index: int):
+        try:
+            sample = self.source[index]
+            pixels = torch.tensor(load(sample.image).convert("RGB").resize((1, 1)).getpixel((0, 0))) / 255
+            return (self.encoder([sample.caption]), pixels), f"{sample.shard}/{sample.key}"
+        except SampleError as error:
+            return error
+
+    def tokens(self, row) -> int:
+        return len(row[0])
+
+
+class ColourData(MixtureDataModule):
+    Config = AlignmentDataConfig
+
+    @classmethod
+    def build(cls, config, encoder, image_size, decoder) -> "ColourData":
+        data = cls(config)
+        data.encoder = encoder
+        return data
+
+    def sources(self) -> dict[str, Source]:
+        return {"captions": self.config.captions}
+
+    def builder(self, name: str, pattern: str) -> ColourRows:
+        return ColourRows(self.open_source(pattern, CaptionSample.kind), self.encoder)
+
+    def collate(self, rows: list, report: ReadReport) -> ColourBatch:
+        prompt = self.encoder.collate([prompt for prompt, _ in rows])
+        return ColourBatch(prompt=prompt, colours=torch.stack([colour for _, colour in rows]), report=report)
+
+
+class ColourModule(StageModule):
+    Recipe: ClassVar = ColourRecipe
+    draws_images = True
+
+    def __init__(self, mllm, aligner, decoder, recipe: ColourRecipe, optimizer, seed: int):
+        super().__init__(optimizer, seed)
+        self.mllm, self.aligner, self.image_decoder, self.recipe = mllm, aligner, decoder, recipe
+        self.head = nn.Linear(POOLED, 3)
+        mllm.requires_grad_(False)
+
+    @classmethod
+    def build(cls, experiment, tokenizer, load_decoder=load_image_decoder) -> "ColourModule":
+        mllm = build_mllm(experiment.model, tokenizer, experiment.init_from)
+        aligner = PooledAligner(build_aligner(experiment.model))
+        decoder = load_decoder(experiment.model.image_decoder, "all")
+        return cls(mllm, aligner, decoder, experiment.recipe, experiment.optimizer, experiment.seed)
+
+    @property
+    def model(self) -> KosmosG:
+        return KosmosG(self.mllm, self.aligner)
+
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        return (self.mllm, self.image_decoder)
+
+    def sharded_modules(self) -> Sequence[nn.Module]:
+        return (self.mllm, self.aligner)
+
+    def losses(self, batch: ColourBatch) -> dict[str, Tensor]:
+        error = (self.head(self.model.condition(batch.prompt).pooled) - batch.colours).square().mean()
+        return {"loss": self.recipe.weight * error}
+
+    def validation_losses(self, batch: ColourBatch) -> dict[str, tuple[Tensor, int]]:
+        return {"loss": (self.losses(batch)["loss"], len(batch))}
+
+    def prompt_shape(self, experiment) -> PromptShape:
+        return PromptShape(12, 0)
+
+    def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> ColourBatch:
+        prompt = fake_prompts(self.mllm, rows, shape)
+        return ColourBatch(prompt=prompt, colours=torch.zeros(rows, 3, device=prompt.ids.device))
+
+    def reference_images(self, batch: ColourBatch, sample) -> list[Image.Image]:
+        return to_images(batch.colours[:, :, None, None].expand(-1, 3, 4, 4) * 2 - 1)
+
+    def save_model(self, folder: Path, tokenizer) -> None:
+        self.model.save_pretrained(folder, tokenizer)
+
+
+@pytest.fixture
+def flow_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "flow"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        Denoiser().save_pretrained(folder / "denoiser")
+        Autoencoder().save_pretrained(folder / "autoencoder")
+        torch.save(nn.Embedding(256, tiny.CONDITION_WIDTH).state_dict(), folder / "text.pt")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FlowPipeline"}))
+    return folder
+
+
+@pytest.fixture
+def extended(configs: dict[str, Path], flow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Files of the fourth stage and of stage 3, both over the flow decoder."""
+    monkeypatch.setitem(IMAGE_DECODERS, "FlowPipeline", FlowDecoder)
+    monkeypatch.setitem(train.STAGES, "colour", train.stage(ColourModule, ColourData))
+    instruction = train.STAGES["instruction_tuning"]
+    monkeypatch.setitem(train.STAGES, "flow", train.stage(FlowInstructionTuning, instruction.datamodule))
+    files = {}
+    for name, like in (("colour", "alignment"), ("flow", "instruction_tuning")):
+        config = yaml.safe_load(configs[like].read_text())
+        config |= {"stage": name, "run": str(configs[like].parent / name)}
+        config["model"]["image_decoder"] = str(flow_folder)
+        config["grids"] = {"every": 2, "prompts": 2, "steps": 2}
+        files[name] = configs[like].with_name(f"{name}.yaml")
+        files[name].write_text(yaml.safe_dump(config))
+    return files
+
+
+@pytest.mark.parametrize("stage", ["colour", "flow"])
+def test_it_trains_resumes_draws_and_dry_runs(
+    stage: str,
+    extended: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(extended[stage], f"run={whole}") == 0
+    assert sorted(file.name for file in (whole / "grids").glob("*.png")) == ["step-00000002.png", "step-00000004.png"]
+    press_ctrl_c(monkeypatch, after_step=3)
+    assert run(extended[stage], f"run={stopped}") == 128 + signal.SIGINT
+    monkeypatch.setattr("callbacks.checkpoint.StepCheckpoint.on_train_batch_end", lambda *_: None)
+    assert run(extended[stage], f"run={stopped}") == 0
+    names = ("train/loss", "grad_norm", "val/loss" if stage == "colour" else "val/diffusion_loss")
+    assert losses(stopped, names) == losses(whole, names) and len(losses(whole)) == 4
+    assert weights(stopped) == weights(whole)
+    capsys.readouterr()
+    assert run(extended[stage], "dry_run=true") == 0
+    assert "fits" in capsys.readouterr().out
+
+
+def test_gradient_reaches_every_part_of_the_condition(
+    extended: dict[str, Path], tiny_tokenizer: Path, flow_folder: Path
+) -> None:
+    from kosmosg.config import load_config
+    from kosmosg.tokenizer import Tokenizer
+
+    experiment = load_config([str(extended["flow"])], train.stage_schema)
+    module = FlowInstructionTuning.build(experiment, Tokenizer.from_pretrained(tiny_tokenizer)).train()
+    frozen = {name: value.clone() for name, value in module.image_decoder.state_dict().items()}
+    batch = module.fake_batch(3, PromptShape(16, 1), tiny.IMAGE_SIZE)
+    torch.manual_seed(0)
+    draws = module.draws("train", batch)
+    draws.dropout[:] = torch.tensor([0.0, 0.5, 0.5])  # the first one is replaced by zeros
+    module.sample_losses(batch.prompt, batch.targets, draws, 0.1).mean().backward()
+    for name in ("aligner.head.weight", "aligner.aligner.queries", "mllm.decoder.embed_tokens.weight"):
+        assert module.get_parameter(name).grad.abs().sum() > 0, name
+    assert all(torch.equal(value, frozen[name]) for name, value in module.image_decoder.state_dict().items())
+    _, null = module.conditions(batch.prompt)
+    assert not null.states.any() and not null.pooled.any()
+    module.image_decoder.spec = ConditionSpec(tiny.QUERIES, tiny.CONDITION_WIDTH)
+    with pytest.raises(ValueError, match="reads False and None"):
+        module.image_decoder.check(module.conditions(batch.prompt)[0])
+
+
+def test_unknown_image_decoder_is_refused(
+    extended: dict[str, Path], flow_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (flow_folder / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    assert run(extended["colour"]) == 2
+    assert "is a OtherPipeline; allowed: StableDiffusionPipeline, FlowPipeline" in capsys.readouterr().err
