@@ -33,11 +33,7 @@ def read(rank: int, folder: Path, data: AlignmentData, steps: int, broken: bool)
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/meeting", timeout=timedelta(seconds=PATIENCE), rank=rank, world_size=WORLD
     )
-    connector = SimpleNamespace(use_distributed_sampler=False)
-    data.trainer = SimpleNamespace(
-        max_steps=steps, accumulate_grad_batches=1, global_step=0, global_rank=rank, world_size=WORLD,
-        _accelerator_connector=connector,
-    )  # fmt: skip
+    data.trainer = SimpleNamespace(max_steps=steps, global_step=0, global_rank=rank, world_size=WORLD)
     data.setup()
     if broken:
         data.train_dataset.__class__ = BrokenDataset
@@ -65,7 +61,7 @@ def run(folder: Path, data: AlignmentData, steps: int, broken: bool = False) -> 
 def alignment(folder: Path, tokenizer: Path, bad, **options) -> AlignmentData:
     groups = [(f"k{i:04d}", {"txt": b"" if i in bad else b"a dog"}) for i in range(80)]
     source = Source(worlds.write_members(folder / "a.tar", groups))
-    config = AlignmentDataConfig(captions=source, **({"batch_size": 3, "num_workers": 0} | options))
+    config = AlignmentDataConfig(captions=source, **({"micro_batch_size": 3, "num_workers": 0} | options))
     return AlignmentData(config, worlds.encoder(tokenizer), worlds.clip_tokenize)
 
 
