@@ -32,7 +32,7 @@ STATE_VERSION = 2
 class StepLoader:
     """Optimizer steps as lists of micro-batches; or micro-batches alone, for validation.
 
-    The position is derived from the step, so that there is no state to store.
+    The position follows from the optimizer step, see `MixtureDataModule`.
 
     Args:
         loader: of micro-batches.
@@ -46,6 +46,13 @@ class StepLoader:
 
     def __len__(self) -> int:
         return len(self.loader) // (self.per_step or 1)
+
+    def state_dict(self) -> dict:
+        """Nothing to store. With this pair of methods Lightning takes the loader for one that can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Nothing to restore."""
 
     def __iter__(self) -> Iterator[Any]:
         """Steps, or micro-batches.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from datamodules.agreement import AnsweringDataset
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
@@ -87,6 +88,7 @@ def fit(folder, data, steps, recorder=None, checkpoint=None, micro_batches=1, **
     return recorder
 
 
+@pytest.mark.filterwarnings("error:You're resuming")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("recorder", [Recorder, EagerRecorder])
 def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(tmp_path, make, workers, recorder):
@@ -130,7 +132,8 @@ def on_rank(data, rank, world_size, step=0):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_step_has_the_same_rows_however_it_is_divided(make, workers, step):
     expected = [list(range(4 * number, 4 * number + 4)) for number in range(step, 5)]
-    names = [make_whole.train_dataset[rows].report.samples for make_whole in [on_rank(make(), 0, 1)] for rows in expected]
+    dataset = on_rank(make(), 0, 1).train_dataset
+    names = [dataset[rows].report.samples for rows in expected]
     for size, micro_batches, world_size in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)):
         ranks = []
         for rank in range(world_size):
@@ -147,7 +150,7 @@ def test_a_step_has_the_same_rows_however_it_is_divided(make, workers, step):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_counts_the_same_samples_on_any_number_of_ranks(make, world_size):
-    """Ten rows in micro-batches of four: every rank gets as many micro-batches, and what fills them up is not counted."""
+    """Ten rows in micro-batches of four; ranks get equally many, and the rows that fill them up do not count."""
     whole = on_rank(make(micro_batch_size=10, validation_samples=10), 0, 1)
     (expected,) = whole.val_dataloader()
     assert expected.counted == 10 and len(set(expected.report.samples)) == 10
@@ -235,6 +238,21 @@ def test_batches_move_and_keep_their_report(make):
     assert moved.report is batch.report and moved.indices == [0, 1, 2] and len(moved) == 3
 
 
+def test_every_tensor_of_a_batch_is_pinned(make, monkeypatch):
+    """Through what the DataLoader's thread calls; page-locked memory itself needs a GPU."""
+    data = make()
+    data.setup()
+    answer = AnsweringDataset(data.train_dataset)[range(3)]
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    result = torch.utils.data._utils.pin_memory.pin_memory(answer)
+    batch = answer.batch
+    expected = {batch.prompt.ids, batch.prompt.image_mask, batch.prompt.padding, batch.text_ids}
+    assert set(pinned) == expected and len(pinned) == 4
+    assert result.batch.text_ids is not batch.text_ids and torch.equal(result.batch.prompt.ids, batch.prompt.ids)
+    assert result.batch.report is batch.report and result.batch.prompt.lengths == batch.prompt.lengths
+
+
 def test_what_cannot_be_read_is_said(make, tmp_path):
     with pytest.raises(DataError, match=r"data\.captions\.shards"):
         make(captions=Source()).setup()
@@ -246,7 +264,13 @@ def test_what_cannot_be_read_is_said(make, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("micro_batch_size", 0), ("num_workers", -1), ("max_bad_share", 1.5), ("min_bad_count", 0), ("validation_samples", 0)],
+    [
+        ("micro_batch_size", 0),
+        ("num_workers", -1),
+        ("max_bad_share", 1.5),
+        ("min_bad_count", 0),
+        ("validation_samples", 0),
+    ],
 )
 def test_values_are_checked(key, value):
     with pytest.raises(ValueError, match=f"{key}={value}"):

@@ -109,7 +109,9 @@ def test_whole_batches_of_another_size_are_another_order(tmp_path, tiny_tokenize
     for change, message in (({"micro_batch_size": 4, "mixing": "per_batch"}, "3 → 4"), ({}, "rows_per_turn 3 → 1")):
         with pytest.raises(DataError, match=message):
             fit(tmp_path / "run", module(tmp_path / "data", tiny_tokenizer, **change), 6, checkpoint=path)
-    resumed = module(tmp_path / "data", tiny_tokenizer, mixing="per_batch", micro_batch_size=4, accept_changed_data=True)
+    resumed = module(
+        tmp_path / "data", tiny_tokenizer, mixing="per_batch", micro_batch_size=4, accept_changed_data=True
+    )
     recorder = fit(tmp_path / "run", resumed, 6, checkpoint=path)
     sources = [{name.split("-")[0] for name in names} for names in recorder.seen.values()]
     assert all(len(found) == 1 for found in sources)  # it goes on at a whole turn

@@ -21,7 +21,7 @@ from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig, InstructionRows
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
 from kosmosg.batches import ReadReport
-from kosmosg.image_processing import TargetTransform, ClipImageTransform
+from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from tests.datamodules import worlds
 from tests.datamodules.bad_inputs import encoded
 from tests.datamodules.test_entities import RecordedDraws

@@ -12,7 +12,7 @@ from datamodules.images import encode_png
 from datamodules.instruction import InstructionDataConfig, InstructionRows
 from datamodules.sample import Sample
 from datamodules.sources.files import lines
-from kosmosg.image_processing import TargetTransform, ClipImageTransform
+from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 from tests.datamodules.sources.test_conversion import convert, samples
