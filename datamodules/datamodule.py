@@ -32,8 +32,6 @@ STATE_VERSION = 2
 class StepLoader:
     """Optimizer steps as lists of micro-batches; or micro-batches alone, for validation.
 
-    The position follows from the optimizer step, see `MixtureDataModule`.
-
     Args:
         loader: of micro-batches.
         agreement: is shown every report, and what went wrong instead of a batch, on all ranks at once.
@@ -46,13 +44,6 @@ class StepLoader:
 
     def __len__(self) -> int:
         return len(self.loader) // (self.per_step or 1)
-
-    def state_dict(self) -> dict:
-        """Nothing to store. With this pair of methods Lightning takes the loader for one that can be resumed."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Nothing to restore."""
 
     def __iter__(self) -> Iterator[Any]:
         """Steps, or micro-batches.
@@ -71,6 +62,13 @@ class StepLoader:
             if len(step) == self.per_step:
                 yield step
                 step = []
+
+    def state_dict(self) -> dict:
+        """Nothing: the position follows from the step."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
 
 
 class MixtureDataModule(lightning.LightningDataModule):
