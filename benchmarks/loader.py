@@ -37,7 +37,7 @@ from datamodules.mixture import MixtureDataset
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, Sample
 from datamodules.storage.shards import ShardWriter
 from kosmosg.config import load_config
-from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 from kosmosg.toyland.language import caption
@@ -256,7 +256,7 @@ def stage2_module(config: LoaderBenchmark, folder: Path) -> AlignmentData:
 
 
 def encoder(config: LoaderBenchmark) -> PromptEncoder:
-    return PromptEncoder(Tokenizer.from_pretrained(config.tokenizer), UnderstandingTransform(224), 64)
+    return PromptEncoder(Tokenizer.from_pretrained(config.tokenizer), ClipImageTransform(224), 64)
 
 
 def constructed(rng: Generator, config: LoaderBenchmark) -> ConstructedSample:

@@ -1,7 +1,7 @@
-"""All processes of a run stop together: one that raises alone would leave the others waiting for it for ever.
+"""All ranks of a run stop together: one that raised alone would deadlock the others.
 
-Before a batch is used, the processes add up what they read and what failed, on the CPU. An error in the data of one
-becomes an error of all, and the counts are those of the whole run, the same on every process.
+Before a micro-batch is used, the ranks sum what they read and what failed, on the CPU. A data error of one rank becomes
+an error of all, and the counts are those of the whole run, the same on every rank.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,10 @@ class Answered:
     batch: Any = None
     error: str | None = None
 
+    def pin_memory(self) -> "Answered":
+        """With the batch in page-locked memory: the DataLoader pins only what says how."""
+        return self if self.batch is None else Answered(self.batch.pin_memory())
+
 
 class AnsweringDataset(Dataset):
     """Answers with the error instead of raising it, so that it reaches the training process as it is."""
@@ -39,10 +43,10 @@ class AnsweringDataset(Dataset):
 
 
 class Agreement:
-    """Counts every batch's report together with those of the other processes.
+    """Counts the report of every micro-batch together with those of the other ranks.
 
     Args:
-        counter: is given the reports of all processes.
+        counter: is given the reports of all ranks.
     """
 
     def __init__(self, counter: SampleCounter):
@@ -50,10 +54,10 @@ class Agreement:
         self._group: Any = None
 
     def __call__(self, answer: Answered) -> Any:
-        """The batch. Every process must call this equally often.
+        """The batch. All ranks must call this equally often.
 
         Raises:
-            DataError: a process has no batch, or too large a share of all processes' reads is unusable.
+            DataError: a rank has no batch, or too large a share of all ranks' reads is unusable.
         """
         report = answer.batch.report if answer.error is None else ReadReport()
         if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
@@ -62,16 +66,16 @@ class Agreement:
             self.counter.add(report)
             return answer.batch
         sums = torch.tensor([report.reads, len(report.errors), answer.error is not None])
-        distributed.all_reduce(sums, group=self._processes())
+        distributed.all_reduce(sums, group=self._cpu_group())
         reads, errors, stopped = sums.tolist()
         found = self._gather((report.errors, answer.error)) if errors or stopped else []
         for rank, (_, error) in enumerate(found):
             if error is not None:
-                raise DataError(f"process {rank}: {error}")
+                raise DataError(f"rank {rank}: {error}")
         self.counter.add(ReadReport(reads=reads, errors=[error for errors, _ in found for error in errors]))
         return answer.batch
 
-    def _processes(self) -> Any:
+    def _cpu_group(self) -> Any:
         """A group on the CPU: counting must not wait for the GPU's queue."""
         if self._group is None:
             gloo = distributed.get_backend() == "gloo"
@@ -80,5 +84,5 @@ class Agreement:
 
     def _gather(self, mine: Any) -> list[Any]:
         found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, mine, group=self._processes())
+        distributed.all_gather_object(found, mine, group=self._cpu_group())
         return found

@@ -116,7 +116,7 @@ class CaptionRows:
         return sample
 
     def _row(
-        self, sample: CaptionSample, clip_ids: np.ndarray, length: int, pieces: list[int]
+        self, sample: CaptionSample, text_ids: np.ndarray, length: int, pieces: list[int]
     ) -> tuple[CaptionRow, str] | SampleError:
         if length > self.config.max_clip_tokens:
             detail = f"{length} CLIP tokens, at most {self.config.max_clip_tokens}"
@@ -127,7 +127,7 @@ class CaptionRows:
         if not pieces:
             return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
         prompt = EncodedPrompt([self.tokenizer.bos_id, *pieces], None, [])
-        return (prompt, clip_ids), f"{sample.shard}/{sample.key}"
+        return (prompt, text_ids), f"{sample.shard}/{sample.key}"
 
 
 class AlignmentData(MixtureDataModule):

@@ -123,7 +123,7 @@ class LanguageModellingData(MixtureDataModule):
     """Batches of stage 1.
 
     Args:
-        encoder: tokenizer, image transform and slots per image of the model to train.
+        encoder: tokenizer, image transform and tokens per image of the model to train.
     """
 
     Config = LanguageModellingDataConfig

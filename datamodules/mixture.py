@@ -20,7 +20,7 @@ T = TypeVar("T")
 MAX_ATTEMPTS = 100
 MEASURED_ROWS = 128
 # Turns of whole batches are drawn without replacement from blocks of this many times the weights: at 1:2:2 and 64
-# processes, a step's counts of each source then spread as independent draws do within 1 % (63 of 4,999 turns).
+# ranks, a step's counts of each source then spread as independent draws do within 1 % (63 of 4,999 turns).
 TURNS_PER_WEIGHT = 1000
 
 

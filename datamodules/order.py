@@ -1,7 +1,7 @@
 """The order of training samples: a pure function of (seed, global sample index).
 
 Nothing is shuffled in memory and nothing is remembered: sample number 10⁹ of a run is found as quickly as the first,
-so a run resumes anywhere at once, on any number of processes and workers.
+so a run resumes anywhere at once, on any number of ranks and workers.
 """
 
 import math

@@ -4,7 +4,7 @@ A unit is a sentence or an image with its marks. A document opens with `<s>` and
 until the next unit does not fit; what is left of that document then comes in other rows.
 
 Shift: a row packs up to T+1 tokens x_0 … x_T. `ids` are x_0 … x_{T-1} and `labels[t]` is x_{t+1}, the token after
-`ids[t]`. A label is -100 where there is nothing to learn: padding, `<image>`, its slots and `</image>` (the loss is on
+`ids[t]`. A label is -100 where there is nothing to learn: padding, `<image>`, its tokens and `</image>` (the loss is on
 text tokens only), and the `<s>` of the next document. `</s>` is learned.
 """
 
@@ -55,7 +55,7 @@ class Packer:
     """Segments → units, units → rows of a fixed length.
 
     Args:
-        encoder: its tokenizer, image transform and slots per image are used.
+        encoder: its tokenizer, image transform and tokens per image are used.
         sequence_length: T.
 
     Raises:

@@ -1,14 +1,12 @@
 """Conditions of prompts, each computed once and alone, so that it depends on its prompt and nothing else.
 
-A condition computed in a batch differs in its last bits with the batch; kept for a later one, it would make an image
-depend on what was generated before it. Computed alone it may be kept: it is the same in every process, and after a
-restart.
+The last bits of a condition computed in a batch depend on that batch; kept for a later one, it would make an image
+depend on what was generated before it. Computed alone it is the same in every process and after a restart, so it may be
+kept.
 """
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -19,40 +17,29 @@ from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.prompt import parse_prompt
 
 KEPT = 256
-"""Requests go subject by subject and prompt by prompt, so that little is asked for again after so many others."""
-Value = TypeVar("Value")
-
-
-class Kept(Generic[Value]):
-    """The last `size` values by key, each made when it is asked for first."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-
-    def __call__(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self.size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+"""Enough, since requests are ordered by subject and prompt."""
 
 
 class Conditions:
-    """Those of one pipeline, whose weights stay as they are; `kept` of them are remembered."""
+    """Conditions of one pipeline, whose weights must not change; the `kept` last used are remembered."""
 
     def __init__(self, pipeline: KosmosGPipeline, kept: int = KEPT):
         self.model, self.encoder, self.device = pipeline.model.eval(), pipeline.encoder, pipeline.device
-        self._conditions: Kept[Condition] = Kept(kept)
+        self.kept = kept
+        self._conditions: OrderedDict[tuple[str, ...], Condition] = OrderedDict()
 
     def __call__(self, batch: Batch) -> Condition:
         """The conditions of B images to be made."""
         named = {id(image): pixel_hash(image) for images in batch.images for image in images}
         rows = []
         for prompt, images in zip(batch.prompts, batch.images, strict=True):
-            names = [named[id(image)] for image in images]
-            rows.append(self._conditions((prompt, *names), lambda p=prompt, i=images: self._encode(p, i)))
+            key = (prompt, *(named[id(image)] for image in images))
+            if key not in self._conditions:
+                self._conditions[key] = self._encode(prompt, images)
+                if len(self._conditions) > self.kept:
+                    self._conditions.popitem(last=False)
+            self._conditions.move_to_end(key)
+            rows.append(self._conditions[key])
         return Condition.cat(rows)
 
     @torch.no_grad()

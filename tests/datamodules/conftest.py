@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kosmosg.image_processing import UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 
@@ -48,4 +48,4 @@ def full_encoder(golden: Path, loaders: dict) -> PromptEncoder:
     if not folder.is_dir():
         pytest.skip(f"the full-size tokenizer is not at '{folder}'")
     tokenizer = Tokenizer(folder / "sentencepiece.bpe.model", folder / "dict.txt")
-    return PromptEncoder(tokenizer, UnderstandingTransform(224), loaders["image_token_length"])
+    return PromptEncoder(tokenizer, ClipImageTransform(224), loaders["image_token_length"])

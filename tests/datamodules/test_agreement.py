@@ -1,4 +1,4 @@
-"""What one process meets stops all of them, and counts are those of the whole run. Two real processes each time."""
+"""What one rank meets stops all of them, and counts are those of the whole run. Two real ranks each time."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ PATIENCE = 120
 
 
 class BrokenDataset(MixtureDataset):
-    """Rows until position 12; there the second process's data are gone."""
+    """Rows until position 12; there the second rank's data are gone."""
 
     def __getitem__(self, positions):
         if torch.distributed.get_rank() == 1 and positions[0] >= 12:
@@ -29,15 +29,11 @@ class BrokenDataset(MixtureDataset):
 
 
 def read(rank: int, folder: Path, data: AlignmentData, steps: int, broken: bool) -> None:
-    """One process: reads its batches as a trainer would, each followed by something that waits for the others."""
+    """One rank: reads its batches as a trainer would, each followed by something that waits for the others."""
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/meeting", timeout=timedelta(seconds=PATIENCE), rank=rank, world_size=WORLD
     )
-    connector = SimpleNamespace(use_distributed_sampler=False)
-    data.trainer = SimpleNamespace(
-        max_steps=steps, accumulate_grad_batches=1, global_step=0, global_rank=rank, world_size=WORLD,
-        _accelerator_connector=connector,
-    )  # fmt: skip
+    data.trainer = SimpleNamespace(max_steps=steps, global_step=0, global_rank=rank, world_size=WORLD)
     data.setup()
     if broken:
         data.train_dataset.__class__ = BrokenDataset
@@ -65,20 +61,20 @@ def run(folder: Path, data: AlignmentData, steps: int, broken: bool = False) -> 
 def alignment(folder: Path, tokenizer: Path, bad, **options) -> AlignmentData:
     groups = [(f"k{i:04d}", {"txt": b"" if i in bad else b"a dog"}) for i in range(80)]
     source = Source(worlds.write_members(folder / "a.tar", groups))
-    config = AlignmentDataConfig(captions=source, **({"batch_size": 3, "num_workers": 0} | options))
+    config = AlignmentDataConfig(captions=source, **({"micro_batch_size": 3, "num_workers": 0} | options))
     return AlignmentData(config, worlds.encoder(tokenizer), worlds.clip_tokenize)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_both_processes_stop_where_one_cannot_go_on(tmp_path, tiny_tokenizer, workers):
+def test_both_ranks_stop_where_one_cannot_go_on(tmp_path, tiny_tokenizer, workers):
     found = run(tmp_path, alignment(tmp_path, tiny_tokenizer, set(), num_workers=workers), 10, broken=True)
-    assert [rank["error"] for rank in found] == ["process 1: the disk is gone"] * 2
+    assert [rank["error"] for rank in found] == ["rank 1: the disk is gone"] * 2
     assert [rank["steps"] for rank in found] == [2, 2]  # its third batch begins at position 15
 
 
 @pytest.mark.slow
-def test_the_share_of_bad_samples_is_that_of_all_processes(tmp_path, tiny_tokenizer):
+def test_the_share_of_bad_samples_is_that_of_all_ranks(tmp_path, tiny_tokenizer):
     data = alignment(tmp_path, tiny_tokenizer, range(0, 80, 4), max_bad_share=0.05, min_bad_count=6)
     found = run(tmp_path, data, 13)
     assert found[0] == found[1]
@@ -87,7 +83,7 @@ def test_the_share_of_bad_samples_is_that_of_all_processes(tmp_path, tiny_tokeni
 
 
 @pytest.mark.slow
-def test_counts_are_exact_over_both_processes(tmp_path, tiny_tokenizer):
+def test_counts_are_exact_over_both_ranks(tmp_path, tiny_tokenizer):
     bad = set(range(0, 80, 10))
     found = run(tmp_path, alignment(tmp_path, tiny_tokenizer, bad, max_bad_share=0.9), 14)
     assert found[0] == found[1] and not found[0]["error"]

@@ -1,12 +1,14 @@
-"""Order and position under Lightning: workers, processes, resumes, and data that changed."""
+"""Order and position under Lightning: workers, ranks, micro-batches, resumes, and data that changed."""
 
 import json
+from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from datamodules.agreement import AnsweringDataset
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
@@ -15,20 +17,22 @@ from tests.datamodules import worlds
 
 
 class Recorder(lightning.LightningModule):
-    """Learns nothing; remembers which samples came at which batch."""
+    """Learns nothing; remembers which samples came at which optimizer step, and their places in the global order."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: dict[int, list[str]] = {}
+        self.indices: dict[int, list[list[int]]] = {}
         self.validated: list[str] = []
 
-    def training_step(self, batch, index):
-        self.seen[index] = batch.report.samples
+    def training_step(self, step, number):
+        self.seen[number] = [name for batch in step for name in batch.report.samples]
+        self.indices[number] = [batch.indices for batch in step]
         return self.weight.sum()
 
-    def validation_step(self, batch, index):
-        self.validated += batch.report.samples
+    def validation_step(self, batch, number):
+        self.validated += batch.report.samples[: batch.counted]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -43,7 +47,7 @@ class EagerRecorder(Recorder):
 
 
 class RankRecorder(Recorder):
-    """Leaves what each process read in a file."""
+    """Leaves what each rank read in a file."""
 
     def __init__(self, folder):
         super().__init__()
@@ -59,14 +63,15 @@ def make(tmp_path, tiny_tokenizer):
     held_out = worlds.write(tmp_path / "held-out", "captions", worlds.captions(11))
 
     def build(**options):
-        options = {"batch_size": 3, "captions": Source(pattern, validation=held_out), "validation_samples": 7} | options
+        source = Source(pattern, validation=held_out)
+        options = {"micro_batch_size": 3, "captions": source, "validation_samples": 7} | options
         return AlignmentData(AlignmentDataConfig(**options), worlds.encoder(tiny_tokenizer), worlds.clip_tokenize)
 
     return build
 
 
-def fit(folder, data, steps, recorder=None, checkpoint=None, **options):
-    recorder = recorder or Recorder()
+def fit(folder, data, steps, recorder=None, checkpoint=None, micro_batches=1, **options):
+    recorder, data.micro_batches = recorder or Recorder(), micro_batches
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -83,6 +88,7 @@ def fit(folder, data, steps, recorder=None, checkpoint=None, **options):
     return recorder
 
 
+@pytest.mark.filterwarnings("error:You're resuming")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("recorder", [Recorder, EagerRecorder])
 def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(tmp_path, make, workers, recorder):
@@ -102,52 +108,89 @@ def test_a_finished_run_can_be_made_longer(tmp_path, make):
     assert list(longer.values()) == [whole[index] for index in range(8, 12)]
 
 
-def test_accumulated_batches_are_counted(tmp_path, make):
-    whole = fit(tmp_path / "whole", make(), 8, accumulate_grad_batches=2).seen
-    assert len(whole) == 16
-    path = str(tmp_path / "whole" / "step=4.ckpt")
-    resumed = fit(tmp_path / "cut", make(), 8, checkpoint=path, accumulate_grad_batches=2).seen
-    assert resumed == {index: whole[index] for index in range(8, 16)}
-
-
-def test_another_global_batch_goes_on_at_the_same_sample(tmp_path, make):
-    whole = [name for names in fit(tmp_path / "whole", make(), 12).seen.values() for name in names]
-    fit(tmp_path / "cut", make(), 4)
+def test_a_step_divided_otherwise_goes_on_at_the_same_sample(tmp_path, make):
+    """Six rows a step: as one micro-batch, as two and as three."""
+    whole = fit(tmp_path / "whole", make(micro_batch_size=6), 12)
+    fit(tmp_path / "cut", make(micro_batch_size=3), 4, micro_batches=2)
     path = str(tmp_path / "cut" / "step=4.ckpt")
-    resumed = fit(tmp_path / "cut", make(batch_size=6), 8, checkpoint=path).seen
-    assert [name for names in resumed.values() for name in names] == whole[12:]
+    resumed = fit(tmp_path / "cut", make(micro_batch_size=2), 8, None, path, micro_batches=3)
+    assert resumed.indices[4] == [[24, 25], [26, 27], [28, 29]]
     # and once more from a checkpoint of the resumed run
     path = str(tmp_path / "cut" / "step=8.ckpt")
-    again = fit(tmp_path / "cut", make(batch_size=3), 10, checkpoint=path).seen
-    reference = make()
-    reference.setup()
-    assert [name for names in again.values() for name in names] == reference.train_dataset[range(36, 42)].report.samples
+    again = fit(tmp_path / "cut", make(micro_batch_size=6), 12, None, path)
+    assert resumed.seen | again.seen == {step: whole.seen[step] for step in range(4, 12)}
 
 
-def test_processes_share_the_order_without_gaps():
-    one = [i for step in BatchPositions(6, 5, 0, 1, lambda: (2, 12)) for i in step]
-    ranks = [list(BatchPositions(2, 5, rank, 3, lambda: (2, 12))) for rank in range(3)]
+def on_rank(data, rank, world_size, step=0):
+    """The module as a trainer of `world_size` ranks has it, without the other ranks."""
+    data.trainer = SimpleNamespace(max_steps=5, global_step=step, global_rank=rank, world_size=world_size)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_has_the_same_rows_however_it_is_divided(make, workers, step):
+    expected = [list(range(4 * number, 4 * number + 4)) for number in range(step, 5)]
+    dataset = on_rank(make(), 0, 1).train_dataset
+    names = [dataset[rows].report.samples for rows in expected]
+    for size, micro_batches, world_size in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)):
+        ranks = []
+        for rank in range(world_size):
+            data = on_rank(make(micro_batch_size=size, num_workers=workers), rank, world_size, step)
+            data.micro_batches = micro_batches
+            loader = data.train_dataloader()
+            ranks.append(list(loader))
+            assert len(loader) == 5 and all(len(batches) == micro_batches for batches in ranks[-1])
+        # Micro-batch k of all ranks comes before micro-batch k + 1 of any.
+        steps = [[batch for micro in zip(*parts, strict=True) for batch in micro] for parts in zip(*ranks, strict=True)]
+        assert [[index for batch in batches for index in batch.indices] for batches in steps] == expected
+        assert [[name for batch in batches for name in batch.report.samples] for batches in steps] == names
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_counts_the_same_samples_on_any_number_of_ranks(make, world_size):
+    """Ten rows in micro-batches of four; ranks get equally many, and the rows that fill them up do not count."""
+    whole = on_rank(make(micro_batch_size=10, validation_samples=10), 0, 1)
+    (expected,) = whole.val_dataloader()
+    assert expected.counted == 10 and len(set(expected.report.samples)) == 10
+    ranks = []
+    for rank in range(world_size):
+        data = on_rank(make(micro_batch_size=4, validation_samples=10), rank, world_size)
+        ranks.append(list(data.val_dataloader()))
+        assert len(ranks[-1]) == len(data.val_dataloader()) == {1: 3, 2: 2, 3: 1}[world_size]
+    batches = [batch for ranked in ranks for batch in ranked]
+    assert all(len(batch) == 4 and 0 <= batch.counted <= 4 for batch in batches)
+    counted = [
+        pair
+        for batch in batches
+        for pair in list(zip(batch.indices, batch.report.samples, strict=True))[: batch.counted]
+    ]
+    assert sorted(counted) == list(enumerate(expected.report.samples))
+
+
+def test_ranks_share_the_order_without_gaps():
+    one = [i for batch in BatchPositions(6, 5, 0, 1, lambda: 2) for i in batch]
+    ranks = [list(BatchPositions(2, 5, rank, 3, lambda: 2)) for rank in range(3)]
     assert one == list(range(12, 30))
-    assert [i for steps in zip(*ranks, strict=True) for step in steps for i in step] == one
-    assert {len(steps) for steps in ranks} == {3} and len(BatchPositions(2, 5, 0, 3, lambda: (2, 12))) == 5
+    assert [i for batches in zip(*ranks, strict=True) for batch in batches for i in batch] == one
+    assert {len(batches) for batches in ranks} == {3} and len(BatchPositions(2, 5, 0, 3, lambda: 2)) == 5
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_stopped(tmp_path, make):
-    whole = [name for names in fit(tmp_path / "whole", make(), 12).seen.values() for name in names]
-    fit(tmp_path / "cut", make(), 4)
+def test_two_ranks_go_on_where_one_stopped(tmp_path, make):
+    """Lightning's own sampler, on by default, has no hold on the loader."""
+    whole = fit(tmp_path / "whole", make(micro_batch_size=6), 8).seen
+    fit(tmp_path / "cut", make(micro_batch_size=6), 4)
     path = str(tmp_path / "cut" / "step=4.ckpt")
-    two = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
-    fit(tmp_path / "cut", make(), 8, RankRecorder(tmp_path), path, **two)
+    fit(tmp_path / "cut", make(), 8, RankRecorder(tmp_path), path, strategy="ddp_fork", devices=2)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [len(steps) for steps in ranks] == [4, 4]
-    assert [name for steps in zip(*ranks, strict=True) for names in steps for name in names] == whole[12:36]
-    with pytest.raises(Exception, match="use_distributed_sampler=false"):
-        fit(tmp_path / "cut", make(), 8, None, path, **(two | {"use_distributed_sampler": True}))
+    assert [first + second for first, second in zip(*ranks, strict=True)] == [whole[step] for step in range(4, 8)]
 
 
 def test_epochs_pass_through_every_sample_once(tmp_path, make):
-    seen = [name for names in fit(tmp_path, make(batch_size=23), 3).seen.values() for name in names]
+    seen = [name for names in fit(tmp_path, make(micro_batch_size=23), 3).seen.values() for name in names]
     for epoch in range(3):
         assert len(set(seen[23 * epoch : 23 * (epoch + 1)])) == 23
 
@@ -157,7 +200,7 @@ def test_validation_is_the_same_every_time(tmp_path, make):
         fit(tmp_path / str(seed), make(seed=seed), 2, val_check_interval=1, limit_val_batches=1.0) for seed in (0, 1)
     ]
     first = runs[0].validated
-    assert len(first) == 2 * 9 and first[:9] == first[9:]  # 7 samples in batches of 3
+    assert len(first) == 2 * 7 and first[:7] == first[7:]
     assert runs[1].validated == first and runs[1].seen != runs[0].seen
 
 
@@ -178,10 +221,10 @@ def test_changed_data_are_refused_unless_accepted(tmp_path, make, change):
 def test_counts_survive_workers_and_resumes(tmp_path, make):
     groups = [(f"k{i:03d}", {"txt": b"a dog" if i % 5 else b""}) for i in range(20)]
     source = Source(worlds.write_members(tmp_path / "a.tar", groups))
-    data = make(captions=source, num_workers=2, max_bad_share=0.9, batch_size=5)
+    data = make(captions=source, num_workers=2, max_bad_share=0.9, micro_batch_size=5)
     fit(tmp_path, data, 4)
     assert data.counter.dropped == {"empty_caption": 4} and data.counter.reads >= 20
-    resumed = make(captions=source, max_bad_share=0.9, batch_size=5)
+    resumed = make(captions=source, max_bad_share=0.9, micro_batch_size=5)
     fit(tmp_path, resumed, 5, checkpoint=str(tmp_path / "step=4.ckpt"))
     assert resumed.counter.reads >= data.counter.reads + 5
 
@@ -191,8 +234,23 @@ def test_batches_move_and_keep_their_report(make):
     data.setup()
     batch = data.train_dataset[range(3)]
     moved = batch.to("meta")
-    assert moved.prompt.ids.device.type == moved.clip_ids.device.type == "meta"
-    assert moved.report is batch.report and len(moved) == 3
+    assert moved.prompt.ids.device.type == moved.text_ids.device.type == "meta"
+    assert moved.report is batch.report and moved.indices == [0, 1, 2] and len(moved) == 3
+
+
+def test_every_tensor_of_a_batch_is_pinned(make, monkeypatch):
+    """Through what the DataLoader's thread calls; page-locked memory itself needs a GPU."""
+    data = make()
+    data.setup()
+    answer = AnsweringDataset(data.train_dataset)[range(3)]
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    result = torch.utils.data._utils.pin_memory.pin_memory(answer)
+    batch = answer.batch
+    expected = {batch.prompt.ids, batch.prompt.image_mask, batch.prompt.padding, batch.text_ids}
+    assert set(pinned) == expected and len(pinned) == 4
+    assert result.batch.text_ids is not batch.text_ids and torch.equal(result.batch.prompt.ids, batch.prompt.ids)
+    assert result.batch.report is batch.report and result.batch.prompt.lengths == batch.prompt.lengths
 
 
 def test_what_cannot_be_read_is_said(make, tmp_path):
@@ -206,7 +264,13 @@ def test_what_cannot_be_read_is_said(make, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("batch_size", 0), ("num_workers", -1), ("max_bad_share", 1.5), ("min_bad_count", 0), ("validation_samples", 0)],
+    [
+        ("micro_batch_size", 0),
+        ("num_workers", -1),
+        ("max_bad_share", 1.5),
+        ("min_bad_count", 0),
+        ("validation_samples", 0),
+    ],
 )
 def test_values_are_checked(key, value):
     with pytest.raises(ValueError, match=f"{key}={value}"):

@@ -1,4 +1,4 @@
-"""Mixing by rows, by whole batches and by tokens; the same global sequence for any number of processes."""
+"""Mixing by rows, by whole batches and by tokens; the same global sequence for any number of ranks."""
 
 import itertools
 import json
@@ -68,16 +68,16 @@ def module(folder: Path, tokenizer: Path, **options) -> InstructionData:
     ):
         there = list(folder.glob(f"{name}-*.tar"))
         sources[name] = Source(str(folder / f"{name}-*.tar") if there else worlds.write(folder, name, samples), weight)
-    config = InstructionDataConfig(**({"min_image_side": 0, "batch_size": 3} | sources | options))
+    config = InstructionDataConfig(**({"min_image_side": 0, "micro_batch_size": 3} | sources | options))
     return InstructionData(config, worlds.encoder(tokenizer), TargetTransform(worlds.SIDE))
 
 
-def test_a_local_batch_has_one_source_whatever_the_number_of_processes(tmp_path, tiny_tokenizer):
+def test_a_micro_batch_has_one_source_whatever_the_number_of_ranks(tmp_path, tiny_tokenizer):
     data = module(tmp_path, tiny_tokenizer, mixing="per_batch")
     data.setup()
     batches = {}
     for world in (1, 2, 4):
-        ranks = [BatchPositions(3, 8 // world, rank, world, lambda: (0, 0)) for rank in range(world)]
+        ranks = [BatchPositions(3, 8 // world, rank, world, lambda: 0) for rank in range(world)]
         steps = zip(*ranks, strict=True)
         batches[world] = [data.train_dataset[positions].report for step in steps for positions in step]
     assert all(len(set(report.sources)) == 1 for report in batches[1])
@@ -87,43 +87,45 @@ def test_a_local_batch_has_one_source_whatever_the_number_of_processes(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["per_sample", "per_batch"])
-def test_one_two_one_processes_read_the_same_sequence(tmp_path, tiny_tokenizer, mixing):
+def test_one_two_one_ranks_read_the_same_sequence(tmp_path, tiny_tokenizer, mixing):
     def make(**options):
         return module(tmp_path / "data", tiny_tokenizer, mixing=mixing, **options)
 
-    whole = list(fit(tmp_path / "whole", make(), 16).seen.values())
-    seen = list(fit(tmp_path / "cut", make(), 4).seen.values())
-    two = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
+    whole = list(fit(tmp_path / "whole", make(), 12, micro_batches=2).seen.values())
+    seen = list(fit(tmp_path / "cut", make(), 4, micro_batches=2).seen.values())
+    two = {"strategy": "ddp_fork", "devices": 2}
     path = str(tmp_path / "cut" / "step=4.ckpt")
     fit(tmp_path / "cut", make(num_workers=1), 8, RankRecorder(tmp_path), path, **two)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    seen += [names for step in zip(*ranks, strict=True) for names in step]
+    seen += [first + second for first, second in zip(*ranks, strict=True)]
     path = str(tmp_path / "cut" / "step=8.ckpt")
-    seen += list(fit(tmp_path / "cut", make(), 12, checkpoint=path).seen.values())
+    seen += list(fit(tmp_path / "cut", make(), 12, None, path, micro_batches=2).seen.values())
     assert seen == whole
 
 
 def test_whole_batches_of_another_size_are_another_order(tmp_path, tiny_tokenizer):
     fit(tmp_path / "run", module(tmp_path / "data", tiny_tokenizer, mixing="per_batch"), 4)
     path = str(tmp_path / "run" / "step=4.ckpt")
-    for change, message in (({"batch_size": 4, "mixing": "per_batch"}, "3 → 4"), ({}, "rows_per_turn 3 → 1")):
+    for change, message in (({"micro_batch_size": 4, "mixing": "per_batch"}, "3 → 4"), ({}, "rows_per_turn 3 → 1")):
         with pytest.raises(DataError, match=message):
             fit(tmp_path / "run", module(tmp_path / "data", tiny_tokenizer, **change), 6, checkpoint=path)
-    resumed = module(tmp_path / "data", tiny_tokenizer, mixing="per_batch", batch_size=4, accept_changed_data=True)
+    resumed = module(
+        tmp_path / "data", tiny_tokenizer, mixing="per_batch", micro_batch_size=4, accept_changed_data=True
+    )
     recorder = fit(tmp_path / "run", resumed, 6, checkpoint=path)
     sources = [{name.split("-")[0] for name in names} for names in recorder.seen.values()]
     assert all(len(found) == 1 for found in sources)  # it goes on at a whole turn
 
 
-def test_uneven_shards_give_every_process_as_many_steps(tmp_path, tiny_tokenizer):
-    """Shards of 1, 2 and 40 samples for four processes: samples are divided, not shards."""
+def test_uneven_shards_give_every_rank_as_many_steps(tmp_path, tiny_tokenizer):
+    """Shards of 1, 2 and 40 samples for four ranks: samples are divided, not shards."""
     samples = worlds.captions(43)
     for name, part in (("a", samples[:1]), ("b", samples[1:3]), ("c", samples[3:])):
         worlds.write(tmp_path, name, part, per_shard=100)
     data = module(tmp_path / "x", tiny_tokenizer, captions=Source(str(tmp_path / "*.tar")), edit=Source())
     data.config.constructed = Source()
     data.setup()
-    ranks = [list(BatchPositions(2, 11, rank, 4, lambda: (0, 0))) for rank in range(4)]
+    ranks = [list(BatchPositions(2, 11, rank, 4, lambda: 0)) for rank in range(4)]
     assert {len(steps) for steps in ranks} == {11}
     read = [name for step in zip(*ranks, strict=True) for p in step for name in data.train_dataset[p].report.samples]
     assert sorted(name.partition("/")[2] for name in read[:43]) == [sample.key for sample in samples]

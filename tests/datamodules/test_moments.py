@@ -13,7 +13,8 @@ from datamodules.moments.files import moments_file, moments_identity
 from datamodules.moments.writing import MomentsConfig, write_moments
 from datamodules.sample import EditSample
 from datamodules.storage.shards import ShardWriter
-from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform, TargetTransform
+from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
@@ -38,14 +39,14 @@ def settings(shards: str, tiny_stable_diffusion: Path) -> MomentsConfig:
 
 @pytest.fixture
 def decoder(tiny_stable_diffusion: Path) -> ImageDecoder:
-    return ImageDecoder.from_pretrained(tiny_stable_diffusion)
+    return load_image_decoder(tiny_stable_diffusion, "images")
 
 
 def data(shards: str, tokenizer: Path, identity: str | None, kept: bool = True) -> InstructionData:
-    config = InstructionDataConfig(kept_moments=kept, batch_size=SAMPLES)
+    config = InstructionDataConfig(kept_moments=kept, micro_batch_size=SAMPLES)
     config.edit.shards = shards
     encoder = PromptEncoder(
-        Tokenizer.from_pretrained(tokenizer), UnderstandingTransform(tiny.IMAGE_SIZE), tiny.IMAGE_TOKENS
+        Tokenizer.from_pretrained(tokenizer), ClipImageTransform(tiny.IMAGE_SIZE), tiny.IMAGE_TOKENS
     )
     module = InstructionData(config, encoder, TargetTransform(tiny.IMAGE_SIZE), identity)
     module.setup()
@@ -57,16 +58,16 @@ def test_read_moments_are_those_of_the_images(
 ) -> None:
     counts = write_moments(settings)
     assert (counts.shards, counts.samples, counts.bad) == (2, SAMPLES, 0)
-    identity = moments_identity(decoder.vae, TargetTransform(tiny.IMAGE_SIZE))
+    identity = moments_identity(decoder.autoencoder, TargetTransform(tiny.IMAGE_SIZE))
     pixels, kept = (
         data(shards, tiny_tokenizer, identity, kept).train_dataset[range(SAMPLES)] for kept in (False, True)
     )
-    assert kept.targets is None and pixels.moments is None
+    assert decoder.are_moments(kept.targets) and not decoder.are_moments(pixels.targets)
     assert kept.report.samples == pixels.report.samples
     assert torch.equal(kept.prompt.ids, pixels.prompt.ids)
-    torch.testing.assert_close(kept.moments, decoder.moments(pixels.targets), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept.targets, decoder.moments(pixels.targets), rtol=1e-5, atol=1e-5)
     noise = torch.randn(SAMPLES, 4, tiny.LATENT_SIZE, tiny.LATENT_SIZE)
-    ours, online = decoder.latents(kept.moments, noise), decoder.latents(pixels.targets, noise)
+    ours, online = decoder.latents(kept.targets, noise), decoder.latents(pixels.targets, noise)
     torch.testing.assert_close(ours, online, rtol=1e-5, atol=1e-5)
 
 
@@ -81,9 +82,9 @@ def test_moments_of_another_vae_or_crop_are_refused(
 ) -> None:
     write_moments(settings)
     transform = TargetTransform(tiny.IMAGE_SIZE)
-    own = moments_identity(decoder.vae, transform)
-    other = AutoencoderKL.from_config(decoder.vae.config)
-    for identity in (moments_identity(other, transform), moments_identity(decoder.vae, TargetTransform(32))):
+    own = moments_identity(decoder.autoencoder, transform)
+    other = AutoencoderKL.from_config(decoder.autoencoder.config)
+    for identity in (moments_identity(other, transform), moments_identity(decoder.autoencoder, TargetTransform(32))):
         assert identity != own
         with pytest.raises(ShardError, match=r"no moments .* for this VAE and crop; beside it lie those of another"):
             data(shards, tiny_tokenizer, identity)
@@ -93,7 +94,7 @@ def test_moments_of_other_samples_are_refused(
     shards: str, settings: MomentsConfig, decoder: ImageDecoder, tiny_tokenizer: Path
 ) -> None:
     write_moments(settings)
-    identity = moments_identity(decoder.vae, TargetTransform(tiny.IMAGE_SIZE))
+    identity = moments_identity(decoder.autoencoder, TargetTransform(tiny.IMAGE_SIZE))
     first, second = sorted(Path(shards).parent.glob("train-*.tar"))
     moments_file(second, identity).replace(moments_file(first, identity))
     with pytest.raises(ShardError, match="other samples"):
@@ -115,11 +116,11 @@ def test_an_unreadable_target_stays_an_error_of_its_own(
         MomentsConfig(shards, str(tiny_stable_diffusion), tiny.IMAGE_SIZE, precision="float16", device="cpu")
     )
     assert (counts.samples, counts.bad) == (2, 1)
-    identity = moments_identity(decoder.vae, TargetTransform(tiny.IMAGE_SIZE))
+    identity = moments_identity(decoder.autoencoder, TargetTransform(tiny.IMAGE_SIZE))
     batch = data(shards, tiny_tokenizer, identity).train_dataset[[0, 1]]
     assert {name.rpartition("/")[2] for name in batch.report.samples} == {"good"}
     assert {error.reason for error in batch.report.errors} == {"unreadable_image"}
-    assert batch.moments.dtype == torch.float32
+    assert batch.targets.dtype == torch.float32
 
 
 def test_the_command_says_what_it_did(

@@ -21,7 +21,7 @@ from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig, InstructionRows
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
 from kosmosg.batches import ReadReport
-from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from tests.datamodules import worlds
 from tests.datamodules.bad_inputs import encoded
 from tests.datamodules.test_entities import RecordedDraws
@@ -141,7 +141,7 @@ def test_caption_rows_of_stage_2_are_the_recorded_ones(loaders, full_encoder, fu
         ids = batch.prompt.ids[i][~batch.prompt.padding[i]].tolist()
         assert [*ids, full_encoder.tokenizer.eos_id] == rows[key]["tokens"]
         assert not any(rows[key]["input_mask"]) and not batch.prompt.image_mask[i].any()
-        assert batch.clip_ids[i].tolist() == full_clip([rows[key]["clip_text"]])[0].tolist()
+        assert batch.text_ids[i].tolist() == full_clip([rows[key]["clip_text"]])[0].tolist()
 
 
 def test_filters_see_the_recorded_lengths(loaders, full_encoder, full_clip):
@@ -174,7 +174,7 @@ def test_the_batch_of_constructed_samples_is_the_recorded_one(batches, columns, 
         caption, tags, *rest = columns("openimage", row)
         images = {2 + i: stored(column, 2 + i) for i, column in enumerate(rest)}
         shown = sum(mask) // full_encoder.image_tokens
-        picked = [chosen(images, UnderstandingTransform(224), next(pictures)) for _ in range(shown)]
+        picked = [chosen(images, ClipImageTransform(224), next(pictures)) for _ in range(shown)]
         entities = [Entity(tag, images[3 + 2 * i], images[4 + 2 * i]) for i, tag in enumerate(tags.split(","))]
         # The draws are not recorded, but what they chose is: nothing dropped; odd columns are crops with background.
         draws = RecordedDraws([["random", 0.9], *(["random", 0.9 if n % 2 else 0.1] for n in picked)])
@@ -214,7 +214,7 @@ def test_the_batches_of_captions_are_the_recorded_ones(batches, columns, full_en
     position = {order(i).index: i for i in range(len(captions))}
     ours = data.train_dataset[[position[i] for i in range(len(captions))]]
     assert_batch(ours, stage2, full_encoder.tokenizer.pad_id)
-    assert ours.clip_ids.tolist() == stage2["clip_tokens"]
+    assert ours.text_ids.tolist() == stage2["clip_tokens"]
 
 
 def test_the_record_would_notice_another_choice(loaders, full_encoder):

@@ -52,7 +52,7 @@ def test_stage_2_batches_are_what_the_prompt_encoder_makes(tmp_path, tiny_tokeni
     for name in ("ids", "image_mask", "padding"):
         assert torch.equal(getattr(batch.prompt, name), getattr(expected, name))
     assert batch.prompt.images is None
-    assert torch.equal(batch.clip_ids, worlds.clip_tokenize(texts))
+    assert torch.equal(batch.text_ids, worlds.clip_tokenize(texts))
 
 
 def test_stage_2_never_looks_at_images(tmp_path, tiny_tokenizer):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
 from datamodules.storage.shards import ShardWriter
-from kosmosg.image_processing import UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 from tests import tiny
@@ -74,7 +74,7 @@ def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]]) -> str
 
 
 def encoder(tokenizer: Path) -> PromptEncoder:
-    return PromptEncoder(Tokenizer.from_pretrained(tokenizer), UnderstandingTransform(SIDE), SLOTS)
+    return PromptEncoder(Tokenizer.from_pretrained(tokenizer), ClipImageTransform(SIDE), SLOTS)
 
 
 def clip_tokenize(texts: list[str]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from datamodules.images import encode_png
 from datamodules.instruction import InstructionDataConfig, InstructionRows
 from datamodules.sample import Sample
 from datamodules.sources.files import lines
-from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 from tests.datamodules.sources.test_conversion import convert, samples
@@ -30,7 +30,7 @@ def rows(golden: Path, loaders: dict) -> InstructionRows:
     if not folder.is_dir():
         pytest.skip(f"the full-size tokenizer is not at '{folder}'")
     tokenizer = Tokenizer(folder / "sentencepiece.bpe.model", folder / "dict.txt")
-    encoder = PromptEncoder(tokenizer, UnderstandingTransform(8), loaders["image_token_length"])
+    encoder = PromptEncoder(tokenizer, ClipImageTransform(8), loaders["image_token_length"])
     config = InstructionDataConfig(
         constructed=Source(),
         entities=EntityRules(drop="per_caption"),

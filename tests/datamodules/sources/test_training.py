@@ -82,7 +82,7 @@ def test_every_source_is_trained_on(
     # One row of each source a step, so that two steps read all of them.
     sources = {source: {"shards": pattern, "weight": 1, "validation": ""} for source, pattern in shards.items()}
     sources["captions"]["validation"] = shards["captions"]
-    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"data": {**sources, "batch_size": 3}}))
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"data": {**sources, "micro_batch_size": 3}}))
     assert train.main([str(files[stage]), str(tmp_path / "more.yaml"), "trainer.max_steps=2"]) == 0
-    assert [row[0] for row in miniature.losses(tmp_path / stage)] == ["0", "1"]
+    assert [row[0] for row in miniature.losses(tmp_path / stage)] == ["1", "2"]
     assert all(float(loss) > 0 for _, loss in miniature.losses(tmp_path / stage))
