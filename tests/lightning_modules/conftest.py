@@ -11,15 +11,17 @@ from tests.lightning_modules import miniature
 
 @pytest.fixture
 def record_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = StageModule.on_train_batch_start
+    """Each rank writes the samples of its micro-batches to samples.<rank>.jsonl of the run folder."""
+    begun = StageModule.training_step
 
-    def record(self: StageModule, batch, batch_idx: int) -> None:
-        entry = {"update": self.trainer.global_step, "pass": self.forward_pass, "samples": batch.report.samples}
+    def record(self: StageModule, step, batch_idx: int):
         with open(Path(self.trainer.default_root_dir) / f"samples.{self.trainer.global_rank}.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        begun(self, batch, batch_idx)
+            for number, batch in enumerate(step):
+                entry = {"step": self.trainer.global_step, "micro_batch": number, "samples": batch.report.samples}
+                file.write(json.dumps(entry) + "\n")
+        return begun(self, step, batch_idx)
 
-    monkeypatch.setattr(StageModule, "on_train_batch_start", record)
+    monkeypatch.setattr(StageModule, "training_step", record)
 
 
 @pytest.fixture

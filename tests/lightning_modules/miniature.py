@@ -108,8 +108,8 @@ def write_config(
             "run": str(folder / stage),
             "init_from": None if init_from.get(stage) is None else str(init_from[stage]),
             "model": model,
-            "data": {"batch_size": 4, "validation_samples": 4, **data[stage]},
-            "optimizer": {"lr": 1e-2, "warm_up_steps": 1},
+            "data": {"micro_batch_size": 4, "validation_samples": 4, **data[stage]},
+            "optimizer": {"lr": 1e-2, "warmup_steps": 1},
             "trainer": {
                 "max_steps": 4,
                 "val_every": 2,

@@ -14,9 +14,9 @@ from tests.lightning_modules import miniature
 from tests.lightning_modules.processes import run_together
 
 TRACKED = {
-    "language_modelling": ("train/loss", "grad_norm", "val/caption_loss", "val/caption_loss_wrong_image"),
+    "language_modelling": ("train/loss", "grad_norm", "val/caption_loss", "val/caption_loss_mismatched_images"),
     "alignment": ("train/loss", "grad_norm", "val/mse_loss", "val/mse_loss"),
-    "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss", "val/diffusion_loss_wrong_image"),
+    "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss", "val/diffusion_loss_mismatched_images"),
 }
 FOUR_ROWS = ["trainer.global_batch_size=4", "data.validation_samples=8", "model.mllm.dropout=0"]
 
@@ -27,7 +27,7 @@ def training(file: Path, run: Path, *arguments: str) -> Callable[[], int]:
 
 def finish(processes: int, file: Path, run: Path, *arguments: str) -> None:
     """Train to the end."""
-    rows = [f"data.batch_size={4 // processes}", f"trainer.devices={processes}"]
+    rows = [f"data.micro_batch_size={4 // processes}", f"trainer.devices={processes}"]
     statuses = run_together(processes, training(file, run, *rows, *arguments), run.with_suffix(".log"))
     assert statuses == [0] * processes, output(run)
 
@@ -47,16 +47,16 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
 
 
 def samples(run: Path) -> list[list[str]]:
-    """Samples of each update, in the order of the global batch, from what `record_samples` wrote."""
-    passes: dict[tuple[int, int], dict[int, list[str]]] = {}
+    """Samples of each step, in the order of the global batch, from what `record_samples` wrote."""
+    parts: dict[tuple[int, int], dict[int, list[str]]] = {}
     for file in run.glob("samples.*.jsonl"):
         for line in file.read_text().splitlines():
             entry = json.loads(line)
-            passes.setdefault((entry["update"], entry["pass"]), {})[int(file.suffixes[0][1:])] = entry["samples"]
-    updates: dict[int, list[str]] = {}
-    for (update, _), of_rank in sorted(passes.items()):
-        updates.setdefault(update, []).extend(name for rank in sorted(of_rank) for name in of_rank[rank])
-    return [updates[update] for update in sorted(updates)]
+            parts.setdefault((entry["step"], entry["micro_batch"]), {})[int(file.suffixes[0][1:])] = entry["samples"]
+    steps: dict[int, list[str]] = {}
+    for (step, _), of_rank in sorted(parts.items()):
+        steps.setdefault(step, []).extend(name for rank in sorted(of_rank) for name in of_rank[rank])
+    return [steps[step] for step in sorted(steps)]
 
 
 def back_to(run: Path, step: int) -> None:
@@ -67,7 +67,7 @@ def back_to(run: Path, step: int) -> None:
         if int(later.name.removeprefix("step-")) > step:
             shutil.rmtree(later)
     for file in run.glob("samples.*.jsonl"):
-        file.write_text("".join(line for line in file.open() if json.loads(line)["update"] < step))
+        file.write_text("".join(line for line in file.open() if json.loads(line)["step"] < step))
 
 
 def wait_for_rows(run: Path, count: int) -> None:
