@@ -91,6 +91,11 @@ class LanguageModellingBatch(MicroBatch):
 
     labels: Tensor
 
+    def rows(self, index: list[int]) -> "LanguageModellingBatch":
+        """Some rows, cut to their own longest as the prompts are."""
+        chosen = super().rows(index)
+        return replace(chosen, labels=chosen.labels[:, : chosen.prompt.ids.shape[1]])
+
 
 @dataclass(kw_only=True)
 class AlignmentBatch(MicroBatch):

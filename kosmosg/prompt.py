@@ -32,10 +32,11 @@ class PromptTooLongError(ValueError):
 
 @dataclass
 class EncodedPrompt:
-    """One prompt: ids (L,) int64 or a list; image_mask (L,) bool, None without images; images: float32 3×S×S each."""
+    """One prompt: ids (L,) int64 and image_mask (L,) bool, tensors or lists; no mask without images; images: float32
+    3×S×S each."""
 
     ids: Tensor | list[int]
-    image_mask: Tensor | None
+    image_mask: Tensor | list[bool] | None
     images: list[Tensor]
 
     def __len__(self) -> int:

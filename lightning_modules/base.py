@@ -287,8 +287,17 @@ class StageModule(lightning.LightningModule):
 
 
 def fake_prompts(mllm: Any, rows: int, shape: PromptShape) -> PromptBatch:
-    """Prompts of a length and number of images, with values that mean nothing."""
+    """Prompts of a length and number of images, with values that mean nothing.
+
+    Raises:
+        ValueError: the images do not fit.
+    """
     size, count = mllm.vision.image_size, rows * shape.images
+    if (needed := 1 + shape.images * (mllm.config.image_tokens + 2)) > shape.tokens:
+        raise ValueError(
+            f"{shape.images} images need rows of {needed} tokens, but a row has {shape.tokens}: change "
+            "hardware.images_per_row or hardware.prompt_tokens"
+        )
     ids = torch.zeros(rows, shape.tokens, dtype=torch.int64, device=mllm.device)
     nowhere = torch.zeros_like(ids, dtype=torch.bool)
     mask = nowhere.clone()

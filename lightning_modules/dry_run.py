@@ -74,7 +74,7 @@ class HardwareConfig:
     prompt_tokens: int | None = None
     """Tokens of a row, padding included; null: data.sequence_length in stage 1, 75 in stage 2, 160 in stage 3."""
     images_per_row: int | None = None
-    """Images in a row's prompt; null: 11 in stage 1, 0 in stage 2, 2 in stage 3."""
+    """Images in a row's prompt; null: 11 of 2,048 tokens in stage 1, 0 in stage 2, 2 in stage 3."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

@@ -23,7 +23,7 @@ from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import LoadDecoder, PromptShape, StageExperiment, StageModule, fake_prompts
 from lightning_modules.optimizer import OptimizerConfig
 
-PACKED_IMAGES = 11  # of a packed row of 2,048 tokens, on average
+IMAGE_SHARE = 0.36  # of a packed row's tokens, on average: 11 images in 2,048 tokens
 
 
 @dataclass
@@ -89,7 +89,8 @@ class LanguageModellingModule(StageModule):
         return losses
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
-        return PromptShape(experiment.data.sequence_length, PACKED_IMAGES)
+        tokens = experiment.data.sequence_length
+        return PromptShape(tokens, int(IMAGE_SHARE * tokens / (experiment.model.mllm.image_tokens + 2)))
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> LanguageModellingBatch:
         prompt = fake_prompts(self.mllm, rows, shape)

@@ -105,7 +105,9 @@ def batch_layout(micro_batch_size: int, config: TrainerConfig) -> BatchLayout:
         near = [value for value in (wanted - rest, wanted - rest + world_size) if value > 0]
         advice = f"no data.micro_batch_size divides it among {world_size} devices; the nearest that can be: {near}"
     else:
-        fitting = sorted((size for size in range(1, share + 1) if share % size == 0), key=lambda s: abs(s - rows))
+        fitting = sorted(
+            (size for size in range(1, share + 1) if share % size == 0), key=lambda s: abs(s - micro_batch_size)
+        )
         advice = f"with these devices data.micro_batch_size may be {', '.join(map(str, sorted(fitting[:5])))}"
     raise ValueError(
         f"trainer.global_batch_size is {wanted}, but data.micro_batch_size {micro_batch_size} × {world_size} devices = "

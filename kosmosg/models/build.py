@@ -18,6 +18,8 @@ from kosmosg.tokenizer import Tokenizer
 LAYER_NORM_EPS = 1e-5
 # By the name of diffusers' pipeline in model_index.json; the first reads folders without one.
 IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {"StableDiffusionPipeline": StableDiffusion}
+# Known without asking the hub, so that a dry run needs no network.
+HUB_IDS: dict[str, type[ImageDecoder]] = {"stable-diffusion-v1-5/stable-diffusion-v1-5": StableDiffusion}
 
 
 def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
@@ -26,6 +28,8 @@ def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
     Raises:
         ValueError: a pipeline without a class here.
     """
+    if str(source) in HUB_IDS:
+        return HUB_IDS[str(source)]
     name = next(iter(IMAGE_DECODERS))
     if not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
         with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so

@@ -160,7 +160,8 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
     def dummy_image_prompt(self) -> PromptBatch:
         """`<s>` and a blank image."""
         tokens, size = self.config.image_tokens, self.vision.image_size
-        mask = torch.tensor([False] + [True] * tokens)
+        # Lists, because a tensor of a dry run cannot be read.
+        mask = [False] + [True] * tokens
         row = EncodedPrompt([self.config.bos_id] * (1 + tokens), mask, [torch.zeros(3, size, size)])
         return PromptBatch.stack([row], self.config.pad_id)
 

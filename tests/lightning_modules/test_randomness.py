@@ -1,34 +1,31 @@
-"""Draws of timesteps and noise: functions of seed and sample number alone."""
+"""Draws of timesteps and noise are functions of seed and index of the sample alone."""
 
 import torch
 
-from lightning_modules.randomness import DiffusionDraws, draw_diffusion, sample_numbers
+from lightning_modules.randomness import DiffusionDraws, draw_diffusion
+
+SHAPE = (1, 2, 2)
 
 
-def test_draws_depend_on_the_sample_number_alone() -> None:
-    shape = (4, 2, 2)
-    whole = draw_diffusion(1, "train", sample_numbers(3, 1, 0, rows=4), shape, 1000)
-    halves = [draw_diffusion(1, "train", sample_numbers(3, 2, rank, rows=2), shape, 1000) for rank in (0, 1)]
-    for name in ("timesteps", "posterior", "noise", "uniform"):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
-    other = draw_diffusion(1, "train", sample_numbers(4, 1, 0, rows=4), shape, 1000)
-    assert not torch.equal(whole.noise, other.noise)
-    assert not torch.equal(whole.noise, draw_diffusion(2, "train", range(12, 16), shape, 1000).noise)
+def drawn(first: int, last: int, low_discrepancy: bool = False, seed: int = 1) -> DiffusionDraws:
+    return draw_diffusion(seed, "train", range(first, last), SHAPE, low_discrepancy)
 
 
-def test_even_timesteps_cover_every_batch_and_change_no_other_draw() -> None:
-    shape, size = (1, 2, 2), 16
+def test_draws_depend_on_seed_and_index_alone() -> None:
+    for low_discrepancy in (False, True):
+        whole, halves = drawn(12, 16, low_discrepancy), (drawn(12, 14, low_discrepancy), drawn(14, 16, low_discrepancy))
+        for name in DiffusionDraws.__dataclass_fields__:
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
+        for other in (drawn(16, 20, low_discrepancy), drawn(12, 16, low_discrepancy, seed=2)):
+            assert not torch.equal(whole.noise, other.noise) and not torch.equal(whole.time, other.time)
 
-    def drawn(first: int, last: int, even: bool, seed: int = 1) -> DiffusionDraws:
-        return draw_diffusion(seed, "train", range(first, last), shape, 1000, even)
 
+def test_low_discrepancy_covers_every_batch_and_changes_no_other_draw() -> None:
+    size = 16
     for first in (0, 5, 10**9):
-        draws = drawn(first, first + size, even=True)
-        gaps = draws.timesteps.sort().values.diff()
-        assert gaps.max() < 2.5 * 1000 / size  # independent draws have gaps of 200 and more
-        assert draws.timesteps.min() >= 0 and draws.timesteps.max() < 1000
-        assert torch.equal(draws.noise, drawn(first, first + size, even=False).noise)
-    halves = torch.cat([drawn(0, 8, even=True).timesteps, drawn(8, 16, even=True).timesteps])
-    assert torch.equal(halves, drawn(0, 16, even=True).timesteps)
-    one_draw = torch.cat([drawn(7, 8, even=True, seed=seed).timesteps for seed in range(400)])
-    assert torch.histc(one_draw.float(), 4, 0, 1000).min() > 70  # uniform over seeds: 100 each, deviation 9
+        draws = drawn(first, first + size, low_discrepancy=True)
+        assert draws.time.sort().values.diff().max() < 2.5 / size  # independent draws have gaps of 0.2 and more
+        assert draws.time.min() >= 0 and draws.time.max() < 1
+        assert torch.equal(draws.noise, drawn(first, first + size).noise)
+    one_draw = torch.cat([drawn(7, 8, low_discrepancy=True, seed=seed).time for seed in range(400)])
+    assert torch.histc(one_draw.float(), 4, 0, 1).min() > 70  # uniform over seeds: 100 each, deviation 9
