@@ -1,6 +1,5 @@
 """What a model folder, a run folder or a released checkpoint holds. No weights are read: shapes stand in headers."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,9 @@ import yaml
 
 from kosmosg.config import RUN_CONFIG
 from kosmosg.conversion.checkpoint import STAGES, Checkpoint, stage_of
-from kosmosg.conversion.errors import ConversionError
-from kosmosg.conversion.parts import DIFFUSERS, PIPELINE, TRANSFORMERS, WEIGHTS, read_config
-from kosmosg.conversion.record import RECORD
-from kosmosg.conversion.weights import Weights, folder_weights
+from kosmosg.conversion.parts import DIFFUSERS, PIPELINE, RECORD, TRANSFORMERS, WEIGHTS
+from kosmosg.conversion.reader import read_json
+from kosmosg.conversion.weights import Weights, required_weights
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.tokenizer import Tokenizer
 
@@ -37,19 +35,15 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
 def inspect_folder(path: Path) -> dict[str, Any]:
     """A model folder, or a run folder whose model is in model/."""
     model = find_model(path)
-    weights: dict[str, Weights] = {}
-    for part in WEIGHTS:
-        if (model / part / CONFIG_FILE).is_file():
-            found = folder_weights(model / part, part)
-            if found is None:
-                raise ConversionError(f"'{model / part}' has a {CONFIG_FILE} but no weights.")
-            weights[part] = found
+    found = (part for part in WEIGHTS if (model / part / CONFIG_FILE).is_file())
+    weights = {part: required_weights(model / part, part) for part in found}
     there = {*weights, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
-    sizes = {part: without_underscores(read_config(model / part)) for part in weights}
+    configs = {part: read_json(model / part / CONFIG_FILE) for part in weights}
+    sizes = {part: {k: v for k, v in config.items() if not k.startswith("_")} for part, config in configs.items()}
     vocabulary = len(Tokenizer.from_pretrained(model / "tokenizer")) if "tokenizer" in there else None
     provenance: dict[str, Any] = {}
     if (model / RECORD).is_file():
-        record = json.loads((model / RECORD).read_text(encoding="utf-8"))
+        record = read_json(model / RECORD)
         provenance = {"converted from": record["source"], "decoder": record["decoder"]}
     if model != path and (path / RUN_CONFIG).is_file():
         run = yaml.safe_load((path / RUN_CONFIG).read_text(encoding="utf-8"))
@@ -92,10 +86,6 @@ def described(weights: Mapping[str, Weights], there: set[str]) -> dict[str, Any]
         "parameters": sum(found.parameters for found in weights.values()),
         "dtype": ", ".join(dtypes),
     }
-
-
-def without_underscores(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def inspection_text(found: Mapping[str, Any]) -> str:

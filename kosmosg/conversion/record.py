@@ -1,16 +1,17 @@
 """What a conversion did: conversion.json, the model card, and a few lines for the terminal."""
 
-import json
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kosmosg.conversion.checkpoint import STAGES, sha256
-from kosmosg.conversion.plan import PUBLISHED, PlannedPart
-from kosmosg.conversion.sizes import Header
+from kosmosg.conversion.checkpoint import STAGES, Header
+from kosmosg.conversion.parts import RECORD
 from kosmosg.conversion.stable_diffusion_v1_5 import HUB_ID
+from kosmosg.conversion.weights import Weights
 
-RECORD = "conversion.json"
+PUBLISHED = "published configurations of Stable Diffusion v1.5"
 USE = {
     True: """import torch
 from kosmosg.pipeline import KosmosGPipeline
@@ -49,6 +50,15 @@ Converted from `{file}` ({bytes:,} bytes, SHA-256 `{sha256}`) by `kosmosg conver
 
 The licence of these weights is that of the released checkpoint{decoder}; the conversion adds no terms of its own.
 """
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """A part that fits: the module without values, the weights, and where they come from."""
+
+    model: Any
+    weights: Weights
+    source: str
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -95,8 +105,10 @@ def describe(
     path: Path, kind: str, header: Header, parts: Mapping[str, PlannedPart], dtype: str | None
 ) -> dict[str, Any]:
     """What every conversion records."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "source": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)},
+        "source": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256},
         "kind": kind,
         "dtype": dtype,
         "parts": {
@@ -110,7 +122,3 @@ def describe(
         },
         "decided": header.decided,
     }
-
-
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -216,7 +216,7 @@ def test_failing_half_way(failure, final, tmp_path, tiny_stable_diffusion, monke
 
 def test_without_flags_the_heads_are_64_wide(tmp_path):
     """The released widths: 1024 / 64 = 16 and 768 / 64 = 12."""
-    from kosmosg.conversion.sizes import Header
+    from kosmosg.conversion.checkpoint import Header
 
     header = Header("cfg", {})
     assert header.heads("vision", 1024, None, "--vision-heads") == 16
