@@ -90,25 +90,23 @@ class Weights:
             torch.Size(shape).numel() for name, shape in self.shapes.items() if self.dtypes[name].is_floating_point
         ]
         room = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
-        return {name: cast for group in self.chunks() for name, cast in self._cast_some(group, room)}
-
-    def _cast_some(self, names: list[str], room: Iterator[Tensor]) -> list[tuple[str, Tensor]]:
-        opened, cast = self.open(), []
-        for name in names:
-            tensor = opened[name]
-            if not tensor.is_floating_point():
-                cast.append((name, tensor.clone()))
-                continue
-            flat = next(room)
-            # In slices, for the check takes several times the memory of what it looks at.
-            slices = zip(flat.split(CAST_ELEMENTS), tensor.reshape(-1).split(CAST_ELEMENTS), strict=True)
-            for target, source in slices:
-                target.copy_(source)
-                if (torch.isfinite(source) & ~torch.isfinite(target)).any():
-                    raise ConversionError(
-                        f"{self.origin}: '{name}' does not fit {target.dtype}; choose --dtype bfloat16 or none."
-                    )
-            cast.append((name, flat.view(tensor.shape)))
+        cast: dict[str, Tensor] = {}
+        for group in self.chunks():
+            opened = self.open()  # anew, which gives the pages of the group before back
+            for name in group:
+                tensor = opened[name]
+                if not tensor.is_floating_point():
+                    cast[name] = tensor.clone()
+                    continue
+                cast[name] = (flat := next(room)).view(tensor.shape)
+                # In slices, for the check takes several times the memory of what it looks at.
+                slices = zip(flat.split(CAST_ELEMENTS), tensor.reshape(-1).split(CAST_ELEMENTS), strict=True)
+                for target, source in slices:
+                    target.copy_(source)
+                    if (torch.isfinite(source) & ~torch.isfinite(target)).any():
+                        raise ConversionError(
+                            f"{self.origin}: '{name}' does not fit {dtype}; choose --dtype bfloat16 or none."
+                        )
         return cast
 
     def compare(self, other: "Weights") -> str:
