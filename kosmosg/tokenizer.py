@@ -30,7 +30,7 @@ class Tokenizer(FeatureExtractionMixin):
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a dictionary line without a count, or a piece listed twice.
+        ValueError: no SentencePiece model, a dictionary line without a count, or a piece listed twice.
     """
 
     def __init__(self, sentencepiece_model: Path, dictionary: Path):
@@ -42,7 +42,13 @@ class Tokenizer(FeatureExtractionMixin):
                 )
         # Both files are kept in memory: a run saves them at its end, when the folder may be gone.
         self.dictionary = Path(dictionary).read_bytes()
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=Path(sentencepiece_model).read_bytes())
+        try:
+            content = Path(sentencepiece_model).read_bytes()
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError:
+            content = b""
+        if not content or not self.processor.get_piece_size():  # an empty file loads without an error
+            raise ValueError(f"'{sentencepiece_model}' is empty, damaged or no SentencePiece model; copy it again.")
         pieces = dictionary_pieces(self.dictionary.decode("utf-8"), dictionary)
         self.symbols = [*LEADING_SYMBOLS, *pieces, *TRAILING_SYMBOLS]
         self.index = {symbol: i for i, symbol in enumerate(self.symbols)}

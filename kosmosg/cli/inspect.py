@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from kosmosg.conversion import inspect_model
-    from kosmosg.conversion.inspection import inspection_text
+    from kosmosg.conversion.record import inspection_text
 
     found = inspect_model(arguments.path)
     print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else inspection_text(found))

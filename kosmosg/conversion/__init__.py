@@ -1,21 +1,20 @@
 """Released checkpoints ↔ model folders: what `kosmosg convert`, `export` and `inspect` do.
 
 reader.py      a file of torch.save as data alone
-names.py       released names ↔ ours; state.py renames state dicts by them
-sizes.py       shapes and header → constructor arguments
-plan.py        the parts, checked against modules built without memory (parts.py)
-convert.py     → a model folder; clip.py: a public CLIP → an image tower's folder
+names.py       released names ↔ ours, and state dicts renamed by them
+weights.py     the tensors of a part, mapped from their file
+checkpoint.py  a released checkpoint: stage, header, parts, sizes
+parts.py       the parts of a model folder, built without memory; stable_diffusion.py those of the image decoder
+convert.py     → a model folder
 export.py      → a released checkpoint again
-inspection.py  what a folder or file holds
+record.py      what is said of a conversion, and what a folder or file holds
 """
 
 from kosmosg.conversion.convert import convert_checkpoint
-from kosmosg.conversion.errors import ConversionError
 from kosmosg.conversion.export import export_checkpoint
-from kosmosg.conversion.inspection import inspect_model
-from kosmosg.conversion.names import our_name, released_name
-from kosmosg.conversion.reader import read_checkpoint
-from kosmosg.conversion.state import Converted, convert_public_vision, convert_state
+from kosmosg.conversion.names import Converted, convert_public_vision, convert_state, our_name, released_name
+from kosmosg.conversion.reader import ConversionError, read_checkpoint
+from kosmosg.conversion.record import inspect_model
 
 __all__ = [
     "ConversionError",

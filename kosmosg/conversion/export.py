@@ -1,7 +1,6 @@
 """A model folder → one file in the layout of the released checkpoints, which the released code reads."""
 
 import argparse
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kosmosg.conversion.atomic import require_free, written
-from kosmosg.conversion.checkpoint import stage_of
-from kosmosg.conversion.errors import ConversionError
+from kosmosg.conversion.checkpoint import OUR_SECTION, RELEASED_ACTIVATION, stage_of
 from kosmosg.conversion.names import EMBEDDING, POSITIONS_BUFFER, PROJECTION, XPOS_BUFFER, released_name
-from kosmosg.conversion.parts import WEIGHTS, build, read_config, require_exact
-from kosmosg.conversion.record import RECORD
-from kosmosg.conversion.sizes import OUR_SECTION, RELEASED_ACTIVATION
-from kosmosg.conversion.weights import Weights, folder_weights
+from kosmosg.conversion.parts import RECORD, WEIGHTS, build, require_exact, require_free
+from kosmosg.conversion.reader import ConversionError, read_json
+from kosmosg.conversion.weights import Weights, required_weights
+from kosmosg.files import replaced
 from kosmosg.models.aligner import LinearAligner
 from kosmosg.models.mllm import MAX_TOKENS
 from kosmosg.models.positions import XPOS_DECAY
@@ -50,12 +47,12 @@ def export_checkpoint(folder: str | Path, file: str | Path, *, overwrite: bool =
     there = {part: model / part for part in WEIGHTS if (model / part / CONFIG_FILE).is_file()}
     stage = stage_of(there)
     parts = {part: exported(part, folder) for part, folder in there.items() if part in CARRIED[stage]}
-    configs = {part: read_config(there[part]) for part in parts}
+    configs = {part: read_json(there[part] / CONFIG_FILE) for part in parts}
     require_computable(configs["mllm"])
     state = released_state(parts, configs["mllm"])
     headers = released_headers(model, configs)
-    with written(target) as beside:
-        torch.save({**headers, "model": state, **UNUSED}, beside)
+    with replaced(target) as temporary:
+        torch.save({**headers, "model": state, **UNUSED}, temporary)
     return {
         "stage": stage,
         "parts": {part: len(weights.shapes) for part, weights in parts.items()},
@@ -75,10 +72,7 @@ UNUSED: dict[str, Any] = {
 
 def exported(part: str, folder: Path) -> Weights:
     """A part's weights, checked against its configuration."""
-    weights = folder_weights(folder, part)
-    if weights is None:
-        raise ConversionError(f"'{folder}' has a {CONFIG_FILE} but no weights.")
-    config = read_config(folder)
+    weights, config = required_weights(folder, part), read_json(folder / CONFIG_FILE)
     if config.get("_class_name") == LinearAligner.__name__:
         raise ConversionError(
             f"'{folder}' holds a {LinearAligner.__name__}, which released checkpoints have no place for."
@@ -125,7 +119,7 @@ def released_headers(model: Path, configs: Mapping[str, Mapping[str, Any]]) -> d
     ours = {"vision_heads": configs["mllm"]["vision_config"]["num_attention_heads"]}
     ours |= {f"{p}_heads": configs[p]["heads"] for p in ("aligner", "aligner_decoder") if p in configs}
     record = model / RECORD
-    kept = json.loads(record.read_text(encoding="utf-8")).get("header") if record.is_file() else None
+    kept = read_json(record).get("header") if record.is_file() else None
     if kept and kept["flavour"] == "args":
         return {"args": argparse.Namespace(**{**kept["values"], OUR_SECTION: ours}), "cfg": None}
     values = kept["values"] if kept and kept["values"] else written_header(configs)

@@ -1,8 +1,15 @@
 """The released checkpoints' names and ours, both ways: every name is mapped, known to be unneeded, or unknown."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "out_proj"}
+import torch
+from torch import Tensor
+
+from kosmosg.conversion.reader import ConversionError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYER = {
     "self_attn_layer_norm": "self_attention_norm",
     "self_attn.inner_attn_ln": "self_attention.inner_norm",
@@ -89,6 +96,7 @@ UNNEEDED = (
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_VAE_NAME = re.compile(rf"(.+\.attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.(weight|bias)")
 TEXT_PREFIX = "text_model."  # transformers 5 leaves it out of files of models that it built itself
+COMPARED_ROWS = 4096  # of two matrices at a time
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<number>\d+)\.(?P<name>.+)\.(?P<kind>weight|bias)$")
 
 
@@ -135,3 +143,78 @@ def current_name(part: str, name: str) -> str:
         return f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}"
     old = OLD_VAE_NAME.fullmatch(name) if part == "vae" else None
     return f"{old[1]}.{OLD_ATTENTION[old[2]]}.{old[3]}" if old else name
+
+
+@dataclass
+class Converted:
+    """State dicts by part (mllm, aligner, aligner_decoder, text_encoder, unet, vae) and the names left out."""
+
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    unneeded: list[str] = field(default_factory=list)
+
+
+def convert_state(state: Mapping[str, Tensor]) -> Converted:
+    """Rename the `model` of a released checkpoint and check that its output matrix is its embedding.
+
+    Raises:
+        ConversionError: a name that is neither mapped nor known to be unneeded, two names for one tensor, or an
+            output matrix that is not the embedding.
+    """
+    converted = rename(state)
+    require_tied(state)
+    return converted
+
+
+def rename(state: Mapping[str, Tensor]) -> Converted:
+    """`convert_state` without reading any tensor."""
+    converted, unknown = Converted(), []
+    for name, tensor in state.items():
+        if (place := our_name(name)) is not None:
+            part = converted.parts.setdefault(place[0], {})
+            if place[1] in part:
+                raise ConversionError(f"'{name}' is in the checkpoint twice, under an old name and today's.")
+            part[place[1]] = tensor
+        else:
+            (converted.unneeded if is_unneeded(name) else unknown).append(name)
+    if unknown:
+        raise ConversionError(
+            f"{len(unknown)} names of the checkpoint are not those of a released KOSMOS-G, as {sorted(unknown)[:5]}."
+        )
+    return converted
+
+
+def require_tied(state: Mapping[str, Tensor]) -> None:
+    """Raises ConversionError: an output matrix other than the embedding."""
+    if PROJECTION not in state:
+        return
+    projection, embedding = state[PROJECTION], state.get(EMBEDDING, torch.empty(0))
+    one = projection.data_ptr() == embedding.data_ptr()  # a tied pair is saved as one storage
+    if projection.shape != embedding.shape or not (one or equal(projection, embedding)):
+        raise ConversionError(f"'{PROJECTION}' differs from '{EMBEDDING}', but the model ties them.")
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values; compared in slices, which take little memory."""
+    if not one.dim():
+        return torch.equal(one, other)
+    return all(torch.equal(a, b) for a, b in zip(one.split(COMPARED_ROWS), other.split(COMPARED_ROWS), strict=True))
+
+
+def convert_public_vision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The image tower of a public CLIP state dict (`visual.*`, fused q, k, v) → CLIPVisionModel's names.
+
+    Names outside `visual.` and the projection belong to parts of CLIP that KOSMOS-G leaves out.
+
+    Raises:
+        ConversionError: an unknown name under `visual.`.
+    """
+    split: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith("visual.") or name == "visual.proj":
+            continue
+        if fused := re.fullmatch(r"(.+)\.attn\.in_proj_(weight|bias)", name):
+            for projection, rows in zip(ATTENTION[:3], tensor.chunk(3), strict=True):
+                split[f"img_model.{fused[1]}.ts_attn.{projection}.{fused[2]}"] = rows
+        else:
+            split[f"img_model.{name.replace('.attn.out_proj.', '.ts_attn.out_proj.')}"] = tensor
+    return {name.removeprefix("vision.clip."): t for name, t in rename(split).parts.get("mllm", {}).items()}

@@ -6,6 +6,7 @@ released checkpoints are made of (argparse.Namespace, OmegaConf's containers and
 """
 
 import argparse
+import json
 import pickle
 import re
 import zipfile
@@ -17,10 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kosmosg.conversion.errors import ConversionError
-
 TORCHSCRIPT_MEMBER = "constants.pkl"  # of a TorchScript archive; files of torch.save have none
+OLD_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # files of torch.save before 1.6 begin with it
 NUMPY_NUMBER = re.compile(r"[fiub][1248]")
+
+
+class ConversionError(ValueError):
+    """A file, folder or flag with which no model can be converted, exported or inspected; the message names it."""
 
 
 class Inert:
@@ -74,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ConversionError: not a checkpoint with a `model`; see `read_data`.
     """
     checkpoint = read_data(path)
-    if not is_checkpoint(checkpoint):
+    if not (isinstance(checkpoint, dict) and is_state(checkpoint.get("model"))):
         raise ConversionError(f"'{path}' is no released checkpoint: it has no 'model' mapping of tensors at its top.")
     try:
         return {name: value if name == "model" else plain(value) for name, value in checkpoint.items()}
@@ -82,10 +86,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ConversionError(f"'{path}': its headers are nested without end.") from error
 
 
-def is_checkpoint(data: Any) -> bool:
-    """Whether a file's content is laid out as the released checkpoints are."""
-    model = data.get("model") if isinstance(data, dict) else None
-    return isinstance(model, Mapping) and all(isinstance(tensor, Tensor) for tensor in model.values())
+def is_state(data: Any) -> bool:
+    """Whether `data` is a mapping of tensors."""
+    return isinstance(data, Mapping) and all(isinstance(tensor, Tensor) for tensor in data.values())
 
 
 def read_data(path: str | Path) -> Any:
@@ -98,9 +101,18 @@ def read_data(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}'.")
-    path.open("rb").close()  # a file that may not be read is told as such
+    with path.open("rb") as file:
+        head = file.read(64)
+    archive = zipfile.is_zipfile(path)
+    if not archive and OLD_MAGIC not in head:
+        # torch would try such a file as a pickle, and advise to unpickle it for good.
+        if head.startswith(pickle.PROTO):
+            raise ConversionError(
+                f"'{path}' is a raw pickle, which may hold code, and was not read. Where you trust it, unpickle it "
+                "yourself and write its tensors with torch.save."
+            )
+        raise ConversionError(f"'{path}' is truncated, damaged or no file of torch.save; copy or download it again.")
     try:
-        archive = zipfile.is_zipfile(path)
         if archive:
             require_no_torchscript(path)
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in FOREIGN.items()]):
@@ -108,18 +120,29 @@ def read_data(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except (ConversionError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
+    except Exception as error:  # in a file that ends early or was never one, the unpickler may stumble over anything
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
-            raise ConversionError(f"'{path}' is damaged or no file of torch.save ({first_line(error)}).") from error
+            raise ConversionError(
+                f"'{path}' is truncated, damaged or holds more than tensors and settings; copy or download it again."
+            ) from error
         raise ConversionError(
             f"'{path}' was not read: it names {refused[1]}, which a checkpoint of tensors and settings does not need. "
-            "Nothing of it was run."
+            "Nothing of it was run. Where you trust it, write its tensors alone with torch.save."
         ) from error
-    except Exception as error:  # in a file that ends early or was never one, the unpickler may stumble over anything
-        raise ConversionError(
-            f"'{path}' is truncated, damaged or no file of torch.save ({first_line(error)})."
-        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ConversionError: there is no such file, or something else in it."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConversionError(f"'{file}' does not exist.") from error
+    except ValueError as error:
+        raise ConversionError(f"'{file}' is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConversionError(f"'{file}' holds {type(values).__name__} at its top; it must be an object.")
+    return values
 
 
 def require_no_torchscript(path: Path) -> None:
@@ -130,10 +153,6 @@ def require_no_torchscript(path: Path) -> None:
                 f"'{path}' is a TorchScript archive, which holds code. Where you trust it, write its weights alone: "
                 f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), 'weights.pt')."
             )
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def plain(value: Any) -> Any:

@@ -1,16 +1,29 @@
-"""What a conversion did: conversion.json, the model card, and a few lines for the terminal."""
+"""What conversion.json, the model card and the terminal say of a conversion, and `kosmosg inspect` of what is there.
 
-import json
+No weights are read: shapes stand in headers.
+"""
+
+import hashlib
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kosmosg.conversion.checkpoint import STAGES, sha256
-from kosmosg.conversion.plan import PUBLISHED, PlannedPart
-from kosmosg.conversion.sizes import Header
-from kosmosg.conversion.stable_diffusion_v1_5 import HUB_ID
+import yaml
 
-RECORD = "conversion.json"
+from kosmosg.config import RUN_CONFIG
+from kosmosg.conversion.checkpoint import STAGES, Checkpoint, Header, stage_of
+from kosmosg.conversion.parts import DIFFUSERS, PIPELINE, RECORD, TRANSFORMERS, WEIGHTS
+from kosmosg.conversion.reader import read_json
+from kosmosg.conversion.stable_diffusion_v1_5 import HUB_ID
+from kosmosg.conversion.weights import Weights, required_weights
+from kosmosg.models.storage import CONFIG_FILE, find_model
+from kosmosg.tokenizer import Tokenizer
+
+HEADER_SIZES = ("decoder_embed_dim", "decoder_layers", "decoder_ffn_embed_dim", "decoder_attention_heads",
+                "latent_query_num", "dropout")  # fmt: skip
+PUBLISHED = "published configurations of Stable Diffusion v1.5"
 USE = {
     True: """import torch
 from kosmosg.pipeline import KosmosGPipeline
@@ -51,6 +64,15 @@ The licence of these weights is that of the released checkpoint{decoder}; the co
 """
 
 
+@dataclass(frozen=True)
+class PlannedPart:
+    """A part that fits: the module without values, the weights, and where they come from."""
+
+    model: Any
+    weights: Weights
+    source: str
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md of the folder."""
     decoder = record["decoder"]
@@ -74,14 +96,8 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 def summary(record: Mapping[str, Any]) -> str:
     """The lines that `kosmosg convert` prints."""
-    source, total = record["source"], sum(part["parameters"] for part in record["parts"].values())
-    lines = [
-        f"{source['file']}: {STAGES.get(record['kind'], 'image tower of a public CLIP')}, sha256 {source['sha256']}"
-    ]
-    for name, part in record["parts"].items():
-        counts = f"{part['tensors']:>6,} tensors {part['parameters']:>15,} parameters"
-        lines.append(f"  {name:<16}{counts}  {part['dtype']}, from the {part['from']}")
-    lines.append(f"  {'in all':<16}{'':>15}{total:>15,} parameters")
+    source, kind = record["source"], STAGES.get(record["kind"], "image tower of a public CLIP")
+    lines = [f"{source['file']}: {kind}, sha256 {source['sha256']}", *part_lines(record["parts"])]
     lines += [f"{key}: {value}" for key, value in record["decided"].items()]
     for name, value in (record.get("decoder") or {}).items():
         lines.append(f"decoder: {value}" if name == "name" else f"decoder's {name}: {value}")
@@ -91,12 +107,25 @@ def summary(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def part_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each part, and one for all."""
+    lines = []
+    for name, part in parts.items():
+        origin = f", from the {part['from']}" if "from" in part else ""
+        counts = f"{part['tensors']:>6,} tensors {part['parameters']:>15,} parameters"
+        lines.append(f"  {name:<16}{counts}  {part['dtype']}{origin}")
+    total = sum(part["parameters"] for part in parts.values())
+    return [*lines, f"  {'in all':<16}{'':>15}{total:>15,} parameters"]
+
+
 def describe(
     path: Path, kind: str, header: Header, parts: Mapping[str, PlannedPart], dtype: str | None
 ) -> dict[str, Any]:
     """What every conversion records."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "source": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)},
+        "source": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256},
         "kind": kind,
         "dtype": dtype,
         "parts": {
@@ -112,5 +141,85 @@ def describe(
     }
 
 
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def inspect_model(path: str | Path) -> dict[str, Any]:
+    """Plain values: kind, stage, parts, what a pipeline lacks, sizes, parameters, dtype, vocabulary, provenance.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder without a model.
+        ConversionError: a damaged or foreign file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"'{path}' does not exist.")
+    return inspect_folder(path) if path.is_dir() else inspect_checkpoint(path)
+
+
+def inspect_folder(path: Path) -> dict[str, Any]:
+    """A model folder, or a run folder whose model is in model/."""
+    model = find_model(path)
+    found = (part for part in WEIGHTS if (model / part / CONFIG_FILE).is_file())
+    weights = {part: required_weights(model / part, part) for part in found}
+    there = {*weights, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
+    configs = {part: read_json(model / part / CONFIG_FILE) for part in weights}
+    sizes = {part: {k: v for k, v in config.items() if not k.startswith("_")} for part, config in configs.items()}
+    vocabulary = len(Tokenizer.from_pretrained(model / "tokenizer")) if "tokenizer" in there else None
+    provenance: dict[str, Any] = {}
+    if (model / RECORD).is_file():
+        record = read_json(model / RECORD)
+        provenance = {"converted from": record["source"], "decoder": record["decoder"]}
+    if model != path and (path / RUN_CONFIG).is_file():
+        run = yaml.safe_load((path / RUN_CONFIG).read_text(encoding="utf-8"))
+        provenance = {"run": str(path), "stage": run.get("stage"), "seed": run.get("seed")}
+    return {
+        "path": str(path),
+        "kind": "run folder" if model != path else "model folder",
+        **described(weights, there),
+        "sizes": sizes,
+        "vocabulary": vocabulary,
+        "provenance": provenance,
+    }
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """A released checkpoint."""
+    source = Checkpoint.read(path)
+    header = {key: source.header.get(key) for key in HEADER_SIZES}
+    embedding = source.parts["mllm"].shapes.get("decoder.embed_tokens.weight") if "mllm" in source.parts else None
+    return {
+        "path": str(path),
+        "kind": "released checkpoint",
+        **described(source.parts, set(source.parts)),
+        "sizes": {"header": header},
+        "vocabulary": embedding[0] if embedding else None,
+        "provenance": {"header": source.header.flavour, "names left out": source.left_out},
+    }
+
+
+def described(weights: Mapping[str, Weights], there: set[str]) -> dict[str, Any]:
+    """What folders and checkpoints have in common."""
+    dtypes = Counter(part.dtype for part in weights.values())
+    return {
+        "stage": STAGES[stage_of(weights)],
+        "parts": {
+            part: {"tensors": len(found.shapes), "parameters": found.parameters, "dtype": found.dtype}
+            for part, found in weights.items()
+        },
+        "missing for the pipeline": [part for part in PIPELINE if part not in there],
+        "parameters": sum(found.parameters for found in weights.values()),
+        "dtype": ", ".join(dtypes),
+    }
+
+
+def inspection_text(found: Mapping[str, Any]) -> str:
+    """The lines that `kosmosg inspect` prints."""
+    lines = [f"{found['path']}: {found['kind']}, {found['stage']}", *part_lines(found["parts"])]
+    missing = found["missing for the pipeline"]
+    lines.append(f"missing for the pipeline: {', '.join(missing) or 'nothing'}")
+    lines.append(f"vocabulary: {found['vocabulary']}")
+    for part, sizes in found["sizes"].items():
+        if part in DIFFUSERS or part in TRANSFORMERS:
+            continue  # long, and known from the Stable Diffusion; --json tells them
+        told = ((key, value) for key, value in sizes.items() if value is not None)
+        lines.append(f"{part}: " + ", ".join(f"{key}={value}" for key, value in told))
+    lines += [f"{key}: {value}" for key, value in found["provenance"].items()]
+    return "\n".join(lines)

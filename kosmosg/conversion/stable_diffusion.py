@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
-from kosmosg.conversion.errors import ConversionError
-from kosmosg.conversion.parts import read_config
+from kosmosg.conversion.reader import ConversionError, read_json
 from kosmosg.conversion.stable_diffusion_v1_5 import CONFIGS
 from kosmosg.conversion.weights import Weights, folder_weights
 from kosmosg.models.storage import CONFIG_FILE
@@ -61,7 +60,7 @@ class StableDiffusion:
 
     def config(self, part: str) -> dict[str, Any]:
         """Configuration of unet, vae or text_encoder."""
-        return dict(CONFIGS[part]) if self.folder is None else read_config(self.folder / part)
+        return dict(CONFIGS[part]) if self.folder is None else read_json(self.folder / part / CONFIG_FILE)
 
     def weights(self, part: str) -> Weights | None:
         """Weights of unet, vae or text_encoder; None where there are none."""
@@ -69,10 +68,12 @@ class StableDiffusion:
 
     def scheduler(self) -> SchedulerMixin:
         """The released code's "dpm" sampler over the noise schedule that the U-Net was trained with."""
-        if self.folder is None:
-            return build_scheduler("dpm", DDIMScheduler.from_config(CONFIGS["scheduler"]))
+        trained_with: Any
         try:
-            trained_with = DDIMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+            if self.folder is None:
+                trained_with = DDIMScheduler.from_config(CONFIGS["scheduler"])
+            else:
+                trained_with = DDIMScheduler.from_pretrained(self.folder, subfolder="scheduler")
         except (OSError, ValueError) as error:
             raise ConversionError(f"--decoder '{self.name}': its scheduler was not read: {error}") from error
         return build_scheduler("dpm", trained_with)

@@ -4,7 +4,6 @@ A mapped page counts as memory once it is touched, and is given back when its ma
 for each piece of work, and no two pieces are resident together.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kosmosg.conversion.errors import ConversionError
-from kosmosg.conversion.names import current_name, is_unneeded, released_name
-from kosmosg.conversion.reader import read_data
-from kosmosg.conversion.state import equal
+from kosmosg.conversion.names import current_name, equal, is_unneeded, released_name
+from kosmosg.conversion.reader import ConversionError, is_state, read_data, read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 CHUNK_BYTES = 512 * 2**20  # of source, at most, in memory beside what is written
@@ -93,24 +90,23 @@ class Weights:
             torch.Size(shape).numel() for name, shape in self.shapes.items() if self.dtypes[name].is_floating_point
         ]
         room = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
-        return {name: cast for group in self.chunks() for name, cast in self._cast_some(group, room)}
-
-    def _cast_some(self, names: list[str], room: Iterator[Tensor]) -> list[tuple[str, Tensor]]:
-        opened, cast = self.open(), []
-        for name in names:
-            tensor = opened[name]
-            if not tensor.is_floating_point():
-                cast.append((name, tensor.clone()))
-                continue
-            flat = next(room)
-            # In slices, for the check takes several times the memory of what it looks at.
-            slices = zip(flat.split(CAST_ELEMENTS), tensor.reshape(-1).split(CAST_ELEMENTS), strict=True)
-            for target, source in slices:
-                target.copy_(source)
-                if (torch.isfinite(source) & ~torch.isfinite(target)).any():
-                    told = f"{self.origin}: '{name}' does not fit {target.dtype}; choose --dtype bfloat16 or none."
-                    raise ConversionError(told)
-            cast.append((name, flat.view(tensor.shape)))
+        cast: dict[str, Tensor] = {}
+        for group in self.chunks():
+            opened = self.open()  # anew, which gives the pages of the group before back
+            for name in group:
+                tensor = opened[name]
+                if not tensor.is_floating_point():
+                    cast[name] = tensor.clone()
+                    continue
+                cast[name] = (flat := next(room)).view(tensor.shape)
+                # In slices, for the check takes several times the memory of what it looks at.
+                slices = zip(flat.split(CAST_ELEMENTS), tensor.reshape(-1).split(CAST_ELEMENTS), strict=True)
+                for target, source in slices:
+                    target.copy_(source)
+                    if (torch.isfinite(source) & ~torch.isfinite(target)).any():
+                        raise ConversionError(
+                            f"{self.origin}: '{name}' does not fit {dtype}; choose --dtype bfloat16 or none."
+                        )
         return cast
 
     def compare(self, other: "Weights") -> str:
@@ -133,7 +129,7 @@ def weight_files(folder: Path) -> list[Path]:
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
         for suffix in (".safetensors", ".bin"):
             if (folder / f"{stem}{suffix}").is_file():
                 return [folder / f"{stem}{suffix}"]
@@ -157,10 +153,27 @@ def folder_weights(folder: Path, part: str) -> Weights | None:
     return Weights.of(folder, open_all) if files else None
 
 
+def required_weights(folder: Path, part: str) -> Weights:
+    """`folder_weights`. Raises ConversionError: there are none."""
+    if (weights := folder_weights(folder, part)) is None:
+        raise ConversionError(f"'{folder}' has a config.json but no weights.")
+    return weights
+
+
 def open_weights(file: Path) -> dict[str, Tensor]:
-    """Mapped tensors of a .safetensors or .bin file."""
+    """Mapped tensors of a .safetensors or .bin file.
+
+    Raises:
+        ConversionError: a damaged file, or one that holds anything else.
+    """
     if file.suffix == ".bin":
-        return dict(read_data(file))
+        state = read_data(file)
+        if not is_state(state):
+            raise ConversionError(
+                f"'{file}' holds no state dict. Load the part with its own library and write it with save_pretrained, "
+                "which makes a .safetensors file."
+            )
+        return dict(state)
     try:
         with safe_open(file, framework="pt"):  # a file that ends early is told here
             return load_file(file)

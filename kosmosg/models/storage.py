@@ -52,8 +52,15 @@ class StrictWeights:
         """As diffusers', see there for the options.
 
         Raises:
-            ValueError: the weights are not those of the recorded sizes; the first few names are told.
+            ValueError: the weights are not those of the recorded sizes; the first few names are told. Or they are
+                there as a pickle alone.
         """
+        pickles = [] if any(Path(folder).glob("*.safetensors")) else sorted(Path(folder).glob("*.bin"))
+        if pickles:
+            raise ValueError(
+                f"'{pickles[0]}' is a pickle, which may hold code, and is not read. Where you trust it, write its "
+                "tensors to 'diffusion_pytorch_model.safetensors' with safetensors.torch.save_file."
+            )
         tell = options.pop("output_loading_info", False)
         # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; either
         # way the report below names them.

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import pickle
 import warnings
 
 import numpy as np
@@ -83,6 +84,25 @@ def test_torchscript_is_refused_with_a_way_out(tmp_path):
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
     with pytest.raises(ConversionError, match=r"TorchScript archive.*torch\.jit\.load.*state_dict"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("content", [{"model": WEIGHTS}, {"model": {"a": [1.0]}}, np.ones(3), Runs(print, "ran")])
+def test_a_raw_pickle_is_named_and_never_unpickled(tmp_path, content, protocol, capsys):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(pickle.dumps(content, protocol))
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"kosmosg: '{path}' is ") and "weights_only" not in told.err and told.out == ""
+    assert protocol < 2 or "is a raw pickle" in told.err
+
+
+def test_what_torch_cannot_read_is_told_without_its_advice(tmp_path):
+    for name, content in (("nested", {"model": {"a": {1, frozenset()}}}), ("complex", {"a": complex(1, 2)})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ConversionError) as error:
+            read_checkpoint(tmp_path / name)
+        assert "weights_only" not in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
 def test_other_files(tmp_path):

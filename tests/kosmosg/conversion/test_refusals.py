@@ -1,12 +1,15 @@
 """What does not fit is refused before anything is written; what fails while writing leaves nothing behind."""
 
+import pickle
 import re
 import shutil
 
 import pytest
 import torch
 
-from kosmosg.conversion import ConversionError, convert_checkpoint
+from kosmosg.conversion import ConversionError, convert_checkpoint, export_checkpoint, inspect_model
+from kosmosg.models.mllm import MLLM
+from kosmosg.models.storage import load_part
 from kosmosg.tokenizer import DICTIONARY_FILE, SENTENCEPIECE_FILE, Tokenizer
 from tests import tiny
 from tests.kosmosg.conversion.conftest import weights_of
@@ -111,6 +114,10 @@ def test_a_tokenizer_that_is_missing_or_anothers(final, tmp_path, tiny_tokenizer
         convert_checkpoint(alone, tmp_path / "out", decoder=tiny_stable_diffusion, spm=spm, dictionary=longer)
     with pytest.raises(ConversionError, match="are no tokenizer"):
         convert_checkpoint(alone, tmp_path / "out", decoder=tiny_stable_diffusion, spm=words, dictionary=words)
+    for content in (b"", b"no model", spm.read_bytes()[:-100]):
+        (tmp_path / "empty.model").write_bytes(content)
+        with pytest.raises(ConversionError, match=r"empty\.model' is empty, damaged or no SentencePiece model"):
+            convert_checkpoint(alone, tmp_path / "out", spm=tmp_path / "empty.model", dictionary=words)
     assert not (tmp_path / "out").exists()
     convert_checkpoint(alone, tmp_path / "out", decoder=tiny_stable_diffusion, spm=spm, dictionary=words)
 
@@ -141,6 +148,29 @@ def test_another_stable_diffusion(final, changed, tmp_path, tiny_stable_diffusio
     with pytest.raises(ConversionError, match=r"safetensors' is missing, truncated or no safetensors file"):
         convert_checkpoint(final, tmp_path / "out", decoder=damaged)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
+@pytest.mark.parametrize("content", [[1], {"a": 1}, {"state_dict": {"a": torch.ones(1)}}])
+def test_a_pickle_among_the_parts(final, tmp_path, tiny_model, tiny_stable_diffusion, write, content):
+    decoder, model = tmp_path / "decoder", tmp_path / "model"
+    shutil.copytree(tiny_stable_diffusion, decoder)
+    shutil.copytree(tiny_model, model)
+    for part in (decoder / "unet", model / "mllm"):
+        (part / "diffusion_pytorch_model.safetensors").unlink()
+        with (part / "diffusion_pytorch_model.bin").open("wb") as file:
+            write(content, file)
+    reading = (
+        lambda: convert_checkpoint(final, tmp_path / "out", decoder=decoder),
+        lambda: inspect_model(model),
+        lambda: export_checkpoint(model, tmp_path / "out.pt"),
+        lambda: load_part(MLLM, model / "mllm"),
+    )
+    for read in reading:
+        with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' (is a|holds no)") as error:
+            read()
+        assert "weights_only" not in str(error.value) and "write" in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "model"]
 
 
 def test_flags_that_would_do_nothing(final, changed, tmp_path, tiny_stable_diffusion, golden):
@@ -216,7 +246,7 @@ def test_failing_half_way(failure, final, tmp_path, tiny_stable_diffusion, monke
 
 def test_without_flags_the_heads_are_64_wide(tmp_path):
     """The released widths: 1024 / 64 = 16 and 768 / 64 = 12."""
-    from kosmosg.conversion.sizes import Header
+    from kosmosg.conversion.checkpoint import Header
 
     header = Header("cfg", {})
     assert header.heads("vision", 1024, None, "--vision-heads") == 16
