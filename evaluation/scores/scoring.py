@@ -79,7 +79,9 @@ def load_encoders(table: str, config: EvaluationConfig, sharing: Sharing) -> Enc
     else:
         fid = feature_network(protocol.fid, config.encoder_path(protocol.fid), device)
         encoders["fid_real"] = remembered("fid_real", fid.images, lambda file: resize(read(file), protocol.real_resize))
-        encoders["fid_generated"] = remembered("fid_generated", fid.images, lambda file: resize(read(file), protocol.generated_resize))
+        encoders["fid_generated"] = remembered(
+            "fid_generated", fid.images, lambda file: resize(read(file), protocol.generated_resize)
+        )
     return Encoders(**encoders)
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kosmosg.acceleration import Acceleration, accelerate
 from torch import Tensor
 
 from evaluation.config import EvaluationConfig
-from kosmosg.acceleration import Acceleration, accelerate
 from kosmosg.config import ConfigError, load_config
 from kosmosg.sampling import DiffusionSampler
 from tests import tiny
