@@ -6,6 +6,7 @@ Images of the caption shards are neither decoded nor read.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,10 +53,11 @@ class ClipTokens:
 
     Args:
         tokenize: pads and cuts to Q positions: start, tokens, end, padding.
+        clean: applied to whole captions, since what a word is cleaned to may depend on those around it.
     """
 
-    def __init__(self, tokenize: TextTokenize):
-        self.tokenize = tokenize
+    def __init__(self, tokenize: TextTokenize, clean: Callable[[str], str] = str):
+        self.tokenize, self.clean = tokenize, clean
         self.start_id, self.end_id, self.pad_id = tokenize([""])[0, :3].tolist()
         self.length = tokenize([""]).shape[1]
         self.room = self.length - 2
@@ -64,7 +66,7 @@ class ClipTokens:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Ids B×Q, cut where a text is longer, and tokens of each text without start and end."""
-        divided = [BLANKS.split(text) for text in texts]
+        divided = [BLANKS.split(self.clean(text)) for text in texts]
         new = {word for words in divided for word in words if word not in self._words}
         self._characters += sum(map(len, new))
         if self._characters > REMEMBERED_CHARACTERS:
@@ -135,7 +137,8 @@ class AlignmentData(MixtureDataModule):
 
     Args:
         encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens.
-        text_tokenize: captions → CLIP ids B×Q, padded and cut, e.g. `ImageDecoder.tokenize`.
+        text_tokenize: clean captions → CLIP ids B×Q, padded and cut, e.g. `ImageDecoder.tokenize`.
+        clean: applied to each caption before, e.g. `ImageDecoder.clean`.
 
     Raises:
         ValueError: `max_clip_tokens` is more than the CLIP text model takes.
@@ -149,11 +152,17 @@ class AlignmentData(MixtureDataModule):
         cls, config: AlignmentDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
     ) -> "AlignmentData":
         assert decoder is not None
-        return cls(config, encoder, decoder.tokenize)
+        return cls(config, encoder, partial(decoder.tokenize, clean=False), decoder.clean)
 
-    def __init__(self, config: AlignmentDataConfig, encoder: PromptEncoder, text_tokenize: TextTokenize):
+    def __init__(
+        self,
+        config: AlignmentDataConfig,
+        encoder: PromptEncoder,
+        text_tokenize: TextTokenize,
+        clean: Callable[[str], str] = str,
+    ):
         super().__init__(config)
-        self.encoder, self.clip = encoder, ClipTokens(text_tokenize)
+        self.encoder, self.clip = encoder, ClipTokens(text_tokenize, clean)
         if config.max_clip_tokens > self.clip.room:
             raise ValueError(
                 f"max_clip_tokens={config.max_clip_tokens} but the CLIP text model takes {self.clip.room} beside start "

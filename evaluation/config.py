@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from evaluation.images.weights import encoder_file, encoder_folder
 from evaluation.protocols.protocol import CocoProtocol, DreamBenchProtocol, Encoder
 from evaluation.tracking import Tracking
-from kosmosg.acceleration import Acceleration
+from kosmosg.sampling import Acceleration
 
 
 @dataclass

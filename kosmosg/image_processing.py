@@ -13,7 +13,7 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LONGEST_ASPECT = 100  # resized by its shorter side, a longer strip would need gigabytes before it is cropped
-TURNS = {
+TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -22,6 +22,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Where Pillow keeps an orientation; `Image.transpose` copies them all.
+EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 class ClipImageTransform:
@@ -85,25 +87,52 @@ def cropped(image: Image.Image, size: int, resampling: Image.Resampling) -> Imag
     return image.crop((left, top, left + size, top + size))
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB; what is transparent becomes white, the background of the cut-out subjects.
+def rgb(image: Image.Image, turn: bool = True) -> Image.Image:
+    """The image in RGB. Transparent pixels become white, the background of the cut-out subjects.
+
+    Args:
+        turn: as the EXIF orientation says.
 
     Raises:
         ValueError: a mode whose values have no fixed range, as floating point.
     """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if turn:
+        image = upright(image)
     if image.mode in ("F", "I"):
         raise ValueError(
             f"an image of mode {image.mode!r} has no fixed range of values, so its brightness in RGB is unknown; scale "
             "it to 8 bits first. Allowed: modes of 8 or 16 bits."
         )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        values = np.asarray(image)
+        opaque = values != image.info.get("transparency", -1)
+        return Image.fromarray(np.where(opaque, values >> 8, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        colour = image.info.get("transparency")
+        if isinstance(colour, tuple) and max(colour) > 255:  # of a PNG of 16 bits, whose pixels Pillow reads as 8
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, which it then no longer carries.
+
+    Broken EXIF data are ignored.
+    """
+    image.load()  # TIFF files are turned, and PNG files learn their orientation, only then
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the data are the camera's, or anybody's
+        return image
+    if orientation not in TURNS:
+        return image
+    turned = image.transpose(TURNS[orientation])
+    for key in EXIF_KEYS:
+        turned.info.pop(key, None)
+    return turned
 
 
 def to_images(
@@ -113,13 +142,3 @@ def to_images(
     shape = (1, 3, 1, 1)
     values = pixels.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in (values.clamp(0, 1) * 255).round().byte()]
-
-
-def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """`pixels` turned as the EXIF orientation of `image` says. Broken EXIF data are no reason to lose an image."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # what stands there is the camera's, or anybody's
-        return pixels
-    turn = TURNS.get(orientation)
-    return pixels if turn is None else pixels.transpose(turn)

@@ -13,14 +13,24 @@ as those of ControlNet, are composed with this one through prompt embeddings (pa
 Shapes: `B` prompts, `n` images for each, `Q` condition tokens, `C` condition width.
 """
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffusionMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -34,21 +44,30 @@ from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MAX_TOKENS, MLLM
 from kosmosg.models.stable_diffusion import ABSENT_PARTS, StableDiffusion
-from kosmosg.models.storage import find_model, load_part
-from kosmosg.prompt import ImageInput, Prompt, PromptEncoder, Segment, read_prompts
+from kosmosg.models.storage import check_weights, find_model, load_network, load_part
+from kosmosg.prompt import PLACEHOLDER, ImageInput, Prompt, PromptEncoder, Segment, read_prompts
 from kosmosg.sampling import DiffusionSampler, build_scheduler
 from kosmosg.tokenizer import Tokenizer
 
 Composed = TypeVar("Composed", bound=DiffusionPipeline)
+Dtype = torch.dtype | dict[str, torch.dtype]
 MODEL_INDEX = "model_index.json"
 logger = logging.getLogger(__name__)
+
+
+def drawing_state(name: str) -> property:
+    """An attribute of the diffusers pipeline that draws, as one of KosmosGPipeline."""
+    return property(lambda pipe: getattr(pipe._drawing, name), lambda pipe, value: setattr(pipe._drawing, name, value))
 
 
 class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     """MLLM, AlignerNet and the Stable Diffusion that they steer.
 
+    A part may be None where it is not needed: `encode_prompt` needs `mllm`, `aligner` and `tokenizer`, and drawing from
+    `prompt_embeds` the others.
+
     Args:
-        scheduler: any of diffusers; replace it as in other pipelines, or name a `sampler` at the call.
+        scheduler: of diffusers; replace it as in other pipelines, or name a `sampler` at the call.
 
     Raises:
         ValueError: parts that do not fit each other.
@@ -56,35 +75,43 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     model_cpu_offload_seq = "mllm->aligner->unet->vae"
     _lora_loadable_modules: ClassVar = ["unet"]
+    _callback_tensor_inputs: ClassVar = StableDiffusionPipeline._callback_tensor_inputs
+    # What callbacks read and set on diffusers' Stable Diffusion pipeline.
+    guidance_scale, _guidance_scale = drawing_state("guidance_scale"), drawing_state("_guidance_scale")
+    interrupt, _interrupt = drawing_state("interrupt"), drawing_state("_interrupt")
+    num_timesteps, _num_timesteps = drawing_state("num_timesteps"), drawing_state("_num_timesteps")
+    cross_attention_kwargs = drawing_state("cross_attention_kwargs")
+    do_classifier_free_guidance = drawing_state("do_classifier_free_guidance")
 
     def __init__(
         self,
-        mllm: MLLM,
-        aligner: Aligner,
-        tokenizer: Tokenizer,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        scheduler: SchedulerMixin,
+        mllm: MLLM | None,
+        aligner: Aligner | None,
+        tokenizer: Tokenizer | None,
+        unet: UNet2DConditionModel | None,
+        vae: AutoencoderKL | None,
+        scheduler: SchedulerMixin | None,
     ):
         super().__init__()
-        if len(tokenizer) != mllm.config.vocab_size:
+        if tokenizer is not None and mllm is not None and len(tokenizer) != mllm.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} ids but the MLLM's vocabulary {mllm.config.vocab_size}."
             )
-        if aligner.config.width != unet.config.cross_attention_dim:
+        if aligner is not None and unet is not None and aligner.config.width != unet.config.cross_attention_dim:
             raise ValueError(
                 f"the aligner's conditions are {aligner.config.width} wide but the U-Net reads "
                 f"{unet.config.cross_attention_dim}: the model was aligned with another Stable Diffusion."
             )
         self.register_modules(mllm=mllm, aligner=aligner, tokenizer=tokenizer, unet=unet, vae=vae, scheduler=scheduler)
         self._null_condition: tuple[Any, Condition] | None = None
+        self._drawing: Any = SimpleNamespace()  # the pipeline of the call in progress, or of the last one
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
         image_decoder: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: Dtype | None = None,
         **options: Any,
     ) -> "KosmosGPipeline":
         """Read a pipeline folder or hub id; or the model folder of a training run, and the Stable Diffusion it steers.
@@ -92,45 +119,54 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Args:
             image_decoder: Stable Diffusion folder or hub id; its U-Net and VAE take the place of the folder's. Of a run
                 folder, what the run was trained with is taken if none is given.
-            torch_dtype: of all weights; float32 if not given.
-            options: of `diffusers.DiffusionPipeline.from_pretrained`.
+            torch_dtype: of all weights, or a dictionary as diffusers takes it; float32 if not given.
+            options: of `diffusers.DiffusionPipeline.from_pretrained`; a part given here is not read, and may be None.
 
         Raises:
             FileNotFoundError: a part is missing.
-            ValueError: a part's weights are not those of its sizes, or parts do not fit each other.
+            ValueError: a part's weights are not those of its sizes or not finite, or parts do not fit each other; a
+                `torch_dtype` that is none.
         """
         dtype = torch_dtype or options.pop("dtype", torch.float32)
+        if not isinstance(dtype, (torch.dtype, dict)):
+            raise ValueError(f"torch_dtype={dtype!r} is not allowed; allowed: a torch.dtype, as torch.float16.")
+        local = Path(folder).is_dir()
         image_decoder = image_decoder or decoder_of_run(folder)
-        if Path(folder).is_dir():
-            folder = find_model(folder)
+        folder = find_model(folder) if local else folder
         if image_decoder is not None:
-            options |= decoder_parts(image_decoder, dtype)
-        if Path(folder).is_dir() and not (Path(folder) / MODEL_INDEX).is_file():
-            if image_decoder is None:
+            options |= decoder_parts(image_decoder, dtype, options)
+        if local and not (Path(folder) / MODEL_INDEX).is_file():
+            if not {"unet", "vae", "scheduler"} <= options.keys():
                 raise FileNotFoundError(
                     f"'{folder}' holds no {MODEL_INDEX} and no Stable Diffusion; name the one that the model was "
                     "trained with as image_decoder=."
                 )
-            pipeline = cls(**model_parts(Path(folder), dtype), **options)
+            pipeline = cls(**model_parts(Path(folder), dtype, options), **options)
         else:
+            options = absent_parts(Path(folder)) | options if local else options
             pipeline = super().from_pretrained(str(folder), dtype=dtype, **options)
-        for part in (pipeline.mllm, pipeline.aligner, pipeline.unet, pipeline.vae):
+            for name in {"unet", "vae"} - options.keys():  # the others are checked where they are read
+                check_weights(getattr(pipeline, name), f"{folder}/{name}")
+        for part in filter(None, (pipeline.mllm, pipeline.aligner, pipeline.unet, pipeline.vae)):
             part.requires_grad_(False)
         return pipeline
 
     @property
     def model(self) -> KosmosG:
         """MLLM and aligner as one network."""
+        self._require("mllm", "aligner")
         return KosmosG(self.mllm, self.aligner)
 
     @property
     def encoder(self) -> PromptEncoder:
         """Segments → ids and preprocessed images."""
+        self._require("mllm", "aligner", "tokenizer")
         return self.mllm.encoder(self.tokenizer, min(MAX_TOKENS, self.aligner.max_length or MAX_TOKENS))
 
     @property
     def image_decoder(self) -> ImageDecoder:
-        """U-Net and VAE behind the interface that the project knows."""
+        """U-Net, VAE and scheduler behind the interface that the project knows."""
+        self._require("unet", "scheduler")
         return StableDiffusion(self.unet, self.vae, self.scheduler)
 
     @property
@@ -176,7 +212,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
         Raises:
             ValueError: placeholders unlike images, an empty or too long prompt, an image without pixels or of a mode
-                without a meaning in RGB, seeds unlike images, an unknown sampler.
+                without a meaning in RGB, seeds unlike images, a sampler or number that is not allowed; a part that is
+                needed and None.
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt= or prompt_embeds=.")
@@ -184,11 +221,22 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             prompt_embeds, negative_prompt_embeds = self.encode_prompt(prompt, images, negative_prompt)
         elif images is not None or negative_prompt is not None:
             raise ValueError("images= and negative_prompt= belong to prompt=; prompt_embeds= holds what they said.")
+        if output_type != "latent":
+            self._require("vae")
         drawing = self.sampler
-        drawing.pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {"disable": False}))
+        self._drawing = drawing.pipeline
+        self._drawing.set_progress_bar_config(**getattr(self, "_progress_bar_config", {"disable": False}))
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        called = None if callback_on_step_end is None else partial(call_with, self, callback_on_step_end)
+        condition = Condition(prompt_embeds)
+        if negative_prompt_embeds is not None:
+            unconditional = Condition(negative_prompt_embeds)
+        else:  # without guidance it is not read
+            unconditional = self.null_condition if guidance_scale > 1 else condition
         drawn = drawing(
-            Condition(prompt_embeds),
-            self.null_condition if negative_prompt_embeds is None else Condition(negative_prompt_embeds),
+            condition,
+            unconditional,
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -199,7 +247,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             height=height,
             width=width,
             output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end=called,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             cross_attention_kwargs=cross_attention_kwargs,
         )
@@ -255,30 +303,48 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """diffusers' own, but weights for CLIP's text model are left out, with a warning: there is none here.
 
         Raises:
-            ValueError: nothing in the file is for the U-Net.
+            ValueError: the file is no LoRA file, or nothing in it is for the U-Net.
         """
-        state, alphas = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options)
-        ours = {name: tensor for name, tensor in state.items() if not name.startswith(self.text_encoder_name)}
-        if not any("lora" in name for name in ours):
-            raise ValueError(f"'{pretrained_model_name_or_path_or_dict}' holds no LoRA weights for the U-Net.")
+        self._require("unet")
+        source = pretrained_model_name_or_path_or_dict
+        source = dict(source) if isinstance(source, dict) else source
+        low_cpu_mem_usage = options.pop("low_cpu_mem_usage", True)
+        options["return_lora_metadata"] = True
+        state, alphas, metadata = self.lora_state_dict(source, **options)
+        name = "the dictionary" if isinstance(source, dict) else f"'{source}'"
+        if others := [key for key in state if "lora" not in key]:
+            raise ValueError(f"{name} is no LoRA file: it has {others[0]!r}, which is no LoRA weight.")
+        ours = {key: tensor for key, tensor in state.items() if not key.startswith(self.text_encoder_name)}
+        if not ours:
+            raise ValueError(f"{name} holds no LoRA weights for the U-Net.")
         if len(ours) < len(state):
             logger.warning(
                 f"{len(state) - len(ours)} of {len(state)} LoRA weights are for CLIP's text model, whose place the "
                 "MLLM takes; they are left out."
             )
-        self.load_lora_into_unet(ours, alphas, self.unet, adapter_name=adapter_name, _pipeline=self, hotswap=hotswap)
+        self.load_lora_into_unet(
+            ours,
+            network_alphas=alphas,
+            unet=self.unet,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+
+    def _require(self, *parts: str) -> None:
+        if missing := [part for part in parts if getattr(self, part) is None]:
+            raise ValueError(f"this pipeline has no {', '.join(missing)}, which is needed here; load it with the part.")
 
     def _negative(self, negative_prompt: str | Sequence[str] | None, count: int) -> Condition:
         """Of one row, or of B where each prompt has its own."""
         if not negative_prompt:
             return self.null_condition
-        if isinstance(negative_prompt, str):
-            return self._condition([[negative_prompt]])
-        if len(negative_prompt) != count:
-            raise ValueError(
-                f"{len(negative_prompt)} negative prompts were given for {count} prompts; give one, or one each."
-            )
-        return self._condition([[text] for text in negative_prompt])
+        texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        if not isinstance(negative_prompt, str) and len(texts) != count:
+            raise ValueError(f"{len(texts)} negative prompts were given for {count} prompts; give one, or one each.")
+        return self._condition([[check_negative_prompt(text)] for text in texts])
 
     @torch.no_grad()
     def _condition(self, prompts: Sequence[Sequence[Segment]]) -> Condition:
@@ -294,23 +360,53 @@ def decoder_of_run(folder: str | Path) -> str | None:
     return OmegaConf.select(OmegaConf.load(file), "model.image_decoder") if file.is_file() else None
 
 
-def decoder_parts(image_decoder: str | Path, dtype: torch.dtype) -> dict[str, Any]:
-    """U-Net, VAE and the scheduler "dpm" over the noise schedule of a Stable Diffusion."""
-    trained_with = DDIMScheduler.from_pretrained(image_decoder, subfolder="scheduler")
-    return {
-        "unet": UNet2DConditionModel.from_pretrained(image_decoder, subfolder="unet", dtype=dtype),
-        "vae": AutoencoderKL.from_pretrained(image_decoder, subfolder="vae", dtype=dtype),
-        "scheduler": build_scheduler("dpm", trained_with),
+def decoder_parts(image_decoder: str | Path, dtype: Dtype, given: Collection[str]) -> dict[str, Any]:
+    """U-Net, VAE and the scheduler "dpm" over the noise schedule of a Stable Diffusion, but for what is `given`."""
+    load: dict[str, Callable[[], Any]] = {
+        "unet": lambda: load_network(UNet2DConditionModel, image_decoder, "unet", dtype=dtype_of("unet", dtype)),
+        "vae": lambda: load_network(AutoencoderKL, image_decoder, "vae", dtype=dtype_of("vae", dtype)),
+        "scheduler": lambda: build_scheduler(
+            "dpm", DDIMScheduler.from_pretrained(image_decoder, subfolder="scheduler")
+        ),
     }
+    return {name: read() for name, read in load.items() if name not in given}
 
 
-def model_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What a training run wrote: mllm/, aligner/ and tokenizer/."""
-    return {
-        "mllm": load_part(MLLM, folder / "mllm", dtype),
-        "aligner": load_aligner(folder / "aligner", dtype),
-        "tokenizer": Tokenizer.from_pretrained(folder / "tokenizer"),
+def model_parts(folder: Path, dtype: Dtype, given: Collection[str]) -> dict[str, Any]:
+    """What a training run wrote, mllm/, aligner/ and tokenizer/, but for what is `given`."""
+    load: dict[str, Callable[[], Any]] = {
+        "mllm": lambda: load_part(MLLM, folder / "mllm", dtype_of("mllm", dtype)),
+        "aligner": lambda: load_aligner(folder / "aligner", dtype_of("aligner", dtype)),
+        "tokenizer": lambda: Tokenizer.from_pretrained(folder / "tokenizer"),
     }
+    return {name: read() for name, read in load.items() if name not in given}
+
+
+def absent_parts(folder: Path) -> dict[str, None]:
+    """The parts that were None when the pipeline folder was saved."""
+    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
+    return {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+
+
+def dtype_of(part: str, dtype: Dtype) -> torch.dtype:
+    """Of one part, where a dictionary may give each its own."""
+    return dtype.get(part, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+
+
+def check_negative_prompt(text: str) -> str:
+    """The text as it is.
+
+    Raises:
+        ValueError: it has a placeholder, for which no image is taken.
+    """
+    if PLACEHOLDER in text:
+        raise ValueError(f"negative_prompt={text!r} has a placeholder {PLACEHOLDER}; allowed: text alone.")
+    return text
+
+
+def call_with(pipeline: DiffusionPipeline, callback: Callable[..., dict], inner: Any, *arguments: Any) -> dict:
+    """A callback is called with the pipeline that the user called, not with the one that draws."""
+    return callback(pipeline, *arguments)
 
 
 def weights_state(network: nn.Module) -> tuple:

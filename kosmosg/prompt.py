@@ -265,8 +265,10 @@ def read_prompts(prompts: Prompt | Sequence[Prompt], images: Sequence[Any] | Non
     """The forms of `KosmosGPipeline.__call__` as lists of segments.
 
     Raises:
-        ValueError: nothing to draw, or images that fit no placeholders; a batch's error names the prompt.
+        ValueError: nothing to draw, or images that fit no placeholders or are none; a batch's error names the prompt.
     """
+    if is_image(images) or isinstance(images, str):
+        raise ValueError("images= is not a list; allowed: a list of images, for a batch of prompts a list of lists.")
     if isinstance(prompts, str) or any(not isinstance(item, str) and is_image(item) for item in prompts):
         batch, image_lists = [prompts], [images or ()]
     else:
@@ -282,6 +284,10 @@ def read_prompts(prompts: Prompt | Sequence[Prompt], images: Sequence[Any] | Non
 
 def read_prompt(prompt: Prompt, images: Sequence[ImageInput], number: int) -> list[Segment]:
     """One prompt as segments; `number` is its place in the batch."""
+    if others := [image for image in images if not is_image(image)]:
+        raise ValueError(
+            f"prompt {number}: images= holds {others[0]!r}; allowed: PIL images and preprocessed tensors 3×S×S."
+        )
     if isinstance(prompt, str):
         try:
             segments = parse_prompt(prompt, images)

@@ -6,19 +6,25 @@ DPM-Solver++ of order 2 ends at its smallest sigma, not at zero; DDIM and PNDM s
 Shapes: `B` conditions, `n` images for each.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from importlib.util import find_spec
+from numbers import Integral
+from operator import index
+from typing import Any, Literal, TypeVar
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from kosmosg.condition import Condition
 from kosmosg.models.image_decoder import ImageDecoder
 
-SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+Module = TypeVar("Module", bound=nn.Module)
+SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "dpm": (
         DPMSolverMultistepScheduler,
         {
@@ -45,27 +51,89 @@ NOISE_SCHEDULE = (
 )
 
 
+# diffusers' schedulers that sample from a network which predicts noise. Flow matching, EDM's preconditioning, SASolver
+# and inversion need another network or another loop.
+SCHEDULERS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+LARGEST_SEED = 2**64 - 1
+
+
+@dataclass
+class Acceleration:
+    """How the frozen image decoder is run. Results are the same but for rounding."""
+
+    channels_last: bool = False
+    """Keep weights and activations of convolutions with their channels last, as tensor cores read them."""
+    compile: bool = False
+    """Compile the U-Net; the first batch of every size then takes a minute or more."""
+
+
+def accelerate(unet: Module, vae: nn.Module | None, acceleration: Acceleration) -> Module:
+    """Apply `acceleration` in place; returns the U-Net."""
+    if acceleration.channels_last:
+        for network in filter(None, (unet, vae)):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if acceleration.compile:
+        unet.compile()
+    return unet
+
+
+def scheduler_class(sampler: str) -> type[SchedulerMixin]:
+    """The diffusers scheduler behind a name.
+
+    Args:
+        sampler: a key of `SAMPLERS`, or one of `SCHEDULERS`.
+
+    Raises:
+        ValueError: a name that is not allowed, or whose scheduler needs a package that is not installed.
+    """
+    if sampler in SAMPLERS:
+        return SAMPLERS[sampler][0]
+    if sampler not in SCHEDULERS:
+        raise ValueError(
+            f"sampler={sampler!r} is not allowed; allowed: {', '.join(SAMPLERS)}, or of diffusers' schedulers "
+            f"{', '.join(SCHEDULERS)}."
+        )
+    kind = getattr(diffusers, sampler)
+    # In place of a class whose requirements are not met, diffusers has a dummy that names them.
+    if missing := [package for package in getattr(kind, "_backends", ()) if find_spec(package) is None]:
+        raise ValueError(f"sampler={sampler!r} needs the package {', '.join(missing)}, which is not installed.")
+    return kind
+
+
 def build_scheduler(sampler: str, trained_with: SchedulerMixin) -> SchedulerMixin:
     """A fresh scheduler over the noise schedule of `trained_with`.
 
     Args:
-        sampler: one of `SAMPLERS`, set as the released code's; or the name of any diffusers scheduler, which takes
-            its settings from `trained_with`.
+        sampler: see `scheduler_class`. Those of `SAMPLERS` are set as the released code's; the others take their
+            settings from `trained_with`.
 
     Raises:
-        ValueError: an unknown sampler.
+        ValueError: see `scheduler_class`.
     """
-    if sampler in SAMPLERS:
-        kind, settings = SAMPLERS[sampler]
-        schedule = {name: trained_with.config[name] for name in NOISE_SCHEDULE if name in trained_with.config}
-        return kind(**schedule, **settings, steps_offset=STEPS_OFFSET)
-    kind = getattr(diffusers, sampler, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise ValueError(
-            f"sampler={sampler!r} is unknown; allowed: {', '.join(SAMPLERS)}, or a scheduler class of diffusers, as "
-            "'EulerDiscreteScheduler'."
-        )
-    return kind.from_config(trained_with.config)
+    kind = scheduler_class(sampler)
+    if sampler not in SAMPLERS:
+        return kind.from_config(trained_with.config)
+    schedule = {name: trained_with.config[name] for name in NOISE_SCHEDULE if name in trained_with.config}
+    return kind(**schedule, **SAMPLERS[sampler][1], steps_offset=STEPS_OFFSET)
 
 
 class DiffusionSampler:
@@ -118,23 +186,20 @@ class DiffusionSampler:
             seeds: one for each image, B·n; an image then depends on its seed alone, not on the batch around it.
             generator: draws the starting noise where there are no seeds.
             latents: starting noise B·n×4×h×w instead of drawn noise.
-            height, width: pixels; by default what the U-Net was trained on.
+            height, width: pixels; by default what the decoder was trained on.
             sampler: see `build_scheduler`; None for the scheduler that was given.
             fast_unguided_share: share of the steps, the last ones, that go without guidance and so at half the cost.
-                It changes the pictures: for looking at, never for a table.
+                It changes the images: for previews, never for a table.
             others: as in `diffusers.StableDiffusionPipeline`.
 
         Raises:
-            ValueError: a value that is not allowed, seeds unlike the images, a condition of another width.
+            ValueError: a value that is not allowed, seeds unlike the images, a condition of another form.
         """
-        if num_inference_steps < 1 or num_images_per_prompt < 1:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} and num_images_per_prompt={num_images_per_prompt} "
-                "must be at least 1."
-            )
+        check_numbers(num_inference_steps, guidance_scale, num_images_per_prompt)
+        height, width = self.decoder.image_size(height, width)
         self.decoder.check(condition)
         if not 0 <= fast_unguided_share <= 1:
-            raise ValueError(f"fast_unguided_share={fast_unguided_share} is not allowed; it lies in 0 … 1.")
+            raise ValueError(f"fast_unguided_share={fast_unguided_share} is not allowed; allowed: 0 … 1.")
         if fast_unguided_share and guidance_scale > 1:
             guided = round((1 - fast_unguided_share) * num_inference_steps)
             callback_on_step_end = Unguide(guided, callback_on_step_end)
@@ -163,6 +228,22 @@ class DiffusionSampler:
         )[0]
 
 
+def check_numbers(num_inference_steps: int, guidance_scale: float, num_images_per_prompt: int = 1) -> None:
+    """Refuse numbers that no sampler takes.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name, value in (
+        ("num_inference_steps", num_inference_steps),
+        ("num_images_per_prompt", num_images_per_prompt),
+    ):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed; allowed: integers of at least 1.")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale} is not allowed; allowed: finite numbers.")
+
+
 class Unguide:
     """A callback after each step that ends guidance after `guided` of them, and calls another one."""
 
@@ -180,8 +261,14 @@ def seeded(
     seeds: Sequence[int], images: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
 ) -> list[torch.Generator]:
     """One generator for each image, on the CPU so that a seed means the same noise on every device."""
+    try:
+        numbers = [index(seed) for seed in seeds]
+    except TypeError as error:
+        raise ValueError(f"seeds={seeds!r} is not allowed; allowed: a list of {images} integers.") from error
+    if wrong := [seed for seed in numbers if not 0 <= seed <= LARGEST_SEED]:
+        raise ValueError(f"seeds has {wrong[0]}; allowed: integers in 0 … 2^64 - 1.")
     if generator is not None or latents is not None:
         raise ValueError("seeds were given together with a generator or latents; choose one source of noise.")
-    if len(seeds) != images:
-        raise ValueError(f"{len(seeds)} seeds were given for {images} images; each image needs one.")
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    if len(numbers) != images:
+        raise ValueError(f"{len(numbers)} seeds were given for {images} images; each image needs one.")
+    return [torch.Generator().manual_seed(seed) for seed in numbers]

@@ -141,7 +141,7 @@ def assemble(system: System, requests: Sequence[Request], inputs_folder: Path) -
     """The requests as the system reads them; each input file is opened once."""
     opened: dict[str, Image.Image] = {}
     for name in {name for request in requests for name in request.inputs if system.reads_images}:
-        opened[name] = read_image(inputs_folder / name)
+        opened[name] = read_image(inputs_folder / name, upright=True)  # as every prompt's images
     return Batch(
         prompts=[fed_prompt(system, request) for request in requests],
         images=[[opened[name] for name in request.inputs] if system.reads_images else [] for request in requests],

@@ -20,12 +20,11 @@ from evaluation.images.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stabl
 from evaluation.protocols.protocol import Sampling
 from evaluation.protocols.requests import EvaluationError
 from evaluation.protocols.resizing import truncated
-from kosmosg.acceleration import Acceleration, accelerate
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
-from kosmosg.sampling import DiffusionSampler, seeded
+from kosmosg.sampling import Acceleration, DiffusionSampler, accelerate, seeded
 
 REAL_IMAGES = "Real images"
 COPY_OF_INPUT = "Copy of the input"

@@ -162,6 +162,8 @@ class Protocol:
     """How images are made and stored."""
     clip: Encoder | None = None
     """CLIP-I and CLIP-T; the mean of pair cosines, clamped at 0 after averaging."""
+    upright: bool = False
+    """Score photos turned as their EXIF orientation says; the published scripts score the pixels as they are stored."""
 
 
 @dataclass
@@ -238,7 +240,10 @@ class CocoProtocol(Protocol):
 
 def identity(protocol: Protocol) -> str:
     """`name@version#fingerprint`: equal exactly where every field is equal."""
-    written = json.dumps(asdict(protocol), sort_keys=True, ensure_ascii=False)
+    values = asdict(protocol)
+    if not protocol.upright:  # as before the field was there
+        del values["upright"]
+    written = json.dumps(values, sort_keys=True, ensure_ascii=False)
     digest = hashlib.sha256(written.encode()).hexdigest()[:FINGERPRINT_DIGITS]
     return f"{protocol.name}@{protocol.version}#{digest}"
 

@@ -78,8 +78,11 @@ def spread(items: Sequence, count: int | None) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def read_image(file: Path | str) -> Image.Image:
+def read_image(file: Path | str, upright: bool = False) -> Image.Image:
     """The image in RGB.
+
+    Args:
+        upright: turn it as its EXIF orientation says.
 
     Raises:
         DataSetError: the file is no readable image; names it.
@@ -87,6 +90,6 @@ def read_image(file: Path | str) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()  # before the file is closed
-            return rgb(image)
+            return rgb(image, turn=upright)
     except OSError as error:
         raise DataSetError(f"'{file}' cannot be read as an image ({error}); restore it from the data set.") from error

@@ -121,7 +121,8 @@ def load(kind: type, folder: Path, **options) -> Any:
     Raises:
         EvaluationError: weights that would have stayed random; the first few are named.
     """
-    model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
+    options |= {"dtype": torch.float32, "trust_remote_code": False}
+    model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
         raise EvaluationError(
@@ -133,7 +134,10 @@ def load(kind: type, folder: Path, **options) -> Any:
 def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
     """PIL images → N×3×S×S, as the protocol states, or as the encoder's folder does."""
     if stated is None:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        except ValueError as error:
+            raise EvaluationError(f"'{folder}' has no preprocessing that can be used: {error}") from error
     else:
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": stated.resize},

@@ -7,16 +7,16 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from evaluation.config import Bootstrap, EvaluationConfig
 from evaluation.parallel.sharing import Encode, Sharing
-from evaluation.protocols.protocol import KID, Resize
+from evaluation.protocols.protocol import KID
 from evaluation.protocols.requests import ScoredImage, read_image
 from evaluation.protocols.resizing import resize
 from evaluation.scores.bootstrap import fid_interval, kid_interval, mean_interval
@@ -63,22 +63,25 @@ def load_encoders(table: str, config: EvaluationConfig, sharing: Sharing) -> Enc
         FileNotFoundError, ValueError: weights that are missing or of another network.
     """
     protocol, device = getattr(config, table), config.torch_device(sharing.processes.local_rank)
+    read = partial(read_image, upright=protocol.upright)
 
     def remembered(name: str, encode: Callable[[list], Tensor], read: Callable[[Any], Any]) -> Remembered:
         return Remembered(f"{table}.{name}", encode, sharing, read)
 
     clip = CLIPEncoder(protocol.clip, config.encoder_path(protocol.clip), device)
     encoders = {
-        "clip_images": remembered("clip_images", clip.images, read_image),
+        "clip_images": remembered("clip_images", clip.images, read),
         "clip_texts": remembered("clip_texts", clip.texts, str),
     }
     if table == "dreambench":
         dino = DinoEncoder(protocol.dino, config.encoder_path(protocol.dino), device)
-        encoders["dino"] = remembered("dino", dino.images, read_image)
+        encoders["dino"] = remembered("dino", dino.images, read)
     else:
         fid = feature_network(protocol.fid, config.encoder_path(protocol.fid), device)
-        encoders["fid_real"] = remembered("fid_real", fid.images, reader(protocol.real_resize))
-        encoders["fid_generated"] = remembered("fid_generated", fid.images, reader(protocol.generated_resize))
+        encoders["fid_real"] = remembered("fid_real", fid.images, lambda file: resize(read(file), protocol.real_resize))
+        encoders["fid_generated"] = remembered(
+            "fid_generated", fid.images, lambda file: resize(read(file), protocol.generated_resize)
+        )
     return Encoders(**encoders)
 
 
@@ -86,11 +89,6 @@ def shared_encoders(encoders: Mapping[str, Encoders]) -> dict[str, Encode]:
     """Those of every table by name, for processes that serve."""
     found = [getattr(of_table, field.name) for of_table in encoders.values() for field in fields(of_table)]
     return {encoder.name: encoder.batch for encoder in found if isinstance(encoder, Remembered)}
-
-
-def reader(stated: Resize | None) -> Callable[[Path | str], Image.Image]:
-    """Reads files and resizes them as one side of FID is."""
-    return lambda file: resize(read_image(file), stated)
 
 
 @dataclass(frozen=True)

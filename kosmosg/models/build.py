@@ -12,7 +12,7 @@ from kosmosg.models.image_decoder import ImageDecoder, Parts
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.model_config import ModelConfig, VisionConfig
 from kosmosg.models.stable_diffusion import StableDiffusion
-from kosmosg.models.storage import Part, find_model, load_part, require_class, require_same_config
+from kosmosg.models.storage import Part, find_model, load_network, load_part, require_class, require_same_config
 from kosmosg.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-5
@@ -144,17 +144,15 @@ def load_vision_weights(model: MLLM, weights: str) -> None:
     """Put the vision encoder of a CLIP folder or hub id into `model`.
 
     Raises:
-        ValueError: a tower of other sizes, or weights that are missing.
+        ValueError: an encoder of other sizes, or weights that are missing or not finite.
     """
-    clip, report = CLIPVisionModel.from_pretrained(weights, output_loading_info=True)
+    clip = load_network(CLIPVisionModel, weights)
     expected = model.config.vision_config
     different = [
         f"{key} is {getattr(clip.config, key)!r} there and {value!r} in the configuration"
         for key, value in expected.items()
         if getattr(clip.config, key) != value
     ]
-    if report["missing_keys"]:
-        different.append(f"{len(report['missing_keys'])} weights are missing, as {sorted(report['missing_keys'])[:3]}")
     if different:
         raise ValueError(f"model.vision_weights='{weights}' is another vision encoder: " + "; ".join(different) + ".")
     model.vision.clip.load_state_dict(clip.state_dict())

@@ -1,9 +1,9 @@
 """What the project knows of an image decoder: a small interface, and the table of its implementations.
 
-An image decoder is frozen and always in eval mode; the gradient of its prediction reaches the condition (eq. 9). It
-owns everything that differs between families: the condition it reads, how time is scaled, the sign of its prediction,
-the scale and shift of its latents. Training, dry run, grids, pipeline and evaluation know this interface alone, so
-another decoder is one class and one line in `kosmosg.models.build.IMAGE_DECODERS`.
+As `from_pretrained` returns it, an image decoder is frozen and in eval mode; the gradient of its prediction reaches
+the condition (eq. 9). It owns everything that differs between families: the condition it reads, how time is scaled, the
+sign of its prediction, the scale and shift of its latents. Training, dry run, grids, pipeline and evaluation know this
+interface alone, so another decoder is one class and one line in `kosmosg.models.build.IMAGE_DECODERS`.
 
 Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens, `C` condition width.
 """
@@ -11,7 +11,7 @@ Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens,
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -48,17 +48,29 @@ class ImageDecoder(nn.Module):
             ValueError: a hub id whose sizes are not known here.
         """
 
-    def train(self, mode: bool = True) -> "ImageDecoder":
+    def freeze(self) -> Self:
+        """No weight trains any more, and all modules are in eval mode."""
+        return self.requires_grad_(False).train(False)
+
+    def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the surrounding module does."""
         return super().train(False)
 
     # Text side: what stage 2 aligns with.
+    def clean(self, text: str) -> str:
+        """A caption as `tokenize` reads it."""
+        return text
+
     @abstractmethod
-    def tokenize(self, texts: Sequence[str], *, truncation: bool = True) -> Tensor:
-        """Captions → ids B×T of the decoder's own text model; longer ones are cut unless `truncation` is False.
+    def tokenize(self, texts: Sequence[str], *, truncation: bool = True, clean: bool = True) -> Tensor:
+        """Captions → ids B×T of the decoder's own text model.
+
+        Args:
+            truncation: cut captions that are too long.
+            clean: apply `clean` to each caption first.
 
         Raises:
-            ValueError: a caption is too long and may not be cut.
+            ValueError: a caption is too long and `truncation` is False.
         """
 
     @abstractmethod
@@ -125,6 +137,14 @@ class ImageDecoder(nn.Module):
         return torch.ones(len(timesteps), device=timesteps.device)
 
     # Sampling, by diffusers' own pipeline of the family.
+    @abstractmethod
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels of images to draw: as given, and for None what the decoder was trained on.
+
+        Raises:
+            ValueError: sides that the decoder cannot draw.
+        """
+
     @abstractmethod
     def diffusers_pipeline(self) -> DiffusionPipeline:
         """diffusers' pipeline over these networks, to be driven by `pipeline_arguments`."""

@@ -1,15 +1,19 @@
 """Stable Diffusion 1.x as an image decoder (paper section 2.2): U-Net, VAE and CLIP text model from diffusers.
 
 Notable: the text states are not masked. CLIP's padding is its end token and counts, as in Stable Diffusion itself.
+Captions are cleaned as by the public CLIP tokenizer, which transformers' tokenizer does not do.
 
 Shapes: `B` batch, `H×W` image pixels, `h×w` latent pixels, `Q` condition tokens (77), `C` condition width (768).
 """
 
+import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -20,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from kosmosg.condition import Condition, ConditionSpec
 from kosmosg.losses import TimestepWeighting, timestep_weights
 from kosmosg.models.image_decoder import ImageDecoder, Parts, with_values
+from kosmosg.models.storage import load_network
 
 CONFIG_FILES = {
     "unet": "unet/config.json",
@@ -27,6 +32,7 @@ CONFIG_FILES = {
     "text_encoder": "text_encoder/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
+DOWNSCALE = 8
 # Parts of diffusers' Stable Diffusion pipelines that prompt embeddings make needless.
 ABSENT_PARTS: dict[str, Any] = {
     "text_encoder": None,
@@ -45,13 +51,13 @@ class EmbeddedStableDiffusion(StableDiffusionPipeline):
 
 
 class StableDiffusion(ImageDecoder):
-    """See `ImageDecoder`. Networks that are not given can not be used.
+    """See `ImageDecoder`. Methods that need a part that is None cannot be used.
 
     Args:
-        scheduler: gives ᾱ_t and the number of training timesteps; it must predict noise.
+        scheduler: gives ᾱ_t and the number of training timesteps; it must be one for networks that predict noise.
 
     Raises:
-        ValueError: the scheduler's prediction is not noise.
+        ValueError: it is not.
     """
 
     def __init__(
@@ -63,12 +69,12 @@ class StableDiffusion(ImageDecoder):
         tokenizer: CLIPTokenizer | None = None,
     ):
         super().__init__()
-        if scheduler is not None and scheduler.config.prediction_type != "epsilon":
+        prediction = None if scheduler is None else scheduler.config.get("prediction_type")
+        if scheduler is not None and prediction != "epsilon":
             raise ValueError(
-                f"the image decoder's scheduler has prediction_type={scheduler.config.prediction_type!r}; the "
-                "diffusion loss (eq. 8) predicts noise: use a Stable Diffusion with 'epsilon', as v1.5."
+                f"the image decoder's scheduler, a {type(scheduler).__name__}, has prediction_type={prediction!r}; "
+                "allowed: 'epsilon', as in Stable Diffusion 1.5, whose U-Net predicts the noise (eq. 8)."
             )
-        # A part that is not loaded is None, and its absence is the caller's mistake.
         self.unet: Any = unet
         self.vae: Any = vae
         self.text_encoder: Any = text_encoder
@@ -79,8 +85,6 @@ class StableDiffusion(ImageDecoder):
         tokens = 77 if text_encoder is None else text_encoder.config.max_position_embeddings
         reads = unet.config.cross_attention_dim if unet is not None else text_encoder.config.hidden_size
         self.spec = ConditionSpec(tokens, reads)
-        self.requires_grad_(False)
-        self.train(False)
 
     @classmethod
     def from_pretrained(
@@ -89,15 +93,13 @@ class StableDiffusion(ImageDecoder):
         networks: dict[str, Any] = {}
         options = {"dtype": torch_dtype, **options}
         if parts != "text":
-            networks["unet"] = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **options)
-            networks["vae"] = AutoencoderKL.from_pretrained(source, subfolder="vae", **options)
+            networks["unet"] = load_network(UNet2DConditionModel, source, "unet", **options)
+            networks["vae"] = load_network(AutoencoderKL, source, "vae", **options)
             networks["scheduler"] = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
         if parts != "images":
-            networks["text_encoder"] = CLIPTextModel.from_pretrained(
-                source, subfolder="text_encoder", dtype=torch_dtype
-            )
+            networks["text_encoder"] = load_network(CLIPTextModel, source, "text_encoder", dtype=torch_dtype)
             networks["tokenizer"] = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-        return cls(**networks)
+        return cls(**networks).freeze()
 
     @classmethod
     def from_config(cls, source: str | Path, parts: Parts = "all") -> "StableDiffusion":
@@ -120,10 +122,19 @@ class StableDiffusion(ImageDecoder):
                 networks["scheduler"] = DDPMScheduler.from_config(configs["scheduler"])
         if parts != "images":
             networks["text_encoder"] = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-        return cls(**networks)
+        return cls(**networks).freeze()
 
-    def tokenize(self, texts: Sequence[str], *, truncation: bool = True) -> Tensor:
+    def clean(self, text: str) -> str:
+        """As the public CLIP tokenizer: mojibake, ligatures, full-width letters and curly quotes are fixed, HTML
+        entities unescaped twice, blanks collapsed, letters lower-cased."""
+        if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy, which is slow, changes nothing else
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return re.sub(r"\s+", " ", text).strip().lower()
+
+    def tokenize(self, texts: Sequence[str], *, truncation: bool = True, clean: bool = True) -> Tensor:
         length = self.spec.tokens
+        if clean:
+            texts = [self.clean(text) for text in texts]
         ids = self.tokenizer(list(texts), padding="max_length", truncation=truncation, max_length=length).input_ids
         for text, row in zip(texts, ids, strict=True):
             if len(row) > length:
@@ -137,8 +148,21 @@ class StableDiffusion(ImageDecoder):
 
     @property
     def downscale(self) -> int:
-        """H / h."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """H / h; Stable Diffusion's own without a VAE."""
+        return DOWNSCALE if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        own = self.unet.config.sample_size
+        own = (own, own) if isinstance(own, int) else own
+        sides = [
+            trained * self.downscale if side is None else side
+            for side, trained in zip((height, width), own, strict=True)
+        ]
+        if any(side < 1 or side % self.downscale for side in sides):
+            raise ValueError(
+                f"height={height} and width={width} are not allowed; allowed: positive multiples of {self.downscale}."
+            )
+        return sides[0], sides[1]
 
     def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
         factor = 1 if self.are_moments(targets) else self.downscale

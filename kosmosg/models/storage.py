@@ -1,17 +1,21 @@
 """Model folders: writing them whole, finding them, and loading that refuses weights of another model."""
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from kosmosg.files import clear_leftovers, replaced
 from kosmosg.tokenizer import Tokenizer
 
 Part = TypeVar("Part", bound=ModelMixin)
+Network = TypeVar("Network", bound=nn.Module)
 CONFIG_FILE = "config.json"
 
 
@@ -52,8 +56,8 @@ class StrictWeights:
         """As diffusers', see there for the options.
 
         Raises:
-            ValueError: the weights are not those of the recorded sizes; the first few names are told. Or they are
-                there as a pickle alone.
+            ValueError: the weights are not those of the recorded sizes, or not finite; names the first few. Or they
+                are there as a pickle alone.
         """
         pickles = [] if any(Path(folder).glob("*.safetensors")) else sorted(Path(folder).glob("*.bin"))
         if pickles:
@@ -63,13 +67,47 @@ class StrictWeights:
             )
         tell = options.pop("output_loading_info", False)
         # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; either
-        # way the report below names them.
+        # way the report names them.
         model, report = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
-        wrong = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
-        if wrong:
-            told = "; ".join(f"{len(keys)} {name}, as {sorted(map(str, keys))[:3]}" for name, keys in wrong.items())
-            raise ValueError(f"'{folder}' is not a {cls.__name__} of the sizes in its {CONFIG_FILE}: {told}.")
+        check_weights(model, folder, report, ("missing_keys", "unexpected_keys", "mismatched_keys"))
         return (model, report) if tell else model
+
+
+def load_network(kind: type[Network], source: str | Path, subfolder: str | None = None, **options: Any) -> Network:
+    """`from_pretrained` of a diffusers or transformers network, refusing weights that are missing or not finite.
+
+    Raises:
+        ValueError: names the first few.
+    """
+    where = {} if subfolder is None else {"subfolder": subfolder}
+    network, report = kind.from_pretrained(source, output_loading_info=True, **where, **options)  # type: ignore
+    check_weights(network, "/".join(filter(None, (str(source), subfolder))), report)
+    return network
+
+
+def check_weights(
+    network: nn.Module,
+    folder: str | Path,
+    report: Mapping[str, Collection] = MappingProxyType({}),
+    refused: Sequence[str] = ("missing_keys", "mismatched_keys"),
+) -> None:
+    """Refuse weights that do not fit the network, by the `report` of its loading, or that are NaN or infinite.
+
+    Raises:
+        ValueError: names the first few.
+    """
+    wrong = {name: sorted(map(str, report[name])) for name in refused if report.get(name)}
+    if found := "; ".join(f"{len(keys)} {name}, as {keys[:3]}" for name, keys in wrong.items()):
+        raise ValueError(f"'{folder}' is not a {type(network).__name__} of the sizes in its {CONFIG_FILE}: {found}.")
+    broken = [
+        name
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point() and not tensor.is_meta
+        # The sum reads each weight once and copies none; it is not finite if a weight is not, or if it overflows.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all()
+    ]
+    if broken:
+        raise ValueError(f"'{folder}' has {len(broken)} weights with NaN or infinite values, as {broken[:3]}.")
 
 
 def saved_class(folder: Path) -> str | None:

@@ -72,9 +72,9 @@ def test_second_evaluation_looks_at_no_reference(
 ) -> None:
     read: list[Path] = []
 
-    def count(file: Path):
+    def count(file: Path, **options):
         read.append(file)
-        return read_image(file)
+        return read_image(file, **options)
 
     monkeypatch.setattr(scoring, "read_image", count)
     results = []

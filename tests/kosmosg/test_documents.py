@@ -14,11 +14,11 @@ BOS, PAD, IMAGE = 0, 1, 7
 def document(length: int, with_image: bool) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(8, 40, (length,))
     ids[0] = BOS
-    slots = torch.zeros(length, dtype=torch.bool)
+    mask = torch.zeros(length, dtype=torch.bool)
     if with_image:
-        slots[2 : 2 + tiny.IMAGE_TOKENS] = True
-        ids[slots] = IMAGE
-    return ids, slots
+        mask[2 : 2 + tiny.IMAGE_TOKENS] = True
+        ids[mask] = IMAGE
+    return ids, mask
 
 
 @pytest.mark.parametrize("xpos", [False, True])
@@ -28,15 +28,15 @@ def test_packed_documents_equal_single_ones(xpos: bool) -> None:
     images = torch.randn(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
     # One row of three documents and padding.
     ids = torch.cat([*(ids for ids, _ in documents), torch.full((4,), PAD)])[None]
-    slots = torch.cat([*(slots for _, slots in documents), torch.zeros(4, dtype=torch.bool)])[None]
-    row = PromptBatch(ids, slots, images, ids == PAD)
+    mask = torch.cat([*(mask for _, mask in documents), torch.zeros(4, dtype=torch.bool)])[None]
+    row = PromptBatch(ids, mask, images, ids == PAD)
     with torch.no_grad():
         packed = mllm(row, separate_documents=True)[0]
         leaking = mllm(row)[0]
         begin = 0
-        for number, (ids, slots) in enumerate(documents):
+        for number, (ids, mask) in enumerate(documents):
             own = images[number - 1 : number] if number else None
-            alone = mllm(PromptBatch(ids[None], slots[None], own, torch.zeros_like(slots)[None]))[0]
+            alone = mllm(PromptBatch(ids[None], mask[None], own, torch.zeros_like(mask)[None]))[0]
             end = begin + len(ids)
             torch.testing.assert_close(packed[begin:end], alone, rtol=1e-5, atol=1e-5)
             assert number == 0 or not torch.allclose(leaking[begin:end], alone, atol=1e-2)

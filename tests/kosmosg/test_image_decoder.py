@@ -1,66 +1,102 @@
+from itertools import product
+
 import pytest
 import torch
-from kosmosg.models.text_target import TextTarget
 
+from kosmosg.condition import Condition
 from kosmosg.losses import diffusion_loss
-from kosmosg.models.image_decoder import ImageDecoder
+from kosmosg.models.stable_diffusion import StableDiffusion
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def decoder(tiny_stable_diffusion):
-    return ImageDecoder.from_pretrained(tiny_stable_diffusion)
+    return StableDiffusion.from_pretrained(tiny_stable_diffusion)
+
+
+def random_images(count):
+    return torch.rand(count, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE) * 2 - 1
 
 
 def test_it_is_frozen_but_lets_gradients_through(decoder):
     surrounding = torch.nn.ModuleList([decoder]).train()
     assert surrounding.training and not any(module.training for module in decoder.modules())
-    condition = torch.randn(2, tiny.QUERIES, tiny.CONDITION_WIDTH, requires_grad=True)
-    images = torch.rand(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE) * 2 - 1
-    latents = decoder.latents(images)
-    assert latents.shape == (2, 4, tiny.LATENT_SIZE, tiny.LATENT_SIZE) and not latents.requires_grad
-    noise, timesteps = torch.randn_like(latents), torch.tensor([10, decoder.num_timesteps - 1])
-    diffusion_loss(decoder(decoder.add_noise(latents, noise, timesteps), timesteps, condition), noise).backward()
-    assert (condition.grad.flatten(1).norm(dim=1) > 0).all()
+    states = torch.randn(2, tiny.QUERIES, tiny.CONDITION_WIDTH, requires_grad=True)
+    images = random_images(2)
+    assert decoder.latent_shape(images) == (4, tiny.LATENT_SIZE, tiny.LATENT_SIZE)
+    latents = decoder.latents(images, noise=torch.randn(2, *decoder.latent_shape(images)))
+    assert latents.shape[1:] == decoder.latent_shape(images) and not latents.requires_grad
+    timesteps = decoder.timesteps(torch.tensor([0.0109, 0.99999]))
+    assert timesteps.tolist() == [10, 999]
+    noise = torch.randn_like(latents)
+    noisy = decoder.add_noise(latents, noise, timesteps)
+    target = decoder.training_target(latents, noise, timesteps)
+    diffusion_loss(decoder.predict(noisy, timesteps, Condition(states)), target).backward()
+    assert (states.grad.flatten(1).norm(dim=1) > 0).all()
     assert all(p.grad is None and not p.requires_grad for p in decoder.parameters())
 
 
 def test_latents_are_the_scaled_posterior(decoder):
-    images = torch.rand(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE) * 2 - 1
+    images = random_images(1)
     posterior = decoder.vae.encode(images).latent_dist
     factor = decoder.vae.config.scaling_factor
     zeros, ones = torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean)
     torch.testing.assert_close(decoder.latents(images, noise=zeros), posterior.mean * factor)
     torch.testing.assert_close(decoder.latents(images, noise=ones), (posterior.mean + posterior.std) * factor)
-    several = decoder.latents(images.repeat(2, 1, 1, 1), noise=torch.cat([zeros, ones, ones, zeros]))
-    once = torch.cat([decoder.latents(images, noise=noise) for noise in (zeros, ones, ones, zeros)])
-    torch.testing.assert_close(several, once)
-    one, two = (decoder.latents(images, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(one, two) and not torch.equal(one, decoder.latents(images, noise=zeros))
+    two = random_images(2)
+    several = decoder.latents(two, noise=torch.cat([zeros, ones, ones, zeros]))
+    once = torch.cat([decoder.latents(image[None], noise) for image, noise in product(two, (zeros, ones))])
+    torch.testing.assert_close(several[:2], once[:2])
+    torch.testing.assert_close(several[2:], once[2:].flip(0))
+    moments = decoder.moments(two)
+    assert decoder.are_moments(moments) and not decoder.are_moments(two)
+    assert decoder.latent_shape(moments) == decoder.latent_shape(two)
+    torch.testing.assert_close(decoder.latents(moments, noise=torch.cat([zeros] * 4))[::2], once[::2])
+    assert decoder.decode(once).shape == (4, *two.shape[1:])
 
 
 def test_errors(decoder):
-    with pytest.raises(ValueError, match="16 wide but the U-Net reads 32"):
-        decoder(torch.zeros(1, 4, 8, 8), torch.tensor([0]), torch.zeros(1, 3, 16))
+    with pytest.raises(ValueError, match="16 wide but the image decoder reads 32"):
+        decoder.predict(torch.zeros(1, 4, 8, 8), torch.tensor([0]), Condition(torch.zeros(1, 3, 16)))
+    states = torch.zeros(1, 3, 32)
+    with pytest.raises(ValueError, match="has mask True and a pooled vector of width None"):
+        decoder.check(Condition(states, mask=torch.ones(1, 3, dtype=torch.bool)))
     with pytest.raises(ValueError, match="multiples of 8"):
-        decoder.latents(torch.zeros(1, 3, 60, 64))
+        decoder.moments(torch.zeros(1, 3, 60, 64))
+    for given, told in (((-8, None), "height=-8"), ((None, 60), "width=60"), ((0, 64), "height=0")):
+        with pytest.raises(ValueError, match=told):
+            decoder.image_size(*given)
     velocity = type(decoder.scheduler)(prediction_type="v_prediction")
     with pytest.raises(ValueError, match="'v_prediction'"):
-        ImageDecoder(decoder.unet, decoder.vae, velocity)
+        StableDiffusion(decoder.unet, decoder.vae, velocity)
 
 
-def test_text_target(tiny_stable_diffusion):
-    target = TextTarget.from_pretrained(tiny_stable_diffusion).train()
-    assert not any(module.training for module in target.modules())
-    assert not any(parameter.requires_grad for parameter in target.parameters())
-    ids = target.tokenize(["a red fish", "b"])
-    assert ids.shape == (2, tiny.QUERIES) and (target.length, target.width) == (tiny.QUERIES, tiny.CONDITION_WIDTH)
-    end = target.tokenizer.eos_token_id
-    assert ids[1].tolist()[2:] == [end] * (tiny.QUERIES - 2)
-    states = target(ids)
+def test_text_side(tiny_stable_diffusion):
+    decoder = StableDiffusion.from_pretrained(tiny_stable_diffusion, "text")
+    assert decoder.unet is decoder.vae is None and not any(p.requires_grad for p in decoder.parameters())
+    ids = decoder.tokenize(["a red fish", "b"])
+    assert ids.shape == (2, tiny.QUERIES)
+    assert (decoder.spec.tokens, decoder.spec.width) == (tiny.QUERIES, tiny.CONDITION_WIDTH)
+    assert ids[1].tolist()[2:] == [decoder.tokenizer.eos_token_id] * (tiny.QUERIES - 2)
+    states = decoder.text_condition(ids).states
     assert states.shape == (2, tiny.QUERIES, tiny.CONDITION_WIDTH) and not states.requires_grad
     assert (states[1, 5] - states[1, 6]).abs().max() > 0  # padding is read, position by position
     long = "a very long caption about a fish"
-    assert target.tokenize([long]).shape == (1, tiny.QUERIES)
+    assert decoder.tokenize([long]).shape == (1, tiny.QUERIES)
     with pytest.raises(ValueError, match="at most 24 are allowed"):
-        target.tokenize([long], truncation=False)
+        decoder.tokenize([long], truncation=False)
+
+
+def test_conditions():
+    mask = torch.tensor([[True, False], [True, True]])
+    condition = Condition(torch.randn(2, 2, 3), mask, torch.randn(2, 5))
+    other = Condition(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 5))
+    replaced = condition.replace_where(torch.tensor([True, False]), other)
+    for ours, kept, new in zip(replaced, condition, other, strict=True):
+        assert torch.equal(ours[1], kept[1]) and torch.equal(ours[:1], new)
+    for ours, kept in zip(Condition.cat([condition.rows([1]), condition.rows([0])]), condition, strict=True):
+        assert torch.equal(ours, kept.flip(0))
+    repeated = condition.repeat_interleave(2)
+    assert torch.equal(repeated.states[1], condition.states[0]) and torch.equal(repeated.mask[2], mask[1])
+    half = condition.to(torch.float16)
+    assert (half.states.dtype, half.mask.dtype, half.pooled.dtype) == (torch.float16, torch.bool, torch.float16)

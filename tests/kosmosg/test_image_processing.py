@@ -3,16 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
-from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, TargetTransform, UnderstandingTransform, rgb
+from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, ClipImageTransform, TargetTransform, rgb
 
 
 def test_uniform_colours():
     image = Image.new("RGB", (90, 70), (255, 0, 51))
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
-    understanding, target = UnderstandingTransform(32)(image), TargetTransform(48)(image)
-    assert understanding.shape == (3, 32, 32) and target.shape == (3, 48, 48)
-    assert understanding.dtype == target.dtype == torch.float32
-    torch.testing.assert_close(understanding.mean(dim=(1, 2)), expected)
+    pixels, target = ClipImageTransform(32)(image), TargetTransform(48)(image)
+    assert pixels.shape == (3, 32, 32) and target.shape == (3, 48, 48)
+    assert pixels.dtype == target.dtype == torch.float32
+    torch.testing.assert_close(pixels.mean(dim=(1, 2)), expected)
     torch.testing.assert_close(target[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kosmosg.image_processing import UnderstandingTransform
+from kosmosg.image_processing import ClipImageTransform
 from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
@@ -30,7 +30,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def batch(tokenizer):
-    encoder = PromptEncoder(tokenizer, UnderstandingTransform(tiny.IMAGE_SIZE), tiny.IMAGE_TOKENS)
+    encoder = PromptEncoder(tokenizer, ClipImageTransform(tiny.IMAGE_SIZE), tiny.IMAGE_TOKENS)
     return encoder.collate([encoder(["a ", PICTURE, " in the snow"]), encoder(["a dog"])])
 
 
@@ -90,9 +90,9 @@ def test_decoder_is_causal_and_queries_are_not(model, batch):
     assert not torch.equal(model.mllm(changed)[0, -1], hidden[0, -1])
     swapped = model.aligner.queries.data.clone()
     swapped[-1] += 1.0
-    before = model.condition(batch)
+    before = model.condition(batch).states
     model.aligner.queries.data = swapped
-    assert not torch.allclose(model.condition(batch)[:, 0], before[:, 0])
+    assert not torch.allclose(model.condition(batch).states[:, 0], before[:, 0])
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_padding_changes_no_condition(model, batch):
         images=batch.images,
         padding=torch.nn.functional.pad(batch.padding, (0, 5), value=True),
     )
-    torch.testing.assert_close(model.condition(longer), model.condition(batch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.condition(longer).states, model.condition(batch).states, rtol=0, atol=1e-5)
 
 
 def test_dropout_is_where_the_released_code_has_it(model, batch):
@@ -113,13 +113,13 @@ def test_dropout_is_where_the_released_code_has_it(model, batch):
     assert not torch.equal(*features)
     hidden = torch.randn(2, 5, tiny.WIDTH)
     padding = torch.zeros(2, 5, dtype=torch.bool)
-    assert torch.equal(model.aligner(hidden, padding), model.aligner(hidden, padding))
+    assert torch.equal(model.aligner(hidden, padding).states, model.aligner(hidden, padding).states)
 
 
 def test_every_parameter_is_used(model, batch, tokenizer):
     decoder = AlignerDecoder(output_width=tiny.WIDTH, **tiny.aligner_sizes())
     condition = model.condition(batch)
-    (decoder(condition, 7).square().mean() + condition.square().mean()).backward()
+    (decoder(condition, 7).square().mean() + condition.states.square().mean()).backward()
     unused = [name for part in (model, decoder) for name, p in part.named_parameters() if p.grad is None]
     assert unused == []
 
@@ -128,18 +128,18 @@ def test_bfloat16_follows_float32(tiny_model, batch):
     wide = KosmosG.from_pretrained(tiny_model)
     narrow = KosmosG.from_pretrained(tiny_model, torch_dtype=torch.bfloat16)
     with torch.no_grad():
-        expected, ours = wide.condition(batch), narrow.condition(batch)
+        expected, ours = wide.condition(batch).states, narrow.condition(batch).states
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixed = wide.condition(batch)
+            mixed = wide.condition(batch).states
     assert ours.dtype == torch.bfloat16
     for result in (ours, mixed):
         assert (result.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 def test_wrong_batches_are_named(model, batch):
-    with pytest.raises(ValueError, match="4 image slots but 0 images"):
+    with pytest.raises(ValueError, match="4 image tokens but 0 images"):
         model.mllm(PromptBatch(batch.ids, batch.image_mask, None, batch.padding))
-    with pytest.raises(ValueError, match=r"\(3, 32, 32\) but the image tower reads \(3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\) but the vision encoder reads \(3, 64, 64\)"):
         model.mllm.image_features(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="max_positions=256"):
         model.aligner(torch.zeros(1, 255, tiny.WIDTH), torch.zeros(1, 255, dtype=torch.bool))
@@ -156,12 +156,12 @@ def test_saving_and_loading(model, tokenizer, batch, tmp_path):
     for folder in (run, run / "model"):
         copy = KosmosG.from_pretrained(folder)
         with torch.no_grad():
-            assert torch.equal(copy.condition(batch), model.condition(batch))
+            assert torch.equal(copy.condition(batch).states, model.condition(batch).states)
     with pytest.raises(FileNotFoundError, match="holds no model"):
         KosmosG.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["sizes", "missing", "unknown"])
+@pytest.mark.parametrize("damage", ["sizes", "missing", "unknown", "nan"])
 def test_weights_of_another_model_are_refused(model, tokenizer, tmp_path, damage):
     model.save_pretrained(tmp_path, tokenizer=tokenizer)
     config, weights = tmp_path / "mllm" / "config.json", tmp_path / "mllm" / "diffusion_pytorch_model.safetensors"
@@ -169,9 +169,17 @@ def test_weights_of_another_model_are_refused(model, tokenizer, tmp_path, damage
         config.write_text(json.dumps({**json.loads(config.read_text()), "ffn_width": 96}))
     else:
         state = load_file(weights)
-        state["novel"] = state.pop("decoder.norm.weight") if damage == "missing" else torch.zeros(1)
+        if damage == "nan":
+            state["decoder.norm.weight"][3] = torch.nan
+        else:
+            state["novel"] = state.pop("decoder.norm.weight") if damage == "missing" else torch.zeros(1)
         save_file(state, weights, {"format": "pt"})
-    told = {"sizes": "feed_forward|fc1", "missing": r"decoder\.norm\.weight", "unknown": "novel"}[damage]
+    told = {
+        "sizes": "feed_forward|fc1",
+        "missing": r"decoder\.norm\.weight",
+        "unknown": "novel",
+        "nan": r"mllm' has 1 weights with NaN or infinite values, as \['decoder\.norm\.weight'\]",
+    }[damage]
     with pytest.raises(ValueError, match=told):
         KosmosG.from_pretrained(tmp_path)
 

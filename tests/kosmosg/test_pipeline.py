@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from kosmosg.models.text_target import TextTarget
 from PIL import Image
 
+from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import DiffusionSampler
 from tests import tiny
@@ -60,10 +60,9 @@ def test_generators_and_samplers(pipe, sampler):
 
 def test_sampling_is_diffusers_own(tiny_stable_diffusion):
     """Conditions of CLIP's text model through our sampler: bit for bit what StableDiffusionPipeline draws."""
-    text = TextTarget.from_pretrained(tiny_stable_diffusion)
-    sampler = DiffusionSampler.from_pretrained(tiny_stable_diffusion)
-    condition, null = text(text.tokenize(["a red fish", "a dog"])), text(text.tokenize([""]))
-    ours = sampler(condition, null, sampler="ddim", guidance_scale=3.0, seeds=[0, 1], **FAST)
+    decoder = StableDiffusion.from_pretrained(tiny_stable_diffusion)
+    condition, null = (decoder.text_condition(decoder.tokenize(texts)) for texts in (["a red fish", "a dog"], [""]))
+    ours = DiffusionSampler(decoder)(condition, null, sampler="ddim", guidance_scale=3.0, seeds=[0, 1], **FAST)
     scheduler = DDIMScheduler.from_pretrained(
         tiny_stable_diffusion,
         subfolder="scheduler",

@@ -21,7 +21,7 @@ from kosmosg.models.kosmosg import KosmosG
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.tokenizer import Tokenizer
 from tests import tiny
-from train import InstructionTuning
+from train import STAGES
 
 RED = Image.new("RGB", (70, 80), "red")
 CALL = {"images": [RED], "num_inference_steps": 2, "seeds": [3], "output_type": "np"}
@@ -69,7 +69,7 @@ def test_a_run_folder_knows_its_stable_diffusion(tiny_model, tiny_stable_diffusi
 
 def test_the_miniature_as_a_folder(tmp_path):
     """Toyland's model with its shipped tokenizer, CLIP, U-Net and VAE: the same bits after saving and loading."""
-    sizes = load_config(["configs/toyland/instruction_tuning.yaml"], InstructionTuning).model
+    sizes = load_config(["configs/toyland/instruction_tuning.yaml"], STAGES["instruction_tuning"]).model
     tokenizer = Tokenizer.from_pretrained(sizes.tokenizer)
     model = KosmosG(build_mllm(sizes, tokenizer), build_aligner(sizes))
     model.save_pretrained(tmp_path / "run", tokenizer)

@@ -9,16 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from kosmosg.models.text_target import TextTarget
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from kosmosg.conversion import convert_state, read_checkpoint
 from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
-from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
+from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.prompt import PromptBatch
 
 ACTIVATIONS = 1e-4  # absolute, as the set's README suggests
@@ -113,13 +112,12 @@ class Recording:
         loaded.model = KosmosG(loaded.mllm, loaded.aligner)
         return loaded
 
-    def decoder(self) -> ImageDecoder:
+    def decoder(self) -> StableDiffusion:
         unet = UNet2DConditionModel.from_pretrained(self.stable_diffusion, subfolder="unet")
         vae = AutoencoderKL.from_pretrained(self.stable_diffusion, subfolder="vae")
-        return ImageDecoder(unet, vae, DDPMScheduler.from_pretrained(self.stable_diffusion, subfolder="scheduler"))
-
-    def text_target(self) -> TextTarget:
-        return TextTarget(CLIPTextModel.from_pretrained(self.stable_diffusion, subfolder="text_encoder"), None)
+        scheduler = DDPMScheduler.from_pretrained(self.stable_diffusion, subfolder="scheduler")
+        text_encoder = CLIPTextModel.from_pretrained(self.stable_diffusion, subfolder="text_encoder")
+        return StableDiffusion(unet, vae, scheduler, text_encoder).freeze()
 
     def assert_activation(
         self, ours: Tensor, name: str, view: Callable[[Tensor], Tensor] = lambda tensor: tensor

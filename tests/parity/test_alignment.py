@@ -12,35 +12,35 @@ BATCHES = ["text", "text_long", "interleaved"]
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BATCHES)
-def test_aligner_and_losses(recording, stage2, name):
+def test_aligner_and_losses(recording, stage2, decoder, name):
     batch = recording.prompts(name)
     hidden = stage2.mllm(batch)
     encoded = stage2.aligner.encode(hidden, batch.padding)
     recording.assert_activation(encoded, f"stage2.{name}.m_encoder_out")
     condition = stage2.aligner(hidden, batch.padding)
-    recording.assert_activation(condition, f"stage2.{name}.m_out")
-    target = recording.text_target()(recording.inputs[f"{name}.clip_tokens"])
-    recording.assert_activation(target, f"stage2.{name}.clip_target")
+    recording.assert_activation(condition.states, f"stage2.{name}.m_out")
+    target = decoder.text_condition(recording.inputs[f"{name}.clip_tokens"])
+    recording.assert_activation(target.states, f"stage2.{name}.clip_target")
     length = batch.ids.shape[1]
-    recording.assert_activation(stage2.aligner_decoder.decode(condition, length), f"stage2.{name}.n_decoder_out")
+    recording.assert_activation(stage2.aligner_decoder.decode(condition.states, length), f"stage2.{name}.n_decoder_out")
     reconstruction = stage2.aligner_decoder(condition, length)
     recording.assert_activation(reconstruction, f"stage2.{name}.n_out")
-    mse, rec = alignment_losses(condition, target, hidden, reconstruction)
+    mse, rec = alignment_losses(condition.states, target.states, hidden, reconstruction)
     recording.assert_loss(mse, f"stage2.{name}.mse_loss")
     recording.assert_loss(rec, f"stage2.{name}.rec_loss")
 
 
-def test_gradients(recording, stage2):
+def test_gradients(recording, stage2, decoder):
     batch = recording.prompts("text")
     with torch.no_grad():
         hidden = stage2.mllm(batch)
-        target = recording.text_target()(recording.inputs["text.clip_tokens"])
+        target = decoder.text_condition(recording.inputs["text.clip_tokens"])
     parts = {"aligner": stage2.aligner, "aligner_decoder": stage2.aligner_decoder}
     for part in parts.values():
         part.zero_grad()
     condition = stage2.aligner(hidden, batch.padding)
     reconstruction = stage2.aligner_decoder(condition, batch.ids.shape[1])
-    loss = sum(alignment_losses(condition, target, hidden, reconstruction))
+    loss = sum(alignment_losses(condition.states, target.states, hidden, reconstruction))
     recording.assert_loss(loss.detach(), "stage2.text.total_loss")
     loss.backward()
 
@@ -63,8 +63,8 @@ def assert_gradients(recording, gradients, stage, scale=1.0):
         recording.assert_gradient(gradients[our_name(name)] * scale, key)
 
 
-def test_recorded_text_encoder_is_the_checkpoints(recording, stage2):
-    ours = recording.text_target().text_encoder.state_dict()
+def test_recorded_text_encoder_is_the_checkpoints(recording, stage2, decoder):
+    ours = decoder.text_encoder.state_dict()
     recorded = stage2.converted.parts["text_encoder"]
     assert {name.removeprefix("text_model.") for name in recorded} == {n.removeprefix("text_model.") for n in ours}
     for name, tensor in ours.items():

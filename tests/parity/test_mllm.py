@@ -68,7 +68,7 @@ def test_text_alone(recording, stage1, name):
 
 @torch.no_grad()
 def test_null_prompt(recording, stage1):
-    recording.assert_activation(stage1.mllm(stage1.mllm.null_prompt()), "stage1.null_hidden")
+    recording.assert_activation(stage1.mllm(stage1.mllm.unconditional_prompt()), "stage1.null_hidden")
 
 
 @torch.no_grad()

@@ -2,22 +2,28 @@
 
 import gzip
 import json
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from kosmosg.models.text_target import TextTarget
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from kosmosg.image_processing import TargetTransform, UnderstandingTransform
+from datamodules.alignment import ClipTokens
+from kosmosg.image_processing import ClipImageTransform, TargetTransform
+from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.prompt import PromptEncoder, parse_prompt
 from kosmosg.tokenizer import Tokenizer
 
-# The released environment had ftfy, with which CLIP's tokenizer straightens quotes; transformers 5 has no such step.
-STRAIGHT_QUOTES = str.maketrans("“”‘’", "\"\"''")
+CLEANED = {
+    "a ﬁeld of ﬂowers": "a field of flowers",
+    "Ａ１ “quoted” it’s": 'a1 "quoted" it\'s',
+    "salt &amp;amp; pepper &lt;b&gt;": "salt & pepper <b>",
+    "caf\u00c3\u00a9 \u00a0 \u2003 \n au lait": "café au lait",
+    "A plain  CAPTION ": "a plain caption",
+}
 HALF_PRECISION = 2e-3  # the recorded images are float16, with values up to 2.6
 
 
@@ -64,21 +70,25 @@ def public_clip_tokenizer(merges_file):
     return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges)
 
 
-def test_clip_ids(golden):
+def test_clip_ids(golden, decoder):
     merges = golden.parent / "tokenizer" / "clip_bpe_simple_vocab_16e6.txt.gz"
     if not merges.is_file():
         pytest.skip(f"no CLIP merges at '{merges}'")
-    tokenizer = public_clip_tokenizer(merges)
+    reader = StableDiffusion(text_encoder=decoder.text_encoder, tokenizer=public_clip_tokenizer(merges))
     recorded = read(golden, "tokenization.json")["clip"]
+    by_words = ClipTokens(partial(reader.tokenize, clean=False), reader.clean)
     for case in recorded:
-        target = SimpleNamespace(tokenizer=tokenizer, length=len(case["ids"]))
-        ids = TextTarget.tokenize(target, [case["text"].translate(STRAIGHT_QUOTES)])
-        assert ids[0].tolist() == case["ids"], case["text"]
+        assert reader.tokenize([case["text"]])[0].tolist() == case["ids"], case["text"]
+        assert by_words([case["text"]])[0][0].tolist() == case["ids"], case["text"]
+    # The public tokenizer's ids of what its cleaning changes.
+    for text, clean in CLEANED.items():
+        assert reader.tokenize([text]).equal(reader.tokenize([clean], clean=False)), text
+        assert by_words([text])[0].equal(reader.tokenize([text])), text
 
 
 def test_prompts(golden, tokenizer):
     recorded = read(golden, "prompts.json")
-    encoder = PromptEncoder(tokenizer, UnderstandingTransform(), recorded["image_token_length"])
+    encoder = PromptEncoder(tokenizer, ClipImageTransform(), recorded["image_token_length"])
     picture = Image.new("RGB", (300, 260), "teal")
     assert recorded["prompts"]
     for case in recorded["prompts"]:
@@ -95,7 +105,7 @@ def test_image_preprocessing(golden):
     seen = set()
     for number, case in enumerate(read(golden, "image_preprocess.json")):
         image = Image.open(golden / "data" / case["file"])
-        understanding, target = UnderstandingTransform()(image), TargetTransform()(image)
+        understanding, target = ClipImageTransform()(image), TargetTransform()(image)
         for ours, recorded in ((understanding, case["gpt"]), (target, case["diff"])):
             assert list(ours.shape) == recorded["shape"]
             first = ours.flatten()[: len(recorded["first64"])].double().numpy()

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from kosmosg.prompt import PromptBatch
 from kosmosg.sampling import DiffusionSampler
@@ -14,9 +13,8 @@ SAMPLERS = {"dpms": "dpm", "ddim": "ddim", "pndm": "pndm"}
 
 
 @pytest.fixture(scope="module")
-def sampler(recording, decoder):
-    scheduler = DDIMScheduler.from_pretrained(recording.stable_diffusion, subfolder="scheduler")
-    return DiffusionSampler(decoder.unet, decoder.vae, scheduler)
+def sampler(decoder):
+    return DiffusionSampler(decoder)
 
 
 def recorded_order(tensor, images):
@@ -39,7 +37,7 @@ def conditions(recording, final, negative="sample.negative_short"):
 def test_conditions(recording, final, negative, name):
     images = recording.config["sampler"]["num_images_per_prompt"]
     condition, null = conditions(recording, final, negative)
-    laid_out = torch.cat([null.expand(len(condition) * images, -1, -1), condition.repeat(images, 1, 1)])
+    laid_out = torch.cat([null.states.expand(2 * images, -1, -1), condition.states.repeat(images, 1, 1)])
     recording.assert_activation(laid_out, f"sample.{name}")
 
 

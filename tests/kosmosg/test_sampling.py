@@ -1,0 +1,120 @@
+"""Conditions to images: which samplers and numbers are allowed, and optimizations that keep the images or say not."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from evaluation.config import EvaluationConfig
+from kosmosg.condition import Condition
+from kosmosg.config import ConfigError, load_config
+from kosmosg.models.stable_diffusion import StableDiffusion
+from kosmosg.sampling import SCHEDULERS, Acceleration, DiffusionSampler, accelerate, build_scheduler
+from tests import tiny
+from tests.conftest import REPOSITORY
+
+STEPS = 4
+
+
+def sampled(drawing: DiffusionSampler, **options) -> Tensor:
+    noise = torch.Generator().manual_seed(3)
+    states = torch.randn(2, tiny.QUERIES, tiny.CONDITION_WIDTH, generator=noise)
+    options = {"num_inference_steps": STEPS, "seeds": [5], "output_type": "pt", **options}
+    return drawing(Condition(states[:1]), Condition(states[1:]), **options)
+
+
+@pytest.fixture
+def sampler(tiny_stable_diffusion) -> DiffusionSampler:
+    return DiffusionSampler(StableDiffusion.from_pretrained(tiny_stable_diffusion, "images"))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_that_is_allowed_finds_what_the_noise_says(name, sampler) -> None:
+    """A network that knows the image: every allowed scheduler must arrive there."""
+    if hasattr(getattr(diffusers, name), "_backends"):
+        pytest.skip("needs a package that is not installed")
+    sampled(sampler, sampler=name)
+    trained_with = sampler.given_scheduler
+    scheduler, image = build_scheduler(name, trained_with), torch.full((1, 4, 8, 8), 0.7)
+    scheduler.set_timesteps(20)
+    latents = torch.randn(image.shape) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        given = scheduler.scale_model_input(latents, timestep)
+        signal = np.interp(float(timestep), np.arange(1000), trained_with.alphas_cumprod)
+        noise = (given - signal**0.5 * image) / (1 - signal) ** 0.5
+        latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+    assert (latents - image).abs().max() < 0.3
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"sampler": "euler"}, "sampler='euler' is not allowed; allowed: dpm, ddim, pndm, or of diffusers' schedulers"),
+        ({"sampler": "FlowMatchEulerDiscreteScheduler"}, "is not allowed"),
+        ({"sampler": "SASolverScheduler"}, "is not allowed"),
+        ({"sampler": "DDIMInverseScheduler"}, "is not allowed"),
+        ({"seeds": 3}, "seeds=3 is not allowed; allowed: a list of 1 integers"),
+        ({"seeds": ["a"]}, "seeds=.*is not allowed"),
+        ({"seeds": [-1]}, r"seeds has -1; allowed: integers in 0 … 2\^64 - 1"),
+        ({"seeds": [2**64]}, "seeds has 18446744073709551616"),
+        ({"height": -8}, "height=-8 and width=None are not allowed; allowed: positive multiples of 8"),
+        ({"width": 100}, "width=100"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan is not allowed"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
+        ({"fast_unguided_share": 1.5}, r"fast_unguided_share=1\.5"),
+    ],
+)
+def test_what_is_not_allowed_is_named(sampler, options, told) -> None:
+    with pytest.raises(ValueError, match=told):
+        sampled(sampler, **options)
+
+
+def test_a_scheduler_that_needs_a_package_names_it(sampler, monkeypatch) -> None:
+    dummy = type("DPMSolverSDEScheduler", (), {"_backends": ["torch", "a_missing_package"]})
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", dummy)
+    with pytest.raises(ValueError, match="'DPMSolverSDEScheduler' needs the package a_missing_package, which is not"):
+        sampled(sampler, sampler="DPMSolverSDEScheduler")
+
+
+@pytest.mark.parametrize("given, size", [({"width": 96}, (64, 96)), ({"height": 32}, (32, 64)), ({}, (64, 64))])
+def test_a_side_that_is_not_given_is_the_models_own(sampler, given, size) -> None:
+    assert sampled(sampler, **given).shape[-2:] == size
+
+
+def test_channels_last_keeps_the_images(sampler) -> None:
+    plain = sampled(sampler)
+    decoder = sampler.decoder
+    accelerate(decoder.unet, decoder.vae, Acceleration(channels_last=True))
+    weight = decoder.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    torch.testing.assert_close(sampled(sampler), plain, rtol=0, atol=1e-4)
+
+
+def test_going_without_guidance_halves_the_work_of_the_last_steps(sampler) -> None:
+    rows: list[int] = []
+    sampler.decoder.unet.register_forward_pre_hook(lambda unet, arguments: rows.append(len(arguments[0])))
+    guided = sampled(sampler)
+    assert rows == [2] * STEPS
+    rows.clear()
+    steps: list[int] = []
+
+    def count(pipeline, step, timestep, tensors):
+        steps.append(step)
+        return {}
+
+    fast = sampled(sampler, fast_unguided_share=0.5, callback_on_step_end=count)
+    assert rows == [2, 2, 1, 1] and steps == list(range(STEPS))
+    assert not torch.allclose(fast, guided, atol=1e-3)
+
+
+@pytest.mark.parametrize("table", ["dreambench", "coco"])
+def test_no_protocol_takes_a_fast_mode(table: str, tmp_path) -> None:
+    arguments = [
+        str(REPOSITORY / "configs" / "toyland" / "evaluation.yaml"),
+        f"output={tmp_path}",
+        f"{table}.sampling.fast_unguided_share=0.5",
+    ]
+    with pytest.raises(ConfigError, match="fast_unguided_share"):
+        load_config(arguments, EvaluationConfig)
