@@ -1,6 +1,5 @@
-"""What our ways of doing the work gain over the released code's, measured side by side.
+"""Speed and memory by command: `python -m benchmarks`, see `__main__`. Sizes are in benchmarks/sizes/.
 
-Each benchmark is a module with `measure(arguments) -> dict`; `arguments` are YAML files and `key=value` over a size of
-`benchmarks/sizes/`. Two ways take turns in one process, so that a slow minute of the machine hits both alike; every
-ratio is a median over pairs of neighbours, with a bootstrap interval.
+Ways that are compared take turns in one process over the same weights and batch, so that a slow minute of the machine
+hits all alike; a ratio is the median over repetitions, with a 95 % bootstrap interval.
 """

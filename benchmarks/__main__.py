@@ -1,58 +1,169 @@
-"""Measure: python -m benchmarks {stage1|stage2|stage3|sampling|loader|evaluation|processes|all} [form] [key=value …]
+"""Measure speed and memory: python -m benchmarks {check|released|loader} [part …] [size=cpu|gpu|tiny] [key=value …]
 
-    python -m benchmarks stage2                        # the CPU size: about a minute
-    python -m benchmarks stage3 size=gpu --json        # full size on a GPU
-    python -m benchmarks all --write                   # all but the loader's, into the tables of docs/performance.md
+    python -m benchmarks check size=gpu                # or: make gpu-check
+    python -m benchmarks check sampling size=gpu part_seconds=300
+    python -m benchmarks released alignment            # the CPU size: some minutes
+    python -m benchmarks released --write              # the table into docs/performance.md
+    python -m benchmarks loader
 
-Forms: --json, --markdown, --write; tables for the terminal without one. `size=cpu|gpu|tiny` names the file of
-benchmarks/sizes/ that the rest is laid over. In the JSON, `ratio` (median, low, high) says how many times faster than
-the released way the project's default is, and `levers` what each does alone.
+check: each stage's whole optimizer step beside its dry run, and sampling beside diffusers. released: each stage's step
+beside the released code's way of the same work. loader: reading beside bare decoding, on one core. Parts are the
+stages and sampling; without any, all are measured. Every result is printed and appended to `output` as it comes.
 """
 
-import importlib
+import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Read at import: libraries that talk about themselves between our tables.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from benchmarks.report import markdown, print_result, with_section
-from kosmosg.config import ConfigError
+import torch
 
-BENCHMARKS = ("stage1", "stage2", "stage3", "sampling", "loader", "evaluation", "processes")
-ALL = tuple(name for name in BENCHMARKS if name != "loader")
-FORMS = ("--json", "--markdown", "--write")
+from benchmarks import check, loader, released
+from benchmarks.measure import Limit, OutOfTimeError, describe_machine, peak_flops
+from benchmarks.setting import BenchmarkConfig, Setting, open_setting, read_config
+from kosmosg.config import ConfigError
+from lightning_modules.dry_run import GIB, TERA
+from lightning_modules.trainer import configure_logging
+
+COMMANDS = ("check", "released", "loader")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+Result = dict[str, Any]
+
+
+def run(command: str, parts: Sequence[str], config: BenchmarkConfig, setting: Setting) -> list[Result]:
+    """The results of all parts; one that fails or takes too long is a result too, and the rest goes on."""
+    results: list[Result] = []
+    end = time.monotonic() + config.total_seconds
+    run_facts = {"command": command, "size": config.name, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    run_facts |= {"machine": describe_machine(setting.device)}
+    if command == "check":
+        half = any("bf16" in setting.experiment(part).trainer.precision for part in config.stages)
+        dtype = torch.bfloat16 if half else torch.float32
+        run_facts["peak_flops_per_second"] = peak_flops(setting.device, dtype, config.clock)
+    for part in parts:
+        limit = Limit(min(config.part_seconds, end - time.monotonic()))
+        try:
+            with limit.enforced():
+                if command == "released":
+                    measured = released.compare_stage(setting, part, limit)
+                elif part == "sampling":
+                    measured = check.check_sampling(setting, limit)
+                else:
+                    measured = check.check_stage(setting, part, limit)
+                for result in measured:
+                    results.append(run_facts | result)
+                    keep(results[-1], config.output)
+        except (OutOfTimeError, RuntimeError, ValueError) as error:  # running out of memory is a RuntimeError
+            if isinstance(error, ConfigError):
+                raise
+            problem = str(error).partition("\n")[0]
+            results.append(run_facts | {"part": part, "problem": f"{type(error).__name__}: {problem}"})
+            keep(results[-1], config.output)
+        gc.collect()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return results
+
+
+def keep(result: Result, output: str) -> None:
+    """Print a result and append it to `output`."""
+    print(" | ".join(row(result)), flush=True)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+HEADERS = {
+    "check": ("part", "micro-batch", "peak GiB / dry run", "rows a second", "of the peak FLOP/s", "beside diffusers"),
+    "released": ("stage", "way", "seconds a step", "times as fast as released", "peak GiB", "loss"),
+}
+
+
+def row(result: Result) -> list[str]:
+    """A result as cells of its command's table."""
+    if "problem" in result:
+        return [result["part"], result["problem"]]
+    memory = f"{result['peak_bytes'] / GIB:.2f}"
+    if result["command"] == "released":
+        seconds, loss = f"{result['seconds']:.3f}", f"{result['loss']:.6f}"
+        return [result["part"], result["variant"], seconds, times(result["ratio"]), memory, loss]
+    share = dry = beside = ""
+    if "dry_run_bytes" in result:
+        dry = f" / {result['dry_run_bytes'] / GIB:.2f}"
+        share = f"{result['flops_per_second'] / result['peak_flops_per_second']:.0%}"
+    if "ratio" in result:
+        beside = f"{times(result['ratio'])} of {result['diffusers_rows_per_second']:.3g}/s"
+    size = f"{result['micro_batch']} × {result['tokens_per_row']} tokens" if share else f"{result['micro_batch']} images"
+    tokens = f" ({result['rows_per_second'] * result['tokens_per_row']:,.0f} tokens)" if share else ""
+    speed = f"{result['rows_per_second']:.3g}{tokens}"
+    return [f"{result['part']}, {result['variant']}", size, memory + dry, speed, share, beside]
+
+
+def times(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f}) ×"
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The results as one table, and what they hold for."""
+    facts, header = results[0], HEADERS[results[0]["command"]]
+    cells = [row(result) for result in results]
+    lines = [header, ["---"] * len(header), *(line + [""] * (len(header) - len(line)) for line in cells)]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["machine"]["versions"].items())
+    note = f"{facts['machine']['device']}, {facts['machine']['threads']} threads; {versions}; {facts['started']}."
+    if peak := facts.get("peak_flops_per_second"):
+        note = f"Peak, a large matrix product: {peak / TERA:,.3g} TFLOP/s. " + note
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"### {facts['command']}, size {facts['size']}\n\n{table}\n\n{note}\n"
+
+
+def with_section(page: str, name: str, text: str) -> str:
+    """The page with its section `name` replaced between its two marks; at the end if it has none."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    section = f"{begin}\n{text}\n{end}"
+    if begin not in page:
+        return f"{page.rstrip()}\n\n{section}\n"
+    before, _, rest = page.partition(begin)
+    return before + section + rest.partition(end)[2]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 measured, 2 a mistake in the arguments."""
-    rest = [argument for argument in arguments if argument not in FORMS]
-    if not rest or rest[0] not in (*BENCHMARKS, "all"):
+    """Exit status: 0 measured, 1 a part failed or took too long, 2 a mistake in the arguments."""
+    given = [argument for argument in arguments if argument != "--write"]
+    if not given or given[0] not in COMMANDS:
         print(__doc__, file=sys.stderr)
         return 2
+    command, keys = given[0], [argument for argument in given[1:] if "=" in argument]
+    parts = [argument for argument in given[1:] if "=" not in argument]
+    configure_logging()
+    problems = False
     try:
-        for name in ALL if rest[0] == "all" else rest[:1]:
-            # Read when asked for: the loader's benchmark needs what the others do not.
-            module = importlib.import_module(f"benchmarks.{name}")
-            result, as_markdown = module.measure(rest[1:]), getattr(module, "markdown", markdown)
-            if "--json" in arguments:
-                print(json.dumps(result), flush=True)
-            elif "--markdown" in arguments:
-                print(as_markdown(result), flush=True)
-            elif "--write" in arguments:
-                PAGE.write_text(with_section(PAGE.read_text(), f"{name} {result['size']}", as_markdown(result)))
-                print(f"{name} is in '{PAGE}'.", flush=True)
-            else:
-                getattr(module, "print_result", print_result)(result)
+        if command == "loader":
+            text, name = loader.markdown(loader.measure(keys)), "loader"
+        else:
+            config = read_config(keys)
+            known = [*config.stages, *(["sampling"] if command == "check" else [])]
+            for part in parts:
+                if part not in known:
+                    raise ConfigError(f"there is no part '{part}' of {command}; allowed: {', '.join(known)}")
+            with open_setting(config) as setting:
+                results = run(command, parts or known, config, setting)
+            text, name = markdown(results), f"{command} {config.name}"
+            problems = any("problem" in result for result in results)
     except ConfigError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(f"\n{text}")
+    if "--write" in arguments:
+        PAGE.write_text(with_section(PAGE.read_text(), name, text))
+    return int(problems)
 
 
 if __name__ == "__main__":

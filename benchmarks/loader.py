@@ -1,23 +1,13 @@
-"""The loader beside what it cannot do without: decoding for stage 3, tokenising for stage 2; and its memory.
+"""The loaders beside what they cannot do without: decoding for stage 3, tokenising for stage 2; and their memory.
 
-    python -m benchmarks.loader [--json]             # about a minute on one core; also as `python -m benchmarks loader`
-    python -m benchmarks.loader memory_captions=1000000
-    python -m benchmarks.loader tokenizer=folder clip=folder
-
-Samples are made for the purpose: pictures of noise whose spectrum falls off as photographs' do, at the sizes that the
-sources have (512 px; pairs of unequal sides), and Toyland's captions. One process, one core, CPU seconds: what others
-do on the machine meanwhile does not count. Loader and bare decoding take turns over the same batches.
+Samples are made for the purpose: noise whose spectrum falls off as photographs' does, at the sizes of the sources, and
+Toyland's captions. One process, one core, CPU seconds; loader and bare work take turns.
 """
 
 import gc
 import io
-import json
-import random
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.markdown import Markdown
 from transformers import CLIPTokenizer
 
+from benchmarks.measure import Limit, in_turns, interval, ratio
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import Source
 from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig
-from datamodules.mixture import MixtureDataset
-from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, Sample
+from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
 from datamodules.storage.shards import ShardWriter
 from kosmosg.config import load_config
 from kosmosg.image_processing import ClipImageTransform, TargetTransform
@@ -45,172 +33,139 @@ from kosmosg.toyland.scene import sample_scene
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "kosmosg" / "toyland" / "weights"
 SPECTRUM = 1.1  # exponent of the amplitude's fall; photographs lie near 1
-REPLICATES = 2000
-Generator = np.random.Generator
-READINGS = 10
+SIDE, CLIP_TOKENS, LARGE_BATCH = 512, 77, 1024
 
 
 @dataclass
 class LoaderBenchmark:
-    samples: int = 120
-    """Stage 3 samples written, 2 : 2 : 1."""
-    batches: int = 24
-    """Batches of stage 3 that are timed."""
-    batch_size: int = 16
-    """Samples of a stage 3 batch."""
-    quality: int = 95
-    """Of the JPEGs."""
+    samples: int = 24
+    """Samples of each source of stage 3."""
+    batches: int = 16
+    """Repetitions."""
+    batch_size: int = 20
+    """Samples of a batch of stage 3, a multiple of 5: 2 constructed, 2 edits, 1 pair."""
     crops: str = "png"
     """How entity crops are stored: png, as the curation writes them, or jpg."""
     captions: int = 20_000
-    """Captions written."""
-    caption_batches: int = 400
-    """Batches of stage 2 that are timed."""
-    caption_batch_size: int = 56
-    """Captions of a stage 2 batch."""
+    """Captions written; batches of stage 2 hold 56."""
     memory_captions: int = 200_000
     """Captions read while the memory is watched."""
     tokenizer: str = str(WEIGHTS / "tokenizer")
     """Folder of the MLLM's tokenizer."""
     clip: str = str(WEIGHTS / "stable-diffusion" / "tokenizer")
     """Folder of the CLIP text model's tokenizer."""
-    folder: str | None = None
-    """Where to put the temporary folder."""
-    seed: int = 0
-    """Of pictures, captions and order."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batches", "batch_size", "captions", "caption_batches", "caption_batch_size"):
+        for name in ("samples", "batches", "batch_size", "captions"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1.")
-        if self.crops not in ("png", "jpg"):
-            raise ValueError(f"crops={self.crops} is not allowed; it is png or jpg.")
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.crops not in ("png", "jpg") or self.batch_size % 5:
+            raise ValueError(f"crops is {self.crops}, batch_size {self.batch_size}; allowed: png or jpg; 5, 10, 15, …")
 
 
 def measure(arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Stage 3 (`ratio`: how fast the loader is beside bare decoding), stage 2 and the memory."""
+    """Both loaders' speed, beside bare work over as many images and captions, and the growth of resident memory."""
     config = load_config(arguments, LoaderBenchmark)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=config.folder) as folder:
-        stage3 = measure_stage3(config, Path(folder))
-        stage2 = measure_stage2(config, Path(folder))
-    gc.unfreeze()
-    machine = {"cores": 1, "clock": "cpu seconds", "torch": torch.__version__, "pillow": Image.__version__}
-    result = {"benchmark": "loader", "size": "one core", "ratio": stage3["of_bare_decode"]}
-    return {**result, **stage3, **stage2, "machine": machine}
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
-
-    def share(name: str) -> str:
-        found = result[name]
-        return f"{found['median']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
-
-    spent, memory = result["stage3_share_of_time"], result["memory"]
-    rows = [
-        ("stage 3 beside decoding its images and nothing else", share("of_bare_decode")),
-        ("stage 3 beside decoding and bringing to size", share("of_decode_and_transforms")),
-        ("stage 3, samples a second", f"{result['stage3_samples_per_second_and_core']:.0f}"),
-        ("its time: decoding, bringing to size, all else", ", ".join(f"{100 * v:.0f} %" for v in spent.values())),
-        ("stage 2, captions a second", f"{result['stage2_captions_per_second_and_core']:,.0f}"),
-        ("its share of the two tokenizers", f"{100 * result['stage2_share_of_tokenising']:.0f} %"),
-        (
-            f"resident memory, from the first tenth to the last of {memory['captions']:,} captions",
-            f"{memory['growth_bytes_after_first_tenth'] / 1000:+,.0f} kB",
-        ),
-    ]
-    lines = ["### loader", "", "One core, its CPU seconds.", "", "| | |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows), ""])
-
-
-def print_result(result: dict[str, Any]) -> None:
-    """To the terminal."""
-    Console().print(Markdown(markdown(result)))
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_stage3(config, Path(folder)) | measure_stage2(config, Path(folder))
 
 
 def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
-    """Samples a second of the loader, of decoding its images alone, and of decoding and bringing them to size."""
-    module = stage3_module(config, folder)
-    dataset = module.train_dataset
-    assert dataset is not None
-    batches = [range(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.batches)]
-    seconds: dict[str, list[float]] = {"loader": [], "decode": [], "transforms": []}
-    for positions in batches:
-        prompts, targets = stored_images(dataset, positions)
-        decoded = [(image.load(), transform) for image, transform in pictures(prompts, targets, module)]
-        seconds["loader"].append(cpu_seconds(lambda p=positions: dataset[p]))
-        seconds["decode"].append(cpu_seconds(lambda p=prompts, t=targets: [bare(image) for image in [*p, *t]]))
-        seconds["transforms"].append(cpu_seconds(lambda d=decoded: [transform(image) for image, transform in d]))
-    both = [a + b for a, b in zip(seconds["decode"], seconds["transforms"], strict=True)]
-    total = sum(seconds["loader"])
+    """Two entities a constructed sample, so that all batches hold equally many images."""
+    rng = np.random.default_rng(0)
+    pair, edits, crops = ([] for _ in range(3))
+    with (
+        ShardWriter(folder / "constructed", "shard") as constructed,
+        ShardWriter(folder / "edit", "shard") as edit,
+        ShardWriter(folder / "captions", "shard") as captions,
+    ):
+        for number in range(config.samples):
+            key = f"{number:06d}"
+            pair.append(photograph(rng, SIDE, int(SIDE * rng.uniform(1, 1.5))))
+            edits += [photograph(rng, SIDE, SIDE) for _ in range(2)]
+            crops += [photograph(rng, SIDE, SIDE, config.crops) for _ in range(2)]
+            entities = [Entity(name, crop, crop) for name, crop in zip(("cat", "boat"), crops[-2:], strict=True)]
+            constructed.write(ConstructedSample("a picture of a cat and a boat", entities, edits[-1]), key)
+            edit.write(EditSample("a boat on a lake", "make it a painting in watercolour", edits[-2], edits[-1]), key)
+            captions.write(CaptionSample("a boat on a lake", pair[-1]), key)
+    weights = {"constructed": 2, "edit": 2, "captions": 1}
+    sources = {name: Source(str(folder / name / "*.tar"), weight) for name, weight in weights.items()}
+    clip, target = ClipImageTransform(224), TargetTransform(SIDE)
+    words = Tokenizer.from_pretrained(Path(config.tokenizer))
+    module = InstructionData(InstructionDataConfig(**sources), PromptEncoder(words, clip, 64), target)
+    module.setup()
+    # Of 5 samples: 2 × 2 crops and 2 images to edit are read by the MLLM, and 4 edits and a pair are targets.
+    fifth = config.batch_size // 5
+    images = {clip: [*crops, *edits[: len(crops) // 2]], target: [*edits, *pair[: len(edits) // 4]]}
+    counts = {clip: 6 * fifth, target: 5 * fifth}
+    images = {transform: [of[i % len(of)] for i in range(counts[transform])] for transform, of in images.items()}
+    decoded = [(transform, bare(image)) for transform, chosen in images.items() for image in chosen]
+    begins = iter(range(0, 10**9, config.batch_size))
+
+    def read() -> None:
+        begin = next(begins)
+        module.train_dataset[range(begin, begin + config.batch_size)]
+
+    ways = {
+        "loader": read,
+        "decode": lambda: [bare(image) for chosen in images.values() for image in chosen],
+        "transforms": lambda: [transform(image) for transform, image in decoded],
+    }
+    seconds = turns(ways, config)
+    both = [sum(pair) for pair in zip(seconds["decode"], seconds["transforms"], strict=True)]
     return {
-        "of_bare_decode": ratio(seconds["decode"], seconds["loader"], config.seed),
-        "of_decode_and_transforms": ratio(both, seconds["loader"], config.seed),
-        "stage3_samples_per_second_and_core": config.batch_size * config.batches / total,
-        "stage3_share_of_time": {
-            "decode": sum(seconds["decode"]) / total,
-            "resize_and_normalise": sum(seconds["transforms"]) / total,
-            "everything_else": 1 - sum(both) / total,
-        },
+        "stage 3, of bare decoding": ratio(seconds["decode"], seconds["loader"]),
+        "stage 3, of decoding and bringing to size": ratio(both, seconds["loader"]),
+        "stage 3, samples a second": interval([config.batch_size / taken for taken in seconds["loader"]]),
     }
 
 
 def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
-    """Captions a second of the loader and of tokenising them alone, and resident memory over many of them."""
-    module = stage2_module(config, folder)
-    dataset, size = module.train_dataset, config.caption_batch_size
-    assert dataset is not None
+    """The words of one epoch are known when the clock starts, as in a long run."""
+    rng = np.random.default_rng(1)
+    texts = [caption(sample_scene(rng), rng, told=True) for _ in range(config.captions)]
+    stand_in = photograph(rng, 64, 64)
+    with ShardWriter(folder / "text", "captions", 10_000) as writer:
+        for number, text in enumerate(texts):
+            writer.write(CaptionSample(text, stand_in), f"{number:09d}")
+    clip, words = CLIPTokenizer.from_pretrained(config.clip), Tokenizer.from_pretrained(Path(config.tokenizer))
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return torch.tensor(clip(texts, padding="max_length", truncation=True, max_length=CLIP_TOKENS).input_ids)
+
+    data = AlignmentDataConfig(captions=Source(str(folder / "text" / "*.tar")))
+    module = AlignmentData(data, PromptEncoder(words, ClipImageTransform(224), 64), tokenize)
+    module.setup()
     gc.freeze()  # as the loader's workers do
-    for step in range(config.captions // size + 1):  # the words of one epoch are known then, as in a long run
-        dataset[range(step * size, (step + 1) * size)]
-    loader, tokenise = [], []
-    for step in range(config.caption_batches):
-        positions = range(step * size, (step + 1) * size)
-        samples = [dataset.builders[0].source.caption(dataset.order(p).index) for p in positions]
-        texts = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
-        loader.append(cpu_seconds(lambda p=positions: dataset[p]))
-        tokenise.append(cpu_seconds(lambda t=texts: (module.clip(t), module.encoder.tokenizer.encode_batch(t))))
+    resident = []
+    for begin in range(0, max(config.memory_captions, config.captions), LARGE_BATCH):
+        module.train_dataset[range(begin, begin + LARGE_BATCH)]
+        resident.append(resident_bytes())
+    gc.unfreeze()
+    begins = iter(range(0, 10**9, 56))
+
+    def read() -> None:
+        for _ in range(10):
+            begin = next(begins)
+            module.train_dataset[range(begin, begin + 56)]
+
+    def tokens() -> None:
+        for begin in range(0, 560, 56):
+            chosen = [texts[(begin + i) % len(texts)] for i in range(56)]
+            module.clip(chosen)
+            words.encode_batch(chosen)
+
+    seconds = turns({"loader": read, "tokens": tokens}, config)
     return {
-        "stage2_captions_per_second_and_core": size / statistics.median(loader),
-        "stage2_share_of_tokenising": sum(tokenise) / sum(loader),
-        "memory": measure_memory(config, dataset),
+        "stage 2, of the two tokenizers alone": ratio(seconds["tokens"], seconds["loader"]),
+        "stage 2, captions a second": interval([560 / taken for taken in seconds["loader"]]),
+        "stage 2, kB of resident memory after the first tenth": (resident[-1] - resident[len(resident) // 10]) / 1000,
     }
 
 
-def measure_memory(config: LoaderBenchmark, dataset: MixtureDataset) -> dict[str, Any]:
-    """Resident bytes at `READINGS` even points over `memory_captions` captions."""
-    size, readings = 1024, []
-    steps = max(1, config.memory_captions // size)
-    for step in range(steps):
-        if step % max(1, steps // READINGS) == 0:
-            readings.append(resident_bytes())
-        dataset[range(step * size, (step + 1) * size)]
-    readings.append(resident_bytes())
-    growth = readings[-1] - readings[1]
-    return {"captions": steps * size, "resident_bytes": readings, "growth_bytes_after_first_tenth": growth}
-
-
-def stored_images(dataset: MixtureDataset, positions: Sequence[int]) -> tuple[list[StoredImage], list[StoredImage]]:
-    """The encoded images that a batch takes: those of its prompts, and its targets."""
-    prompts, targets = [], []
-    for position in positions:
-        draw = dataset.order(position)
-        request = dataset._request(position, draw, 0)
-        builder: Any = dataset.builders[draw.source]
-        segments, target = builder.segments(builder.source[request.index], request.random)
-        prompts += [segment for segment in segments if isinstance(segment, StoredImage)]
-        targets.append(target)
-    return prompts, targets
-
-
-def pictures(
-    prompts: Sequence[StoredImage], targets: Sequence[StoredImage], module: InstructionData
-) -> Iterator[tuple[StoredImage, Callable[[Image.Image], torch.Tensor]]]:
-    for image in prompts:
-        yield image, module.encoder.image_transform
-    for image in targets:
-        yield image, module.target_transform
+def turns(ways: dict[str, Any], config: LoaderBenchmark) -> dict[str, list[float]]:
+    return in_turns(ways, config.batches, 1, torch.device("cpu"), Limit(600), "cpu")
 
 
 def bare(image: StoredImage) -> Image.Image:
@@ -218,72 +173,7 @@ def bare(image: StoredImage) -> Image.Image:
     return Image.open(io.BytesIO(image.data)).convert("RGB")
 
 
-def stage3_module(config: LoaderBenchmark, folder: Path) -> InstructionData:
-    rng = np.random.default_rng(config.seed)
-    words = np.random.default_rng(config.seed + 1)
-    parts: dict[str, tuple[int, Callable[[], Sample]]] = {
-        "constructed": (2, lambda: constructed(rng, config)),
-        "edit": (2, lambda: edit(rng, words, config)),
-        "captions": (1, lambda: CaptionSample(text(words), photograph(rng, *pair_sides(rng), config))),
-    }
-    sources = {}
-    for name, (weight, make) in parts.items():
-        with ShardWriter(folder / name, name) as writer:
-            for number in range(config.samples * weight // 5 + 1):
-                writer.write(make(), f"{number:06d}")
-        sources[name] = Source(str(folder / name / "*.tar"), weight)
-    data = InstructionDataConfig(**sources, batch_size=config.batch_size, seed=config.seed)
-    module = InstructionData(data, encoder(config), TargetTransform(512))
-    module.setup()
-    return module
-
-
-def stage2_module(config: LoaderBenchmark, folder: Path) -> AlignmentData:
-    words = np.random.default_rng(config.seed + 1)
-    stand_in = photograph(np.random.default_rng(0), 64, 64, config)
-    with ShardWriter(folder / "text", "captions", 10_000) as writer:
-        for number in range(config.captions):
-            writer.write(CaptionSample(text(words), stand_in), f"{number:09d}")
-    tokenizer = CLIPTokenizer.from_pretrained(config.clip)
-
-    def tokenize(texts: list[str]) -> torch.Tensor:
-        return torch.tensor(tokenizer(texts, padding="max_length", truncation=True, max_length=77).input_ids)
-
-    data = AlignmentDataConfig(captions=Source(str(folder / "text" / "*.tar")), seed=config.seed)
-    module = AlignmentData(data, encoder(config), tokenize)
-    module.setup()
-    return module
-
-
-def encoder(config: LoaderBenchmark) -> PromptEncoder:
-    return PromptEncoder(Tokenizer.from_pretrained(config.tokenizer), ClipImageTransform(224), 64)
-
-
-def constructed(rng: Generator, config: LoaderBenchmark) -> ConstructedSample:
-    """As the curation writes them: everything 512 px; one to three entities."""
-    names = rng.choice(["cat", "dog", "boat", "hat", "garden", "car"], int(rng.integers(1, 4)), replace=False).tolist()
-    picture = photograph(rng, 512, 512, config)
-    crops = [photograph(rng, 512, 512, config, config.crops) for _ in names]
-    entities = [Entity(name, crop, crop) for name, crop in zip(names, crops, strict=True)]
-    return ConstructedSample("a picture of " + " and ".join(f"a {name}" for name in names), entities, picture)
-
-
-def edit(rng: Generator, words: Generator, config: LoaderBenchmark) -> EditSample:
-    before, after = (photograph(rng, 512, 512, config) for _ in range(2))
-    return EditSample(text(words), "make it a painting in watercolour", before, after)
-
-
-def pair_sides(rng: Generator) -> tuple[int, int]:
-    """Shorter side 512, as img2dataset resizes; aspect ratios up to 3 : 2, lying or standing."""
-    longer = int(512 * rng.uniform(1, 1.5))
-    return (512, longer) if rng.random() < 0.5 else (longer, 512)
-
-
-def text(words: Generator) -> str:
-    return caption(sample_scene(words), words, told=True)
-
-
-def photograph(rng: Generator, width: int, height: int, config: LoaderBenchmark, kind: str = "jpg") -> StoredImage:
+def photograph(rng: np.random.Generator, width: int, height: int, kind: str = "jpg") -> StoredImage:
     """Coloured noise with the spectrum of photographs, encoded."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
@@ -294,23 +184,8 @@ def photograph(rng: Generator, width: int, height: int, config: LoaderBenchmark,
     pixels = 120 + 55 * (channels - channels.mean()) / channels.std()
     stream = io.BytesIO()
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    image.save(stream, {"jpg": "JPEG", "png": "PNG"}[kind], **({"quality": config.quality} if kind == "jpg" else {}))
+    image.save(stream, {"jpg": "JPEG", "png": "PNG"}[kind], **({"quality": 95} if kind == "jpg" else {}))
     return StoredImage(stream.getvalue(), kind, "", "")
-
-
-def cpu_seconds(work: Callable[[], Any]) -> float:
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
-
-
-def ratio(least: Sequence[float], ours: Sequence[float], seed: int) -> dict[str, float]:
-    """Speed of ours beside the least possible: the median over batches with a 95 % bootstrap interval."""
-    found = [a / b for a, b in zip(least, ours, strict=True)]
-    source = random.Random(seed)
-    medians = sorted(statistics.median(source.choices(found, k=len(found))) for _ in range(REPLICATES))
-    edge = round(0.025 * REPLICATES)
-    return {"median": statistics.median(found), "low": medians[edge], "high": medians[-1 - edge]}
 
 
 def resident_bytes() -> int:
@@ -319,14 +194,10 @@ def resident_bytes() -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 
 
-def main(arguments: Sequence[str]) -> int:
-    result = measure([argument for argument in arguments if argument != "--json"])
-    if "--json" in arguments:
-        print(json.dumps(result, indent=1))
-    else:
-        print_result(result)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    lines = ["### loader", "", "One core, its CPU seconds.", "", "| | |", "|---|---|"]
+    for name, value in result.items():
+        shown = f"{value:+,.0f}" if isinstance(value, float) else "{median:,.3g} ({low:,.3g}–{high:,.3g})".format(**value)
+        lines.append(f"| {name} | {shown} |")
+    return "\n".join([*lines, ""])

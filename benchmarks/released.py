@@ -1,146 +1,190 @@
-"""The same work as the released code does it, written over the same networks (golden README; facts of its waste).
+"""Each stage's step as it is shipped, beside the released code's way of the same work over the same networks.
 
-Captions are padded to the longest of the batch, the language model's head is computed and dropped in stages 2 and 3,
-all activations are recomputed in the backward pass, the VAE encodes every step's targets, and the null condition has a
-pass of its own. Each habit can be left out alone, which gives a lever's own gain. Reentrant checkpoints, which cost the
-released code the gradient of CLIP's last block, are not imitated: they change the result, not the time.
+The released code pads to the longest row, computes the language model's head and drops it in stages 2 and 3, computes
+all layers again in the backward pass, encodes targets in every step and gives the null condition a pass of its own
+(golden README). Each habit is also left out alone. No script of stage 1 was released: its released way is the same
+documents, one to a row, with logits at all positions. Reentrant checkpoints, which cost the released code the gradient
+of CLIP's last block, are not imitated: they change the result, not the time. Dropout is off, so that losses are equal.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from kosmosg.models.text_target import TextTarget
-from lightning_modules.length_groups import LengthGroups
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from benchmarks.models import Vocabulary
-from kosmosg.losses import IGNORED_LABEL, AlignmentVariant, alignment_losses, diffusion_loss
-from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
-from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.models.kosmosg import drop_condition
-from kosmosg.models.mllm import MLLM
+from benchmarks.batches import Writer, next_words
+from benchmarks.measure import Limit, in_turns, peak_bytes, ratio
+from benchmarks.setting import Setting, backward
+from kosmosg.batches import LanguageModellingBatch, MicroBatch
+from kosmosg.condition import Condition
+from kosmosg.losses import IGNORED_LABEL
 from kosmosg.prompt import PromptBatch
-from lightning_modules.instruction_tuning import with_null_row
-from lightning_modules.randomness import DiffusionDraws
+from lightning_modules.base import PromptShape
+from lightning_modules.parallelize import apply_activation_checkpointing, denoisers, layers
+
+OURS, RELEASED = "as shipped", "released way"
+Way = Callable[[], Tensor]
+
+
+def compare_stage(setting: Setting, stage: str, limit: Limit) -> Iterator[dict[str, Any]]:
+    """The shipped way and each habit against the released way, in turns."""
+    config, experiment = setting.config, setting.experiment(stage)
+    experiment.model.mllm.dropout = 0.0
+    module = setting.build(experiment)
+    ways = WAYS[stage](Steps(module, experiment.trainer.precision), Writer(setting), experiment)
+    losses = {name: float(way()) for name, way in ways.items()}
+    seconds = in_turns(ways, config.repetitions, config.warmup, setting.device, limit, config.clock)
+    memory = {name: peak_bytes(way, module) for name, way in ways.items()}
+    for name in ways:
+        yield {
+            "part": stage,
+            "variant": name,
+            "micro_batch": experiment.data.micro_batch_size,
+            "seconds": median(seconds[name]),
+            "ratio": ratio(seconds[RELEASED], seconds[name]),
+            "peak_bytes": memory[name],
+            "loss": losses[name],
+        }
+
+
+class Steps:
+    """Makes steps of a stage's module with its recipe or habits changed.
+
+    Args:
+        precision: Lightning's name of it.
+    """
+
+    def __init__(self, module: Any, precision: str):
+        self.module, self.precision = module, precision
+
+    def __call__(
+        self,
+        batch: MicroBatch,
+        *,
+        recompute: bool = False,
+        head: bool = False,
+        patches: dict[str, Any] | None = None,
+        **recipe: Any,
+    ) -> Way:
+        """A step on `batch`.
+
+        Args:
+            recompute: all layers in the backward pass.
+            head: compute the language model's logits and drop them.
+            patches: methods of the module to replace.
+            recipe: keys of the stage's recipe to replace.
+        """
+        module = self.module
+        changes = {"recipe": replace(module.recipe, **recipe), **(patches or {})}
+
+        def step() -> Tensor:
+            with ExitStack() as stack:
+                for name, value in changes.items():
+                    stack.enter_context(mock.patch.object(module, name, value))
+                if recompute:
+                    stack.enter_context(recomputed(module))
+                if head:
+                    handle = module.mllm.register_forward_hook(compute_head)
+                    stack.callback(handle.remove)
+                loss = backward(module, batch, self.precision)
+                module.zero_grad()
+                return loss
+
+        return step
 
 
 @contextmanager
-def recomputed(*networks: nn.Module) -> Iterator[None]:
-    """Run every layer of every layer list as a checkpoint: only its input is kept for the backward pass."""
-    layers = [
-        layer
-        for network in networks
-        for module in network.modules()
-        if isinstance(module, nn.ModuleList)
-        for layer in module
-    ]
-    for layer in layers:
-        layer.forward = partial(checkpoint, type(layer).forward, layer, use_reentrant=False)
+def recomputed(module: nn.Module) -> Iterator[None]:
+    """Full activation checkpointing, for a while."""
+    apply_activation_checkpointing(module, "full")
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer in layers(module):
+            vars(layer).pop("forward", None)
+        for denoiser in denoisers(module):
+            denoiser.disable_gradient_checkpointing()
 
 
-@dataclass
-class Language:
+@torch.no_grad()
+def compute_head(mllm: Any, _: Any, hidden: Tensor) -> None:
+    """A forward hook: nothing asks for the logits, nor for their gradient."""
+    mllm.logits(hidden)
+
+
+def language_modelling(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
     """Stage 1."""
+    prompts = writer.documents(experiment.data.micro_batch_size, experiment.data.sequence_length)
+    packed, alone = (LanguageModellingBatch(prompt=prompt, labels=next_words(prompt)) for prompt in prompts)
 
-    mllm: MLLM
-    recompute: bool = True
-    counted_logits: bool = False
-    """Logits of the positions that the loss counts alone."""
+    def all_logits(prompt: PromptBatch, labels: Tensor) -> Tensor:
+        logits = steps.module.mllm.logits(steps.module.mllm(prompt)).float()
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL)
 
-    def __call__(self, prompt: PromptBatch, labels: Tensor) -> Tensor:
-        with recomputed(*([self.mllm] if self.recompute else [])):
-            hidden = self.mllm(prompt)
-            if self.counted_logits:
-                hidden, labels = hidden[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL]
-            logits = self.mllm.logits(hidden).float()
-            loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL)
-            loss.backward()
-        return loss.detach()
+    patches = {"loss": all_logits}
+    return {
+        OURS: steps(packed),
+        RELEASED: steps(alone, recompute=True, patches=patches),
+        "released, but packed": steps(packed, recompute=True, patches=patches),
+        "released, but logits where they count": steps(alone, recompute=True, loss_chunk=None),
+        "released, but not recomputed": steps(alone, patches=patches),
+        "as shipped, but recomputed": steps(packed, recompute=True),
+        "as shipped, documents kept apart": steps(packed, separate_documents=True),
+    }
 
 
-@dataclass
-class Alignment:
+def alignment(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
     """Stage 2."""
-
-    mllm: MLLM
-    aligner: AlignerEncoder
-    aligner_decoder: AlignerDecoder
-    text_target: TextTarget
-    head: bool = True
-    recompute: bool = True
-    length_groups: int = 1
-    variant: AlignmentVariant = "released"
-
-    def __call__(self, prompt: PromptBatch, clip_ids: Tensor) -> Tensor:
-        target = self.text_target(clip_ids)
-        groups, total = LengthGroups(prompt, self.length_groups), torch.zeros((), device=clip_ids.device)
-        with recomputed(*([self.aligner, self.aligner_decoder] if self.recompute else [])):
-            for rows, part in zip(groups.rows, groups.parts, strict=True):
-                total = total + self._loss(part, target[rows]) * (len(rows) / len(prompt))
-            total.backward()
-        return total.detach()
-
-    def _loss(self, prompt: PromptBatch, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            hidden = self.mllm(prompt)
-            if self.head:
-                self.mllm.logits(hidden)
-        condition = self.aligner(hidden, prompt.padding)
-        beyond = None if self.variant == "released" else prompt.padding
-        found = self.aligner_decoder(condition, hidden.shape[1], beyond)
-        return sum(  # type: ignore[return-value]
-            alignment_losses(condition, target, hidden, found, padding=prompt.padding, variant=self.variant)
-        )
+    rows, buckets = experiment.data.micro_batch_size, experiment.recipe.length_buckets
+    fake = steps.module.fake_batch(rows, PromptShape(1, 0), experiment.model.image_size)
+    batch = replace(fake, prompt=writer.captions(rows))
+    released: dict[str, Any] = {"variant": "released", "length_buckets": 1}
+    masked = {"variant": experiment.recipe.variant, "length_buckets": buckets}
+    return {
+        OURS: steps(batch),
+        RELEASED: steps(batch, head=True, recompute=True, **released),
+        "released, but without the head": steps(batch, recompute=True, **released),
+        "released, but not recomputed": steps(batch, head=True, **released),
+        f"released, but padding out of L_rec, {buckets} buckets": steps(batch, head=True, recompute=True, **masked),
+    }
 
 
-@dataclass
-class Instruction:
-    """Stage 3."""
+def instruction_tuning(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
+    """Stage 3; as shipped, but with cached latents (data.kept_moments)."""
+    module, rows = steps.module, experiment.data.micro_batch_size
+    fake = module.fake_batch(rows, PromptShape(1, 0), experiment.model.image_size)
+    encoded = replace(fake, prompt=writer.instructions(rows))
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=steps.precision == "bf16-mixed"):
+        cached = replace(encoded, targets=module.image_decoder.moments(encoded.targets).float())
 
-    mllm: MLLM
-    aligner: AlignerEncoder
-    image_decoder: ImageDecoder
-    drop: float
-    head: bool = True
-    recompute: bool = True
-    recompute_unet: bool = True
-    moments: Tensor | None = None
-    """Of the targets, where they need not be encoded."""
-    own_null_pass: bool = True
-    length_groups: int = 1
+    def own_null_pass(prompt: PromptBatch) -> tuple[Condition, Condition]:
+        null = module.mllm.unconditional_prompt().to(prompt.ids.device)
+        first, second = (module.aligner(*module.mllm.hidden_states(part)) for part in (prompt, null))
+        return first, second
 
-    def __call__(self, prompt: PromptBatch, targets: Tensor, draws: DiffusionDraws) -> Tensor:
-        decoder = self.image_decoder
-        if self.recompute and self.recompute_unet:
-            decoder.unet.enable_gradient_checkpointing()
-        else:
-            decoder.unet.disable_gradient_checkpointing()
-        with recomputed(*([self.mllm, self.aligner] if self.recompute else [])):
-            rows = prompt if self.own_null_pass else with_null_row(prompt, Vocabulary.bos_id, Vocabulary.pad_id)
-            groups = LengthGroups(rows, self.length_groups)
-            condition = groups.join([self._conditions(part) for part in groups.parts])
-            null = self._conditions(self.mllm.null_prompt()) if self.own_null_pass else condition[-1:]
-            condition = drop_condition(condition[: len(prompt)], null, draws.uniform, self.drop)
-            latents = decoder.latents(targets if self.moments is None else self.moments, draws.posterior)
-            noisy = decoder.add_noise(latents, draws.noise, draws.timesteps)
-            loss = diffusion_loss(decoder(noisy, draws.timesteps, condition), draws.noise)
-            loss.backward()
-        decoder.unet.disable_gradient_checkpointing()
-        return loss.detach()
+    habits: dict[str, Any] = {"head": True, "recompute": True, "length_buckets": 1}
+    null = {"patches": {"conditions": own_null_pass}}
+    buckets = module.recipe.length_buckets
+    return {
+        OURS: steps(cached),
+        RELEASED: steps(encoded, **habits, **null),
+        "released, but with cached latents": steps(cached, **habits, **null),
+        "released, but not recomputed": steps(encoded, **{**habits, "recompute": False}, **null),
+        "released, but without the head": steps(encoded, **{**habits, "head": False}, **null),
+        "released, but the null condition a row of the batch": steps(encoded, **habits),
+        f"released, but {buckets} buckets, null a row": steps(encoded, **{**habits, "length_buckets": buckets}),
+        "as shipped, images encoded in every step": steps(encoded),
+    }
 
-    def _conditions(self, prompt: PromptBatch) -> Tensor:
-        hidden = self.mllm(prompt)
-        if self.head:
-            with torch.no_grad():  # nothing asks for the logits' gradient
-                self.mllm.logits(hidden)
-        return self.aligner(hidden, prompt.padding)
+
+WAYS = {
+    "language_modelling": language_modelling,
+    "alignment": alignment,
+    "instruction_tuning": instruction_tuning,
+}

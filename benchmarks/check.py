@@ -1,0 +1,121 @@
+"""The check of a machine: each stage's whole optimizer step beside its dry run, and sampling beside diffusers.
+
+Micro-batches are the stages' `fake_batch` filled with random values, so that the dry run counts the same shapes.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import Limit, in_turns, interval, peak_bytes, ratio
+from benchmarks.setting import Setting, backward
+from kosmosg.condition import Condition
+from kosmosg.models.image_decoder import ImageDecoder
+from kosmosg.sampling import DiffusionSampler, build_scheduler, seeded
+from lightning_modules.dry_run import GIB, estimate, size_up
+from lightning_modules.parallelize import apply_compile
+from lightning_modules.trainer import batch_layout
+
+GUIDANCE_SCALE = 7.5
+ROOM = 0.9  # share of the device's memory that a micro-batch may take by the dry run
+Rows = Iterator[dict[str, Any]]
+
+
+def check_stage(setting: Setting, stage: str, limit: Limit) -> Rows:
+    """Forward, backward, clipping and optimizer step, as written and with compiled layers."""
+    config, device, experiment = setting.config, setting.device, setting.experiment(stage)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        memory = torch.cuda.get_device_properties(device).total_memory / GIB
+        experiment = replace(experiment, hardware=replace(experiment.hardware, memory_gib=ROOM * memory))
+    sized, options, hardware = size_up(experiment), experiment.trainer, experiment.hardware
+    found = estimate(sized, hardware, options, batch_layout(experiment.data.micro_batch_size, options), ema=False)
+    rows = min(experiment.data.micro_batch_size, found.largest_micro_batch(experiment.data.micro_batch_size))
+    if rows < 1:
+        raise ValueError(f"by the dry run no micro-batch fits {found.available / GIB:.1f} GiB")
+    found = estimate(sized, hardware, options, batch_layout(rows, options), ema=False)
+    module = setting.build(experiment)
+    optimizer: Any = module.configure_optimizers()
+    batch = setting.fill(module.fake_batch(rows, sized.shape, experiment.model.image_size))
+
+    def step() -> None:
+        backward(module, batch, options.precision)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], experiment.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for variant in ("eager", "compiled") if config.compile else ("eager",):
+        if variant == "compiled":
+            apply_compile(module)
+        seconds = in_turns({stage: step}, config.repetitions, config.warmup, device, limit, config.clock)[stage]
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        yield {
+            "part": stage,
+            "variant": variant,
+            "micro_batch": rows,
+            "tokens_per_row": sized.shape.tokens,
+            "peak_bytes": peak_bytes(step, module, states),
+            "dry_run_bytes": found.total - hardware.reserve_gib * GIB,
+            "seconds": interval(seconds),
+            "rows_per_second": rows / interval(seconds)["median"],
+            "flops_per_second": sized.flops(rows) / interval(seconds)["median"],
+        }
+
+
+def check_sampling(setting: Setting, limit: Limit) -> Rows:
+    """`DiffusionSampler` beside diffusers' own pipeline over the same networks, conditions and noise.
+
+    Channels last goes with compilation alone: GroupNorm in eager mode on CUDA gives contiguous results whatever it is
+    given (pytorch#111824), so that every convolution after one converts its input back.
+    """
+    config, options, device = setting.config, setting.config.sampling, setting.device
+    with torch.device(device):
+        decoder = setting.load_decoder(setting.model.image_decoder, "images").to(getattr(torch, options.dtype))
+    decoder = decoder.to(device)
+    spec = decoder.spec
+    noise = torch.Generator(device).manual_seed(config.seed)
+    states = torch.randn(options.images + 1, spec.tokens, spec.width, generator=noise, device=device)
+    condition, null = Condition(states[1:].to(decoder.denoiser.dtype)), Condition(states[:1].to(decoder.denoiser.dtype))
+    shared = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": GUIDANCE_SCALE,
+        "output_type": "pt",
+        "height": setting.model.image_size,
+        "width": setting.model.image_size,
+    }
+    pipeline = decoder.diffusers_pipeline()
+    pipeline.scheduler = build_scheduler("dpm", decoder.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = range(options.images)
+
+    def theirs() -> Any:
+        arguments = decoder.pipeline_arguments(condition, null.repeat_interleave(options.images))
+        generators = seeded(seeds, options.images, None, None)
+        return pipeline(**arguments, **shared, generator=generators, return_dict=False)[0]
+
+    def ours(decoder: ImageDecoder) -> Any:
+        sampler = DiffusionSampler(decoder)
+        return lambda: sampler(condition, null, **shared, seeds=seeds)
+
+    for variant in ("eager", "compiled, channels last") if config.compile else ("eager",):
+        drawn_with = decoder
+        if variant != "eager":
+            drawn_with = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
+            drawn_with.denoiser.compile()
+        ways = {"ours": ours(drawn_with), "diffusers": theirs}
+        seconds = in_turns(ways, config.repetitions, min(1, config.warmup), device, limit, config.clock)
+        yield {
+            "part": "sampling",
+            "variant": f"{options.dtype}, {variant}",
+            "micro_batch": options.images,
+            "peak_bytes": peak_bytes(ways["ours"], drawn_with),
+            "seconds": interval(seconds["ours"]),
+            "rows_per_second": options.images / interval(seconds["ours"])["median"],
+            "diffusers_rows_per_second": options.images / interval(seconds["diffusers"])["median"],
+            "ratio": ratio(seconds["diffusers"], seconds["ours"]),
+            "largest_difference": float((ways["ours"]() - theirs()).abs().max()),
+        }

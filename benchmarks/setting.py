@@ -1,0 +1,165 @@
+"""What is measured: the stages' own configurations at a size of benchmarks/sizes/, built on the device at once."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.convert_memory import write_tokenizer
+from kosmosg.batches import MicroBatch
+from kosmosg.config import ConfigError, load_config
+from kosmosg.conversion import stable_diffusion_v1_5
+from kosmosg.models.build import image_decoder_class
+from kosmosg.models.image_decoder import ImageDecoder, Parts
+from kosmosg.models.model_config import ModelConfig
+from kosmosg.models.stable_diffusion import CONFIG_FILES
+from kosmosg.tokenizer import Tokenizer
+from lightning_modules.base import StageModule
+from train import STAGES, stage_schema
+
+SIZES = Path(__file__).resolve().parent / "sizes"
+FIRST_WORD = 8  # ids below are special or an image's
+ONE_DEVICE = ("trainer.devices=1", "trainer.strategy=single", "trainer.global_batch_size=null", "run=none")
+
+
+@dataclass
+class Sampling:
+    images: int = 8
+    """Images drawn at once."""
+    steps: int = 50
+    """Denoising steps."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the image decoder."""
+
+
+@dataclass
+class BenchmarkConfig:
+    name: str = "gpu"
+    """Of the size, for the report."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the networks; their weights are random."""
+    vocabulary: int = 64_007
+    """Words of the tokenizer."""
+    decoder: dict[str, Any] = field(default_factory=dict)
+    """unet, vae, text_encoder: what differs from Stable Diffusion v1.5, where model.image_decoder names it."""
+    stages: dict[str, list[str]] = field(default_factory=dict)
+    """Arguments of train.py by stage."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """What is sampled beside diffusers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    compile: bool = True
+    """Measure the compiled networks as well."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: the process's own seconds, for machines whose cores others use meanwhile."""
+    repetitions: int = 10
+    """Repetitions that count; fewer where a part runs out of time."""
+    warmup: int = 2
+    """Repetitions before them."""
+    part_seconds: float = 130
+    """Time limit of each part."""
+    total_seconds: float = 570
+    """Time limit of all parts together."""
+    output: str = "runs/benchmarks.jsonl"
+    """Every result is appended as it comes."""
+    seed: int = 0
+    """Of weights, lengths and values."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("repetitions", 1), ("warmup", 0), ("part_seconds", 0), ("total_seconds", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_config(arguments: Sequence[str], schema: type[Any] = BenchmarkConfig) -> Any:
+    """The size that `size=` names (cpu if none does), and the other arguments over it. Raises ConfigError."""
+    sizes = [argument.partition("=")[2] for argument in arguments if argument.startswith("size=")] or ["cpu"]
+    file = SIZES / f"{sizes[-1]}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"size is {sizes[-1]!r}; allowed: {', '.join(sorted(path.stem for path in SIZES.glob('*')))}")
+    return load_config([str(file), *(each for each in arguments if not each.startswith("size="))], schema)
+
+
+class Setting:
+    """Experiments and networks of one size.
+
+    Args:
+        folder: for a tokenizer, and for the image decoder's configurations where its weights are not at hand.
+    """
+
+    def __init__(self, config: BenchmarkConfig, folder: Path):
+        self.config, self.device = config, torch.device(config.device)
+        model = replace(config.model, vision_weights=None)
+        if not Path(model.tokenizer).is_dir():
+            write_tokenizer(folder, config.vocabulary)
+            model = replace(model, tokenizer=str(folder))
+        if model.image_decoder == stable_diffusion_v1_5.HUB_ID:
+            for part, file in CONFIG_FILES.items():
+                (folder / file).parent.mkdir()
+                values = {**stable_diffusion_v1_5.CONFIGS[part], **config.decoder.get(part, {})}
+                (folder / file).write_text(json.dumps(values))
+            model = replace(model, image_decoder=str(folder))
+        self.model, self.tokenizer = model, Tokenizer.from_pretrained(Path(model.tokenizer))
+
+    def experiment(self, stage: str, *changes: str) -> Any:
+        """The stage's configuration on one device, at this size.
+
+        Raises:
+            ConfigError: a size without the stage, or what `load_config` refuses.
+        """
+        if stage not in self.config.stages or stage not in STAGES:
+            raise ConfigError(f"there is no part '{stage}'; allowed: {', '.join([*self.config.stages, 'sampling'])}")
+        experiment = load_config([*self.config.stages[stage], *ONE_DEVICE, *changes], stage_schema)
+        return replace(experiment, model=deepcopy(self.model), init_from=None)
+
+    def build(self, experiment: Any) -> StageModule:
+        """The stage's module in training mode, with random weights drawn on the device."""
+        with torch.random.fork_rng(), torch.device(self.device):
+            torch.manual_seed(self.config.seed)
+            return experiment.module.build(experiment, self.tokenizer, self.load_decoder).to(self.device).train()
+
+    def load_decoder(self, source: str | Path, parts: Parts = "all") -> ImageDecoder:
+        """An image decoder with random weights."""
+        return image_decoder_class(source).from_config(source, parts)
+
+    def fill(self, batch: Any) -> Any:
+        """The batch with random words and pixels in place of zeros: what is multiplied changes a GPU's clock."""
+        source = torch.Generator(self.device).manual_seed(self.config.seed)
+
+        def filled(value: Tensor, words: int) -> Tensor:
+            if value.is_floating_point():
+                return torch.randn(value.shape, generator=source, device=self.device).clamp(-1, 1)
+            return torch.randint(FIRST_WORD, words, value.shape, generator=source, device=self.device)
+
+        prompt, words = batch.prompt, len(self.tokenizer)
+        images = None if prompt.images is None else filled(prompt.images, words)
+        prompt = replace(prompt, ids=filled(prompt.ids, words), images=images)
+        # Other ids may be of a smaller vocabulary, so few words are drawn.
+        own = {item.name: getattr(batch, item.name) for item in fields(batch)}
+        own = {name: filled(value, min(words, 256)) for name, value in own.items() if isinstance(value, Tensor)}
+        return replace(batch, prompt=prompt, **own)
+
+
+@contextmanager
+def open_setting(config: BenchmarkConfig) -> Iterator[Setting]:
+    """A `Setting` in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Setting(config, Path(folder))
+
+
+def backward(module: StageModule, batch: MicroBatch, precision: str) -> Tensor:
+    """Loss of a micro-batch after its backward pass, in Lightning's `precision`."""
+    device = module.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        loss = module.losses(batch)["loss"]
+    loss.backward()
+    return loss.detach()
