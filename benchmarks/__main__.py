@@ -101,7 +101,9 @@ def row(result: Result) -> list[str]:
         share = f"{result['flops_per_second'] / result['peak_flops_per_second']:.0%}"
     if "ratio" in result:
         beside = f"{times(result['ratio'])} of {result['diffusers_rows_per_second']:.3g}/s"
-    size = f"{result['micro_batch']} × {result['tokens_per_row']} tokens" if share else f"{result['micro_batch']} images"
+    size = (
+        f"{result['micro_batch']} × {result['tokens_per_row']} tokens" if share else f"{result['micro_batch']} images"
+    )
     tokens = f" ({result['rows_per_second'] * result['tokens_per_row']:,.0f} tokens)" if share else ""
     speed = f"{result['rows_per_second']:.3g}{tokens}"
     return [f"{result['part']}, {result['variant']}", size, memory + dry, speed, share, beside]

@@ -198,6 +198,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as a table."""
     lines = ["### loader", "", "One core, its CPU seconds.", "", "| | |", "|---|---|"]
     for name, value in result.items():
-        shown = f"{value:+,.0f}" if isinstance(value, float) else "{median:,.3g} ({low:,.3g}–{high:,.3g})".format(**value)
+        shown = (
+            f"{value:+,.0f}" if isinstance(value, float) else "{median:,.3g} ({low:,.3g}–{high:,.3g})".format(**value)
+        )
         lines.append(f"| {name} | {shown} |")
     return "\n".join([*lines, ""])
