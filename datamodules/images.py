@@ -8,7 +8,7 @@ from typing import TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from datamodules.errors import SampleError
-from kosmosg.image_processing import LONGEST_ASPECT, rgb, upright
+from kosmosg.image_processing import LONGEST_ASPECT, rgb
 
 T = TypeVar("T")
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -48,7 +48,7 @@ class StoredImage:
     limits: Limits = field(default_factory=Limits)
 
     def load(self) -> Image.Image:
-        """Decode to RGB; an animation gives its first frame, transparency becomes white, a photo stands upright.
+        """Decode to RGB; an animation gives its first frame, transparency becomes white, a photo is turned upright.
 
         Raises:
             SampleError: `unreadable_image`, `image_too_large` or `extreme_aspect_ratio`.
@@ -60,7 +60,7 @@ class StoredImage:
         if max(width, height) > self.limits.max_aspect_ratio * min(width, height):
             raise self._error("extreme_aspect_ratio", f"{width}×{height}, at most 1:{self.limits.max_aspect_ratio:g}")
         self._guard(image.load)
-        return self._guard(lambda: upright(rgb(image), image))
+        return self._guard(lambda: rgb(image))
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels, from the header alone.

@@ -1,25 +1,29 @@
 """Prompts of a file → PNG files that know how they were made.
 
-A job is one image: prompt, input images, seed. Its file is written beside and renamed, and carries the job's
-parameters in its metadata, so that a stopped run goes on without a record of its own: what is there with the same
-parameters is done.
+A job is one image: prompt, input images, seed. Its file carries the job's parameters in its metadata, so that a stopped
+run resumes without a record of its own: what exists with the same parameters is done. All that the jobs need is tried
+before anything is drawn.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+import torch
+from PIL import Image, PngImagePlugin
 
 from kosmosg.files import replaced
-from kosmosg.image_processing import upright
-from kosmosg.prompt import PLACEHOLDER
+from kosmosg.image_processing import ClipImageTransform, read_image
+from kosmosg.prompt import PLACEHOLDER, check_negative_prompt, parse_prompt
+from kosmosg.sampling import LARGEST_SEED, check_numbers, scheduler_class
 
 METADATA_KEY = "kosmosg"
+LONGEST_NAME = 240  # bytes; a file system takes 255, and a temporary name is a little longer
+NAMED = 80  # characters of a value in a message
 PROBE_BYTES = 1 << 20  # weights are known by their files' sizes, first and last MiB; reading all would take a minute
 
 
@@ -37,6 +41,8 @@ class Request:
     seed: int = 0
     count: int = 1
     name: str = ""
+    place: str = "the prompt"
+    """Where it was read, for messages."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -45,12 +51,16 @@ class Request:
             raise GenerationError(
                 f"the prompt has {placeholders} placeholders {PLACEHOLDER} but {len(self.images)} images"
             )
-        if self.count < 1 or self.seed < 0:
+        check_negative_prompt(self.negative_prompt)
+        if self.count < 1 or self.seed < 0 or self.seed + self.count - 1 > LARGEST_SEED:
             raise GenerationError(
-                f"count={self.count} and seed={self.seed}; allowed: count of at least 1, seed of 0 or more"
+                f"count={self.count} and seed={self.seed}; allowed: count of at least 1, seeds in 0 … 2^64 - 1"
             )
-        if Path(self.name).name != self.name:
-            raise GenerationError(f"name={self.name!r} is no plain file name")
+        longest = f"{self.name}-{self.seed + self.count - 1}.png"
+        if Path(self.name).name != self.name or not self.name.isprintable() or len(longest.encode()) > LONGEST_NAME:
+            raise GenerationError(
+                f"name={self.name[:NAMED]!r} is not a plain file name of at most {LONGEST_NAME} bytes with the seed"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,14 @@ class Settings:
     sampler: str | None = None
     height: int | None = None
     width: int | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self.num_inference_steps, self.guidance_scale)
+        if self.sampler is not None:
+            scheduler_class(self.sampler)
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) is not None and side < 1:
+                raise GenerationError(f"{name}={side} is not allowed; allowed: pixels, 1 or more")
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class Job:
 
 
 def read_manifest(file: Path) -> tuple[list[Request], list[str]]:
-    """The requests of a JSONL file, and what is wrong with the other lines; blank lines are passed over.
+    """The requests of a JSONL file, and what is wrong with the other lines; blank lines are skipped.
 
     Paths of images are relative to the file's folder. A request without a name is called by its line number.
 
@@ -86,21 +104,22 @@ def read_manifest(file: Path) -> tuple[list[Request], list[str]]:
     if not file.is_file():
         raise GenerationError(f"the manifest '{file}' does not exist")
     requests, wrong = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            request = read_request(json.loads(line), default_name=f"{number:06d}", folder=file.parent)
+            place = f"{file}, line {number}"
+            request = read_request(json.loads(line), f"{number:06d}", file.parent, place)
             check_images(request)
             requests.append(request)
         except (ValueError, TypeError) as error:
-            wrong.append(f"line {number}: {error}")
+            wrong.append(f"{file}, line {number}: {error}")
     names = [request.name for request in requests]
-    wrong += [f"the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    wrong += [f"{file}: the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
     return requests, wrong
 
 
-def read_request(values: Any, default_name: str, folder: Path) -> Request:
+def read_request(values: Any, default_name: str, folder: Path, place: str) -> Request:
     """One line's object as a request.
 
     Raises:
@@ -108,7 +127,7 @@ def read_request(values: Any, default_name: str, folder: Path) -> Request:
     """
     if not isinstance(values, dict):
         raise GenerationError(f'a line is {type(values).__name__}; allowed: an object, as {{"prompt": "a dog"}}')
-    allowed = {field.name: field for field in fields(Request)}
+    allowed = [field.name for field in fields(Request) if field.name != "place"]
     if unknown := sorted(set(values) - set(allowed)):
         raise GenerationError(f"unknown keys {unknown}; allowed: {', '.join(allowed)}")
     if "prompt" not in values:
@@ -119,19 +138,33 @@ def read_request(values: Any, default_name: str, folder: Path) -> Request:
     for name, kind in (("prompt", str), ("negative_prompt", str), ("name", str), ("seed", int), ("count", int)):
         if name in values and type(values[name]) is not kind:
             raise GenerationError(f"{name}={values[name]!r}; allowed: {kind.__name__}")
-    return Request(**{"name": default_name, **values, "images": tuple(str(folder / image) for image in images)})
+    paths = tuple(str(folder / image) for image in images)
+    return Request(**{"name": default_name, **values, "images": paths, "place": place})
 
 
 def check_images(request: Request) -> None:
-    """Raises GenerationError: an image that is missing or no image; names it."""
+    """Raises ValueError: an image that cannot be read or resized; names it."""
     for name in request.images:
         try:
-            with Image.open(name) as image:
-                image.verify()
-        except FileNotFoundError as error:
-            raise GenerationError(f"the image '{name}' does not exist") from error
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise GenerationError(f"'{name}' is no readable image: {error}") from error
+            ClipImageTransform(1)(read_image(name))
+        except ValueError as error:
+            raise GenerationError(str(error) if name in str(error) else f"the image '{name}': {error}") from error
+
+
+def check_lengths(pipeline: Any, requests: Iterable[Request]) -> list[str]:
+    """What is wrong with prompts that are too long for the model, by place; their images need not be read for it."""
+    encoder, wrong = pipeline.encoder, []
+    blank = torch.zeros(3, encoder.image_transform.size, encoder.image_transform.size)
+    for request in requests:
+        for name, text, images in (
+            ("prompt", request.prompt, [blank] * len(request.images)),
+            ("negative_prompt", request.negative_prompt, []),
+        ):
+            try:
+                encoder(parse_prompt(text, images))
+            except ValueError as error:
+                wrong.append(f"{request.place}: {name}: {error}")
+    return wrong
 
 
 def plan(requests: Sequence[Request], settings: Settings, output: Path, identity: dict[str, str]) -> list[Job]:
@@ -185,10 +218,7 @@ def generate(pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size:
     """
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        opened: dict[str, Image.Image] = {}
-        for name in {name for job in batch for name in job.request.images}:
-            with Image.open(name) as image:
-                opened[name] = upright(image.copy(), image)
+        opened = {name: read_image(name) for name in {name for job in batch for name in job.request.images}}
         drawn = pipeline(
             [job.request.prompt for job in batch],
             images=[[opened[name] for name in job.request.images] for job in batch],

@@ -4,6 +4,7 @@ Values are those of float64 arithmetic rounded once, at the end: that is how the
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 LONGEST_ASPECT = 100  # resized by its shorter side, a longer strip would need gigabytes before it is cropped
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,6 +65,22 @@ class TargetTransform:
         for channel, band in zip(pixels.numpy(), bands, strict=True):
             channel[:] = np.asarray(band)
         return pixels.mul_(2).sub_(255).div_(255)
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """A file as an RGB image, decoded whole.
+
+    Raises:
+        ValueError: it is missing, not a regular file, of another format, damaged, too large, or has no meaning in RGB;
+            names the file.
+    """
+    try:
+        if not Path(file).is_file():
+            raise ValueError("does not exist, or is not a regular file")
+        with Image.open(file, formats=FORMATS) as image:
+            return rgb(image)
+    except Exception as error:  # decoders of Pillow raise many kinds on damaged files
+        raise ValueError(f"the image '{file}' cannot be read: {error}") from error
 
 
 def cropped(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:

@@ -45,7 +45,7 @@ from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MAX_TOKENS, MLLM
 from kosmosg.models.stable_diffusion import ABSENT_PARTS, StableDiffusion
 from kosmosg.models.storage import check_weights, find_model, load_network, load_part
-from kosmosg.prompt import PLACEHOLDER, ImageInput, Prompt, PromptEncoder, Segment, read_prompts
+from kosmosg.prompt import ImageInput, Prompt, PromptEncoder, Segment, check_negative_prompt, read_prompts
 from kosmosg.sampling import DiffusionSampler, build_scheduler
 from kosmosg.tokenizer import Tokenizer
 
@@ -391,17 +391,6 @@ def absent_parts(folder: Path) -> dict[str, None]:
 def dtype_of(part: str, dtype: Dtype) -> torch.dtype:
     """Of one part, where a dictionary may give each its own."""
     return dtype.get(part, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
-
-
-def check_negative_prompt(text: str) -> str:
-    """The text as it is.
-
-    Raises:
-        ValueError: it has a placeholder, for which no image is taken.
-    """
-    if PLACEHOLDER in text:
-        raise ValueError(f"negative_prompt={text!r} has a placeholder {PLACEHOLDER}; allowed: text alone.")
-    return text
 
 
 def call_with(pipeline: DiffusionPipeline, callback: Callable[..., dict], inner: Any, *arguments: Any) -> dict:

@@ -304,3 +304,14 @@ def read_prompt(prompt: Prompt, images: Sequence[ImageInput], number: int) -> li
 
 def is_image(item: object) -> bool:
     return isinstance(item, (Image.Image, Tensor))
+
+
+def check_negative_prompt(text: str) -> str:
+    """The text as it is.
+
+    Raises:
+        ValueError: it has a placeholder, for which no image is taken.
+    """
+    if PLACEHOLDER in text:
+        raise ValueError(f"negative_prompt={text!r} has a placeholder {PLACEHOLDER}; allowed: text alone.")
+    return text

@@ -47,19 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from kosmosg import generation
 
-    requests, wrong = read_requests(arguments)
-    for line in wrong:
-        print(f"{arguments.manifest}: {line}")
-    if wrong and not (arguments.skip_bad and requests):
-        raise generation.GenerationError(
-            f"{len(wrong)} lines of '{arguments.manifest}' are bad, {len(requests)} good; nothing was drawn. "
-            "--skip-bad draws the good ones."
-        )
     settings = generation.Settings(
         arguments.steps, arguments.guidance, arguments.sampler, arguments.height, arguments.width
     )
     if arguments.batch_size < 1:
         raise generation.GenerationError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    requests, wrong = read_requests(arguments)
+    report(arguments, wrong, len(requests))
     device, dtype = placement(arguments)
     identity = {"model": model_name(arguments), "dtype": dtype}
     jobs = generation.plan(requests, settings, arguments.output, identity)
@@ -67,14 +61,37 @@ def run(arguments: argparse.Namespace) -> int:
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} images are there already.")
     if left:
-        drawn = generation.generate(load(arguments, device, dtype), left, settings, arguments.batch_size)
+        pipeline = load(arguments, device, dtype)
+        pipeline.image_decoder.image_size(settings.height, settings.width)
+        too_long = generation.check_lengths(pipeline, dict.fromkeys(job.request for job in left))
+        if too_long:
+            left = [job for job in left if not any(line.startswith(f"{job.request.place}:") for line in too_long)]
+            report(arguments, too_long, len(left))
+            wrong += too_long
+        drawn = generation.generate(pipeline, left, settings, arguments.batch_size)
         for _ in track(drawn, total=len(left), description="generate"):
             pass
+    count = sum(job.file.is_file() for job in jobs)
     print(
-        f"{f'{len(jobs)} images are' if len(jobs) > 1 else '1 image is'} in '{arguments.output}'"
+        f"{f'{count} images are' if count != 1 else '1 image is'} in '{arguments.output}'"
         + (f"; {len(wrong)} lines were left out." if wrong else ".")
     )
     return 1 if wrong else 0
+
+
+def report(arguments: argparse.Namespace, wrong: list[str], good: int) -> None:
+    """Print what is wrong with lines of the manifest. Raises GenerationError: they are not to be skipped."""
+    from kosmosg import generation
+
+    if wrong and arguments.manifest is None:
+        raise generation.GenerationError(wrong[0])
+    for line in wrong:
+        print(line)
+    if wrong and not (arguments.skip_bad and good):
+        raise generation.GenerationError(
+            f"{len(wrong)} lines of '{arguments.manifest}' are bad, {good} good; nothing was drawn. "
+            "--skip-bad draws the good ones."
+        )
 
 
 def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:

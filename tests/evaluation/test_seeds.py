@@ -34,7 +34,8 @@ def write_run(folder: Path, model: Path, **config) -> Path:
     [
         ({"ablation": "without_l_rec", "seed": 2, "recipe": {"rec_weight": 0}}, "without_l_rec, seed 2", "alignment"),
         ({}, "alignment, seed 0", "alignment"),
-        ({"ablation": "e", "stage": "instruction_tuning", "recipe": {"trainable": "aligner"}}, "e, seed 0", "alignment"),
+        ({"ablation": "e", "stage": "instruction_tuning", "recipe": {"trainable": "aligner"}}, "e, seed 0",
+         "alignment"),
         ({"stage": "instruction_tuning", "recipe": {"trainable": "all"}}, "instruction_tuning, seed 0",
          "instruction_tuning"),
     ],

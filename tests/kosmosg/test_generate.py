@@ -120,11 +120,11 @@ BAD = [
     ({}, "line 1: the key 'prompt' is missing"),
     ({"prompt": " "}, "line 1: prompt is empty"),
     ({"prompt": "<i>"}, "line 1: the prompt has 1 placeholders <i> but 0 images"),
-    ({"prompt": "<i>", "images": ["cat.png"]}, "cat.png' does not exist"),
-    ({"prompt": "<i>", "images": ["text.png"]}, "text.png' is no readable image"),
+    ({"prompt": "<i>", "images": ["cat.png"]}, "cat.png' cannot be read"),
+    ({"prompt": "<i>", "images": ["text.png"]}, "text.png' cannot be read"),
     ({"prompt": "a", "count": 0}, "line 1: count=0"),
     ({"prompt": "a", "seed": "x"}, "line 1: seed='x'; allowed: int"),
-    ({"prompt": "a", "name": "../a"}, "line 1: name='../a' is no plain file name"),
+    ({"prompt": "a", "name": "../a"}, "line 1: name='../a' is not a plain file name"),
 ]
 
 
@@ -148,7 +148,13 @@ def test_bad_lines(model, images, capsys, line, told):
         ((), "either a prompt or --manifest"),
         (("--manifest", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
         (("a dog", "--batch-size", "0"), "--batch-size is 0"),
-        (("a dog", "--sampler", "euler"), "sampler='euler' is unknown"),
+        (("a dog", "--sampler", "euler"), "sampler='euler' is not allowed"),
+        (("a dog", "--sampler", "FlowMatchEulerDiscreteScheduler"), "is not allowed"),
+        (("a dog", "--guidance", "nan"), "guidance_scale=nan is not allowed"),
+        (("a dog", "--height", "-8"), "height=-8 is not allowed"),
+        (("a dog", "--width", "65"), "width=65 are not allowed"),
+        (("a dog", "--seed", "18446744073709551616"), "seeds in 0 … 2^64 - 1"),
+        (("a dog", "--negative-prompt", "<i>"), "has a placeholder <i>; allowed: text alone"),
         (("a dog", "--count", "0"), "count=0"),
     ],
 )
@@ -166,3 +172,34 @@ def test_names_given_twice(model, images, capsys):
     manifest = write_manifest(images, {"prompt": "a", "name": "x"}, {"prompt": "b", "name": "x"})
     assert generate(model, "--manifest", manifest, "--output", images / "out") == 2
     assert "the name 'x' is given twice" in capsys.readouterr().out
+
+
+LATE = {
+    "cut": "cut.jpg' cannot be read",
+    "float": "float.tif' cannot be read: an image of mode 'F'",
+    "huge": "huge.png' cannot be read",
+    "strip": "strip.png': an image of 2×400 pixels",
+    "long": "prompt: the prompt has",
+    "longneg": "negative_prompt: the prompt has",
+    "longname": "is not a plain file name",
+    "nul": "is not a plain file name",
+    "seed": "seeds in 0 … 2^64 - 1",
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_bad_line_is_named_before_anything_is_drawn(model, shared, tmp_path, capsys, name):
+    manifest = shared / "faults" / "late_errors" / f"{name}.jsonl"
+    arguments = (model, "--manifest", manifest, "--output", tmp_path / "out")
+    assert generate(*arguments) == 2
+    heard = capsys.readouterr()
+    assert f"{name}.jsonl, line 2: " in heard.out and LATE[name] in heard.out
+    assert not (tmp_path / "out").exists() and "Traceback" not in heard.err
+    assert generate(*arguments, "--skip-bad") == 1
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["good-0.png"]
+
+
+def test_one_side_leaves_the_other_to_the_model(model, tmp_path):
+    assert generate(model, "a dog", "--width", "96", "--output", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "image-0.png") as image:
+        assert image.size == (96, 64)

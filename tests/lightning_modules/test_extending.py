@@ -127,6 +127,9 @@ class FlowDecoder(ImageDecoder):
     def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
         return CHANNELS, targets.shape[-2] // 4, targets.shape[-1] // 4
 
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        return height or 4 * SIDE, width or 4 * SIDE
+
     def are_moments(self, targets: Tensor) -> bool:
         return targets.shape[1] == CHANNELS
 
