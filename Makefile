@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with Python and make:
 #   make toyland   set up, then the whole paper in miniature: data, three stages, evaluation, report
 #   make test      set up, then the tests
-# Both reuse what stands; stopped with Ctrl-C and started again they go on where they were.
+# Both are resumable: finished steps are skipped, interrupted ones continue.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,10 +10,10 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-# A command that goes on where it was when it is started again; told, too, when it is stopped before it can tell itself.
-resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ goes on from here." >&2; exit 130' INT; $(1)
+# A resumable command; says so, too, when it is stopped before it can say it itself.
+resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test toyland toyland-table-2 toyland-short toyland-parts lint clean-toyland
+.PHONY: help setup test toyland toyland-table-2 toyland-short toyland-parts gpu-check lint clean-toyland
 .DEFAULT_GOAL := help
 
 help:
@@ -23,7 +23,8 @@ help:
 	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-parts  train the miniature's CLIP, VAE, U-Net, DINO and FID network anew, into runs/toyland-parts"
-	@echo "make lint           ruff"
+	@echo "make gpu-check      every stage and sampling on one GPU, beside dry run and diffusers; under ten minutes"
+	@echo "make lint           ruff and pyright"
 	@echo "make clean-toyland  remove Toyland's data and runs"
 
 setup: $(STAMP)
@@ -44,13 +45,13 @@ toyland: setup
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
 
-# The rows of Table 2: the stage whose file each one changes, and its file in configs/ablations/.
+# The rows of Table 2: the stage whose file each one changes, and its file in configs/toyland/table_2/.
 TABLE_2 := alignment/alignernet_24_layers alignment/alignernet_12_layers alignment/decoder_12_layers \
            instruction_tuning/end_to_end_with_alignernet instruction_tuning/end_to_end_without_alignernet
 SEEDS ?= 0 1 2
 TOYLAND_RUNS ?= runs/toyland
 
-# Seed by seed, so that all rows stand after a third of the time.
+# Seed by seed, so that all rows are there after a third of the time.
 toyland-table-2: export HF_HUB_OFFLINE := 1
 toyland-table-2: setup
 	$(foreach seed,$(SEEDS),$(foreach row,$(TABLE_2),$(call table_2_run,$(row),$(seed))))
@@ -58,7 +59,7 @@ toyland-table-2: setup
 	$(RUN) evaluate.py tables $(TOYLAND_RUNS)/ablations/evaluation output=$(TOYLAND_RUNS)/ablations/tables
 
 define table_2_run
-	$(call resumable,$(RUN) train.py configs/toyland/$(patsubst %/,%,$(dir $(1))).yaml configs/ablations/$(notdir $(1)).yaml configs/toyland/table_2.yaml seed=$(2))
+	$(call resumable,$(RUN) train.py configs/toyland/$(patsubst %/,%,$(dir $(1))).yaml configs/toyland/table_2/$(notdir $(1)).yaml seed=$(2))
 
 endef
 
@@ -74,6 +75,11 @@ toyland-short: setup
 
 toyland-parts: setup
 	$(call resumable,$(RUN) -m kosmosg.toyland.parts output=runs/toyland-parts)
+
+SIZE ?= gpu
+PARTS ?=
+gpu-check: setup
+	$(RUN) -m benchmarks check $(PARTS) size=$(SIZE)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,6 +1,5 @@
 """Ablations: every shipped file fits the full size and Toyland; what they need of the model trains, resumes, draws."""
 
-import json
 import re
 import signal
 from pathlib import Path
@@ -8,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning_modules.estimate.compute import flops_of_batch, flops_of_update
-from lightning_modules.scale.batch_layout import BatchLayout
 
 import train
 from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_aligner_decoder
 from kosmosg.pipeline import KosmosGPipeline
 from tests import tiny
-from tests.test_train import configs, losses, press_ctrl_c, run, shards, trained_names, weights  # noqa: F401, fixtures
+from tests.test_train import configs, losses, press_ctrl_c, run, shards, trainable_names, weights  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent
 FOLDER = REPOSITORY / "configs" / "ablations"
 ABLATIONS = sorted(file for file in FOLDER.glob("*.yaml") if file.stem != "run")
+TABLE_2 = sorted(file for file in REPOSITORY.glob("configs/toyland/table_2/*.yaml") if file.stem != "run")
 FORMS = ("", "toyland/")
 LAYERS = {"": 24, "toyland/": 4}
 
@@ -60,7 +58,7 @@ def test_table_2_in_parts_of_the_mllms_layers(form: str) -> None:
     assert layers("alignernet_12_layers") == [quarter] * 4
     assert layers("decoder_12_layers") == [0, half] * 2
     linear = shipped("end_to_end_without_alignernet", form)
-    assert (linear.model.aligner.kind, linear.recipe.trains, linear.data.validation_sources) == (
+    assert (linear.model.aligner.kind, linear.recipe.trainable, linear.data.validation_sources) == (
         "linear", "aligner", ["captions"]
     )  # fmt: skip
     assert linear.data.constructed.weight == linear.data.edit.weight == 0 < linear.data.captions.weight
@@ -127,7 +125,7 @@ def test_it_trains_goes_on_bit_for_bit_and_draws(
     assert run(configs[stage], *arguments, f"run={stopped}") == 0
     assert losses(stopped) == losses(whole) and weights(stopped) == weights(whole)
 
-    trained = {key.split(".")[0] for key in trained_names(whole)}
+    trained = {key.split(".")[0] for key in trainable_names(whole)}
     assert trained == ({"aligner"} if stage == "instruction_tuning" else {"aligner", "aligner_decoder"})
     same = file_bytes(whole / "model" / "mllm") == file_bytes(tiny_model / "mllm")
     assert same == (name != "without_stage_1"), "the MLLM is frozen, and of stage 1 where there was one"
@@ -147,42 +145,16 @@ def file_bytes(folder: Path) -> bytes:
     return next(folder.glob("*.safetensors")).read_bytes()
 
 
-def test_equal_compute_sets_the_length(
-    configs: dict[str, Path],  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    folder = tmp_path / "alignment"
-    assert run(configs["alignment"], "trainer.max_flops=1e5") == 2
-    message = capsys.readouterr().err
-    cost = float(re.search(r"one update costs (\S+) FLOPs", message)[1])
-    budget = f"trainer.max_flops={3.5 * cost}"
-    assert run(configs["alignment"], budget) == 0
-    assert len(losses(folder)) == json.loads((folder / "finished.json").read_text())["step"] == 3
-    compute = json.loads((folder / "compute.json").read_text())
-    assert compute["updates"] == 3 and compute["flops_of_update"] == pytest.approx(cost, rel=0.01)
-    assert run(configs["alignment"], budget, "trainer.devices=0") == 0, "a finished run says so"
-    assert run(configs["alignment"], budget, "data.captions.validation=''", f"run={tmp_path / 'other'}") == 2
-    assert "needs held-out data" in capsys.readouterr().err
-
-
-class Doubling(torch.nn.Module):
-    """A stage of one matrix product of 2·3·4·5 FLOPs; its backward pass costs one for each side with a gradient."""
-
-    def __init__(self, both: bool):
-        super().__init__()
-        self.linear, self.both = torch.nn.Linear(4, 5, bias=False), both
-
-    def batch_loss(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.linear(batch.requires_grad_(self.both)).sum()
-
-
-@pytest.mark.parametrize(("both", "products"), [(False, 2), (True, 3)])
-def test_flops_are_those_of_both_passes(both: bool, products: int) -> None:
-    module = Doubling(both)
-    state = torch.get_rng_state()
-    assert flops_of_batch(module, torch.ones(3, 4)) == products * 2 * 3 * 4 * 5
-    assert module.linear.weight.grad is None and torch.equal(torch.get_rng_state(), state)
-    batches = [torch.ones(3, 4), torch.ones(6, 4)]
-    layout = BatchLayout(batch_size=3, processes=6, accumulate=2)
-    assert flops_of_update(module, batches, layout) == products * 2 * 4.5 * 4 * 5 * 12
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "configs" / "toyland" / "table_2").glob("*s*.yaml")), ids=lambda f: f.stem
+)
+def test_rows_of_table_2_have_the_same_compute(file: Path) -> None:
+    """Steps times the FLOPs of one, as the file tells them."""
+    steps, flops = re.search(r"(\d+) steps of ([\d.]+) GFLOP", file.read_text()).groups()
+    [stage] = re.findall(
+        r"^#   python train.py configs/(\S+) configs/toyland/table_2/\S+ seed=0$", file.read_text(), re.M
+    )
+    experiment = load_config([str(REPOSITORY / "configs" / stage), str(file), "seed=1"], train.stage_schema)
+    assert experiment.trainer.max_steps == int(steps) and experiment.ablation == file.stem
+    assert int(steps) * float(flops) == pytest.approx(8000, rel=0.005)
+    assert experiment.run.endswith(f"ablations/{file.stem}/{experiment.stage}-seed-1")

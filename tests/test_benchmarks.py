@@ -1,50 +1,95 @@
 """Every benchmark runs at the smallest size and says what it promises; how fast it went is not asked."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import main
-from benchmarks.report import with_section
+from benchmarks import check
+from benchmarks.__main__ import main, with_section
 
-MEASURED = ("stage1", "stage2", "stage3", "sampling", "evaluation")
+STAGES = ("language_modelling", "alignment", "instruction_tuning")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURED)
-def test_benchmark_runs_and_reports(name: str, capsys: pytest.CaptureFixture) -> None:
-    assert main([name, "--json", "size=tiny", "repetitions=1", "scaling=false"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["benchmark"] == name
-    assert result["ratio"]["low"] <= result["ratio"]["median"] <= result["ratio"]["high"]
-    assert result["seconds"]["ours"] > 0 and result["seconds"]["theirs"] > 0
-    assert result["memory"]["ours_bytes"] > 0 and result["ceiling"]["share_of_ours"] > 0
-    assert len(result["levers"]) > 1
-    for lever in result["levers"]:
-        assert lever["lever"] and lever["ratio"]["median"] > 0
+def results(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.mark.slow
-def test_processes_are_measured_together(capsys: pytest.CaptureFixture) -> None:
-    assert main(["processes", "--json", "size=tiny", "repetitions=2"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert {row["strategy"] for row in result["rows"]} == {"none", "ddp", "fsdp2"}
-    for row in result["rows"]:
-        assert row["seconds"] > 0 and row["ratio"]["low"] <= row["ratio"]["high"]
-        if row["processes"] == 1:
-            assert row["ratio"]["median"] == 1
+def test_check_measures_all_parts_beside_their_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "results.jsonl"
+    assert main(["check", "size=tiny", "repetitions=1", f"output={file}"]) == 0
+    found = results(file)
+    assert [result["part"] for result in found] == [*STAGES, "sampling"]
+    for result in found:
+        assert result["rows_per_second"] > 0 and result["peak_bytes"] > 0
+        assert result["machine"]["versions"]["torch"]
+        if result["part"] != "sampling":
+            assert result["dry_run_bytes"] > 0 and result["flops_per_second"] > 0 < result["peak_flops_per_second"]
+    ratio = found[-1]["ratio"]
+    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and found[-1]["diffusers_rows_per_second"] > 0
+    assert "| language_modelling, eager |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_part_that_fails_or_runs_over_is_reported_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(check, "size_up", out_of_memory)
+    file = tmp_path / "results.jsonl"
+    assert main(["check", "alignment", "sampling", "size=tiny", "repetitions=1", f"output={file}"]) == 1
+    assert [("problem" in result, result["part"]) for result in results(file)] == [
+        (True, "alignment"),
+        (False, "sampling"),
+    ]
+    monkeypatch.undo()
+    file.unlink()
+    arguments = ["check", "alignment", "sampling", "size=tiny", "part_seconds=0.05", f"output={file}"]
+    assert main(arguments) == 1
+    assert all("OutOfTimeError" in result["problem"] for result in results(file))
+    assert "CUDA out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_released_ways_compute_the_same_loss(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    assert main(["released", "size=tiny", "repetitions=1", f"output={file}"]) == 0
+    for stage in STAGES:
+        found = [result for result in results(file) if result["part"] == stage]
+        assert len(found) > 2 and all(result["seconds"] > 0 for result in found)
+        assert all(result["ratio"]["low"] <= result["ratio"]["median"] <= result["ratio"]["high"] for result in found)
+
+
+@pytest.mark.slow
+def test_loader_is_measured_beside_its_parts(capsys: pytest.CaptureFixture) -> None:
+    small = [
+        "samples=10",
+        "batches=2",
+        "micro_batch_size=3",
+        "captions=60",
+        "caption_batches=3",
+        "memory_captions=3000",
+    ]
+    assert main(["loader", *small]) == 0
+    assert "captions" in capsys.readouterr().out
 
 
 def test_mistakes_are_answered(capsys: pytest.CaptureFixture) -> None:
-    assert main(["stage4"]) == 2
-    assert "stage1|stage2" in capsys.readouterr().err
-    assert main(["stage2", "size=huge"]) == 2
-    assert "size=huge is unknown; allowed: cpu, gpu, tiny" in capsys.readouterr().err
+    for arguments, message in (
+        (["stage4"], "check|released|loader"),
+        (["check", "size=huge"], "huge"),
+        (["check", "stage4", "size=tiny"], "there is no part 'stage4' of check; allowed: language_modelling"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_page_keeps_its_words_around_a_section_that_is_written_anew() -> None:
-    page = with_section("# Page\n\nWords.\n", "stage2 cpu", "| 1 |")
-    page = with_section(page + "\nMore words.\n", "stage3 cpu", "| 2 |")
-    again = with_section(page, "stage2 cpu", "| 3 |")
+    page = with_section("# Page\n\nWords.\n", "check cpu", "| 1 |")
+    page = with_section(page + "\nMore words.\n", "released cpu", "| 2 |")
+    again = with_section(page, "check cpu", "| 3 |")
     assert "| 1 |" not in again and "Words." in again and "More words." in again
     assert again.index("| 3 |") < again.index("More words.") < again.index("| 2 |")

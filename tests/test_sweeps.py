@@ -1,14 +1,13 @@
-"""Sweeps: every shipped file gives W&B's agent commands that train.py takes; without a server the same trials run."""
+"""Sweeps are run by `wandb agent`: every shipped file gives it commands that train.py and evaluate.py take."""
 
-import csv
+import itertools
 import math
-import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from lightning_modules.runs.local_sweep import Sweep
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import train
@@ -17,7 +16,7 @@ from evaluation.images.systems import AFTER_STAGE_3
 from evaluation.protocols.protocol import identity
 from evaluation.scores.results import Score
 from evaluation.tracking import summary_key
-from kosmosg.config import ConfigError, load_config
+from kosmosg.config import load_config
 from tests.test_train import configs, shards  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent
@@ -28,141 +27,93 @@ EVALUATIONS = [file for file in FILES if file.stem == "guidance"]
 
 
 @pytest.fixture(autouse=True)
-def in_repository(monkeypatch):
+def agent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.parametrize("file", SWEEPS, ids=[str(f.relative_to(TRIAL.parent)) for f in SWEEPS])
-def test_the_agents_command_is_ours_and_train_takes_it(file, monkeypatch):
-    sweep = Sweep.read(file)
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
-    for settings in sweep.trials(20, seed=0):
-        command = sweep.render(settings)
-        agent = create_sweep_command_args({"args": {name: {"value": value} for name, value in settings.items()}})
-        assert command[-len(settings) :] == agent["args_no_hyphens"]
-        assert command[0] == "/usr/bin/env" and command[2] == "train.py"
-        experiment = load_config(command[3:], train.stage_schema)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+def draws(parameter: dict[str, Any], source: random.Random) -> list[Any]:
+    """Values of a parameter, the ends of its range among them."""
+    if "values" in parameter or "value" in parameter:
+        return parameter.get("values", [parameter.get("value")])
+    low, high = parameter["min"], parameter["max"]
+    between = {
+        "uniform": lambda: source.uniform(low, high),
+        "log_uniform_values": lambda: math.exp(source.uniform(math.log(low), math.log(high))),
+        "int_uniform": lambda: source.randint(low, high),
+    }[parameter.get("distribution", "uniform")]
+    return [low, high, between(), between()]
+
+
+def commands(file: Path) -> list[tuple[dict[str, Any], list[str]]]:
+    """Settings of trials and the command lines that W&B's agent makes of them, from the program's name on."""
+    sweep = yaml.safe_load(file.read_text())
+    values = {name: draws(parameter, random.Random(0)) for name, parameter in sweep["parameters"].items()}
+    count = max(map(len, values.values()))
+    found = []
+    for number in range(count):
+        settings = {name: next(itertools.islice(itertools.cycle(of), number, None)) for name, of in values.items()}
+        arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in settings.items()}})
+        macros = {"${program}": [sweep["program"]], "${args_no_hyphens}": arguments["args_no_hyphens"]}
+        words = [word for part in sweep["command"] for word in macros.get(part, [part])]
+        assert words[:2] == ["${env}", "python"]
+        found.append((settings, words[2:]))
+    return found
+
+
+def names(files: list[Path]) -> list[str]:
+    return [str(file.relative_to(TRIAL.parent)) for file in files]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=names(SWEEPS))
+def test_trials_of_the_agent_are_experiments(file: Path) -> None:
+    for settings, (program, *arguments) in commands(file):
+        assert program == "train.py"
+        experiment = load_config(arguments, train.stage_schema)
         assert experiment.run == "runs/sweeps/s1/r1" and experiment.wandb.group == "sweep-s1"
         for name, value in settings.items():
-            found = experiment
+            found: Any = experiment
             for part in name.split("."):
                 found = getattr(found, part)
             assert found == value
     assert yaml.safe_load(file.read_text())["metric"]["name"].startswith("val/")
 
 
-@pytest.mark.parametrize("file", EVALUATIONS, ids=[str(f.relative_to(TRIAL.parent)) for f in EVALUATIONS])
-def test_the_agents_command_is_an_evaluation_of_its_own(file, monkeypatch):
-    sweep, key = Sweep.read(file), "dreambench.sampling.guidance_scale"
-    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
-    fingerprints = set()
-    for number, settings in enumerate(sweep.trials(None, seed=0)):
-        monkeypatch.setenv("WANDB_RUN_ID", f"r{number}")
-        command = sweep.render(settings)
-        agent = create_sweep_command_args({"args": {name: {"value": value} for name, value in settings.items()}})
-        assert command[-1:] == agent["args_no_hyphens"] == [f"{key}={settings[key]}"]
-        assert command[0] == "/usr/bin/env" and command[2] == "evaluate.py"
-        config = load_config(command[3:], EvaluationConfig)
-        assert config.output == f"runs/sweeps/s1/r{number}" and config.wandb.group == "sweep-s1"
+@pytest.mark.parametrize("file", EVALUATIONS, ids=names(EVALUATIONS))
+def test_trials_of_the_agent_are_evaluations(file: Path) -> None:
+    key, identities = "dreambench.sampling.guidance_scale", set()
+    for settings, (program, *arguments) in commands(file):
+        assert program == "evaluate.py"
+        config = load_config(arguments, EvaluationConfig)
+        assert config.output == "runs/sweeps/s1/r1" and config.wandb.group == "sweep-s1"
         assert config.dreambench is not None and config.dreambench.sampling.guidance_scale == settings[key]
-        fingerprints.add(identity(config.dreambench))
-    assert len(fingerprints) == len(sweep.trials(None, seed=0)) > 3
+        identities.add(identity(config.dreambench))
+    assert len(identities) > 3
     optimised = yaml.safe_load(file.read_text())["metric"]["name"]
     assert optimised == summary_key(Score("dreambench", AFTER_STAGE_3, "dino", 0, 0, 0, 1, "p"))
 
 
-SWEEP = {
-    "program": str(REPOSITORY / "train.py"),
-    "method": "random",
-    "metric": {"name": "val/mse_loss", "goal": "minimize"},
-    "parameters": {"optimizer.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}},
-}
-
-
-def write(folder: Path, **changes) -> Path:
-    file = folder / "sweep.yaml"
-    file.write_text(
-        yaml.safe_dump({**SWEEP, "command": ["${env}", "python", "${program}", "${args_no_hyphens}"], **changes})
-    )
-    return file
-
-
-@pytest.mark.slow
-def test_trials_run_are_ranked_and_not_run_again(configs, tmp_path, monkeypatch, capfd):  # noqa: F811
-    command = ["${env}", "python", "${program}", str(configs["alignment"]), str(TRIAL), "${args_no_hyphens}"]
-    file = write(tmp_path, command=command)
+def test_a_trial_runs_and_its_folder_reads_back(
+    configs: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
-    assert train.main(["sweep", str(file), "trials=2", "trainer.max_steps=2", "trainer.val_every=1"]) == 0
-    folder = tmp_path / "runs" / "sweeps" / "local-sweep"
-    with (folder / "ranking.csv").open() as source:
-        rows = list(csv.DictReader(source))
-    values = [float(row["val/mse_loss"]) for row in rows]
-    assert len(rows) == 2 and values == sorted(values) and len({row["optimizer.lr"] for row in rows}) == 2
-    for number, settings in enumerate(Sweep.read(file).trials(2, seed=0)):
-        run = folder / f"trial-{number:03d}"
-        assert list((run / "wandb").glob(f"offline-run-*-trial-{number:03d}"))
-        assert load_config([str(run)], train.stage_schema).optimizer.lr == settings["optimizer.lr"]
-    finished = {run: os.stat(folder / run / "metrics.csv").st_mtime_ns for run in ("trial-000", "trial-001")}
-    capfd.readouterr()
-    assert train.main(["sweep", str(file), "trials=2", "trainer.max_steps=2", "trainer.val_every=1"]) == 0
-    assert capfd.readouterr().out.count("is finished since") == 2
-    assert finished == {run: os.stat(folder / run / "metrics.csv").st_mtime_ns for run in finished}
-
-
-def test_a_grid_is_run_whole(tmp_path):
-    parameters = {"optimizer.lr": {"values": [0.1, 0.2]}, "seed": {"value": 3}, "recipe.a": {"values": ["x", "y"]}}
-    trials = Sweep.read(write(tmp_path, method="grid", parameters=parameters)).trials(None, seed=0)
-    assert [(t["optimizer.lr"], t["seed"], t["recipe.a"]) for t in trials] == [
-        (0.1, 3, "x"), (0.1, 3, "y"), (0.2, 3, "x"), (0.2, 3, "y")
-    ]  # fmt: skip
-
-
-def test_random_trials_are_the_same_whatever_their_number(tmp_path):
-    sweep = Sweep.read(write(tmp_path))
-    assert sweep.trials(8, seed=0)[:3] == sweep.trials(3, seed=0) != sweep.trials(3, seed=1)
-    logs = [math.log10(trial["optimizer.lr"]) for trial in sweep.trials(400, seed=0)]
-    assert -4 <= min(logs) < -3.9 and -2.1 < max(logs) <= -2 and abs(sum(logs) / len(logs) + 3) < 0.1
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"method": "bayes"}, "method 'bayes' needs W&B's server"),
-        ({"metric": {"name": "x", "goal": "low"}}, "metric.goal is 'low'"),
-        ({"metric": {"name": "x"}}, "'goal' is missing"),
-        ({"parameters": {"a": {"distribution": "normal", "min": 0, "max": 1}}}, "parameters.a has the distribution"),
-        ({"parameters": {"a": {"min": 0}}}, "parameters.a 'max'"),
-        ({"method": "grid", "parameters": {"a": {"min": 0, "max": 1}}}, "parameters.a has no values"),
-    ],
-)
-def test_files_that_are_refused(tmp_path, changes, told):
-    with pytest.raises(ConfigError, match=told):
-        Sweep.read(write(tmp_path, **changes))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ([], "sweep takes one file"),
-        (["nowhere.yaml"], "there is no sweep 'nowhere.yaml'"),
-        (["FILE"], "give trials=8"),
-        (["FILE", "trials=x"], "trials=x is not allowed"),
-        (["FILE", "trials=1"], "trial 0 of"),
-    ],
-)
-def test_mistakes(tmp_path, monkeypatch, capsys, arguments, told):
-    file = write(tmp_path, command=["python", "-c", "raise SystemExit(2)"])
-    monkeypatch.chdir(tmp_path)
-    assert train.main(["sweep", *(str(file) if a == "FILE" else a for a in arguments)]) == 2
-    assert told in capsys.readouterr().err
-
-
-def test_uniform_and_whole_numbers():
-    from lightning_modules.runs.local_sweep import draw
-
-    source = random.Random(0)
-    assert {draw({"distribution": "int_uniform", "min": 1, "max": 3}, source) for _ in range(50)} == {1, 2, 3}
-    assert all(0.5 <= draw({"min": 0.5, "max": 0.6}, source) <= 0.6 for _ in range(50))
+    _, (_, _, trial, *arguments) = commands(REPOSITORY / "configs" / "sweeps" / "toyland" / "alignment.yaml")[0]
+    given = [
+        str(configs["alignment"]),
+        str(REPOSITORY / trial),
+        *arguments,
+        "trainer.max_steps=2",
+        "trainer.val_every=1",
+    ]
+    assert train.main(given) == 0
+    run = tmp_path / "runs" / "sweeps" / "s1" / "r1"
+    assert "val/mse_loss" in (run / "metrics.csv").read_text()
+    assert list((run / "wandb").glob("offline-run-*-r1"))
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_MODE"):
+        monkeypatch.delenv(name)
+    assert load_config([str(run)], train.stage_schema).optimizer.lr == pytest.approx(float(arguments[0].split("=")[1]))

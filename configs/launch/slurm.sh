@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train under SLURM, one task a GPU, and go on by itself after preemption or the end of the time limit:
 #
-#   sbatch --nodes 8 configs/launch/slurm.sh configs/scale/64/alignment.yaml [key=value …]
+#   sbatch --nodes 8 configs/launch/slurm.sh configs/alignment.yaml trainer.num_nodes=8 [key=value …]
 #
 # Five minutes before its end the job's tasks get SIGTERM; they finish the update, save, and exit with 143, at which the
 # job is put back into the queue. Any other status but 0 stays as it is: something is to be mended.

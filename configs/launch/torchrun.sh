@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on machines without a scheduler. The same command on each of them, with its own NODE_RANK:
 #
-#   NODES=2 NODE_RANK=0 HEAD=10.0.0.1 configs/launch/torchrun.sh configs/scale/….yaml trainer.num_nodes=2 [key=value …]
+#   NODES=2 NODE_RANK=0 HEAD=10.0.0.1 configs/launch/torchrun.sh configs/alignment.yaml trainer.num_nodes=2 [key=value …]
 #
 # On one machine NODES, NODE_RANK and HEAD may be left out. SIGTERM to this script or to any process ends the update,
 # saves and stops all of them. torchrun reports 1 whatever stopped its processes, so this script exits with 143 where it

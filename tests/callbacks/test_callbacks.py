@@ -1,26 +1,27 @@
-"""The log that survives a resume, pictures of prompts, counted tokens, progress without a terminal, offline W&B."""
+"""The log that survives a resume and damage, image grids, counted tokens, progress without a terminal, offline W&B."""
 
 import csv
 import io
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from callbacks.contact_sheet import CELL, Row, contact_sheet, to_image
-from callbacks.metrics_file import MetricsFile
-from callbacks.throughput import Throughput
-from lightning_modules.runs.run_folder import RunFolder, RunFolderError
+import yaml
 from PIL import Image
 from rich.console import Console
 
 import train
-from callbacks.image_grid import describe, image_counts, select, spread
+from callbacks.image_grid import CELL, Row, contact_sheet, describe
+from callbacks.metrics import MetricsFile, StepMetrics
 from callbacks.progress import RunProgress
-from kosmosg.image_processing import UnderstandingTransform
+from kosmosg.batches import MicroBatch
+from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, ClipImageTransform, to_images
 from kosmosg.prompt import PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
+from lightning_modules.run_folder import RunFolder
 from tests import tiny
 from tests.lightning_modules import miniature
 
@@ -32,53 +33,68 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 def test_metrics_file_joins_rows_of_a_step_and_takes_new_columns(tmp_path: Path) -> None:
     log = MetricsFile(tmp_path / "metrics.csv")
-    log.log_metrics({"loss": 2.0, "epoch": 0}, step=0)
-    log.log_metrics({"loss": 1.0}, step=1)
-    log.log_metrics({"val": 0.5}, step=1)
-    assert rows(log.file) == [{"step": "0", "loss": "2.0", "val": ""}, {"step": "1", "loss": "1.0", "val": "0.5"}]
+    log.log_metrics({"loss": 2.0}, step=1)
+    log.log_metrics({"loss": 1.0}, step=2)
+    log.log_metrics({"val": 0.5}, step=2)
+    assert rows(log.file) == [{"step": "1", "loss": "2.0", "val": ""}, {"step": "2", "loss": "1.0", "val": "0.5"}]
 
 
-def test_metrics_file_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
+def test_metrics_file_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
     log = MetricsFile(tmp_path / "metrics.csv")
-    for step in range(5):
+    for step in range(1, 6):
         log.log_metrics({"loss": float(step)}, step=step)
-    resumed = MetricsFile(tmp_path / "metrics.csv", first_step=3)
+    resumed = MetricsFile(log.file, first_step=2)
     resumed.log_metrics({"loss": 30.0}, step=3)
-    assert [(row["step"], row["loss"]) for row in rows(log.file)] == [
-        ("0", "0.0"),
-        ("1", "1.0"),
-        ("2", "2.0"),
-        ("3", "30.0"),
-    ]
+    assert [(row["step"], row["loss"]) for row in rows(log.file)] == [("1", "1.0"), ("2", "2.0"), ("3", "30.0")]
+
+
+@pytest.mark.parametrize("damage", ["\0\0\0\0", "3,1", "3,1,2,3,4\n"])
+def test_damaged_rows_of_the_log_are_dropped_with_a_warning(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a power cut leaves: zeros, half a row, two rows in one."""
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,loss,lr\n1,4.0,0.1\n2,3.0,0.1\n" + damage)
+    log = MetricsFile(file, first_step=5)
+    assert "is damaged" in caplog.text or damage == "3,1"
+    log.log_metrics({"loss": 2.0, "lr": 0.1}, step=6)
+    assert [row["step"] for row in rows(file)][:2] == ["1", "2"] and rows(file)[-1]["loss"] == "2.0"
+
+
+@pytest.mark.parametrize("name", ["versions.json", "finished.json"])
+@pytest.mark.parametrize("content", ["", "{", "\0\0"])
+def test_damaged_side_files_are_set_aside(
+    name: str, content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(tmp_path)
+    (tmp_path / name).write_text(content)
+    with caplog.at_level(logging.WARNING), run.lock({"stage": "x"}, lambda _: None):
+        assert run.finished() is None
+    assert f"damaged-{name}" in caplog.text and (tmp_path / f"damaged-{name}").is_file()
+    assert len(json.loads((tmp_path / "versions.json").read_text())) == 1
 
 
 @pytest.fixture
 def batch(tiny_tokenizer: Path) -> tuple[PromptBatch, Tokenizer]:
     tokenizer = Tokenizer.from_pretrained(tiny_tokenizer)
-    encoder = PromptEncoder(tokenizer, UnderstandingTransform(tiny.IMAGE_SIZE), tiny.IMAGE_TOKENS)
+    encoder = PromptEncoder(tokenizer, ClipImageTransform(tiny.IMAGE_SIZE), tiny.IMAGE_TOKENS)
     first, second, third = (miniature.picture(number) for number in range(3))
     prompts = [["a ", first, " and a ", second, " in the snow"], ["a red fish"], [third, " at night"]]
-    return encoder.collate([encoder(prompt) for prompt in prompts]), tokenizer
+    return encoder.collate([encoder(segments) for segments in prompts]), tokenizer
 
 
-def test_rows_of_a_batch_keep_their_images(batch: tuple[PromptBatch, Tokenizer]) -> None:
+def test_prompts_are_described_with_their_images(batch: tuple[PromptBatch, Tokenizer]) -> None:
     prompt, tokenizer = batch
-    assert image_counts(prompt) == [2, 0, 1]
-    chosen = select(prompt, [2, 0])
-    assert torch.equal(chosen.images, prompt.images[[2, 0, 1]])
-    (first, own), (second, images) = describe(chosen, tokenizer)
-    assert (first, second) == ("<i> at night", "a <i> and a <i> in the snow")
-    assert (len(own), len(images)) == (1, 2)
-    assert select(prompt, [1]).images is None
+    described = describe(prompt, tokenizer)
+    assert [text for text, _ in described] == ["a <i> and a <i> in the snow", "a red fish", "<i> at night"]
+    assert [len(images) for _, images in described] == [2, 0, 1]
+    [shown] = described[2][1]
+    difference = torch.tensor(list(shown.tobytes())) - torch.tensor(list(miniature.picture(2).tobytes()))
+    assert difference.abs().max() <= 1
+    assert to_images(prompt.images, CLIP_MEAN, CLIP_STD)[2] == shown
 
 
-def test_pictures_survive_normalisation() -> None:
-    image = miniature.picture(0)
-    again = to_image(UnderstandingTransform(tiny.IMAGE_SIZE)(image))
-    assert (torch.tensor(list(again.tobytes())) - torch.tensor(list(image.tobytes()))).abs().max() <= 1
-
-
-def test_contact_sheet_puts_each_picture_in_its_cell() -> None:
+def test_contact_sheet_puts_each_image_in_its_cell() -> None:
     red, blue = Image.new("RGB", (64, 64), (255, 0, 0)), Image.new("RGB", (64, 64), (0, 0, 255))
     sheet = contact_sheet([Row("a fish", [], [blue]), Row("<i> at night", [red], [blue])], ["now"])
     assert sheet.getpixel((sheet.width - CELL // 2, sheet.height - CELL // 2)) == (0, 0, 255)
@@ -86,62 +102,51 @@ def test_contact_sheet_puts_each_picture_in_its_cell() -> None:
     assert sheet.getpixel((sheet.width - CELL - CELL // 2, CELL // 2)) == (255, 255, 255)
 
 
-def test_spread() -> None:
-    assert spread(8, 4) == [0, 2, 4, 6]
-    assert spread(3, 8) == [0, 1, 2]
-
-
-def test_throughput_counts_samples_and_real_tokens(
-    batch: tuple[PromptBatch, Tokenizer], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("parts", [1, 3])
+def test_throughput_is_that_of_all_micro_batches_and_ranks(
+    parts: int, batch: tuple[PromptBatch, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A step of 4 s and 1 s of waiting, of three rows in one or three micro-batches, on two ranks."""
     prompt, _ = batch
-    logged: dict[str, float] = {}
-    module = SimpleNamespace(log=lambda name, value, **_: logged.update({name: value}))
-    clock = iter([0.0, 4.0])
-    monkeypatch.setattr("callbacks.throughput.time.perf_counter", lambda: next(clock))
-    callback = Throughput()
-    for due in (False, True):
-        trainer = SimpleNamespace(world_size=2, _logger_connector=SimpleNamespace(should_update_logs=due))
-        callback.on_train_batch_start()
-        callback.on_train_batch_end(trainer, module, None, SimpleNamespace(prompt=prompt))
+    clock = iter([11.0, 15.0, 16.0, 20.0])  # start and end of two steps
+    monkeypatch.setattr("callbacks.metrics.time.perf_counter", lambda: next(clock))
+    logged: list[tuple[dict[str, float], int]] = []
+    module = SimpleNamespace(step_began=11.0, waiting_since=10.0, step_metrics=lambda: {"lr": 0.1})
+    logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((values, step)))
+    trainer = SimpleNamespace(world_size=2, global_step=0, loggers=[logger])
+    step = [MicroBatch(prompt=prompt.rows(rows)) for rows in {1: [[0, 1, 2]], 3: [[0], [1], [2]]}[parts]]
+    callback = StepMetrics(every=2)
+    for began, waiting in ((11.0, 10.0), (16.0, 15.0)):
+        module.step_began, module.waiting_since = began, waiting
+        callback.on_train_batch_start(trainer, module)
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, step, 0)
     tokens = int((~prompt.padding).sum())
-    assert logged == {"samples_per_second": 2 * 2 * 3 / 4, "tokens_per_second": 2 * 2 * tokens / 4}
+    [(values, at)] = logged
+    assert at == 2 and values == {
+        "lr": 0.1,
+        "samples_per_second": 2 * 2 * 3 / 10,
+        "tokens_per_second": 2 * 2 * tokens / 10,
+    }
 
 
 def test_progress_in_a_pipe_is_lines_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, now = io.StringIO(), [0.0]
     monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: now[0])
     progress = RunProgress("alignment", Console(file=stream))
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_accumulate=lambda: False))
-    trainer = SimpleNamespace(global_step=0, max_steps=100, is_global_zero=True, fit_loop=loop)
-    progress.get_metrics = lambda *_: {"train/loss": 0.25}
+    trainer = SimpleNamespace(global_step=0, max_steps=100, is_global_zero=True)
     progress.on_train_start(trainer, None)
     for step, seconds in ((1, 1.0), (50, 50.0), (51, 51.0), (100, 100.0)):
         trainer.global_step, now[0] = step, seconds
-        progress.on_train_batch_end(trainer, None)
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.25)})
     assert stream.getvalue().splitlines() == [
         "alignment 50/100  0:00:50 left  loss 0.25",
         "alignment 100/100  0:00:00 left  loss 0.25",
     ]
 
 
-def test_model_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-
-    def fail(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "half").write_text("x")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        run.write_model(fail)
-    assert not run.model.exists()
-    run.write_model(lambda folder: (folder.mkdir(), (folder / "whole").write_text("x")))
-    assert [file.name for file in run.model.iterdir()] == ["whole"]
-
-
 @pytest.mark.parametrize("stage", ["alignment", "instruction_tuning"])
-def test_grids_and_offline_wandb(
+def test_grids_and_offline_wandb_without_secrets(
     stage: str,
     tmp_path: Path,
     tiny_tokenizer: Path,
@@ -150,30 +155,28 @@ def test_grids_and_offline_wandb(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("SECRET_TAG", "hunter2")
     shards = miniature.write_shards(tmp_path / "shards")
     init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
     files = miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
-    grids = ["grids.every=1", "grids.prompts=2", "grids.steps=2"]
-    assert train.main([str(files[stage]), "trainer.max_steps=2", "wandb.mode=offline", *grids]) == 0
+    options = ["grids.every=1", "grids.prompts=2", "grids.steps=2", "wandb.mode=offline"]
+    assert train.main([str(files[stage]), "trainer.max_steps=2", *options, "wandb.tags=['${oc.env:SECRET_TAG}']"]) == 0
     run = tmp_path / stage
     sheets = sorted(file.name for file in (run / "grids").glob("*.png"))
     assert sheets == ["step-00000001.png", "step-00000002.png"]
-    before = Image.open(run / "grids" / "before" / "00.png")
-    assert before.size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    assert Image.open(run / "grids" / "before" / "00.png").size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
     (offline,) = (run / "wandb").glob("offline-run-*")
     assert (offline / "files" / "media" / "images").is_dir()
+    assert offline.name.endswith((run / "wandb.id").read_text())
     assert json.loads((run / "finished.json").read_text())["step"] == 2
+    recorded = (run / "config.yaml").read_text()
+    assert "hunter2" not in recorded and yaml.safe_load(recorded)["wandb"]["tags"] == ["${oc.env:SECRET_TAG}"]
 
 
-def test_changed_configuration_is_named_and_free_keys_are_free(tmp_path: Path) -> None:
-    experiment = train.LanguageModelling(stage="language_modelling", run=str(tmp_path))
-    experiment.model.tokenizer = experiment.model.image_decoder = "x"
-    run = RunFolder(tmp_path)
-    with run.held(experiment):
-        run.mark_finished(step=1)
-    experiment.trainer.log_every = 99
-    with run.held(experiment):
-        pass
-    experiment.optimizer.lr = 5.0
-    with pytest.raises(RunFolderError, match=r"optimizer\.lr is 0\.001 there and 5\.0 here"), run.held(experiment):
-        pass
+def test_a_folder_that_is_begun_again_is_another_wandb_run(tmp_path: Path) -> None:
+    from callbacks.weights_and_biases import run_id
+
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first, "a resumed run continues its own"
+    (tmp_path / "wandb.id").unlink()
+    assert run_id(tmp_path) != first

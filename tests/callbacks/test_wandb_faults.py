@@ -58,14 +58,14 @@ def test_unreachable_server_costs_seconds_and_no_number(
         if when == "start":
             fall_silent()
         elif when == "mid-run":
-            step = StageModule.on_train_batch_start
+            step = StageModule.training_step
 
-            def silent_from_the_second(self, batch, batch_idx: int) -> None:
+            def silent_from_the_second(self, batch, batch_idx: int):
                 if self.trainer.global_step == 1:
                     fall_silent()
-                step(self, batch, batch_idx)
+                return step(self, batch, batch_idx)
 
-            monkeypatch.setattr(StageModule, "on_train_batch_start", silent_from_the_second)
+            monkeypatch.setattr(StageModule, "training_step", silent_from_the_second)
         else:
             finish = RunWandbLogger.finalize
 
