@@ -118,7 +118,8 @@ def test_gradients_and_steps_reach_what_trains_and_nothing_else(
         assert blind or parameter.grad.abs().max() > 0, f"{name} has a zero gradient"
     module.zero_grad()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    trainer = build_trainer(TrainerConfig(max_steps=2, accelerator="cpu"), 1, default_root_dir=tmp_path, logger=False)
+    options = {"default_root_dir": tmp_path, "logger": False, "enable_checkpointing": False}
+    trainer = build_trainer(TrainerConfig(max_steps=2, accelerator="cpu"), 1, **options)
     trainer.fit(module, DataLoader([[batch, batch]] * 2, batch_size=None, collate_fn=lambda step: step))
     assert trainer.global_step == 2 and not module.guard.skipped
     for name, value in module.state_dict().items():
