@@ -82,7 +82,7 @@ gpu-check: setup
 	$(RUN) -m benchmarks check $(PARTS) size=$(SIZE)
 
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 clean-toyland:
 	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-short

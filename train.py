@@ -161,7 +161,7 @@ def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
     try:
         layout = batch_layout(experiment.data.micro_batch_size, options)
         tokenizer = Tokenizer.from_pretrained(Path(model.tokenizer))
-        module = build_stage(experiment.module, experiment, tokenizer)
+        module: Any = build_stage(experiment.module, experiment, tokenizer)
         data = experiment.datamodule.build(
             experiment.data, module.mllm.encoder(tokenizer), model.image_size, module.image_decoder
         )
@@ -207,15 +207,15 @@ def export_model(
     """
     if checkpoint is None or not checkpoint.is_dir():
         raise ConfigError(f"run folder '{run.path}' holds no checkpoint {checkpoint.name if checkpoint else 'yet'}.")
-    average = experiment.ema.exported if average is None else average
+    wanted = bool(experiment.ema.exported if average is None else average)
     try:
         tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
         module = build_stage(experiment.module, experiment, tokenizer)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    load_weights(checkpoint, module, average)
+    load_weights(checkpoint, module, wanted)
     module.save_model(output, tokenizer)
-    return average
+    return wanted
 
 
 def export(arguments: Sequence[str]) -> str:
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     if not given:
-        print(__doc__ + f"\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
+        print(f"{__doc__}\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
         return 0 if arguments else 2
     configure_logging()
     try:

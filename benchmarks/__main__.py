@@ -42,7 +42,7 @@ def run(command: str, parts: Sequence[str], config: BenchmarkConfig, setting: Se
     """The results of all parts; one that fails or takes too long is a result too, and the rest goes on."""
     results: list[Result] = []
     end = time.monotonic() + config.total_seconds
-    run_facts = {"command": command, "size": config.name, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    run_facts: dict[str, Any] = {"command": command, "size": config.name, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     run_facts |= {"machine": describe_machine(setting.device)}
     if command == "check":
         half = any("bf16" in setting.experiment(part).trainer.precision for part in config.stages)

@@ -6,7 +6,7 @@ Shapes: `B` rows, `L` tokens, `I` images of a row.
 import math
 from collections.abc import Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,9 +105,10 @@ class Writer:
 
 def joined(documents: Sequence[EncodedPrompt]) -> EncodedPrompt:
     """One row of all."""
-    ids = [token for document in documents for token in document.ids]
+    ids: Any = [token for document in documents for token in document.ids]
+    masks: Any = [document.image_mask for document in documents]
     images = [image for document in documents for image in document.images]
-    return EncodedPrompt(ids, torch.cat([document.image_mask for document in documents]), images)
+    return EncodedPrompt(ids, torch.cat(masks), images)
 
 
 def next_words(prompt: PromptBatch) -> Tensor:

@@ -104,7 +104,7 @@ def check_sampling(setting: Setting, limit: Limit) -> Rows:
     for variant in ("eager", "compiled, channels last") if config.compile else ("eager",):
         drawn_with = decoder
         if variant != "eager":
-            drawn_with = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
+            drawn_with = copy.deepcopy(decoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             drawn_with.denoiser.compile()
         ways = {"ours": ours(drawn_with), "diffusers": theirs}
         seconds = in_turns(ways, config.repetitions, min(1, config.warmup), device, limit, config.clock)

@@ -90,10 +90,10 @@ def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
             edit.write(EditSample("a boat on a lake", "make it a painting in watercolour", edits[-2], edits[-1]), key)
             captions.write(CaptionSample("a boat on a lake", pair[-1]), key)
     weights = {"constructed": 2, "edit": 2, "captions": 1}
-    sources = {name: Source(str(folder / name / "*.tar"), weight) for name, weight in weights.items()}
+    sources: dict[str, Any] = {name: Source(str(folder / name / "*.tar"), weight) for name, weight in weights.items()}
     clip, target = ClipImageTransform(224), TargetTransform(SIDE)
     words = Tokenizer.from_pretrained(Path(config.tokenizer))
-    module = InstructionData(InstructionDataConfig(**sources), PromptEncoder(words, clip, 64), target)
+    module: Any = InstructionData(InstructionDataConfig(**sources), PromptEncoder(words, clip, 64), target)
     module.setup()
     # Of 5 samples: 2 × 2 crops and 2 images to edit are read by the MLLM, and 4 edits and a pair are targets.
     fifth = config.batch_size // 5
@@ -135,7 +135,7 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
         return torch.tensor(clip(texts, padding="max_length", truncation=True, max_length=CLIP_TOKENS).input_ids)
 
     data = AlignmentDataConfig(captions=Source(str(folder / "text" / "*.tar")))
-    module = AlignmentData(data, PromptEncoder(words, ClipImageTransform(224), 64), tokenize)
+    module: Any = AlignmentData(data, PromptEncoder(words, ClipImageTransform(224), 64), tokenize)
     module.setup()
     gc.freeze()  # as the loader's workers do
     resident = []

@@ -169,7 +169,7 @@ def instruction_tuning(steps: Steps, writer: Writer, experiment: Any) -> dict[st
         return first, second
 
     habits: dict[str, Any] = {"head": True, "recompute": True, "length_buckets": 1}
-    null = {"patches": {"conditions": own_null_pass}}
+    null: dict[str, Any] = {"patches": {"conditions": own_null_pass}}
     buckets = module.recipe.length_buckets
     return {
         OURS: steps(cached),

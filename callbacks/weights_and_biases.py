@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import requests
 import wandb
+import wandb.errors
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -65,7 +66,7 @@ def wandb_logger(config: WandbConfig, run: Path, stage: str, written: dict[str, 
     """
     if config.mode == "disabled" or rank_zero_only.rank != 0:
         return None
-    mode: str = config.mode
+    mode: Any = config.mode
     if mode == "online" and (why := unreachable(config.timeout)):
         mode = offline_because(why, run)
     options: dict[str, Any] = {

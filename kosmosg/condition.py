@@ -3,9 +3,9 @@
 Shapes: `B` batch, `Q` condition tokens, `C` condition width, `P` width of the pooled vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,13 +38,13 @@ class Condition(NamedTuple):
     mask: Tensor | None = None
     pooled: Tensor | None = None
 
-    def rows(self, index: slice | Sequence[int]) -> "Condition":
+    def rows(self, index: slice | Sequence[int] | Tensor) -> "Condition":
         """Some rows."""
-        return Condition(*(None if tensor is None else tensor[index] for tensor in self))
+        return self._map(lambda tensor: tensor[index])
 
     def repeat_interleave(self, times: int) -> "Condition":
         """Each row `times` times, those of one row together."""
-        return Condition(*(None if tensor is None else tensor.repeat_interleave(times, dim=0) for tensor in self))
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def to(self, *arguments, **options) -> "Condition":
         """As `torch.Tensor.to`; a mask keeps its dtype."""
@@ -68,9 +68,17 @@ class Condition(NamedTuple):
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
         """The rows of all, in order."""
-        columns = zip(*conditions, strict=True)
-        return Condition(*(None if column[0] is None else torch.cat(column) for column in columns))
+        columns: list[Any] = [
+            None if column[0] is None else torch.cat(column) for column in zip(*conditions, strict=True)
+        ]  # type: ignore[arg-type]
+        return Condition(*columns)
 
     def zeros(self) -> "Condition":
         """A condition of one row that is zero everywhere, of this one's form."""
-        return Condition(*(None if tensor is None else torch.zeros_like(tensor[:1]) for tensor in self))
+        return self._map(lambda tensor: torch.zeros_like(tensor[:1]))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
+        states, mask, pooled = self
+        return Condition(
+            function(states), None if mask is None else function(mask), None if pooled is None else function(pooled)
+        )

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from diffusers import (
@@ -88,7 +88,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         mllm: MLLM | None,
         aligner: Aligner | None,
         tokenizer: Tokenizer | None,
-        unet: UNet2DConditionModel | None,
+        unet: Any,
         vae: AutoencoderKL | None,
         scheduler: SchedulerMixin | None,
     ):
@@ -191,7 +191,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
-        output_type: str = "pil",
+        output_type: Literal["pil", "pt", "np", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -217,7 +217,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt= or prompt_embeds=.")
-        if prompt_embeds is None:
+        if prompt is not None:
             prompt_embeds, negative_prompt_embeds = self.encode_prompt(prompt, images, negative_prompt)
         elif images is not None or negative_prompt is not None:
             raise ValueError("images= and negative_prompt= belong to prompt=; prompt_embeds= holds what they said.")
@@ -229,6 +229,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         called = None if callback_on_step_end is None else partial(call_with, self, callback_on_step_end)
+        assert prompt_embeds is not None
         condition = Condition(prompt_embeds)
         if negative_prompt_embeds is not None:
             unconditional = Condition(negative_prompt_embeds)
@@ -270,7 +271,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         placed = {"device": self._execution_device, "dtype": self.unet.dtype}
         return {"prompt_embeds": condition.to(**placed), "negative_prompt_embeds": negative.to(**placed)}
 
-    def compose(self, kind: type[Composed], **parts: Any) -> Composed:
+    def compose(self, kind: Callable[..., Composed], **parts: Any) -> Composed:
         """A pipeline of diffusers over the same U-Net, VAE and scheduler; feed it `**pipe.embeddings(…)`.
 
         The networks are shared, not copied: a LoRA file loaded into one pipeline is in all of them.
@@ -310,7 +311,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         source = dict(source) if isinstance(source, dict) else source
         low_cpu_mem_usage = options.pop("low_cpu_mem_usage", True)
         options["return_lora_metadata"] = True
-        state, alphas, metadata = self.lora_state_dict(source, **options)
+        loaded: Any = self.lora_state_dict(source, **options)
+        state, alphas, metadata = loaded
         name = "the dictionary" if isinstance(source, dict) else f"'{source}'"
         if others := [key for key in state if "lora" not in key]:
             raise ValueError(f"{name} is no LoRA file: it has {others[0]!r}, which is no LoRA weight.")

@@ -218,7 +218,7 @@ class PromptEncoder:
             ValueError: no prompts, or a prompt whose image tokens do not fit its images.
         """
         for number, prompt in enumerate(prompts):
-            tokens = 0 if prompt.image_mask is None else int(prompt.image_mask.sum())
+            tokens = 0 if prompt.image_mask is None else int(torch.as_tensor(prompt.image_mask).sum())
             if tokens != len(prompt.images) * self.image_tokens:
                 raise ValueError(
                     f"prompt {number} has {tokens} image tokens for {len(prompt.images)} images; each image takes "
@@ -279,7 +279,7 @@ def read_prompts(prompts: Prompt | Sequence[Prompt], images: Sequence[Any] | Non
             raise ValueError(
                 f"a batch of {len(batch)} prompts needs images as a list of {len(batch)} lists, one for each prompt."
             )
-    return [read_prompt(prompt, list(image_lists[number]), number) for number, prompt in enumerate(batch)]
+    return [read_prompt(prompt, list(image_lists[number]), number) for number, prompt in enumerate(batch)]  # type: ignore[arg-type]
 
 
 def read_prompt(prompt: Prompt, images: Sequence[ImageInput], number: int) -> list[Segment]:

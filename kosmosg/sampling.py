@@ -119,7 +119,7 @@ def scheduler_class(sampler: str) -> type[SchedulerMixin]:
     return kind
 
 
-def build_scheduler(sampler: str, trained_with: SchedulerMixin) -> SchedulerMixin:
+def build_scheduler(sampler: str, trained_with: Any) -> Any:
     """A fresh scheduler over the noise schedule of `trained_with`.
 
     Args:
@@ -129,7 +129,7 @@ def build_scheduler(sampler: str, trained_with: SchedulerMixin) -> SchedulerMixi
     Raises:
         ValueError: see `scheduler_class`.
     """
-    kind = scheduler_class(sampler)
+    kind: Any = scheduler_class(sampler)
     if sampler not in SAMPLERS:
         return kind.from_config(trained_with.config)
     schedule = {name: trained_with.config[name] for name in NOISE_SCHEDULE if name in trained_with.config}

@@ -15,6 +15,7 @@ import lightning
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kosmosg.batches import MicroBatch
@@ -189,7 +190,7 @@ class StageModule(lightning.LightningModule):
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.max_grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._step_metrics["grad_norm"] = norm
         # The norm is one number for all ranks; a loss is each rank's own.
         losses_are_finite = not self.any_rank(not self.guard.losses_are_finite())

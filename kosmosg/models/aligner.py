@@ -134,7 +134,7 @@ def load_aligner(folder: Path, torch_dtype: torch.dtype = torch.float32) -> Alig
     """The aligner in `folder`, of whichever kind its configuration names; errors as `load_part`."""
     saved = saved_class(folder)
     kinds = {kind.__name__: kind for kind in ALIGNERS.values()}
-    return load_part(kinds.get(saved, AlignerEncoder), folder, torch_dtype)
+    return load_part(kinds.get(saved or "", AlignerEncoder), folder, torch_dtype)
 
 
 class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily as with_values
 
@@ -146,7 +145,7 @@ class ImageDecoder(nn.Module):
         """
 
     @abstractmethod
-    def diffusers_pipeline(self) -> DiffusionPipeline:
+    def diffusers_pipeline(self) -> Any:
         """diffusers' pipeline over these networks, to be driven by `pipeline_arguments`."""
 
     @abstractmethod

@@ -23,6 +23,9 @@ class KosmosG(nn.Module):
         ValueError: the aligner reads another width than the MLLM's.
     """
 
+    mllm: MLLM
+    aligner: Aligner
+
     def __init__(self, mllm: MLLM, aligner: Aligner):
         super().__init__()
         if aligner.config.input_width != mllm.config.width:

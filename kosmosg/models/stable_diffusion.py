@@ -17,7 +17,6 @@ import ftfy
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -62,10 +61,10 @@ class StableDiffusion(ImageDecoder):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel | None = None,
-        vae: AutoencoderKL | None = None,
-        scheduler: SchedulerMixin | None = None,
-        text_encoder: CLIPTextModel | None = None,
+        unet: Any = None,  # UNet2DConditionModel, AutoencoderKL, …: diffusers types their configs as dictionaries
+        vae: Any = None,
+        scheduler: Any = None,
+        text_encoder: Any = None,
         tokenizer: CLIPTokenizer | None = None,
     ):
         super().__init__()
@@ -83,7 +82,8 @@ class StableDiffusion(ImageDecoder):
         # The schedule that the U-Net was trained with, whatever scheduler samples.
         self.schedule: Any = None if scheduler is None else DDPMScheduler.from_config(scheduler.config)
         tokens = 77 if text_encoder is None else text_encoder.config.max_position_embeddings
-        reads = unet.config.cross_attention_dim if unet is not None else text_encoder.config.hidden_size
+        network: Any = text_encoder if unet is None else unet
+        reads = network.config.hidden_size if unet is None else network.config.cross_attention_dim
         self.spec = ConditionSpec(tokens, reads)
 
     @classmethod
@@ -213,9 +213,9 @@ class StableDiffusion(ImageDecoder):
     def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting) -> Tensor:
         return timestep_weights(self.schedule.alphas_cumprod.to(timesteps.device)[timesteps], weighting)
 
-    def diffusers_pipeline(self) -> StableDiffusionPipeline:
+    def diffusers_pipeline(self) -> Any:
         # The scheduler is set at each call; this one is only in settings that diffusers does not find fault with.
-        quiet = DDPMScheduler.from_config(self.scheduler.config, steps_offset=1, clip_sample=False)
+        quiet: Any = DDPMScheduler.from_config(self.scheduler.config, steps_offset=1, clip_sample=False)
         return EmbeddedStableDiffusion(unet=self.unet, vae=self.vae, scheduler=quiet, **ABSENT_PARTS)
 
     def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def save_model(folder: str | Path, tokenizer: Tokenizer, **parts: ModelMixin | N
 class StrictWeights:
     """Goes before ModelMixin: reading refuses weights left over or missing, which diffusers passes over."""
 
+    config: Any  # constructor arguments by name; diffusers types it as a plain dictionary
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
         """As diffusers', see there for the options.

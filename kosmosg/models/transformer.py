@@ -8,6 +8,7 @@ Shapes: `B` batch, `L` queries, `S` keys, `D` width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,7 @@ def magneto_scale(layers: nn.ModuleList, gain: float) -> None:
 
     Queries, keys and cross-attention keep PyTorch's initialisation (golden README, "Initialisation").
     """
+    layer: Any
     for layer in layers:
         scaled = (
             layer.feed_forward.fc1,

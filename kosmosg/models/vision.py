@@ -27,7 +27,7 @@ class VisionEncoder(nn.Module):
     @property
     def image_size(self) -> int:
         """Pixels on a side of the square images that the encoder reads."""
-        return self.clip.config.image_size
+        return self.clip.config.image_size  # type: ignore[return-value]
 
     def forward(self, images: Tensor) -> Tensor:
         """Preprocessed images I×3×S×S → tokens I×(1 + patches)×width, each of length one.
