@@ -70,7 +70,6 @@ def test_loader_is_measured_beside_its_parts(capsys: pytest.CaptureFixture) -> N
         "batches=2",
         "micro_batch_size=3",
         "captions=60",
-        "caption_batches=3",
         "memory_captions=3000",
     ]
     assert main(["loader", *small]) == 0
