@@ -68,7 +68,7 @@ def test_loader_is_measured_beside_its_parts(capsys: pytest.CaptureFixture) -> N
     small = [
         "samples=10",
         "batches=2",
-        "micro_batch_size=3",
+        "batch_size=5",
         "captions=60",
         "memory_captions=3000",
     ]
