@@ -23,7 +23,7 @@ from datamodules.data_config import Source
 from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
-from datamodules.storage.shards import ShardWriter
+from datamodules.shards import ShardWriter
 from kosmosg.config import load_config
 from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.prompt import PromptEncoder

@@ -15,8 +15,11 @@ from torch import Tensor
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import FilteredSample, SampleError
-from datamodules.mixture import Request, SampleSource
+from datamodules.mixture import Request, RowBuilder
+from datamodules.order import SampleOrder
+from datamodules.reader import SampleReader
 from datamodules.sample import TEXT_MEMBERS, CaptionSample
+from datamodules.shards import ShardList
 from kosmosg.batches import AlignmentBatch, ReadReport
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder
@@ -89,15 +92,16 @@ class ClipTokens:
             self._words[word] = row[: row.index(self.end_id)]
 
 
-class CaptionRows:
+class CaptionRows(RowBuilder[CaptionRow]):
     """Builds `<s>caption` and CLIP ids, all of a batch at once."""
 
-    def __init__(self, source: SampleSource, tokenizer: Tokenizer, clip: ClipTokens, config: AlignmentDataConfig):
-        self.name, self.source, self.tokenizer, self.clip, self.config = "captions", source, tokenizer, clip, config
+    def __init__(self, source: SampleReader, tokenizer: Tokenizer, clip: ClipTokens, config: AlignmentDataConfig):
+        super().__init__("captions", source)
+        self.tokenizer, self.clip, self.config = tokenizer, clip, config
 
     def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[CaptionRow, str] | SampleError]:
         """See `RowBuilder`."""
-        samples = [self._read(request.index) for request in requests]
+        samples = [self._read(request) for request in requests]
         report.reads += len(samples)
         captions = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
         ids, lengths = self.clip(captions)
@@ -109,9 +113,9 @@ class CaptionRows:
         """See `RowBuilder`."""
         return len(row[0])
 
-    def _read(self, index: int) -> CaptionSample | SampleError:
+    def _read(self, request: Request) -> CaptionSample | SampleError:
         try:
-            sample = self.source.caption(index)
+            sample = self.source.caption(request.lane, request.row, request.attempt)
         except SampleError as error:
             return error
         assert isinstance(sample, CaptionSample)
@@ -178,9 +182,9 @@ class AlignmentData(MixtureDataModule):
         """Captions alone."""
         return {"captions": self.config.captions}
 
-    def builder(self, name: str, pattern: str) -> CaptionRows:
+    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> CaptionRows:
         """Caption rows."""
-        source = self.open_source(pattern, CaptionSample.kind, TEXT_MEMBERS)
+        source = SampleReader(shards, order, CaptionSample.kind, self.config.limits, frozenset(TEXT_MEMBERS))
         return CaptionRows(source, self.encoder.tokenizer, self.clip, self.config)
 
     def collate(self, rows: list[CaptionRow], report: ReadReport) -> AlignmentBatch:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from datamodules.images import Limits
-from datamodules.storage.remote import RemoteConfig
+from datamodules.remote import RemoteConfig
 
 
 @dataclass
@@ -12,7 +12,7 @@ class Source:
     """Shards of one kind of sample."""
 
     shards: str = ""
-    """Path, glob, brace list or URL (see `remote`) of tars; empty: the source is not used."""
+    """Folder, path, glob, brace list or URL (see `remote`) of tars, or a shards.json; empty: the source is not used."""
     weight: int = 1
     """Whole share of the mixture; 0: the source is not used."""
     validation: str = ""
@@ -35,6 +35,14 @@ class DataConfig:
     """What one draw of a source fills: one row, or a whole batch of one process (released code, stage 3)."""
     weights_of: Literal["samples", "tokens"] = "samples"
     """What the weights are shares of: rows, or tokens, padding left out (the mean length of rows is measured)."""
+    lanes: int = 8
+    """Parts of the order that are read side by side; ranks × workers should divide it. Fixed for a run."""
+    lane_rows: int = 16
+    """Consecutive rows of one lane; micro_batch_size should be a multiple. Fixed for a run."""
+    window: int = 8
+    """Shards that a lane reads at a time: samples of all lanes' windows are mixed. Fixed for a run."""
+    block: int = 4096
+    """Samples of a window that are shuffled together, about. Fixed for a run."""
     num_workers: int = 0
     """Loader processes per training process; 0 reads in the training process."""
     prefetch_factor: int = 2
@@ -60,7 +68,8 @@ class DataConfig:
         for name, allowed in (("mixing", ("per_sample", "per_batch")), ("weights_of", ("samples", "tokens"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}='{getattr(self, name)}' must be {' or '.join(allowed)}.")
-        for name in ("micro_batch_size", "prefetch_factor", "validation_samples", "min_bad_count"):
+        least_one = ("micro_batch_size", "prefetch_factor", "validation_samples", "min_bad_count")
+        for name in (*least_one, "lanes", "lane_rows", "window", "block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_workers < 0:

@@ -8,7 +8,7 @@ undeclared length would lose one.
 import gc
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import lightning
@@ -18,15 +18,17 @@ from torch.utils.data import DataLoader
 from datamodules.agreement import Agreement, AnsweringDataset
 from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
-from datamodules.mixture import BatchPositions, MixtureDataset, RowBuilder, SampleSource, token_weights
+from datamodules.mixture import TURNS_PER_WEIGHT, BatchPositions, MixtureDataset, RowBuilder
+from datamodules.order import Mixture, SampleOrder, mix, whole_weights
 from datamodules.report import SampleCounter
+from datamodules.shards import ShardList, list_shards
 from kosmosg.batches import ReadReport
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.prompt import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class StepLoader:
@@ -92,6 +94,7 @@ class MixtureDataModule(lightning.LightningDataModule):
         self.train_dataset: MixtureDataset | None = None
         self.validation_dataset: MixtureDataset | None = None
         self.micro_batches = 1
+        self._measured: dict[str, dict[str, float]] = {}
         self._resumed: dict[str, Any] = {}
 
     @classmethod
@@ -110,17 +113,17 @@ class MixtureDataModule(lightning.LightningDataModule):
         """The stage's sources by name, unused ones included."""
 
     @abstractmethod
-    def builder(self, name: str, pattern: str) -> RowBuilder:
-        """Reader and row builder of one source over the shards of `pattern`."""
+    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> RowBuilder:
+        """Reader and row builder of one source."""
 
     @abstractmethod
     def collate(self, rows: list, report: ReadReport) -> Any:
         """Rows → the stage's batch."""
 
-    def open_source(self, pattern: str, kind: str, suffixes: Sequence[str] | None = None) -> SampleSource:
-        """The samples of `kind` in the shards of `pattern`, within the configured limits."""
-        wanted = frozenset(suffixes) if suffixes else None
-        return SampleSource(pattern, kind, self.config.limits, wanted, self.config.remote)
+    @property
+    def lane_rows(self) -> int:
+        """Consecutive rows of a lane; a whole micro-batch where one draw of a source fills it."""
+        return self.config.micro_batch_size if self.config.mixing == "per_batch" else self.config.lane_rows
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and compare them with those of the checkpoint, if one was loaded.
@@ -135,9 +138,7 @@ class MixtureDataModule(lightning.LightningDataModule):
             names = ", ".join(f"data.{name}.shards" for name in self.sources())
             raise DataError(f"no source of data is in use; set at least one of {names} and a weight above 0.")
         training = {name: source.shards for name, source in used.items()}
-        whole_batches = self.config.mixing == "per_batch"
-        turn = self.config.micro_batch_size if whole_batches else 1
-        self.train_dataset = self._dataset(training, self.config.seed, rows_per_turn=turn)
+        self.train_dataset = self._dataset(training, self.config.seed, self.config.mixing == "per_batch")
         chosen = self.config.validation_sources
         if chosen is not None and (unknown := sorted(set(chosen) - set(self.sources()))):
             raise DataError(f"data.validation_sources names {unknown}; allowed: {', '.join(self.sources())}.")
@@ -161,6 +162,8 @@ class MixtureDataModule(lightning.LightningDataModule):
             raise DataError(
                 f"trainer.max_steps={self.trainer.max_steps}: the mixture has no end; set the steps to train."
             )
+        self._share_lanes()
+        self.measure()
         loader = self._loader(self.train_dataset, self.trainer.max_steps * self.micro_batches, self._first)
         return StepLoader(loader, Agreement(self.counter), self.micro_batches)
 
@@ -168,6 +171,7 @@ class MixtureDataModule(lightning.LightningDataModule):
         """The first `validation_samples` of the held-out mixture in fixed order; an empty list if there is none."""
         if self.validation_dataset is None:
             return []
+        self.measure()
         count = -(-self.config.validation_samples // (self.config.micro_batch_size * self._world()[1]))
         loader = self._loader(self.validation_dataset, count, lambda: 0)
         return StepLoader(loader, Agreement(self.counter), None, self.config.validation_samples)
@@ -181,9 +185,65 @@ class MixtureDataModule(lightning.LightningDataModule):
         assert self.trainer is not None
         return self.trainer.global_step * self.micro_batches
 
+    def measure(self) -> None:
+        """Measure what the order depends on: samples in a packed row, and tokens of a row for `weights_of: tokens`.
+
+        Rank 0 does, for all; a resumed run takes what its first start measured.
+
+        Raises:
+            DataError: on every rank, where rank 0 finds too many unusable samples.
+        """
+        datasets = {"": self.train_dataset, "validation ": self.validation_dataset}
+        for prefix, dataset in datasets.items():
+            names = [] if dataset is None else [prefix + builder.name for builder in dataset.builders]
+            if dataset is None or self._measured.keys() >= set(names):
+                continue
+            found = self._on_rank_0(lambda dataset=dataset: self._measure(dataset))
+            self._measured |= dict(zip(names, found, strict=True))
+            self._apply(prefix, dataset)
+
+    def _measure(self, dataset: MixtureDataset) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = []
+        for number, builder in enumerate(dataset.builders):
+            builder.samples_per_row = builder.measure()
+            found.append({"samples_per_row": builder.samples_per_row})
+            if self.config.weights_of == "tokens" and len(dataset.builders) > 1:
+                found[-1]["tokens_per_row"] = dataset.tokens_per_row(number)
+        return found
+
+    def _on_rank_0(self, function: Callable[[], Any]) -> Any:
+        answer: Any = None
+        if self._world()[0] == 0:
+            try:
+                answer = function()
+            except DataError as error:
+                answer = error
+        if self.trainer is not None:
+            answer = self.trainer.strategy.broadcast(answer)
+        if isinstance(answer, DataError):
+            raise answer
+        return answer
+
+    def _apply(self, prefix: str, dataset: MixtureDataset) -> None:
+        found = [self._measured.get(prefix + builder.name, {}) for builder in dataset.builders]
+        if not all(found):
+            return
+        for builder, measured in zip(dataset.builders, found, strict=True):
+            builder.samples_per_row = measured["samples_per_row"]
+        if all("tokens_per_row" in measured for measured in found):
+            shares = [self.sources()[builder.name].weight for builder in dataset.builders]
+            weights = whole_weights(
+                [share / max(measured["tokens_per_row"], 1.0) for share, measured in zip(shares, found, strict=True)]
+            )
+            names = [builder.name for builder in dataset.builders]
+            logger.info("rows by tokens: %s", ", ".join(f"{name} {w}" for name, w in zip(names, weights, strict=True)))
+            order = dataset.order
+            dataset.order = Mixture(order.seed, weights, order.lanes, order.lane_rows, order.rows_per_turn)
+
     def state_dict(self) -> dict:
-        """Identity of the data, and the counts of all ranks."""
-        return {"version": STATE_VERSION, "identity": self.identity(), "counts": self.counter.state_dict()}
+        """Identity of the data, what was measured, and the counts of all ranks."""
+        counts = self.counter.state_dict()
+        return {"version": STATE_VERSION, "identity": self.identity(), "measured": self._measured, "counts": counts}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take up the counts; refuse other data unless `accept_changed_data`.
@@ -193,34 +253,35 @@ class MixtureDataModule(lightning.LightningDataModule):
         """
         if state_dict.get("version") != STATE_VERSION:
             raise DataError(
-                f"the checkpoint's data state has version {state_dict.get('version')}, not {STATE_VERSION}."
+                f"the checkpoint's data state has version {state_dict.get('version')}, not {STATE_VERSION}, and the order "
+                "of samples was another. Finish the run with the version of this project that began it."
             )
         self._resumed = dict(state_dict)
         self.counter.load_state_dict(state_dict["counts"])
         self._check_identity()
 
     def identity(self) -> dict[str, Any]:
-        """What must not change under a run: the seed, and weight and content hash of each source."""
+        """What must not change under a run: what the order is made from, and weight and content of each source."""
         assert self.train_dataset is not None
-        weights = self.train_dataset.order.weights
-        names = [builder.name for builder in self.train_dataset.builders]
-        hashes = [builder.source.shards.identity for builder in self.train_dataset.builders]
-        return {
-            "seed": self.config.seed,
-            "rows_per_turn": self.train_dataset.order.rows_per_turn,
+        config, order = self.config, self.train_dataset.order
+        settings = ("seed", "mixing", "weights_of", "lanes", "window", "block")
+        return {name: getattr(config, name) for name in settings} | {
+            "lane_rows": order.lane_rows,
             "sources": {
-                name: {"weight": weight, "content": content}
-                for name, weight, content in zip(names, weights, hashes, strict=True)
+                builder.name: {
+                    "weight": self.sources()[builder.name].weight,
+                    "content": builder.source.shards.identity,
+                }
+                for builder in self.train_dataset.builders
             },
         }
 
     def _check_identity(self) -> None:
-        if self.train_dataset is None or "identity" not in self._resumed or self.config.accept_changed_data:
+        if self.train_dataset is None or "identity" not in self._resumed:
             return
         before, now = self._resumed["identity"], self.identity()
-        before = {"rows_per_turn": 1} | before  # checkpoints of before `mixing` was a choice
         changes = [
-            f"{name} {before[name]} → {now[name]}" for name in ("seed", "rows_per_turn") if before[name] != now[name]
+            f"{name} {before[name]} → {now[name]}" for name in now if name != "sources" and before[name] != now[name]
         ]
         for name in sorted(before["sources"].keys() | now["sources"].keys()):
             old, new = before["sources"].get(name), now["sources"].get(name)
@@ -230,21 +291,47 @@ class MixtureDataModule(lightning.LightningDataModule):
             changes += [
                 f"{name}.{item} {old[item]!s:.12} → {new[item]!s:.12}" for item in old if old[item] != new[item]
             ]
-        if changes:
+        if changes and not self.config.accept_changed_data:
             raise DataError(
                 f"the data are not those of the checkpoint ({'; '.join(changes)}), so the run would not go on with the "
                 "samples that are due. Restore them, or set data.accept_changed_data=true to go on with these."
             )
+        self._measured = {} if changes else dict(self._resumed["measured"])
+        self._apply("", self.train_dataset)
+        if self.validation_dataset is not None:
+            self._apply("validation ", self.validation_dataset)
 
-    def _dataset(self, patterns: dict[str, str], seed: int, rows_per_turn: int = 1) -> MixtureDataset:
-        builders = [self.builder(name, pattern) for name, pattern in patterns.items()]
+    def _dataset(self, patterns: dict[str, str], seed: int, whole_batches: bool = False) -> MixtureDataset:
+        config = self.config
+        shards = {name: list_shards(pattern, config.remote) for name, pattern in patterns.items()}
+        orders = [
+            SampleOrder(one.samples, mix(seed, number), config.lanes, self.lane_rows, config.window, config.block)
+            for number, one in enumerate(shards.values())
+        ]
+        lanes = config.lanes
+        if all(order.one_block for order in orders):
+            # Then every reader reads all shards anyway, and the weights and epochs are exact for the rows as they come.
+            lanes = 1
+            for order in orders:
+                order.lanes = lanes
+        turn, repeats = (self.lane_rows, TURNS_PER_WEIGHT) if whole_batches else (1, 1)
         weights = [self.sources()[name].weight for name in patterns]
-        dataset = MixtureDataset(builders, weights, seed, self.collate, rows_per_turn)
-        if self.config.weights_of == "samples" or len(builders) == 1:
-            return dataset
-        weights = token_weights(dataset, weights)
-        logger.info("rows by tokens: %s", ", ".join(f"{name} {w}" for name, w in zip(patterns, weights, strict=True)))
-        return MixtureDataset(builders, weights, seed, self.collate, rows_per_turn)
+        mixture = Mixture(seed, weights, lanes, self.lane_rows, turn, repeats)
+        builders = [self.builder(name, one, order) for (name, one), order in zip(shards.items(), orders, strict=True)]
+        return MixtureDataset(builders, mixture, self.collate)
+
+    def _share_lanes(self) -> None:
+        """Say where several readers would read the same shards."""
+        assert self.train_dataset is not None
+        rank, world_size = self._world()
+        readers, lanes = world_size * max(self.config.num_workers, 1), self.config.lanes
+        large = [builder.name for builder in self.train_dataset.builders if not builder.source.order.one_block]
+        if rank == 0 and large and lanes % readers:
+            logger.warning(
+                "data.lanes=%d is no multiple of the %d readers (ranks × workers), so several of them read the same "
+                "shards of %s. Set data.lanes=%d for a new run.",
+                lanes, readers, ", ".join(large), readers * -(-lanes // readers),
+            )  # fmt: skip
 
     def _loader(self, dataset: MixtureDataset, count: int, first: Callable[[], int]) -> DataLoader:
         rank, world_size = self._world()

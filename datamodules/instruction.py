@@ -16,9 +16,12 @@ from datamodules.datamodule import MixtureDataModule
 from datamodules.entities import Draws, EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.images import SampleImage, StoredImage, load
-from datamodules.mixture import Request, SampleSource
+from datamodules.mixture import Request, RowBuilder
 from datamodules.moments.files import KeptMoments, moments_identity
+from datamodules.order import SampleOrder
+from datamodules.reader import SampleReader
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Sample
+from datamodules.shards import ShardList
 from kosmosg.batches import InstructionBatch, ReadReport
 from kosmosg.image_processing import TargetTransform
 from kosmosg.models.image_decoder import ImageDecoder
@@ -63,20 +66,20 @@ def edit_segments(sample: EditSample, caption_drop: float, draws: Draws) -> tupl
     return [*([caption] if caption else []), source, sample.instruction], target
 
 
-class InstructionRows:
+class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
     """Builds prompt and target of one source's samples. Prompts carry no `</s>`: the model never reads one."""
 
     def __init__(
         self,
         name: str,
-        source: SampleSource,
+        source: SampleReader,
         encoder: PromptEncoder,
         target_transform: TargetTransform,
         config: InstructionDataConfig,
         moments: KeptMoments | None = None,
     ):
-        self.name, self.source, self.encoder = name, source, encoder
-        self.target_transform, self.config, self.moments = target_transform, config, moments
+        super().__init__(name, source)
+        self.encoder, self.target_transform, self.config, self.moments = encoder, target_transform, config, moments
 
     def __call__(
         self, requests: Sequence[Request], report: ReadReport
@@ -86,8 +89,11 @@ class InstructionRows:
         rows: list[tuple[tuple[EncodedPrompt, Tensor], str] | SampleError] = []
         for request in requests:
             try:
-                sample = self.source[request.index]
-                kept = None if self.moments is None else self.moments(*self.source.shards.locate(request.index))
+                sample = self.source(request.lane, request.row, request.attempt)
+                kept = None
+                if self.moments is not None:
+                    located = self.source.locate(request.lane, request.row, request.attempt)
+                    kept = self.moments(located.shard, located.number)
                 rows.append((self.build(sample, request.random, kept), f"{sample.shard}/{sample.key}"))
             except SampleError as error:
                 rows.append(error)
@@ -177,14 +183,13 @@ class InstructionData(MixtureDataModule):
         """Constructed, edit, captions."""
         return {"constructed": self.config.constructed, "edit": self.config.edit, "captions": self.config.captions}
 
-    def builder(self, name: str, pattern: str) -> InstructionRows:
+    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> InstructionRows:
         """Rows of one source."""
         kinds = {"constructed": ConstructedSample.kind, "edit": EditSample.kind, "captions": CaptionSample.kind}
-        source = self.open_source(pattern, kinds[name])
+        source = SampleReader(shards, order, kinds[name], self.config.limits)
         moments = None
         if self.config.kept_moments and self.moments_identity is not None:
-            shards = source.shards
-            moments = KeptMoments(shards.paths, shards.contents, shards.sizes, self.moments_identity)
+            moments = KeptMoments(shards.paths, shards.checksums, shards.samples.tolist(), self.moments_identity)
         return InstructionRows(name, source, self.encoder, self.target_transform, self.config, moments)
 
     def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> InstructionBatch:

@@ -4,6 +4,8 @@ Every row has the same length, so mixing rows 5:5:2 mixes tokens 5:5:2 up to pad
 without that.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -14,15 +16,17 @@ import torch
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import SampleError
-from datamodules.mixture import MAX_ATTEMPTS, Request, SampleSource
-from datamodules.order import Permutation, mix
+from datamodules.mixture import MAX_ATTEMPTS, MEASURED_ROWS, Request, RowBuilder
+from datamodules.order import SampleOrder
 from datamodules.packing import Document, PackedRow, Packer
+from datamodules.reader import SampleReader
 from datamodules.sample import CaptionSample, InterleavedSample, Sample, TextSample
+from datamodules.shards import ShardList
 from kosmosg.batches import LanguageModellingBatch, ReadReport
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.prompt import PromptBatch, PromptEncoder
 
-LOOK_AHEAD = 8  # documents asked of an object store at once
+MEASURED_SAMPLES = 4096
 
 
 @dataclass
@@ -48,16 +52,17 @@ class LanguageModellingDataConfig(DataConfig):
             raise ValueError(f"caption_first={self.caption_first} must lie in 0 … 1.")
 
 
-class PackedRows:
-    """Builds rows of one source: the row's own sample first, then those that follow it until the row is full.
+class PackedRows(RowBuilder[PackedRow]):
+    """Builds rows of one source: each begins about where the one before it ended, so that an epoch of rows reads every
+    document about once.
 
-    In text the following documents are those of the shards' order. Pairs and interleaved documents follow each other
-    in an order of their own every epoch, since neighbours in a shard are often alike.
+    Row `r` of a lane begins at its sample ⌊r·s⌋, where `s` is the measured `samples_per_row`, and the fraction of
+    r·s tells how far into that document.
     """
 
-    def __init__(self, name: str, source: SampleSource, packer: Packer, seed: int, caption_first: float):
-        self.name, self.source, self.packer = name, source, packer
-        self.seed, self.caption_first = seed, caption_first
+    def __init__(self, name: str, source: SampleReader, packer: Packer, caption_first: float):
+        super().__init__(name, source)
+        self.packer, self.caption_first, self.samples_per_row = packer, caption_first, 0.0
 
     def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[PackedRow, str] | SampleError]:
         """See `RowBuilder`."""
@@ -67,34 +72,47 @@ class PackedRows:
         """See `RowBuilder`."""
         return len(row.prompt)
 
+    def measure(self) -> float:
+        """See `RowBuilder`: the first documents, packed one after the other without a gap."""
+        rows, used, number = 0, 0, 0
+        while rows < MEASURED_ROWS and number < MEASURED_SAMPLES:
+            try:
+                document = self._document(self.source(0, number), Random(number))
+            except SampleError:
+                document = Document([], True)
+            number += 1
+            while document.units:
+                count = self.packer.fit(document, self.packer.capacity - used)
+                used += 1 + sum(len(unit.ids) for unit in document.units[:count])
+                document.units = document.units[count:] if count or used > 1 else []  # a pair too long for any row
+                if document.units:
+                    rows, used = rows + 1, 0
+                else:
+                    used += 1
+        return number / (rows + used / self.packer.capacity)
+
     def _build(self, request: Request, report: ReadReport) -> tuple[PackedRow, str] | SampleError:
         failed = len(report.errors)
         row = self.packer.pack(self._documents(request, report), report)
         if row is not None:
             return row, row.documents[0]
-        # The mixture counts the error it is given, so it must not stand in the report already.
+        # The mixture counts the error it is given, so it must not be in the report already.
         return report.errors.pop() if len(report.errors) > failed else self._nothing(request)
 
     def _documents(self, request: Request, report: ReadReport) -> Iterator[Document]:
-        size = len(self.source)
-        follow = Permutation(size, mix(self.seed, 4, request.epoch)) if self.source.kind != TextSample.kind else int
+        assert self.samples_per_row, "MixtureDataModule.measure() comes first"
+        fraction, first = math.modf(request.row * self.samples_per_row)
         failed = len(report.errors)
-        for step in range(size):
+        for number in itertools.count(int(first) + MAX_ATTEMPTS * request.attempt):
             if len(report.errors) - failed >= MAX_ATTEMPTS:
                 return
-            if step % LOOK_AHEAD == 0:
-                ahead = range(step, min(step + LOOK_AHEAD, size))
-                self.source.shards.prefetch([follow((request.index + k) % size) for k in ahead])
             report.reads += 1
             try:
-                document = self._document(self.source[follow((request.index + step) % size)], request.random)
+                document = self._document(self.source(request.lane, number), request.random)
             except SampleError as error:
                 report.errors.append(error)
                 continue
-            if step == 0 and document.divisible:
-                # A document of several rows would else never be read beyond its first.
-                document.units = document.units[request.random.choice(self.packer.row_starts(document)) :]
-            yield document
+            yield self.packer.rest(document, fraction) if number == first else document
 
     def _document(self, sample: Sample, random: Random) -> Document:
         packer = self.packer
@@ -116,7 +134,7 @@ class PackedRows:
         return document
 
     def _nothing(self, request: Request) -> SampleError:
-        return SampleError("empty_row", self.source.shards.pattern, str(request.index), "no document could be used")
+        return SampleError("empty_row", self.source.shards.pattern, f"row {request.row}", "no document could be used")
 
 
 class LanguageModellingData(MixtureDataModule):
@@ -143,12 +161,11 @@ class LanguageModellingData(MixtureDataModule):
         """Text, captions, interleaved."""
         return {"text": self.config.text, "captions": self.config.captions, "interleaved": self.config.interleaved}
 
-    def builder(self, name: str, pattern: str) -> PackedRows:
+    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> PackedRows:
         """Packed rows of one source."""
         kind = {"text": TextSample.kind, "captions": CaptionSample.kind, "interleaved": InterleavedSample.kind}[name]
-        return PackedRows(
-            name, self.open_source(pattern, kind), self.packer, self.config.seed, self.config.caption_first
-        )
+        source = SampleReader(shards, order, kind, self.config.limits)
+        return PackedRows(name, source, self.packer, self.config.caption_first)
 
     def collate(self, rows: list[PackedRow], report: ReadReport) -> LanguageModellingBatch:
         """Rows → batch; all are T long."""

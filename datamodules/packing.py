@@ -8,7 +8,9 @@ Shift: a row packs up to T+1 tokens x_0 … x_T. `ids` are x_0 … x_{T-1} and `
 text tokens only), and the `<s>` of the next document. `</s>` is learned.
 """
 
+import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -89,15 +91,13 @@ class Packer:
             units += [Unit(ids[i : i + self.longest_unit]) for i in range(0, len(ids), self.longest_unit)]
         return units
 
-    def row_starts(self, document: Document) -> list[int]:
-        """The units at which rows begin when the document alone is packed into rows."""
-        starts, room = [], 0
-        for number, unit in enumerate(document.units):
-            if len(unit.ids) > room:
-                starts.append(number)
-                room = self.longest_unit
-            room -= len(unit.ids)
-        return starts
+    def rest(self, document: Document, fraction: float) -> Document:
+        """The document from the unit on in which this fraction of its tokens is reached; all of one that is not
+        `divisible`."""
+        if document.divisible:
+            ends = list(itertools.accumulate(len(unit.ids) for unit in document.units))
+            document.units = document.units[bisect_right(ends, fraction * ends[-1]) :]
+        return document
 
     def fit(self, document: Document, room: int) -> int:
         """How many units of the document go into `room` tokens, `<s>` included; `</s>` must fit after the last."""

@@ -11,9 +11,9 @@ from datamodules.errors import DataError, SampleError
 from datamodules.folder_lock import held
 from datamodules.processes import ordered_map
 from datamodules.report import SampleCounter
+from datamodules.shards import ShardWriter
 from datamodules.sources.journal import SUFFIX, Journal, add_examples, count_left_out, open_journal
 from datamodules.sources.layout import Converted, Layout, Record
-from datamodules.storage.shards import ShardWriter
 from kosmosg.batches import ReadReport
 
 CHUNK = 16
@@ -44,7 +44,7 @@ def convert(name: str, layout: Layout, output: Path, console: Console) -> Journa
         records = _records(layout, files, journal)
         done = chain.from_iterable(ordered_map(layout.convert, _chunks(records), config.processes))
         with (
-            ShardWriter(output, config.prefix, config.samples_per_shard, stands=journal.shards) as writer,
+            ShardWriter(output, config.prefix, config.samples_per_shard, complete=journal.shards) as writer,
             _progress(console) as progress,
         ):
             bar = progress.add_task(name, total=len(files), told="")

@@ -15,7 +15,7 @@ import numpy as np
 from datamodules.errors import DataError
 from datamodules.images import SUFFIXES
 from datamodules.sources.layout import Record
-from datamodules.storage.tar_index import split_name
+from datamodules.tar import split_name
 
 JSON_BYTES = 1_000_000
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.sample import SCHEMA_VERSION
-from datamodules.storage.shards import ShardWriter
+from datamodules.shards import ShardWriter
 from datamodules.toyland import evaluation_sets, samples
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.drawing import Chunk, Draw, Members, chunks

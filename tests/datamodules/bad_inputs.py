@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from datamodules.storage.tar_index import ShardIndex, index_path
 from PIL import Image
 
-from datamodules.storage.tar_index import ShardIndex, index_path
 from tests.datamodules import worlds
 
 USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "left out by a filter", "refused at the start"

@@ -12,7 +12,7 @@ from datamodules.moments.__main__ import main
 from datamodules.moments.files import moments_file, moments_identity
 from datamodules.moments.writing import MomentsConfig, write_moments
 from datamodules.sample import EditSample
-from datamodules.storage.shards import ShardWriter
+from datamodules.shards import ShardWriter
 from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder

@@ -1,98 +1,160 @@
+"""The order: a pure function, every sample once an epoch, exact weights, lanes that keep to their shards."""
+
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.order import MixtureOrder, Permutation, mix
+from datamodules.order import Mixture, SampleOrder, mix, shuffled, whole_weights
 
 SEEDS = st.integers(0, 2**64 - 1)
 
 
-@given(n=st.integers(1, 3000), key=SEEDS)
-def test_a_permutation_is_a_bijection(n, key):
-    permutation = Permutation(n, key)
-    assert sorted(permutation(i) for i in range(n)) == list(range(n))
+@given(n=st.integers(0, 3000), key=SEEDS)
+def test_a_shuffle_is_a_bijection(n, key):
+    assert sorted(shuffled(n, key)) == list(range(n))
 
 
-@given(n=st.integers(10**6, 10**12), key=SEEDS, i=st.integers(0, 10**6 - 1))
-def test_a_large_permutation_stays_in_its_range(n, key, i):
-    assert 0 <= Permutation(n, key)(i) < n
+def test_a_shuffle_is_the_same_everywhere():
+    assert shuffled(8, 1, 2).tolist() == [2, 7, 3, 1, 5, 6, 0, 4]
+    assert mix(1, 2) == 13608149317741381227
 
 
-def test_a_permutation_looks_shuffled():
+def test_shuffles_look_random():
     """Displacements and neighbours of a random permutation: mean |p(i)-i| = n/3, few p(i+1) = p(i)+1."""
     n = 5000
     for key in range(5):
-        permutation = Permutation(n, mix(key))
-        image = [permutation(i) for i in range(n)]
-        displacement = sum(abs(p - i) for i, p in enumerate(image)) / n
-        assert abs(displacement / (n / 3) - 1) < 0.05
-        assert sum(b - a == 1 for a, b in itertools.pairwise(image)) < 12  # expected 1
+        found = shuffled(n, key).tolist()
+        assert abs(sum(abs(p - i) for i, p in enumerate(found)) / n / (n / 3) - 1) < 0.05
+        assert sum(b - a == 1 for a, b in itertools.pairwise(found)) < 12  # expected 1
+    counts = Counter(tuple(shuffled(4, 9, key).tolist()) for key in range(24 * 200))
+    assert len(counts) == 24 and 120 < min(counts.values()) and max(counts.values()) < 300  # 200 expected
 
 
-def test_small_permutations_are_equally_likely():
-    counts = Counter(tuple(Permutation(4, mix(9, key))(i) for i in range(4)) for key in range(24 * 200))
-    assert len(counts) == 24
-    assert min(counts.values()) > 120 and max(counts.values()) < 300  # 200 expected
+def resolved(order: SampleOrder, lane: int, number: int) -> tuple[int, int]:
+    """Shard and number in it of a lane's sample."""
+    block, place = order(lane, number)
+    place = int(shuffled(len(block), *block.key)[place])
+    for part in block.slices:
+        if place < part.end - part.begin:
+            return part.shard, part.begin + place
+        place -= part.end - part.begin
+    raise AssertionError
 
 
 @given(
     seed=SEEDS,
-    parts=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=4),
-    first=st.integers(0, 10**9),
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any),
+    lanes=st.integers(1, 6),
+    window=st.integers(1, 6),
+    block=st.integers(1, 50),
 )
-def test_each_block_has_exactly_the_weights(seed, parts, first):
-    order = MixtureOrder(seed, [size for size, _ in parts], [weight for _, weight in parts])
-    begin = first * order.block
-    drawn = Counter(order(i).source for i in range(begin, begin + order.block))
-    assert [drawn[source] for source in range(len(parts))] == list(order.weights)
+def test_each_epoch_has_every_sample_once(seed, counts, lanes, window, block):
+    order = SampleOrder(np.array(counts), seed, lanes, 3, window, block)
+    total = sum(counts)
+    for epoch in range(2):
+        if order.one_block:  # then the lanes deal out one sequence
+            mixture = Mixture(seed, [1], lanes, 3)
+            draws = [mixture(position) for position in range(epoch * total, (epoch + 1) * total)]
+            seen = Counter(resolved(order, draw.lane, draw.row) for draw in draws)
+        else:
+            sizes = [(lane + 1) * total // lanes - lane * total // lanes for lane in range(lanes)]
+            seen = Counter(
+                resolved(order, lane, number)
+                for lane, size in enumerate(sizes)
+                for number in range(epoch * size, (epoch + 1) * size)
+            )
+        assert len(seen) == total and set(seen.values()) == {1}
 
 
-@given(seed=SEEDS, sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3))
-def test_each_epoch_has_every_sample_once(seed, sizes):
-    order = MixtureOrder(seed, sizes, range(1, len(sizes) + 1))
-    seen = Counter()
-    for position in range(order.block * 2 * max(sizes)):
-        draw = order(position)
-        seen[draw.source, draw.epoch, draw.index] += 1
-    assert set(seen.values()) == {1}
-    for source, size in enumerate(sizes):
-        assert {index for s, epoch, index in seen if (s, epoch) == (source, 0)} == set(range(size))
+@given(seed=SEEDS, lane=st.integers(0, 7), number=st.integers(0, 10**12))
+def test_the_order_is_a_pure_function(seed, lane, number):
+    counts = np.array([100, 7, 2000] * 10)
+    one, other = (SampleOrder(counts, seed, 8, 16, 4, 50) for _ in range(2))
+    other(lane, number // 2)  # what was asked before does not matter
+    assert one(lane, number) == other(lane, number)
+    first, second = (Mixture(seed, [5, 2], 8, 16) for _ in range(2))
+    second(number // 2)
+    assert first(number) == second(number)
 
 
-@given(seed=SEEDS, position=st.integers(0, 10**15))
-def test_the_order_is_a_pure_function(seed, position):
-    one, other = (MixtureOrder(seed, [10**9, 7], [5, 2]) for _ in range(2))
-    other(position // 2)  # what was asked before does not matter
-    assert one(position) == other(position)
+def test_a_lane_reads_its_shards_in_sequence():
+    """Windows of four shards one after the other, each block an equal slice of each shard; none is met again."""
+    order = SampleOrder(np.full(64, 100), 3, 4, 16, 4, 80)
+    for lane in range(4):
+        blocks = [block for block, _ in itertools.groupby(order(lane, number)[0] for number in range(1600))]
+        windows = [window for window, _ in itertools.groupby(block.window for block in blocks)]
+        assert len(windows) == 4 and len({shard for window in windows for shard in window}) == 16
+        assert all(len(block) == 80 and len(block.slices) == 4 for block in blocks)
+        for before, after in itertools.pairwise(blocks):
+            if before.window == after.window:
+                assert [part.end for part in before.slices] == [part.begin for part in after.slices]
+            else:
+                assert before.following == after.window
 
 
 def test_seeds_and_epochs_give_other_orders():
-    order = MixtureOrder(1, [100], [1])
-    epochs = [[order(100 * epoch + i).index for i in range(100)] for epoch in range(3)]
-    other = [MixtureOrder(2, [100], [1])(i).index for i in range(100)]
-    assert len({tuple(indices) for indices in [*epochs, other]}) == 4
+    for window in (8, 2):  # a full shuffle, and windows
+        counts = np.full(8, 25)
+        orders = [SampleOrder(counts, seed, 1, 1, window, 20) for seed in (1, 2)]
+        epochs = [[resolved(orders[0], 0, 200 * epoch + i) for i in range(200)] for epoch in range(3)]
+        other = [resolved(orders[1], 0, i) for i in range(200)]
+        assert len({tuple(found) for found in [*epochs, other]}) == 4
 
 
-def test_redraws_differ_and_stay_in_the_source():
-    order = MixtureOrder(1, [50, 1000], [1, 1])
-    draw = order(3)
-    redraws = [order.redraw(draw, attempt) for attempt in range(1, 20)]
-    assert len(set(redraws)) > 10 and max(redraws) < order.sizes[draw.source]
+def test_a_batch_draws_on_many_shards():
+    """16 rows of one lane, window 8, block 4,096: 7.1 of 8 shards expected of random draws."""
+    order = SampleOrder(np.full(200_000, 10_000), 0, 8, 16, 8, 4096)
+    drawn = [len({resolved(order, 3, 16 * batch + row)[0] for row in range(16)}) for batch in range(1000, 1050)]
+    assert abs(sum(drawn) / len(drawn) - 8 * (1 - (7 / 8) ** 16)) < 0.4
 
 
-@pytest.mark.parametrize("sizes, weights", [([], []), ([0], [1]), ([3], [0]), ([3, 4], [1]), ([3], [10**7])])
-def test_impossible_mixtures_are_refused(sizes, weights):
-    if weights == [10**7]:
-        sizes, weights = [3, 3], [10**7, 1]
+@given(
+    seed=SEEDS,
+    weights=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    lanes=st.integers(1, 5),
+    lane_rows=st.integers(1, 9),
+    first=st.integers(0, 10**9),
+)
+def test_each_block_of_a_lane_has_exactly_the_weights(seed, weights, lanes, lane_rows, first):
+    mixture = Mixture(seed, weights, lanes, lane_rows)
+    block = sum(mixture.weights)
+    # Rows of a whole number of blocks in every lane.
+    begin, rows = first * block * lanes * lane_rows, block * lanes * lane_rows
+    drawn = Counter()
+    for position in range(begin, begin + rows):
+        draw = mixture(position)
+        drawn[draw.lane, draw.source] += 1
+    expected = {(lane, s): lane_rows * w for lane in range(lanes) for s, w in enumerate(mixture.weights)}
+    assert drawn == expected
+
+
+@given(seed=SEEDS, lanes=st.integers(1, 4), turn=st.integers(1, 4))
+def test_every_row_of_a_source_is_asked_for_once(seed, lanes, turn):
+    mixture = Mixture(seed, [3, 1, 2], lanes, 2 * turn, turn, repeats=2)
+    draws = [mixture(position) for position in range(6 * 2 * 2 * turn * lanes * 3)]
+    assert len(set(draws)) == len(draws)
+    rows = Counter((draw.source, draw.lane) for draw in draws)
+    assert all({d.row for d in draws if (d.source, d.lane) == key} == set(range(n)) for key, n in rows.items())
+
+
+@pytest.mark.parametrize("weights", [[], [0, 1], [-1], [10**7, 1]])
+def test_impossible_mixtures_are_refused(weights):
     with pytest.raises(ValueError, match="weight"):
-        MixtureOrder(0, sizes, weights)
+        Mixture(0, weights, 1, 1)
 
 
-def test_indices_outside_are_refused():
-    with pytest.raises(IndexError, match="outside"):
-        Permutation(5, 0)(5)
-    with pytest.raises(ValueError, match="at least 1"):
-        Permutation(0, 0)
+def test_impossible_orders_are_refused():
+    for counts, lanes in (([], 1), ([0, 0], 1), ([3], 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            SampleOrder(np.array(counts, dtype=np.int64), 0, lanes, 1, 1, 1)
+
+
+def test_shares_become_whole_weights():
+    assert whole_weights([2.0, 2.0, 1.0]) == [400, 400, 200]
+    assert whole_weights([1e-6, 1.0]) == [1, 1000]
+    with pytest.raises(ValueError, match="above 0"):
+        whole_weights([1.0, 0.0])

@@ -1,28 +1,36 @@
+"""Sets of shards: written, listed, found, indexed, and their samples located as WebDataset groups them."""
+
+import gzip
 import hashlib
+import io
 import json
-import os
 import pickle
+import tarfile
+from pathlib import Path
 
 import pytest
+import webdataset
 
 from datamodules.errors import DataError, SampleError, ShardError
 from datamodules.images import Limits, load
 from datamodules.sample import TextSample, decode
-from datamodules.storage.shards import IndexedShards, ShardWriter
-from datamodules.storage.tar_index import ShardIndex, index_path
+from datamodules.shards import LISTING, ShardWriter, find_tars, index_shards, list_shards, save_listing
+from datamodules.tar import OpenFiles, Tar, read_shard
 from tests.datamodules import worlds
 
 
-def test_what_is_written_is_read_in_any_order(tmp_path):
-    shards = IndexedShards(worlds.write(tmp_path, "captions", worlds.captions(20)))
-    assert len(shards) == 20
-    for i in (19, 0, 8, 7):
-        name, key, members = shards.read(i)
+def test_what_is_written_is_read(tmp_path):
+    shards = list_shards(worlds.write(tmp_path, "captions", worlds.captions(20)))
+    assert len(shards) == 20 and shards.samples.tolist() == [8, 8, 4]
+    found = [(path.name, *read) for path in shards.paths for read in read_shard(path)]
+    for number, (name, key, members) in enumerate(found):
         sample = decode(members, name, key)
-        assert (name, key) == (f"captions-{i // 8:06d}.tar", f"c{i:05d}")
-        assert sample.caption == f"a small dog number {i}" and load(sample.image).getpixel((0, 0)) == (i, 0, 7)
-    with pytest.raises(IndexError, match="there are 20"):
-        shards[20]
+        assert (name, key) == (f"captions-{number // 8:06d}.tar", f"c{number:05d}")
+        assert sample.caption == f"a small dog number {number}" and load(sample.image).getpixel((0, 0)) == (
+            number,
+            0,
+            7,
+        )
 
 
 def test_equal_samples_give_equal_bytes(tmp_path):
@@ -32,14 +40,16 @@ def test_equal_samples_give_equal_bytes(tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_the_manifest_counts_and_checksums(tmp_path):
+def test_the_listing_counts_and_checksums(tmp_path):
     worlds.write(tmp_path, "text", worlds.texts(10))
-    manifest = json.loads((tmp_path / "text.manifest.json").read_text())
-    assert [(shard["name"], shard["samples"]) for shard in manifest["shards"]] == [
+    worlds.write(tmp_path, "more", worlds.texts(3))  # another set in the same folder
+    records = json.loads((tmp_path / LISTING).read_text())["shards"]
+    assert [(shard["name"], shard["samples"]) for shard in records] == [
+        ("more-000000.tar", 3),
         ("text-000000.tar", 8),
         ("text-000001.tar", 2),
     ]
-    for shard in manifest["shards"]:
+    for shard in records:
         content = (tmp_path / shard["name"]).read_bytes()
         assert shard["bytes"] == len(content) and shard["sha256"] == hashlib.sha256(content).hexdigest()
 
@@ -49,7 +59,7 @@ def test_an_interrupted_writer_leaves_nothing_partial(tmp_path):
         for sample in worlds.texts(6):
             writer.write(sample)
         raise RuntimeError("power cut")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text-000000.index.npy", "text-000000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text-000000.tar"]
 
 
 def test_the_writer_refuses_what_would_not_be_read_back(tmp_path):
@@ -65,130 +75,138 @@ def test_the_writer_refuses_what_would_not_be_read_back(tmp_path):
         ShardWriter(tmp_path, "text")
 
 
-def test_foreign_tars_are_indexed_once(tmp_path):
-    path = tmp_path / "00000.tar"
-    groups = [(f"{i:09d}", {"jpg": worlds.png(i), "json": b"{}", "txt": f"a dog {i}".encode()}) for i in range(5)]
-    pattern = worlds.write_members(path, groups)
-    assert IndexedShards(pattern)[3] == groups[3][1]
-    assert len(ShardIndex.read(index_path(path))) == 5
-    os.utime(index_path(path), (1, 1))
-    assert IndexedShards(pattern).identity == IndexedShards(pattern).identity
-    assert index_path(path).stat().st_mtime == 1  # not written again
-    worlds.write_members(path, groups[:3])
-    assert len(IndexedShards(pattern)) == 3  # another size: indexed anew
+def test_patterns(tmp_path):
+    worlds.write(tmp_path, "text", worlds.texts(20))
+    counts = {
+        "text-{000000..000001}.tar": 16,
+        "text-000002.tar": 4,
+        "text-*.tar": 20,
+        "": 20,
+        "**/text-*1.tar": 8,
+        LISTING: 20,
+    }
+    for pattern, count in counts.items():
+        assert len(list_shards(str(tmp_path / pattern))) == count
 
 
-def test_long_names_are_read(tmp_path):
-    key = "folder/" + "x" * 200
-    pattern = worlds.write_members(tmp_path / "a.tar", [("short", {"txt": b"1"}), (key, {"txt": b"2", "json": b"{}"})])
-    assert IndexedShards(pattern).read(1) == ("a.tar", key, {"txt": b"2", "json": b"{}"})
+def test_a_set_keeps_its_identity_when_it_moves(tmp_path):
+    pattern = worlds.write(tmp_path / "a", "text", worlds.texts(20))
+    identity = list_shards(pattern).identity
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert list_shards(str(tmp_path / "b")).identity == identity
+    assert list_shards(str(tmp_path / "b" / "text-000001.tar")).identity != identity
+
+
+def test_foreign_tars_are_listed_once(tmp_path):
+    groups = [(f"{i:09d}", {"jpg": worlds.png(i), "json": b"{}", "txt": b"a dog"}) for i in range(5)]
+    for name in ("00000.tar", "00001.tar"):
+        worlds.write_members(tmp_path / name, groups)
+    with pytest.raises(ShardError, match="kosmosg data index"):
+        list_shards(str(tmp_path))
+    (tmp_path / "00001_stats.json").write_text('{"count": 9, "successes": 7}')  # img2dataset's, which is believed
+    records = list(index_shards([str(path) for path in find_tars(str(tmp_path))]))
+    assert [(record["name"], record["samples"]) for record in records] == [("00000.tar", 5), ("00001.tar", 7)]
+    known = [record | {"samples": 6} for record in records]
+    assert list(index_shards([str(path) for path in find_tars(str(tmp_path))], known=known)) == known
+    # A listing may lie elsewhere, beside nothing.
+    listing = tmp_path / "lists" / "laion.json"
+    save_listing(listing, [record | {"name": str(tmp_path / record["name"])} for record in records])
+    assert len(list_shards(str(listing))) == 12
+
+
+def test_what_the_listing_does_not_know_is_named(tmp_path):
+    worlds.write(tmp_path, "text", worlds.texts(3))
+    worlds.write_members(tmp_path / "text-000001.tar", [("a", {"txt": b"a"})])
+    with pytest.raises(ShardError, match=r"text-000001\.tar' is not listed"):
+        list_shards(str(tmp_path / "*.tar"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (bytes(range(256)) * 60, "not a readable tar"),
+        (b"", "not a readable tar"),
+        (bytes(10_240), "holds no samples"),
+        (gzip.compress(bytes(10_240)), "is compressed"),
+    ],
+)
+def test_what_is_no_tar_cannot_be_indexed(tmp_path, content, message):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ShardError, match=message):
+        list(index_shards([str(tmp_path / "a.tar")]))
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes = b"x") -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def test_files_without_key_or_suffix_belong_to_no_sample(tmp_path):
+    """macOS puts `._x.jpg` before each file, and `.DS_Store` anywhere; a README has no suffix."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "README")
+        for number in range(14):
+            for suffix in ("jpg", "txt"):
+                add(tar, f"set/._{number}.{suffix}")
+                add(tar, f"set/{number}.{suffix}", f"{number}.{suffix}".encode())
+                add(tar, "set/.DS_Store")
+    read = list(read_shard(tmp_path / "a.tar"))
+    assert read == [(f"set/{n}", {"jpg": f"{n}.jpg".encode(), "txt": f"{n}.txt".encode()}) for n in range(14)]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_groups_are_those_of_webdataset(tmp_path, form):
+    names = ["a.txt", "a.json", "b.JPG", "x/" + "n" * 80 + "/c.seg.png", "b.txt", "__key__", "noext", "d.e.f"]
+    names += ["x/" + "y" * 150 + ".txt"] if form != tarfile.USTAR_FORMAT else []
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for name in names:
+            add(tar, name, name.encode())
+    theirs = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    expected = [
+        (one.pop("__key__"), {k: v for k, v in one.items() if not k.startswith("__")}) for one in map(dict, theirs)
+    ]
+    assert list(read_shard(tmp_path / "a.tar")) == expected
+
+
+def test_shards_of_webdataset_take_the_quick_way(tmp_path, monkeypatch):
+    """It writes an extended header before each file, for the fraction of a second of its time."""
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number in range(3):
+            writer.write({"__key__": f"{number}", "txt": f"dog {number}"})
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert all(member.pax_headers for member in tar)
+    monkeypatch.setattr(tarfile, "open", None)
+    tar = Tar(tmp_path / "a.tar", OpenFiles())
+    read = [tar.read(group.begin, group.end, Limits()) for group in tar.groups()]
+    assert read == [(f"{number}", {"txt": f"dog {number}".encode()}) for number in range(3)]
 
 
 def test_unwanted_members_are_not_read(tmp_path):
-    members = {"jpg": b"x" * 200_000, "txt": b"a dog"}
-    shards = IndexedShards(worlds.write_members(tmp_path / "a.tar", [("k", members)]))
-    assert shards.read(0, frozenset(["txt"]))[2] == {"jpg": b"", "txt": b"a dog"}
+    worlds.write_members(tmp_path / "a.tar", [("k", {"jpg": b"x" * 200_000, "txt": b"a dog"})])
+    tar = Tar(tmp_path / "a.tar", OpenFiles())
+    (group,) = tar.groups()
+    assert tar.read(*group[:2], Limits(), frozenset(["txt"]))[1] == {"jpg": b"", "txt": b"a dog"}
+    assert tar.read_text(group, Limits()) == ("k", b"a dog")
+    assert tar.read_text(group, Limits(max_member_bytes=3)) is None  # `read` says what is wrong
 
 
-def test_patterns(tmp_path):
-    worlds.write(tmp_path, "text", worlds.texts(20))
-    assert len(IndexedShards(str(tmp_path / "text-{000000..000001}.tar"))) == 16
-    assert len(IndexedShards(str(tmp_path / "text-000002.tar"))) == 4
-    assert len(IndexedShards(str(tmp_path / "text-*.tar"))) == 20
+def test_open_files_are_not_shared_between_processes(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    files = OpenFiles()
+    assert files.read(str(path), 1, 9) == b"bc"
+    assert pickle.loads(pickle.dumps(files))._open == {}
 
 
-@pytest.mark.parametrize("name", ["text-{000000..000005}.tar", "txt-*.tar", "nowhere/a.tar"])
-def test_missing_shards_name_the_pattern_and_what_is_there(tmp_path, name):
-    worlds.write(tmp_path, "text", worlds.texts(20))
-    with pytest.raises(ShardError) as caught:
-        IndexedShards(str(tmp_path / name))
-    assert name in str(caught.value)
-    assert ("does not exist" if "nowhere" in name else "text-000000.tar") in str(caught.value)
-
-
-def test_a_shard_that_its_manifest_lists_is_missed(tmp_path):
-    pattern = worlds.write(tmp_path, "text", worlds.texts(20))
-    (tmp_path / "text-000001.tar").unlink()
-    with pytest.raises(ShardError, match=r"text-000001.tar' is in its manifest"):
-        IndexedShards(pattern)
-
-
-@pytest.mark.parametrize("pattern", ["pipe:touch {marker}", "http://example.org/a.tar", "s3://b/a.tar", "cat a.tar |"])
-def test_only_local_paths_are_read(tmp_path, pattern):
-    marker = tmp_path / "marker"
-    with pytest.raises(ShardError, match="not a local path"):
-        IndexedShards(pattern.format(marker=marker))
-    assert not marker.exists()
-
-
-def unusable(shards: IndexedShards) -> dict[int, str]:
-    found = {}
-    for i in range(len(shards)):
-        try:
-            shards[i]
-        except SampleError as error:
-            found[i] = error.reason
-    return found
-
-
-@pytest.mark.parametrize("number, missing", [(1, 1), (4, 600), (7, 1100)])
-def test_a_truncated_tar_loses_exactly_what_is_cut_off(tmp_path, number, missing):
-    pattern = worlds.write(tmp_path, "captions", worlds.captions(8))
-    path = tmp_path / "captions-000000.tar"
-    ends = IndexedShards(pattern)._bounds[0][:, 1]
-    os.truncate(path, int(ends[number]) - 512 - missing)
-    assert unusable(IndexedShards(pattern)) == dict.fromkeys(range(number, 8), "truncated_tar")
-
-
-def test_a_truncated_tar_without_manifest_keeps_what_is_whole(tmp_path):
-    groups = [(f"k{i}", {"txt": b"a" * 3000}) for i in range(4)]
-    path = tmp_path / "a.tar"
-    pattern = worlds.write_members(path, groups)
-    os.truncate(path, 9000)  # in the data of the third sample
-    assert unusable(IndexedShards(pattern)) == {2: "truncated_tar"}
-    os.truncate(path, 7400)  # in its header
-    assert unusable(IndexedShards(pattern)) == {2: "truncated_tar"}
-
-
-def test_a_damaged_header_is_found(tmp_path):
-    pattern = worlds.write(tmp_path, "text", worlds.texts(4))
-    path = tmp_path / "text-000000.tar"
-    begin = int(IndexedShards(pattern)._bounds[0][2, 0])
-    content = bytearray(path.read_bytes())
-    content[begin + 3] ^= 1
-    path.write_bytes(content)
-    assert unusable(IndexedShards(pattern)) == {2: "damaged_tar"}
-
-
-@pytest.mark.parametrize("content", [b"", b"not a tar" * 1000, b"\0" * 10240], ids=["empty", "garbage", "zeros"])
-def test_what_is_no_tar_is_refused(tmp_path, content):
-    (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(ShardError, match=r"a\.tar"):
-        IndexedShards(str(tmp_path / "a.tar"))
-
-
-def test_a_shard_written_anew_beside_an_old_manifest_is_refused(tmp_path):
-    pattern = worlds.write(tmp_path, "text", worlds.texts(2))
-    worlds.write_members(tmp_path / "text-000000.tar", [("k", {"txt": b"a" * 50_000})])
-    with pytest.raises(ShardError, match="written anew"):
-        IndexedShards(pattern)
-
-
-def test_a_large_member_is_refused_unread(tmp_path):
-    pattern = worlds.write_members(tmp_path / "a.tar", [("k", {"txt": b"a" * 2000})])
-    shards = IndexedShards(pattern, Limits(max_member_bytes=1000))
-    with pytest.raises(SampleError, match="member_too_large"):
-        shards[0]
-
-
-def test_content_decides_the_identity(tmp_path):
-    one = IndexedShards(worlds.write(tmp_path / "a", "text", worlds.texts(9)))
-    same = IndexedShards(worlds.write(tmp_path / "b", "text", worlds.texts(9)))
-    other = IndexedShards(worlds.write(tmp_path / "c", "text", [*worlds.texts(8), TextSample("other")]))
-    assert one.identity == same.identity != other.identity
-
-
-def test_shards_can_be_sent_to_spawned_workers(tmp_path):
-    shards = IndexedShards(worlds.write(tmp_path, "text", worlds.texts(3)))
-    before = shards[1]
-    assert pickle.loads(pickle.dumps(shards))[1] == before
+def test_a_broken_shard_gives_what_precedes_the_damage(tmp_path):
+    pattern = worlds.write(tmp_path, "text", worlds.texts(8))
+    shard = Path(pattern.replace("*", "000000"))
+    tar = Tar(shard, OpenFiles())
+    begin = list(tar.groups())[3].begin
+    content = bytearray(shard.read_bytes())
+    content[begin + 2] ^= 1
+    shard.write_bytes(content)
+    *read, error = read_shard(shard)
+    assert [key for key, _ in read] == ["t00000", "t00001", "t00002"]
+    assert isinstance(error, SampleError) and error.reason == "damaged_tar"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datamodules.storage.indexed_shards import IndexedShards
 from PIL import Image
 
 from datamodules import sample as schema
@@ -24,7 +25,6 @@ from datamodules.errors import DataError
 from datamodules.images import load
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
-from datamodules.storage.indexed_shards import IndexedShards
 from datamodules.toyland import drawing, parts
 from datamodules.toyland.__main__ import main
 from datamodules.toyland.config import Captions

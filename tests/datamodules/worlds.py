@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
-from datamodules.storage.shards import ShardWriter
+from datamodules.shards import ShardWriter, find_tars, index_shards, write_listing
 from kosmosg.image_processing import ClipImageTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def write(folder: Path, prefix: str, samples: list, per_shard: int = 8) -> str:
 
 
 def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]]) -> str:
-    """A tar as other programs write it: no index, no manifest."""
+    """A tar as other programs write it, without a listing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, members in groups:
@@ -71,6 +71,12 @@ def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]]) -> str
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     return str(path)
+
+
+def index(folder: Path) -> str:
+    """Lists the tars of a folder, as `kosmosg data index` does."""
+    write_listing(folder, list(index_shards([str(path) for path in find_tars(str(folder))])))
+    return str(folder)
 
 
 def encoder(tokenizer: Path) -> PromptEncoder:

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from datamodules.storage.indexed_shards import IndexedShards
+
 from datamodules.curation.__main__ import main
 from datamodules.sample import ConstructedSample, decode
-from datamodules.storage.indexed_shards import IndexedShards
 from datamodules.toyland.config import Captions
 from datamodules.toyland.samples import caption_sample, sample_generator
 from tests.conftest import REPOSITORY

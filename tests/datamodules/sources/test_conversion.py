@@ -16,10 +16,10 @@ from datamodules.checks.tokens import TokenCounter
 from datamodules.errors import DataError
 from datamodules.images import load
 from datamodules.sample import Sample, decode
+from datamodules.shards import ShardWriter
 from datamodules.sources import conversion
 from datamodules.sources.journal import Journal
 from datamodules.sources.layouts import LAYOUTS
-from datamodules.storage.shards import IndexedShards, ShardWriter
 from kosmosg.config import ConfigError, load_config
 from tests.datamodules.sources import published
 

@@ -1,0 +1,370 @@
+"""Sets of shards: finding what a pattern names, and writing new ones.
+
+    FOLDER/PREFIX-000000.tar   one tar group per sample, in the order of writing
+    FOLDER/shards.json         name, samples and bytes of each shard of the folder; written when a set is complete
+
+A start reads `shards.json` alone and opens no shard. Shards of other programs get theirs from `kosmosg data index`. The
+same samples give the same bytes, whoever writes them and when.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from fnmatch import fnmatch
+from glob import glob
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+from webdataset.writer import TarWriter
+
+from datamodules.errors import DataError, ShardError
+from datamodules.remote import RemoteConfig, Store
+from datamodules.sample import Sample
+from datamodules.tar import OpenFiles, Tar, find_samples
+from kosmosg.files import flush, write_text
+
+LISTING = "shards.json"
+VERSION = 1
+TEMPORARY_SUFFIX = ".partial"
+SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+WILD = re.compile(r"[*?\[]")
+
+
+class ShardList:
+    """The shards that a pattern names, in order of name.
+
+    Attributes:
+        urls: paths, or URLs of a store.
+        samples, bytes: of each, int64.
+        checksums: SHA-256 of each in hexadecimal digits, "" where unknown.
+        store: that the URLs are of; None for local files.
+        identity: hash of names, sizes and checksums, without folders, so that a set may be moved.
+    """
+
+    def __init__(self, pattern: str, urls: list[str], records: list[dict], store: Store | None = None):
+        self.pattern, self.urls, self.store = pattern, urls, store
+        self.samples = np.array([record["samples"] for record in records], dtype=np.int64)
+        self.bytes = np.array([record["bytes"] for record in records], dtype=np.int64)
+        self.checksums = [record.get("sha256", "") for record in records]
+        digest = hashlib.sha256()
+        for record in records:
+            name = record["name"].rpartition("/")[2]
+            digest.update(f"{name} {record['samples']} {record['bytes']} {record.get('sha256', '')}\n".encode())
+        self.identity = digest.hexdigest()
+
+    def __len__(self) -> int:
+        """Samples of all shards."""
+        return int(self.samples.sum())
+
+    @property
+    def paths(self) -> list[Path]:
+        """The shards' files, for what lies beside them. Raises ShardError: they are in an object store."""
+        if self.store is not None:
+            raise ShardError(f"'{self.pattern}' is in an object store, where nothing is kept beside shards.")
+        return [Path(url) for url in self.urls]
+
+
+def list_shards(pattern: str, remote: RemoteConfig | None = None) -> ShardList:
+    """A path, a folder, a glob, a brace list or a `shards.json`, local or in a store that `remote` allows → its shards.
+
+    Raises:
+        ShardError: a protocol that is not allowed, nothing is there, or shards and `shards.json` disagree.
+    """
+    remote = remote or RemoteConfig()
+    store = _store(pattern, remote)
+    if pattern.endswith(".json"):
+        records = _read(pattern, store)
+        folder = pattern.rpartition("/")[0]
+        urls = [
+            name if SCHEME.match(name) or not folder else f"{folder}/{name}" for name in (r["name"] for r in records)
+        ]
+        store = store or (_store(urls[0], remote) if urls else None)
+    else:
+        urls, records = _remote(pattern, store) if store is not None else _local(pattern)
+    if not records:
+        raise ShardError(f"no shard at '{pattern}'. {'' if store else what_is_there(pattern)}".rstrip())
+    kept = sorted(dict(zip(urls, records, strict=True)).items())
+    if not sum(record["samples"] for _, record in kept):
+        raise ShardError(f"'{pattern}' names {len(kept)} shards without a sample.")
+    return ShardList(pattern, [url for url, _ in kept], [record for _, record in kept], store)
+
+
+def find_tars(pattern: str) -> list[Path]:
+    """Local path, folder, glob or brace list → existing tars, in order of name, listed or not.
+
+    Raises:
+        ShardError: not a local path, or nothing is there.
+    """
+    if SCHEME.match(pattern) or "|" in pattern:
+        raise ShardError(f"'{pattern}' is not a local path.")
+    found: set[Path] = set()
+    for name in expand_urls(pattern):
+        if Path(name).is_dir():
+            paths = [path for path in Path(name).iterdir() if path.suffix == ".tar" and not path.name.startswith(".")]
+        else:
+            paths = [Path(path) for path in (glob(name, recursive=True) if WILD.search(name) else [name])]
+            paths = [path for path in paths if path.is_file()]
+        if not paths:
+            raise ShardError(f"no shard at '{name}' (pattern '{pattern}'). {what_is_there(name)}")
+        found.update(paths)
+    if not found:
+        raise ShardError("the pattern of shards is empty; give a path, a folder, a glob or a brace list.")
+    return sorted(found)
+
+
+def what_is_there(name: str) -> str:
+    """The shards in the folder of a missing one, for its message."""
+    folder = Path(name) if Path(name).is_dir() else Path(name).parent
+    if not folder.is_dir():
+        return f"The folder '{folder}' does not exist."
+    tars = sorted(entry.name for entry in folder.glob("*.tar"))
+    shown = ", ".join(tars[:5]) + (f" and {len(tars) - 5} more" if len(tars) > 5 else "")
+    return f"'{folder}' holds {shown}." if tars else f"'{folder}' holds no .tar file."
+
+
+def _store(pattern: str, remote: RemoteConfig) -> Store | None:
+    scheme = SCHEME.match(pattern)
+    if "|" in pattern or "::" in pattern or (scheme and scheme[1] not in remote.protocols):
+        allowed = f"the protocols {', '.join(remote.protocols)} are" if remote.protocols else "none is"
+        raise ShardError(
+            f"'{pattern}' is not a local path, and of URLs {allowed} allowed. Add its protocol to "
+            "data.remote.protocols if it is an object store, or copy or mount the shards."
+        )
+    return Store(scheme[1], remote) if scheme else None
+
+
+def _local(pattern: str) -> tuple[list[str], list[dict]]:
+    urls, records = [], []
+    folders: dict[Path, dict[str, dict]] = {}
+    for path in find_tars(pattern):
+        folder = path.parent
+        if folder not in folders:
+            folders[folder] = {record["name"]: record for record in _read(str(folder / LISTING), None)}
+        record = folders[folder].get(path.name)
+        if record is None:
+            raise ShardError(f"'{path}' is not listed in '{folder / LISTING}'. {_remedy(pattern)}")
+        urls.append(str(path))
+        records.append(record)
+    for folder, listed in folders.items():
+        here = Path(pattern) == folder
+        for name in listed.keys() - {Path(url).name for url in urls}:
+            if (here or fnmatch(str(folder / name), pattern)) and not (folder / name).is_file():
+                raise ShardError(
+                    f"'{folder / name}' is listed in '{folder / LISTING}' but is missing (pattern '{pattern}'). "
+                    f"{what_is_there(str(folder / name))}"
+                )
+    return urls, records
+
+
+def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
+    urls, records = [], []
+    folders: dict[str, dict[str, dict]] = {}
+    for url in expand_urls(pattern):
+        address, _, query = url.partition("?") if store.protocol in ("http", "https") else (url, "", "")
+        if address.endswith(".tar"):
+            folder, _, name = address.rpartition("/")
+        else:
+            folder, name = address.rstrip("/"), "*.tar"
+        if WILD.search(folder):
+            raise ShardError(f"'{pattern}': '*' is allowed in the last part of a URL alone.")
+        if folder not in folders:
+            folders[folder] = {record["name"]: record for record in _read(f"{folder}/{LISTING}", store)}
+        listed = folders[folder]
+        found = sorted(one for one in listed if fnmatch(one, name)) if WILD.search(name) else [name]
+        for one in found:
+            if one not in listed:
+                raise ShardError(f"'{url}' is not listed in '{folder}/{LISTING}'. {_remedy(pattern)}")
+            urls.append(f"{folder}/{one}" + (f"?{query}" if query else ""))
+            records.append(listed[one])
+    return urls, records
+
+
+def _read(listing: str, store: Store | None) -> list[dict]:
+    """Records of a listing. Raises ShardError: it is absent, or none."""
+    try:
+        content = Path(listing).read_bytes() if store is None else store.whole(listing)
+    except FileNotFoundError:
+        raise ShardError(f"there is no '{listing}', which tells how many samples each shard holds. "
+                         f"{_remedy(listing.rpartition('/')[0])}") from None  # fmt: skip
+    except OSError as error:
+        raise ShardError(f"'{listing}' cannot be read: {error}.") from error
+    try:
+        records = json.loads(content)["shards"]
+        for record in records:
+            counts = record["samples"], record["bytes"]
+            if not isinstance(record["name"], str) or not all(isinstance(n, int) and n >= 0 for n in counts):
+                raise ValueError(f"{record!r:.100}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ShardError(f"'{listing}' is not a list of shards ({error!r:.200}); write it again. "
+                         f"{_remedy(listing.rpartition('/')[0])}") from error  # fmt: skip
+    return records
+
+
+def _remedy(pattern: str) -> str:
+    return f"Write it with: kosmosg data index '{pattern}'"
+
+
+def index_shards(urls: Sequence[str], store: Store | None = None, known: Iterable[dict] = ()) -> Iterable[dict]:
+    """A record of each tar. Counts come from img2dataset's `_stats.json` beside it, else by walking through it.
+
+    Args:
+        known: earlier records; shards of the same name and size are not counted again.
+
+    Raises:
+        ShardError: a shard cannot be read, is no tar or holds no sample.
+    """
+    earlier = {record["name"]: record for record in known}
+    for url in urls:
+        name = url.partition("?")[0].rpartition("/")[2]
+        with store.local(url) if store is not None else nullcontext(Path(url)) as path:
+            size = path.stat().st_size
+            record = earlier.get(name)
+            if record is None or record["bytes"] != size:
+                count = _counted_by_img2dataset(path) if store is None else None
+                count = sum(1 for _ in find_samples(Tar(path, OpenFiles()))) if count is None else count
+                record = {"name": name, "samples": count, "bytes": size}
+        yield record
+
+
+def _counted_by_img2dataset(shard: Path) -> int | None:
+    try:
+        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_listing(folder: Path, records: Sequence[dict], replaces: str = "") -> Path:
+    """Add records to a folder's `shards.json`; records of names that match `replaces` are dropped. Returns its path."""
+    listing, names = folder / LISTING, {record["name"] for record in records}
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # several sets may lie in one folder
+        kept = _read(str(listing), None) if listing.exists() else []
+        kept = [one for one in kept if one["name"] not in names and not (replaces and fnmatch(one["name"], replaces))]
+        save_listing(listing, [*kept, *records])
+    finally:
+        os.close(descriptor)
+    return listing
+
+
+def save_listing(listing: Path, records: Sequence[dict]) -> None:
+    """Replace a listing; one line a shard."""
+    lines = ",\n".join("  " + json.dumps(record) for record in sorted(records, key=lambda record: record["name"]))
+    write_text(listing, f'{{"version": {VERSION}, "shards": [\n{lines}\n]}}\n')
+
+
+class ShardWriter:
+    """Writes samples into numbered shards; a context manager.
+
+    A shard appears under its name when it is complete and on the disk. An exception inside the `with` block leaves
+    the shards that were complete, unlisted, and nothing partial.
+
+    Args:
+        folder: made if absent.
+        prefix: of the file names, e.g. `captions` for `captions-000000.tar`.
+        samples_per_shard: the last shard may hold fewer.
+        complete: records (as in `shards`) of the first shards, which an interrupted writing completed; others of this
+            prefix are written anew.
+
+    Raises:
+        ValueError: samples_per_shard below 1, or a prefix that is not a plain file name.
+        FileExistsError: the folder already holds shards of this prefix; not raised with `complete`.
+    """
+
+    def __init__(
+        self, folder: str | Path, prefix: str, samples_per_shard: int = 1000, complete: Sequence[dict] | None = None
+    ):
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1.")
+        if not prefix or Path(prefix).name != prefix or WILD.search(prefix):
+            raise ValueError(f"prefix '{prefix}' must be a plain file name without folders and wildcards.")
+        self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        there = sorted(path.name for path in self.folder.glob(f"{prefix}-*.tar"))
+        if there and complete is None:
+            raise FileExistsError(f"'{folder}' already holds {len(there)} shards of '{prefix}' (first {there[0]}).")
+        self.shards: list[dict] = list(complete or ())
+        self._keys: set[str] = set()
+        self._stream: IO[bytes] | None = None
+        self._writer: TarWriter | None = None
+
+    def write(self, sample: Sample, key: str | None = None) -> None:
+        """Append one sample; its key is `key`, or the sample's own, or its number in the writing order.
+
+        Raises:
+            ValueError: a key with a dot, which would be read as the start of a suffix, or used twice in a shard.
+        """
+        key = key or sample.key or f"{sum(shard['samples'] for shard in self.shards) + len(self._keys):09d}"
+        if "." in Path(key).name or key in self._keys:
+            raise ValueError(f"key '{key}' must be unique in its shard and hold no dot.")
+        if self._writer is None:
+            self._stream = open(self._partial, "wb")  # noqa: SIM115 - lives until _close_shard
+            # Owner and time are fixed: they would make equal shards differ.
+            self._writer = TarWriter(
+                self._stream, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False
+            )
+        self._writer.write({"__key__": key, **sample.encode()})
+        self._keys.add(key)
+        if len(self._keys) == self.samples_per_shard:
+            self._close_shard()
+
+    @property
+    def open(self) -> bool:
+        """Whether a shard is begun and not complete."""
+        return self._writer is not None
+
+    def holds(self, key: str) -> bool:
+        """Whether the shard that is being written has a sample of this key."""
+        return key in self._keys
+
+    def close(self) -> Path:
+        """Complete the last shard and list the set in `shards.json`; returns its path.
+
+        Raises:
+            DataError: nothing was written.
+        """
+        if self._writer is not None:
+            self._close_shard()
+        if not self.shards:
+            raise DataError(f"no sample was written to '{self.folder}/{self.prefix}-*.tar'; an empty set is an error.")
+        return write_listing(self.folder, self.shards, replaces=f"{self.prefix}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.close()
+        elif self._stream is not None and self._writer is not None:
+            self._writer.close()
+            self._stream.close()
+            self._partial.unlink(missing_ok=True)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.prefix}-{len(self.shards):06d}.tar"
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / (self._name + TEMPORARY_SUFFIX)
+
+    def _close_shard(self) -> None:
+        assert self._writer is not None and self._stream is not None
+        self._writer.close()
+        self._stream.close()
+        path, partial = self.folder / self._name, self._partial
+        flush(partial)
+        size = partial.stat().st_size
+        with open(partial, "rb") as written:
+            checksum = hashlib.file_digest(written, "sha256").hexdigest()
+        partial.rename(path)
+        flush(self.folder)
+        self.shards.append({"name": path.name, "samples": len(self._keys), "bytes": size, "sha256": checksum})
+        self._stream = self._writer = None
+        self._keys = set()

@@ -1,1 +1,0 @@
-"""Shards: tar files, their indexes, local and remote."""

@@ -1,0 +1,335 @@
+"""Reading in order: one global sequence on any ranks and workers, from a disk or a store, with bounded disk and faults."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+from torch.utils.data import DataLoader
+
+from datamodules.alignment import AlignmentData, AlignmentDataConfig
+from datamodules.data_config import Source
+from datamodules.errors import DataError, ShardError
+from datamodules.mixture import BatchPositions
+from datamodules.remote import STORES, RemoteConfig
+from datamodules.shards import LISTING, list_shards
+from tests.conftest import REPOSITORY
+from tests.datamodules import worlds
+
+SAMPLES, SHARDS = 260, 26
+# Four lanes with windows of three shards of ten samples and blocks of about twelve.
+SETTINGS = {"lanes": 4, "lane_rows": 2, "window": 3, "block": 12, "micro_batch_size": 4}
+
+
+@dataclass
+class Server:
+    """A web server over a folder that counts requests and does as it is told instead of answering."""
+
+    folder: Path
+    address: str = ""
+    requests: list[str] = field(default_factory=list)
+    fails: Callable[[str, int], bool] = lambda path, number: False
+    stalls: Callable[[str, int], bool] = lambda path, number: False
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.requests.append(request.path)
+        number, file = self.requests.count(request.path), self.folder / request.path.lstrip("/")
+        if self.fails(request.path, number):
+            return request.send_error(503)
+        if not file.is_file():
+            return request.send_error(404)
+        content = file.read_bytes()
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        if request.command == "GET":
+            if self.stalls(request.path, number):
+                request.wfile.write(content[: len(content) // 2])
+                time.sleep(30)
+            request.wfile.write(content)
+
+    def shards(self) -> list[str]:
+        """Paths of the shards that were asked for."""
+        return [path for path in self.requests if path.endswith(".tar")]
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[Server]:
+    server = Server(tmp_path / "served")
+    worlds.write(server.folder, "captions", worlds.captions(SAMPLES), per_shard=SAMPLES // SHARDS)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.daemon_threads, listening.block_on_close = True, False
+        server.address = f"http://127.0.0.1:{listening.server_address[1]}"
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield server
+        listening.shutdown()
+
+
+@pytest.fixture
+def remote(tmp_path) -> RemoteConfig:
+    return RemoteConfig(["http", "memory"], spool_folder=str(tmp_path / "spool"), retries=2, pause=0.01, timeout=20)
+
+
+@pytest.fixture
+def make(tiny_tokenizer) -> Callable[..., AlignmentData]:
+    def build(pattern: str, **options) -> AlignmentData:
+        config = AlignmentDataConfig(**{"captions": Source(pattern), **SETTINGS, **options})
+        module = AlignmentData(config, worlds.encoder(tiny_tokenizer), worlds.clip_tokenize)
+        module.setup()
+        return module
+
+    return build
+
+
+def read(module: AlignmentData, positions) -> list[str]:
+    return [name.partition("/")[2] for name in module.train_dataset[list(positions)].report.samples]
+
+
+def sequence(module: AlignmentData, steps: range, ranks: int = 1, workers: int = 0) -> list[str]:
+    """What all ranks read in these micro-batches, each rank by a loader of its own."""
+    size, loaders = module.config.micro_batch_size, []
+    for rank in range(ranks):
+        positions = BatchPositions(size // ranks, steps.stop, rank, ranks, lambda: steps.start)
+        loaders.append(DataLoader(module.train_dataset, None, sampler=positions, num_workers=workers))
+    batches = zip(*loaders, strict=True)
+    return [name.partition("/")[2] for step in batches for batch in step for name in batch.report.samples]
+
+
+@pytest.mark.slow
+def test_one_global_sequence_on_any_ranks_and_workers(server, make):
+    """1 × 0, 2 × 2, 4 × 1 ranks × workers; 70 steps of four rows are one epoch and a part of the next."""
+    steps = range(70)
+    whole = sequence(make(str(server.folder)), steps)
+    counts = Counter(whole)
+    assert set(counts) == {f"c{i:05d}" for i in range(SAMPLES)} and max(counts.values()) == 2
+    for ranks, workers in ((2, 2), (4, 1)):
+        assert sequence(make(str(server.folder)), steps, ranks, workers) == whole
+    # and from the middle of a window, on yet another layout
+    assert sequence(make(str(server.folder)), range(33, 70), 2, 1) == whole[33 * 4 :]
+
+
+def test_a_store_is_read_as_a_disk_is(server, make, remote):
+    ours, reference = make(server.address, remote=remote), make(str(server.folder))
+    assert ours.identity() == reference.identity()
+    for begin in range(0, SAMPLES, 20):
+        assert read(ours, range(begin, begin + 20)) == read(reference, range(begin, begin + 20))
+
+
+def test_each_shard_is_asked_for_once_and_the_disk_is_bounded(server, make, remote, tmp_path):
+    """Lanes share the shards at their borders; next windows are fetched ahead."""
+    module, most = make(server.address, remote=remote), 0
+    for begin in range(0, SAMPLES - 20, 4):
+        read(module, range(begin, begin + 4))
+        most = max(most, len(list((tmp_path / "spool").rglob("*.tar"))))
+    assert most <= 2 * SETTINGS["window"] * SETTINGS["lanes"]
+    asked = Counter(server.shards())
+    assert len(asked) == SHARDS
+    assert server.requests.count(f"/{LISTING}") == 1
+    # The next epoch's first windows are fetched ahead when the last ones begin.
+    assert asked.total() <= SHARDS + SETTINGS["window"] * SETTINGS["lanes"]
+
+
+def test_a_process_leaves_no_spool(server, make, remote, tmp_path):
+    names = sequence(make(server.address, remote=remote), range(10), workers=2)
+    assert len(names) == 40
+    module = make(server.address, remote=remote)
+    read(module, range(4))
+    abandoned = tmp_path / "spool" / "of-a-killed-process"
+    abandoned.mkdir()
+    (abandoned / "lock").touch()
+    os.utime(abandoned / "lock", (1, 1))
+    read(make(server.address, remote=remote), range(4))
+    assert not abandoned.exists()
+
+
+def test_a_failing_store_costs_nothing_but_time(server, make, remote):
+    server.fails = lambda path, number: path.endswith("0.tar") and number == 1
+    server.stalls = lambda path, number: path.endswith("3.tar") and number == 1
+    remote.timeout = 1
+    ours, reference = make(server.address, remote=remote), make(str(server.folder))
+    for begin in range(0, 120, 20):
+        batch = ours.train_dataset[range(begin, begin + 20)]
+        assert batch.report.errors == []
+        assert batch.report.samples == reference.train_dataset[range(begin, begin + 20)].report.samples
+
+
+@pytest.mark.parametrize("fault", ["absent", "unreachable", "shorter", "longer"])
+def test_a_shard_that_cannot_be_fetched_is_counted(server, make, remote, fault):
+    shard, name = server.folder / "captions-000004.tar", "/captions-000004.tar"
+    listed = shard.read_bytes()
+    if fault == "absent":
+        shard.unlink()
+    elif fault == "unreachable":
+        server.fails = lambda path, number: path == name
+    else:
+        shard.write_bytes(listed[:-1024] if fault == "shorter" else listed + bytes(512))
+    module = make(server.address, remote=remote)
+    errors = [
+        error
+        for begin in range(0, SAMPLES, 20)
+        for error in module.train_dataset[range(begin, begin + 20)].report.errors
+    ]
+    assert {error.reason for error in errors} == {"unreachable_shard"}
+    assert len({error.key for error in errors}) == SAMPLES // SHARDS
+    assert {error.shard for error in errors} == {"captions-000004.tar"}
+
+
+def test_bad_samples_are_replaced_inside_their_block(tmp_path, make):
+    groups = [(f"k{i:03d}", {"txt": b"a dog" if i % 5 else b"", "png": worlds.png(i)}) for i in range(100)]
+    for number in range(10):
+        worlds.write_members(tmp_path / f"{number}.tar", groups[10 * number : 10 * number + 10])
+    worlds.index(tmp_path)
+    module = make(str(tmp_path))
+    source = module.train_dataset.builders[0].source
+    for position in range(100):
+        report = module.train_dataset[[position]].report
+        draw = module.train_dataset.order(position)
+        block, _ = source.order(draw.lane, draw.row)
+        shards = {source.names[part.shard] for part in block.slices}
+        assert report.samples[0].partition("/")[0] in shards
+        assert {error.shard for error in report.errors} <= shards
+        assert all(error.reason == "empty_caption" for error in report.errors)
+    seen = {error.key for position in range(100) for error in module.train_dataset[[position]].report.errors}
+    assert seen == {key for key, members in groups if not members["txt"]}
+
+
+def test_a_local_shard_that_goes_away_is_counted(tmp_path, make):
+    module = make(worlds.write(tmp_path, "captions", worlds.captions(40)))
+    (tmp_path / "captions-000002.tar").unlink()
+    errors = [error for position in range(40) for error in module.train_dataset[[position]].report.errors]
+    assert {error.reason for error in errors} == {"unreachable_shard"} and len({error.key for error in errors}) == 8
+
+
+def test_a_shard_written_anew_is_refused(tmp_path, make):
+    module = make(worlds.write(tmp_path, "captions", worlds.captions(40)))
+    with open(tmp_path / "captions-000002.tar", "ab") as shard:
+        shard.write(bytes(512))
+    with pytest.raises(DataError, match="kosmosg data index"):
+        for position in range(40):
+            module.train_dataset[[position]]
+
+
+def test_what_is_not_there_is_named(server, remote):
+    for name in ("nowhere.tar", "captions-{000000..000027}.tar", "x-*.tar"):
+        with pytest.raises(ShardError, match=r"is not listed in|no shard at"):
+            list_shards(f"{server.address}/{name}", remote)
+    with pytest.raises(ShardError, match=r"no 'http://.*/elsewhere/shards\.json'"):
+        list_shards(f"{server.address}/elsewhere/a.tar", remote)
+    (server.folder / LISTING).write_text("{}")
+    with pytest.raises(ShardError, match="is not a list of shards"):
+        list_shards(server.address, remote)
+
+
+def test_any_store_of_fsspec_is_read(remote, server, make):
+    memory = fsspec.filesystem("memory")
+    try:
+        for path in server.folder.iterdir():
+            memory.pipe(f"/set/{path.name}", path.read_bytes())
+        assert read(make("memory://set/*.tar", remote=remote), range(20)) == read(make(str(server.folder)), range(20))
+    finally:
+        memory.store.clear()
+
+
+@pytest.mark.parametrize("pattern", ["s3://bucket/a.tar", "gs://bucket/a.tar"])
+def test_a_store_whose_package_is_missing_says_so(pattern):
+    try:
+        fsspec.filesystem(pattern[:2])
+    except ImportError:
+        with pytest.raises(ShardError, match="need another package"):
+            list_shards(pattern, RemoteConfig(["s3", "gs"]))
+    else:
+        pytest.skip("the package is installed and would look for the network")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "pipe:touch {marker}",
+        "http://example.org/a.tar",
+        "simplecache::memory://a.tar",
+        "memory://a.tar | touch {marker}",
+    ],
+)
+def test_nothing_but_what_is_allowed_is_opened(tmp_path, pattern):
+    marker = tmp_path / "marker"
+    with pytest.raises(ShardError, match="not a local path"):
+        list_shards(pattern.format(marker=marker), RemoteConfig(["memory", "https"]))
+    listing = tmp_path / "listing.json"
+    listing.write_text(json.dumps({"shards": [{"name": pattern.format(marker=marker), "samples": 1, "bytes": 1}]}))
+    with pytest.raises(ShardError, match=r"not a local path"):
+        list_shards(str(listing), RemoteConfig(["memory", "https"]))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", ["pipe", "file", "reference", "ssh", "zip"])
+def test_only_stores_can_be_allowed(protocol):
+    assert protocol not in STORES
+    with pytest.raises(ValueError, match=f"'{protocol}' is not allowed"):
+        RemoteConfig([protocol])
+    with pytest.raises(ValueError, match=f"'{protocol}' is not allowed"):
+        RemoteConfig(options={protocol: {}})
+
+
+@pytest.mark.parametrize("key, value", [("retries", -1), ("pause", -1), ("timeout", 0), ("connections", 0)])
+def test_values_are_checked(key, value):
+    with pytest.raises(ValueError, match=f"remote.{key}={value}"):
+        RemoteConfig(**{key: value})
+
+
+READ = """
+import sys
+from pathlib import Path
+from tests.datamodules.test_reader import SETTINGS, worlds
+from datamodules.alignment import AlignmentData, AlignmentDataConfig
+from datamodules.data_config import Source
+from datamodules.remote import RemoteConfig
+
+address, spool, tokenizer, log = sys.argv[1:]
+remote = RemoteConfig(["http"], spool_folder=spool, retries=2, pause=0.01)
+config = AlignmentDataConfig(captions=Source(address), remote=remote, **SETTINGS)
+module = AlignmentData(config, worlds.encoder(Path(tokenizer)), worlds.clip_tokenize)
+module.setup()
+with open(log, "a") as lines:
+    done = len(Path(log).read_text().splitlines())
+    for step in range(done, 65):
+        print(*module.train_dataset[range(4 * step, 4 * step + 4)].report.samples, file=lines, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_reader_of_a_store_goes_on_where_it_was(server, make, tmp_path, tiny_tokenizer):
+    log, spool = tmp_path / "log", tmp_path / "spool"
+    log.touch()
+    command = [sys.executable, "-c", READ, server.address, str(spool), str(tiny_tokenizer), str(log)]
+    server.fails = lambda path, number: len(server.requests) % 10 == 0
+    for lines in (25, 65):
+        process = subprocess.Popen(command, cwd=REPOSITORY)
+        while process.poll() is None and (lines == 65 or len(log.read_text().splitlines()) < lines):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    reference = make(str(server.folder))
+    expected = [" ".join(reference.train_dataset[range(4 * step, 4 * step + 4)].report.samples) for step in range(65)]
+    assert log.read_text().splitlines() == expected
+    shutil.rmtree(spool)
