@@ -196,11 +196,15 @@ class MixtureDataModule(lightning.LightningDataModule):
         datasets = {"": self.train_dataset, "validation ": self.validation_dataset}
         for prefix, dataset in datasets.items():
             names = [] if dataset is None else [prefix + builder.name for builder in dataset.builders]
-            if dataset is None or self._measured.keys() >= set(names):
+            if dataset is None or self._measured.keys() >= set(names) or not self._depends(dataset):
                 continue
             found = self._on_rank_0(lambda dataset=dataset: self._measure(dataset))
             self._measured |= dict(zip(names, found, strict=True))
             self._apply(prefix, dataset)
+
+    def _depends(self, dataset: MixtureDataset) -> bool:
+        by_tokens = self.config.weights_of == "tokens" and len(dataset.builders) > 1
+        return by_tokens or not all(builder.samples_per_row for builder in dataset.builders)
 
     def _measure(self, dataset: MixtureDataset) -> list[dict[str, float]]:
         found: list[dict[str, float]] = []
@@ -218,7 +222,7 @@ class MixtureDataModule(lightning.LightningDataModule):
                 answer = function()
             except DataError as error:
                 answer = error
-        if self.trainer is not None:
+        if self.trainer is not None and self.trainer.world_size > 1:
             answer = self.trainer.strategy.broadcast(answer)
         if isinstance(answer, DataError):
             raise answer
@@ -253,8 +257,8 @@ class MixtureDataModule(lightning.LightningDataModule):
         """
         if state_dict.get("version") != STATE_VERSION:
             raise DataError(
-                f"the checkpoint's data state has version {state_dict.get('version')}, not {STATE_VERSION}, and the order "
-                "of samples was another. Finish the run with the version of this project that began it."
+                f"the checkpoint's data state has version {state_dict.get('version')}, not {STATE_VERSION}, whose "
+                "order of samples was another. Finish the run with the version of this project that began it."
             )
         self._resumed = dict(state_dict)
         self.counter.load_state_dict(state_dict["counts"])

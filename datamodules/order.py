@@ -146,8 +146,8 @@ class SampleOrder:
         self.counts, self.total = counts, int(counts.sum())
         if self.total < 1 or min(lanes, lane_rows, window, block) < 1:
             raise ValueError(
-                f"{self.total} samples, lanes={lanes}, lane_rows={lane_rows}, window={window} and block={block} must all "
-                "be at least 1."
+                f"{self.total} samples, lanes={lanes}, lane_rows={lane_rows}, window={window} and block={block} must "
+                "all be at least 1."
             )
         self.seed, self.lanes, self.lane_rows, self.window, self.block = seed, lanes, lane_rows, window, block
         self.one_block = len(counts) <= window or self.total < lanes

@@ -161,7 +161,7 @@ class SampleReader:
     def _compare(self, shard: int) -> None:
         tar, listed = self._tar(shard), int(self.shards.bytes[shard])
         if tar.files.read(tar.path, 0, 2) == GZIP:
-            raise ShardError(f"'{self.shards.urls[shard]}' is compressed, and only plain tars are read; decompress it.")
+            raise SampleError("damaged_tar", tar.name, "", "the file is compressed; decompress it")
         if tar.size > listed:
             raise ShardError(
                 f"'{self.shards.urls[shard]}' has {tar.size} bytes but its listing says {listed}: it was written anew. "

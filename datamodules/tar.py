@@ -116,6 +116,8 @@ class Tar:
             except (EOFError, tarfile.TarError) as error:
                 entry, broken = None, error
             if entry is None:
+                if broken is None and position > self.size:  # the data of the last file break off
+                    key, broken = None, EOFError(f"breaks off at byte {self.size}")
                 if key is not None:
                     yield Group(begin, end, *_text(suffixes, text))
                 if broken is not None:

@@ -14,18 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from datamodules.storage.tar_index import ShardIndex, index_path
 from PIL import Image
 
+from datamodules.shards import LISTING
+from datamodules.tar import OpenFiles, Tar
 from tests.datamodules import worlds
 
-USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "left out by a filter", "refused at the start"
+USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "left out by a filter", "refused"
 WAYS = {
     DROPPED: "Dropped: replaced by another sample of its source, counted under the reason, named in the log",
     FILTERED: "Left out by a filter: replaced and counted, but no fault of the data",
     USED: "Used, nothing counted",
-    REFUSED: "Refused at the start, with the file and what to do",
+    REFUSED: "Refused, with the file and what to do",
 }
 FINE = b"a dog in the snow"
 Members = dict[str, bytes]
@@ -45,7 +45,8 @@ class BadInput:
         kind: of the sample and its source.
         count: samples lost.
         last: nothing behind it in the tar can be read.
-        during: the shard is spoilt when it is open already.
+        two: there is a second, sound shard.
+        during: the shard is spoilt when the set is listed already.
         key: of the sample.
         marker: called with a path that must never come into being; gives further members.
     """
@@ -59,6 +60,7 @@ class BadInput:
     kind: str = "caption"
     count: int = 1
     last: bool = False
+    two: bool = False
     during: bool = False
     key: str = "bad"
     marker: Callable[[Path], Members] | None = field(default=None, repr=False)
@@ -167,9 +169,9 @@ def long_pax_header(tar: tarfile.TarFile) -> None:
 
 
 def cut_third(shard: Path, marker: Path) -> None:
-    """Breaks off inside the data of the third sample from the end, beside an index of the whole."""
-    bounds = ShardIndex.read(index_path(shard)).bounds
-    shard.write_bytes(shard.read_bytes()[: int(bounds[-3, 0]) + 700])
+    """Breaks off inside the data of the third sample from the end."""
+    groups = list(Tar(shard, OpenFiles()).groups())
+    shard.write_bytes(shard.read_bytes()[: groups[-3].begin + 700])
 
 
 def cut_last(shard: Path, marker: Path) -> None:
@@ -179,21 +181,19 @@ def cut_last(shard: Path, marker: Path) -> None:
 
 
 def flip(shard: Path, marker: Path) -> None:
-    begin = int(ShardIndex.read(index_path(shard)).bounds[3, 0])
+    begin = list(Tar(shard, OpenFiles()).groups())[3].begin
     content = bytearray(shard.read_bytes())
     content[begin + 2] ^= 1
     shard.write_bytes(content)
 
 
 def written(content: bytes) -> Callable[[Path, Path], None]:
-    """Something else in the shard's place, as other programs leave it: without index and manifest."""
+    """Something else in the place of a listed shard."""
+    return lambda shard, marker: shard.write_bytes(content) and None
 
-    def spoil(shard: Path, marker: Path) -> None:
-        for path in list(shard.parent.iterdir()):
-            path.unlink()
-        shard.write_bytes(content)
 
-    return spoil
+def unlisted(shard: Path, marker: Path) -> None:
+    (shard.parent / LISTING).unlink()
 
 
 def remove(shard: Path, marker: Path) -> None:
@@ -211,12 +211,12 @@ def lengthen(shard: Path, marker: Path) -> None:
     shard.write_bytes(shard.read_bytes() + bytes(512))
 
 
-def empty_manifest(shard: Path, marker: Path) -> None:
-    (shard.parent / "set.manifest.json").write_bytes(b"{}")
+def empty_listing(shard: Path, marker: Path) -> None:
+    (shard.parent / LISTING).write_bytes(b"{}")
 
 
-def poisoned_index(shard: Path, marker: Path) -> None:
-    np.save(index_path(shard), np.array([Marker(marker)], dtype=object), allow_pickle=True)
+def poisoned_listing(shard: Path, marker: Path) -> None:
+    (shard.parent / LISTING).write_bytes(pickle.dumps(Marker(marker)))
 
 
 GOOD = worlds.png(1)
@@ -396,7 +396,7 @@ ENTRIES = [
     BadInput(
         "file of 8 GB that is not there",
         DROPPED,
-        "member_too_large",
+        "truncated_tar",
         entries=entry("bad.png", size=8**11 - 1),
         last=True,
     ),
@@ -411,19 +411,22 @@ ENTRIES = [
 ]
 
 SHARDS = [
-    BadInput("shard that breaks off, with its index", DROPPED, "truncated_tar", spoil=cut_third, count=3),
-    BadInput("shard that breaks off, without an index", DROPPED, "truncated_tar", spoil=cut_last),
-    BadInput("flipped bit in a header, with its index", DROPPED, "damaged_tar", spoil=flip),
+    BadInput("shard that breaks off after it was listed", DROPPED, "truncated_tar", spoil=cut_third, count=3),
+    BadInput("shard that breaks off before it was listed", DROPPED, "truncated_tar", spoil=cut_last),
+    BadInput("flipped bit in the header of the fourth of eight samples", DROPPED, "damaged_tar", spoil=flip, count=5),
     BadInput("shard that goes away in mid-run", DROPPED, "unreachable_shard", spoil=remove, count=8, during=True),
-    BadInput("index that is a pickle", USED, "made anew", spoil=poisoned_index),
-    BadInput("shard of noise", REFUSED, "not a readable tar", spoil=written(bytes(range(256)) * 60)),
-    BadInput("shard of no bytes", REFUSED, "not a readable tar", spoil=written(b"")),
-    BadInput("shard of zeros", REFUSED, "holds no samples", spoil=written(bytes(10_240))),
-    BadInput("compressed shard", REFUSED, "not a readable tar", spoil=written(gzip.compress(bytes(10_240)))),
-    BadInput("shard that its manifest lists and that is missing", REFUSED, "is missing", spoil=remove_second),
-    BadInput("shard that is larger than its manifest says", REFUSED, "written anew", spoil=lengthen),
-    BadInput("manifest that is none", REFUSED, "not a manifest", spoil=empty_manifest),
-    BadInput("folder in place of a shard", REFUSED, "no shard at", spoil=lambda shard, _: str(shard.parent)),
+    BadInput(
+        "noise in place of a shard", DROPPED, "damaged_tar", spoil=written(bytes(range(256)) * 30), count=8, two=True
+    ),
+    BadInput("shard of no bytes", DROPPED, "truncated_tar", spoil=written(b""), count=8, two=True),
+    BadInput("shard of zeros", DROPPED, "truncated_tar", spoil=written(bytes(4096)), count=8, two=True),
+    BadInput("compressed shard", DROPPED, "damaged_tar", spoil=written(gzip.compress(b"a" * 4096)), count=8, two=True),
+    BadInput("shard that is larger than listed", REFUSED, "written anew", spoil=lengthen),
+    BadInput("shard that is listed and missing", REFUSED, "is missing", spoil=remove_second),
+    BadInput("shards without a listing", REFUSED, "kosmosg data index", spoil=unlisted),
+    BadInput("listing that is none", REFUSED, "not a list of shards", spoil=empty_listing),
+    BadInput("listing that is a pickle", REFUSED, "not a list of shards", spoil=poisoned_listing),
+    BadInput("folder without a shard", REFUSED, "no shard at", spoil=lambda shard, _: str(shard.parent.parent)),
     BadInput("pattern that nothing matches", REFUSED, "no shard at", spoil=lambda shard, _: f"{shard.parent}/x-*.tar"),
     BadInput("`pipe:` URL", REFUSED, "not a local path", spoil=lambda _, marker: f"pipe:touch {marker}"),
     BadInput("pattern with a shell pipe", REFUSED, "not a local path", spoil=lambda _, marker: f"touch {marker} |"),

@@ -13,7 +13,7 @@ from datamodules.errors import DataError
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
 from datamodules.mixture import TURNS_PER_WEIGHT, BatchPositions
-from datamodules.order import MixtureOrder, whole_weights
+from datamodules.order import Mixture
 from datamodules.sample import CaptionSample, EditSample, TextSample
 from kosmosg.image_processing import TargetTransform
 from tests.datamodules import worlds
@@ -22,26 +22,14 @@ from tests.datamodules.test_datamodule import RankRecorder, fit
 RELEASED = (2, 2, 1)  # constructed, edit, captions
 
 
-def turns(order: MixtureOrder, first: int, n: int) -> list[int]:
+def turns(order: Mixture, first: int, n: int) -> list[int]:
     return [order(turn * order.rows_per_turn).source for turn in range(first, first + n)]
 
 
-def test_a_turn_comes_from_one_source_and_an_epoch_has_every_sample_once():
-    sizes, batch = (70, 50, 30), 10
-    order = MixtureOrder(3, sizes, RELEASED, rows_per_turn=batch, repeats=7)
-    seen = Counter()
-    for turn in range(order.block * 4):
-        draws = [order(turn * batch + row) for row in range(batch)]
-        assert len({draw.source for draw in draws}) == 1
-        seen.update((draw.source, draw.epoch, draw.index) for draw in draws)
-    assert set(seen.values()) == {1}
-    complete = Counter((source, epoch) for source, epoch, _ in seen)
-    assert all(complete[source, 0] == size for source, size in enumerate(sizes))
-
-
-def test_turns_spread_as_independent_draws_of_the_released_weights_do():
-    """Counts of a source in a step of 64 processes: mean 64·p, variance 64·p·(1-p)."""
-    order = MixtureOrder(0, (10**6,) * 3, RELEASED, 16, TURNS_PER_WEIGHT)
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_turns_spread_as_independent_draws_of_the_released_weights_do(lanes):
+    """Counts of a source in a step of 64 ranks: mean 64·p, variance 64·p·(1-p)."""
+    order = Mixture(0, RELEASED, lanes, 16, 16, TURNS_PER_WEIGHT)
     steps = [Counter(turns(order, 64 * step, 64)) for step in range(200)]
     for source, p in enumerate((0.4, 0.4, 0.2)):
         counts = [step[source] for step in steps]
@@ -54,8 +42,8 @@ def test_turns_spread_as_independent_draws_of_the_released_weights_do():
 
 
 def test_whole_blocks_have_exactly_the_weights():
-    order = MixtureOrder(1, (10**6,) * 3, RELEASED, 16, TURNS_PER_WEIGHT)
-    assert Counter(turns(order, order.block * 10**6, order.block)) == {0: 2000, 1: 2000, 2: 1000}
+    order = Mixture(1, RELEASED, 1, 16, 16, TURNS_PER_WEIGHT)
+    assert Counter(turns(order, 5000 * 10**6, 5000)) == {0: 2000, 1: 2000, 2: 1000}
 
 
 def module(folder: Path, tokenizer: Path, **options) -> InstructionData:
@@ -106,7 +94,10 @@ def test_one_two_one_ranks_read_the_same_sequence(tmp_path, tiny_tokenizer, mixi
 def test_whole_batches_of_another_size_are_another_order(tmp_path, tiny_tokenizer):
     fit(tmp_path / "run", module(tmp_path / "data", tiny_tokenizer, mixing="per_batch"), 4)
     path = str(tmp_path / "run" / "step=4.ckpt")
-    for change, message in (({"micro_batch_size": 4, "mixing": "per_batch"}, "3 → 4"), ({}, "rows_per_turn 3 → 1")):
+    for change, message in (
+        ({"micro_batch_size": 4, "mixing": "per_batch"}, "3 → 4"),
+        ({}, "mixing per_batch → per_sample"),
+    ):
         with pytest.raises(DataError, match=message):
             fit(tmp_path / "run", module(tmp_path / "data", tiny_tokenizer, **change), 6, checkpoint=path)
     resumed = module(
@@ -147,6 +138,7 @@ def test_tokens_are_shared_out_where_rows_are_documents(tmp_path, tiny_tokenizer
     for weights_of in ("samples", "tokens"):
         data = module(tmp_path / "x", tiny_tokenizer, weights_of=weights_of, **options)
         data.setup()
+        data.measure()
         order, tokens = data.train_dataset.order, Counter()
         for start in range(0, 1920, 30):
             batch = data.train_dataset[range(start, start + 30)]
@@ -155,7 +147,8 @@ def test_tokens_are_shared_out_where_rows_are_documents(tmp_path, tiny_tokenizer
         shares[weights_of] = tokens["edit"] / sum(tokens.values())
     assert shares["samples"] > 0.75
     assert abs(shares["tokens"] - 0.5) < 0.08
-    assert data.identity()["sources"]["edit"]["weight"] == order.weights[0] < order.weights[1]
+    assert order.weights[0] < order.weights[1]
+    assert data.identity()["sources"]["edit"]["weight"] == 1  # as configured
 
 
 def test_tokens_of_packed_rows_are_shared_out_without_padding(tmp_path, tiny_tokenizer):
@@ -169,6 +162,7 @@ def test_tokens_of_packed_rows_are_shared_out_without_padding(tmp_path, tiny_tok
     )
     data = LanguageModellingData(config, worlds.encoder(tiny_tokenizer))
     data.setup()
+    data.measure()
     tokens = Counter()
     for start in range(0, 240, 60):
         batch = data.train_dataset[range(start, start + 60)]
@@ -177,13 +171,6 @@ def test_tokens_of_packed_rows_are_shared_out_without_padding(tmp_path, tiny_tok
     assert abs(tokens["text"] / sum(tokens.values()) - 0.5) < 0.02
     weights = data.train_dataset.order.weights
     assert weights[1] > 1.05 * weights[0]
-
-
-def test_shares_become_whole_weights():
-    assert whole_weights([2.0, 2.0, 1.0]) == [400, 400, 200]
-    assert whole_weights([1e-6, 1.0]) == [1, 1000]
-    with pytest.raises(ValueError, match="above 0"):
-        whole_weights([1.0, 0.0])
 
 
 @pytest.mark.parametrize("key, value", [("mixing", "per_epoch"), ("weights_of", "images")])

@@ -31,7 +31,7 @@ def test_shuffles_look_random():
         assert abs(sum(abs(p - i) for i, p in enumerate(found)) / n / (n / 3) - 1) < 0.05
         assert sum(b - a == 1 for a, b in itertools.pairwise(found)) < 12  # expected 1
     counts = Counter(tuple(shuffled(4, 9, key).tolist()) for key in range(24 * 200))
-    assert len(counts) == 24 and 120 < min(counts.values()) and max(counts.values()) < 300  # 200 expected
+    assert len(counts) == 24 and min(counts.values()) > 120 and max(counts.values()) < 300  # 200 expected
 
 
 def resolved(order: SampleOrder, lane: int, number: int) -> tuple[int, int]:

@@ -210,9 +210,8 @@ def test_the_batches_of_captions_are_the_recorded_ones(batches, columns, full_en
     pattern = worlds.write_members(tmp_path / "a.tar", [(str(i), {"txt": c.encode()}) for i, c in enumerate(captions)])
     data = AlignmentData(AlignmentDataConfig(captions=Source(pattern)), full_encoder, full_clip)
     data.setup()
-    order = data.train_dataset.order
-    position = {order(i).index: i for i in range(len(captions))}
-    ours = data.train_dataset[[position[i] for i in range(len(captions))]]
+    keys = [name.partition("/")[2] for name in data.train_dataset[range(len(captions))].report.samples]
+    ours = data.train_dataset[[keys.index(str(i)) for i in range(len(captions))]]
     assert_batch(ours, stage2, full_encoder.tokenizer.pad_id)
     assert ours.text_ids.tolist() == stage2["clip_tokens"]
 

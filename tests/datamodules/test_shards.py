@@ -100,7 +100,7 @@ def test_a_set_keeps_its_identity_when_it_moves(tmp_path):
 def test_foreign_tars_are_listed_once(tmp_path):
     groups = [(f"{i:09d}", {"jpg": worlds.png(i), "json": b"{}", "txt": b"a dog"}) for i in range(5)]
     for name in ("00000.tar", "00001.tar"):
-        worlds.write_members(tmp_path / name, groups)
+        worlds.write_members(tmp_path / name, groups, listed=False)
     with pytest.raises(ShardError, match="kosmosg data index"):
         list_shards(str(tmp_path))
     (tmp_path / "00001_stats.json").write_text('{"count": 9, "successes": 7}')  # img2dataset's, which is believed
@@ -116,7 +116,7 @@ def test_foreign_tars_are_listed_once(tmp_path):
 
 def test_what_the_listing_does_not_know_is_named(tmp_path):
     worlds.write(tmp_path, "text", worlds.texts(3))
-    worlds.write_members(tmp_path / "text-000001.tar", [("a", {"txt": b"a"})])
+    worlds.write_members(tmp_path / "text-000001.tar", [("a", {"txt": b"a"})], listed=False)
     with pytest.raises(ShardError, match=r"text-000001\.tar' is not listed"):
         list_shards(str(tmp_path / "*.tar"))
 

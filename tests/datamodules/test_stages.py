@@ -47,7 +47,8 @@ def test_stage_2_batches_are_what_the_prompt_encoder_makes(tmp_path, tiny_tokeni
     samples[3].caption += ", and many more words than the others have"
     module = alignment(worlds.write(tmp_path, "captions", samples), tiny_tokenizer, max_pieces=500)
     batch = module.train_dataset[range(8)]
-    texts = [samples[module.train_dataset.order(i).index].caption for i in range(8)]
+    captions = {sample.key: sample.caption for sample in samples}
+    texts = [captions[name.partition("/")[2]] for name in batch.report.samples]
     expected = module.encoder.collate([module.encoder([text]) for text in texts])
     for name in ("ids", "image_mask", "padding"):
         assert torch.equal(getattr(batch.prompt, name), getattr(expected, name))

@@ -61,8 +61,8 @@ def write(folder: Path, prefix: str, samples: list, per_shard: int = 8) -> str:
     return str(folder / f"{prefix}-*.tar")
 
 
-def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]]) -> str:
-    """A tar as other programs write it, without a listing."""
+def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]], listed: bool = True) -> str:
+    """A tar as other programs write it, then `listed`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, members in groups:
@@ -70,6 +70,8 @@ def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]]) -> str
                 entry = tarfile.TarInfo(f"{key}.{suffix}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
+    if listed:
+        index(path.parent)
     return str(path)
 
 
