@@ -25,6 +25,8 @@ from datamodules.data_config import Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import SampleError
 from datamodules.images import load
+from datamodules.mixture import RowBuilder
+from datamodules.reader import SampleReader
 from datamodules.sample import CaptionSample
 from kosmosg.batches import MicroBatch, ReadReport
 from kosmosg.condition import Condition, ConditionSpec
@@ -216,17 +218,18 @@ class ColourBatch(MicroBatch):
     colours: Tensor
 
 
-class ColourRows:
+class ColourRows(RowBuilder):
     def __init__(self, source, encoder):
-        self.name, self.source, self.encoder = "captions", source, encoder
+        super().__init__("captions", source)
+        self.encoder = encoder
 
     def __call__(self, requests, report: ReadReport) -> list:
         report.reads += len(requests)
-        return [self._row(request.index) for request in requests]
+        return [self._row(request) for request in requests]
 
-    def _row(self, index: int):
+    def _row(self, request):
         try:
-            sample = self.source[index]
+            sample = self.source(request.lane, request.row, request.attempt)
             pixels = torch.tensor(load(sample.image).convert("RGB").resize((1, 1)).getpixel((0, 0))) / 255
             return (self.encoder([sample.caption]), pixels), f"{sample.shard}/{sample.key}"
         except SampleError as error:
@@ -248,8 +251,8 @@ class ColourData(MixtureDataModule):
     def sources(self) -> dict[str, Source]:
         return {"captions": self.config.captions}
 
-    def builder(self, name: str, pattern: str) -> ColourRows:
-        return ColourRows(self.open_source(pattern, CaptionSample.kind), self.encoder)
+    def builder(self, name, shards, order) -> ColourRows:
+        return ColourRows(SampleReader(shards, order, CaptionSample.kind, self.config.limits), self.encoder)
 
     def collate(self, rows: list, report: ReadReport) -> ColourBatch:
         prompt = self.encoder.collate([prompt for prompt, _ in rows])
