@@ -125,6 +125,21 @@ def test_another_world_does_not_pass_for_this_one(world, capsys, monkeypatch):
     assert "and is now 'other'" in capsys.readouterr().err
 
 
+def test_the_hash_of_the_world_is_of_every_file_that_draws(tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(data_sets.FOLDER, tmp_path / "toyland", ignore=shutil.ignore_patterns("weights")))
+    monkeypatch.setattr(data_sets, "FOLDER", folder)
+    before, same = data_sets.world_hash(), set()
+    for file in folder.glob("*.py"):
+        content = file.read_text()
+        file.write_text(content + "CHANGED = True\n")
+        if data_sets.world_hash() == before:
+            same.add(file.name)
+        file.write_text(content)
+    assert data_sets.world_hash() == before and same == {"__init__.py", "__main__.py", "config.py"}
+    (folder / "new.py").write_text("")
+    assert data_sets.world_hash() != before
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "coco" / "val2014").mkdir(parents=True)
     assert build(tmp_path) == 2
