@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # A resumable command; says so, too, when it is stopped before it can say it itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test toyland toyland-table-2 toyland-short toyland-parts gpu-check lint clean-toyland
+.PHONY: help setup test toyland toyland-table-2 toyland-short toyland-pretrained gpu-check lint clean-toyland
 .DEFAULT_GOAL := help
 
 help:
@@ -22,7 +22,7 @@ help:
 	@echo "make toyland        set up and run the whole paper in miniature"
 	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
-	@echo "make toyland-parts  train the miniature's CLIP, VAE, U-Net, DINO and FID network anew, into runs/toyland-parts"
+	@echo "make toyland-pretrained  train the tiny pretrained models anew, into runs/toyland-pretrained"
 	@echo "make gpu-check      every stage and sampling on one GPU, beside dry run and diffusers; under ten minutes"
 	@echo "make lint           ruff and pyright"
 	@echo "make clean-toyland  remove Toyland's data and runs"
@@ -73,8 +73,8 @@ toyland-short: setup
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/short.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml)
 
-toyland-parts: setup
-	$(call resumable,$(RUN) -m kosmosg.toyland.parts output=runs/toyland-parts)
+toyland-pretrained: setup
+	$(call resumable,$(RUN) -m datamodules.toyland.pretrained output=runs/toyland-pretrained)
 
 SIZE ?= gpu
 PARTS ?=

@@ -3,7 +3,7 @@
     python benchmarks/convert_memory.py                        # 5.7 GB in a temporary folder, and as much again
     python benchmarks/convert_memory.py --folder /scratch --dtype float32
     python benchmarks/convert_memory.py --config configs/model/toyland.yaml --vocabulary 300 \\
-        --decoder kosmosg/toyland/weights/stable-diffusion
+        --decoder datamodules/toyland/weights/stable-diffusion
 
 The checkpoint has the released names and shapes: modules without values are built from the configuration, and their
 names are turned back. The peak is the conversion's own process's (VmHWM: mapped pages count).

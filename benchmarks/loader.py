@@ -24,14 +24,14 @@ from datamodules.images import StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
 from datamodules.shards import ShardWriter
+from datamodules.toyland.language import caption
+from datamodules.toyland.scene import sample_scene
 from kosmosg.config import load_config
 from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
-from kosmosg.toyland.language import caption
-from kosmosg.toyland.scene import sample_scene
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "kosmosg" / "toyland" / "weights"
+WEIGHTS = Path(__file__).resolve().parent.parent / "datamodules" / "toyland" / "weights"
 SPECTRUM = 1.1  # exponent of the amplitude's fall; photographs lie near 1
 SIDE, CLIP_TOKENS, LARGE_BATCH = 512, 77, 1024
 

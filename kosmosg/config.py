@@ -234,6 +234,8 @@ def _find_base(name: str, file: Path) -> Path:
             return root / with_suffix
     known = [known.removesuffix(".yaml") for known in _known_files(roots[0])]
     places = " and ".join(str(root) for root in dict.fromkeys(roots))
+    if CONFIGS in roots and not CONFIGS.is_dir():
+        places += " (configs/ is in a clone of the repository; the installed package holds none)"
     raise ConfigError(f"{file}: extends '{name}', but there is no {with_suffix} under {places}.{_nearest(name, known)}")
 
 

@@ -68,6 +68,13 @@ def test_extends_beside_the_file(configs: Path) -> None:
     assert load_config([str(configs / "model" / "large.yaml")], Schema).vision == {"width": 9, "layers": 2}
 
 
+def test_where_the_package_is_installed_by_itself_no_configs_is_said(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("kosmosg.config.CONFIGS", tmp_path / "site-packages" / "configs")
+    (tmp_path / "mine.yaml").write_text("extends: model/toyland")
+    with pytest.raises(ConfigError, match=r"no model/toyland.yaml under .*configs/ is in a clone of the repository"):
+        load_config([str(tmp_path / "mine.yaml")], Schema)
+
+
 def test_circle_of_extends_is_refused(configs: Path) -> None:
     (configs / "base.yaml").write_text("extends: run\n")
     with pytest.raises(ConfigError, match=r"circle: run.yaml → base.yaml → run.yaml"):

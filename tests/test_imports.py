@@ -37,7 +37,6 @@ def test_rooms_are_known_in_one_direction(file: Path) -> None:
     room = file.relative_to(REPOSITORY).parts[0]
     names = set(imported(file))
     strangers = (names & set(ROOMS)) - ALLOWED[room]
-    # kosmosg.toyland's samples become shards in datamodules/toyland.py, never the other way round.
     assert not strangers, f"{file.relative_to(REPOSITORY)} may not import {sorted(strangers)}"
     if room == "kosmosg":
         assert not names & FOREIGN_TO_KOSMOSG, f"kosmosg may not import {sorted(names & FOREIGN_TO_KOSMOSG)}"

@@ -24,7 +24,7 @@ from datamodules.curation.work import Work
 from datamodules.errors import DataError
 from datamodules.storage.shards import MANIFEST_SUFFIX, ShardWriter, sync_folder
 from datamodules.storage.tar_index import index_path
-from datamodules.toyland.parts import world_hash
+from datamodules.toyland.data_sets import world_hash
 from kosmosg.files import write_bytes
 
 Record = dict[str, Any]

@@ -11,9 +11,9 @@ from scipy import ndimage
 from datamodules.curation.rows import Batch, Row, decode_grey, encode_grey, row_image
 from datamodules.curation.stage_config import Toyland
 from datamodules.errors import SampleError
+from datamodules.toyland.language import caption
 from datamodules.toyland.samples import sample_generator
-from kosmosg.toyland.language import caption
-from kosmosg.toyland.scene import Scene, render, sample_scene
+from datamodules.toyland.scene import Scene, render, sample_scene
 
 PART = "captions"
 LARGEST_DIFFERENCE = 12.0

@@ -1,7 +1,7 @@
 """Write Toyland: python -m datamodules.toyland [more.yaml | key=value …]
 
-Starts from configs/toyland/data.yaml; every argument is a YAML file or key=value; later wins. Parts that stand are
-reused, an interrupted one is drawn again.
+Starts from configs/toyland/data.yaml; every argument is a YAML file or key=value; later wins. Finished data sets are
+kept, an interrupted one is drawn again.
 
     python -m datamodules.toyland
     python -m datamodules.toyland output=data/other coco.images=100 processes=1
@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from datamodules.errors import DataError
 from datamodules.folder_lock import held
 from datamodules.toyland.config import ToylandData
-from datamodules.toyland.drawing import drawing
-from datamodules.toyland.parts import all_parts
+from datamodules.toyland.data_sets import data_sets, drawing
 from kosmosg.config import CONFIGS, ConfigError, describe_schema, load_config
 from kosmosg.files import clear_leftovers, replaced
 
@@ -28,30 +27,30 @@ DEFAULTS = str(CONFIGS / "toyland" / "data.yaml")
 
 
 def build(config: ToylandData, console: Console) -> None:
-    """Build every part that does not stand yet.
+    """Write every data set that does not exist yet.
 
     Raises:
-        DataError: a folder was built from other settings, another process builds here, or see `drawing`.
+        DataError: a folder was built from other settings, another process writes here, or see `drawing`.
     """
     output = Path(config.output)
     with held(output):
-        # All are looked at first: a part that cannot be built is told before minutes of drawing.
-        missing = [part for part in all_parts(config) if not part.stands(output)]
+        # All are checked first: what cannot be written is reported before minutes of drawing.
+        missing = [data_set for data_set in data_sets(config) if not data_set.exists(output)]
         if not missing:
-            console.print(f"Toyland stands in '{output}'.", highlight=False, soft_wrap=True)
+            console.print(f"Toyland is complete in '{output}'.", highlight=False, soft_wrap=True)
             return
         with drawing(config.processes) as draw, progress(console) as bars:
-            for part in missing:
-                begin, total = time.monotonic(), sum(part.splits.values())
-                bar = bars.add_task(part.name, total=total)
-                clear_leftovers((output / part.path).parent)
-                with replaced(output / part.path) as temporary:
+            for data_set in missing:
+                begin, total = time.monotonic(), sum(data_set.splits.values())
+                bar = bars.add_task(data_set.name, total=total)
+                clear_leftovers((output / data_set.path).parent)
+                with replaced(output / data_set.path) as temporary:
                     temporary.mkdir()
-                    for drawn in part.write(temporary, draw):
+                    for drawn in data_set.write(temporary, draw):
                         bars.advance(bar, drawn)
                 bars.remove_task(bar)
-                told = f"{part.name}: {total:,} samples in {time.monotonic() - begin:.0f} s"
-                console.print(told, highlight=False)
+                seconds = time.monotonic() - begin
+                console.print(f"{data_set.name}: {total:,} samples in {seconds:.0f} s", highlight=False)
         console.print(f"Toyland is in '{output}'.", highlight=False, soft_wrap=True)
 
 
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"datamodules.toyland: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on with the part that is not finished.", file=sys.stderr)
+        print("Interrupted. The same command continues with the data set that is not finished.", file=sys.stderr)
         return 130
     return 0
 

@@ -1,25 +1,24 @@
 """kosmosg COMMAND …: the commands for users of the model. Training and evaluation are train.py and evaluate.py.
 
 A command is a module with `add_arguments(parser)` and `run(arguments) -> int`. It imports what it needs inside `run`,
-for `--help` answers at once and torch takes seconds. Other packages add commands by an entry point in the group
-`kosmosg.commands`, whose name is the command's and whose value is such a module.
+for `--help` answers at once and torch takes seconds. Commands of other rooms are found in a clone of the repository;
+where the package is installed by itself, they say so.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from importlib.metadata import entry_points
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "convert": "kosmosg.cli.convert",
     "export": "kosmosg.cli.export",
     "generate": "kosmosg.cli.generate",
     "inspect": "kosmosg.cli.inspect",
+    "data": "datamodules.cli",
 }
-COMMAND_GROUP = "kosmosg.commands"
 MISTAKE, INTERRUPTED = 2, 130
 
 
@@ -43,7 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     """One subcommand for each command; the first line of a module's docstring is its help."""
     parser = argparse.ArgumentParser(prog="kosmosg", description="KOSMOS-G: images and text as a prompt.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module in command_modules():
+    for name, path in COMMANDS.items():
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if path.startswith("kosmosg.") or error.name not in (path, path.partition(".")[0]):
+                raise
+            _add_command_of_clone(commands, name)
+            continue
         text = module.__doc__ or ""
         command = commands.add_parser(
             name,
@@ -56,8 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command_modules() -> Iterator[tuple[str, ModuleType]]:
-    """Our commands, then those that installed packages add, each by name."""
-    yield from ((name, importlib.import_module(module)) for name, module in COMMANDS.items())
-    added = {entry.name: entry for entry in entry_points(group=COMMAND_GROUP) if entry.name not in COMMANDS}
-    yield from ((name, added[name].load()) for name in sorted(added))
+def _add_command_of_clone(commands: Any, name: str) -> None:
+    def refuse(_: argparse.Namespace) -> int:
+        raise ValueError(
+            f"'{name}' is run from a clone of the repository (there: pip install -e .); "
+            "the installed package holds the model alone."
+        )
+
+    # No character begins an option, so everything that follows the name is taken and answered alike.
+    command = commands.add_parser(name, help="in a clone of the repository alone", add_help=False, prefix_chars="\0")
+    command.add_argument("arguments", nargs="*")
+    command.set_defaults(run=refuse)

@@ -32,7 +32,7 @@ def test_the_script_is_declared():
     assert project["project"]["scripts"] == {"kosmosg": "kosmosg.cli:main"}
     packages = set(project["tool"]["setuptools"]["packages"])
     on_disk = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "kosmosg").rglob("__init__.py")}
-    assert {".".join(path.parts) for path in on_disk} <= packages
+    assert {".".join(path.parts) for path in on_disk} == packages
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -16,7 +16,7 @@ from scipy import ndimage
 from datamodules.curation.toyland import iou, true_mask
 from datamodules.images import load
 from datamodules.toyland.samples import sample_generator
-from kosmosg.toyland.scene import render, sample_scene
+from datamodules.toyland.scene import render, sample_scene
 from tests.conftest import REPOSITORY
 from tests.datamodules.curation import world
 

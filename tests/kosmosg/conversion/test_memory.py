@@ -22,7 +22,7 @@ SLACK = 40 * 2**20  # what the conversion itself and the unpickled names take
 def test_parts_are_in_memory_one_at_a_time(tmp_path, dtype):
     (tmp_path / "sizes.yaml").write_text(SIZES)
     command = [sys.executable, "benchmarks/convert_memory.py", "--config", str(tmp_path / "sizes.yaml")]
-    command += ["--decoder", "kosmosg/toyland/weights/stable-diffusion", "--folder", str(tmp_path)]
+    command += ["--decoder", "datamodules/toyland/weights/stable-diffusion", "--folder", str(tmp_path)]
     command += ["--vocabulary", "8000", *(["--dtype", dtype] if dtype else [])]
     done = subprocess.run(command, cwd=REPOSITORY, env={"PYTHONPATH": "."}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kosmosg.toyland.kinds import ACCESSORIES, LIVE, OBJECTS, PROPERTIES
-from kosmosg.toyland.scene import Placed, Scene, Subject, place, sample_scene
-from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
+from datamodules.toyland.kinds import ACCESSORIES, LIVE, OBJECTS, PROPERTIES
+from datamodules.toyland.scene import Placed, Scene, Subject, place, sample_scene
+from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
 
 Random = np.random.Generator
 

@@ -1,4 +1,4 @@
-"""The loop that all parts share: AdamW, a warm-up and a long cosine to zero, averaged weights, time left."""
+"""The loop that all tiny models share: AdamW, a warm-up and a long cosine to zero, averaged weights, time left."""
 
 import math
 import time

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kosmosg.toyland.kinds import ACCESSORIES, KINDS, LIVE, OBJECTS, PROPERTIES
-from kosmosg.toyland.language import (
+from datamodules.toyland.brush import HUES, PATTERNS, Tint
+from datamodules.toyland.kinds import ACCESSORIES, KINDS, LIVE, OBJECTS, PROPERTIES
+from datamodules.toyland.language import (
     MANNERS,
     PLACES,
     caption,
@@ -16,9 +17,8 @@ from kosmosg.toyland.language import (
     template_scenes,
     templates,
 )
-from kosmosg.toyland.looks import HUES, PATTERNS, Tint
-from kosmosg.toyland.scene import SIZE, Placed, Scene, Subject, crop, render, sample_scene
-from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
+from datamodules.toyland.scene import SIZE, Placed, Scene, Subject, crop, render, sample_scene
+from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
 
 
 def pixels(scene: Scene, size: int = SIZE) -> np.ndarray:

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from kosmosg.toyland.brush import Brush
-from kosmosg.toyland.kinds import ACCESSORIES, KINDS, PROPERTIES, draw
-from kosmosg.toyland.looks import Look, sample_look
-from kosmosg.toyland.settings import LIGHTS, SETTINGS, STYLES
-from kosmosg.toyland.shapes import Canvas
+from datamodules.toyland.brush import Brush, Canvas, Look, sample_look
+from datamodules.toyland.kinds import ACCESSORIES, KINDS, PROPERTIES, draw
+from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
 
 SIZE = 32
 """Side of a Toyland picture in pixels."""

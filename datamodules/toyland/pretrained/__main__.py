@@ -1,4 +1,7 @@
-"""python -m kosmosg.toyland.parts [key=value …]: train what is missing and write kosmosg/toyland/weights/."""
+"""Train the tiny pretrained models that are missing: python -m datamodules.toyland.pretrained [key=value …]
+
+They are written to datamodules/toyland/weights/, or to output=….
+"""
 
 import json
 import os
@@ -15,10 +18,16 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer, ViTImageProcessorPil
 
+from datamodules.toyland.pretrained import encoders, stable_diffusion
+from datamodules.toyland.pretrained.data import (
+    draw_pairs,
+    draw_pool,
+    sentences,
+    train_clip_tokenizer,
+    train_prompt_tokenizer,
+)
+from datamodules.toyland.scene import SIZE
 from kosmosg.config import load_config
-from kosmosg.toyland.parts import autoencoder, clip, diffusion, judges, words
-from kosmosg.toyland.parts.pool import draw_pairs, draw_pool
-from kosmosg.toyland.scene import SIZE
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -36,11 +45,11 @@ class Schedule:
 @dataclass
 class Recipe:
     output: str = str(WEIGHTS)
-    """Where the parts are written; a part that is there is not trained again."""
-    work: str = "data/toyland/parts"
-    """Where the drawn pictures are kept."""
+    """Where the models are written; one that is there is not trained again."""
+    work: str = "data/toyland/pretrained"
+    """Where the drawn images are cached."""
     only: list[str] = field(default_factory=lambda: ["tokenizer", "vae", "clip", "dino", "fid", "unet"])
-    """Parts to see to; unet needs vae and clip."""
+    """Models to train; unet needs vae and clip."""
     pictures: int = 24_000
     """Scenes in the pool."""
     pairs: int = 8_000
@@ -75,25 +84,25 @@ def main(arguments: list[str]) -> None:
     output, work = Path(recipe.output), Path(recipe.work)
     diffusion_folder = output / "stable-diffusion"
 
-    def missing(part: str, folder: Path) -> bool:
-        return part in recipe.only and not folder.exists()
+    def missing(model: str, folder: Path) -> bool:
+        return model in recipe.only and not folder.exists()
 
     def pool():
         return draw_pool(work, recipe.pictures, recipe.seed, recipe.told)
 
-    def options(part: str) -> dict:
-        schedule = getattr(recipe, part)
+    def options(model: str) -> dict:
+        schedule = getattr(recipe, model)
         return {"steps": schedule.steps, "batch_size": schedule.batch_size, "lr": schedule.lr, "seed": recipe.seed}
 
     if missing("tokenizer", output / "tokenizer"):
-        words.train_prompt_tokenizer(output / "tokenizer", words.sentences(8000, recipe.seed), recipe.vocabulary)
+        train_prompt_tokenizer(output / "tokenizer", sentences(8000, recipe.seed), recipe.vocabulary)
     if missing("vae", diffusion_folder / "vae"):
-        vae = autoencoder.train_autoencoder(pool(), **options("vae"))
-        autoencoder.train_decoder(vae, pool(), **options("decoder"))
+        vae = stable_diffusion.train_autoencoder(pool(), **options("vae"))
+        stable_diffusion.train_decoder(vae, pool(), **options("decoder"))
         write(vae, diffusion_folder / "vae")
     if missing("clip", output / "clip"):
-        tokenizer = words.train_clip_tokenizer(words.sentences(8000, recipe.seed), recipe.vocabulary, length=32)
-        model = clip.train_clip(pool(), tokenizer, **options("clip"))
+        tokenizer = train_clip_tokenizer(sentences(8000, recipe.seed), recipe.vocabulary, length=32)
+        model = encoders.train_clip(pool(), tokenizer, **options("clip"))
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
         write(model, output / "clip", tokenizer, processor)
     if missing("clip", diffusion_folder / "text_encoder"):
@@ -106,26 +115,26 @@ def main(arguments: list[str]) -> None:
     if missing("dino", output / "dino"):
         pairs = draw_pairs(work, recipe.pairs, recipe.seed)
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
-        write(judges.train_dino(pairs, **options("dino")), output / "dino", processor)
+        write(encoders.train_dino(pairs, **options("dino")), output / "dino", processor)
     if missing("fid", output / "fid"):
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
-        write(judges.train_fid_network(pool(), **options("fid")), output / "fid", processor)
+        write(encoders.train_fid_network(pool(), **options("fid")), output / "fid", processor)
     if missing("unet", diffusion_folder / "unet"):
-        parts = {
+        modules = {
             "vae": AutoencoderKL.from_pretrained(diffusion_folder / "vae", dtype=torch.float32),
             "text_encoder": CLIPTextModel.from_pretrained(
                 diffusion_folder / "text_encoder", dtype=torch.float32
             ).eval(),
             "tokenizer": CLIPTokenizer.from_pretrained(diffusion_folder / "tokenizer"),
         }
-        unet = diffusion.train_unet(pool(), **parts, weighting="uniform", **options("unet"))
-        unet = diffusion.train_unet(
-            pool(), **parts, weighting="velocity", unet=unet, **options("unet_velocity") | {"seed": recipe.seed + 1}
+        unet = stable_diffusion.train_unet(pool(), **modules, weighting="uniform", **options("unet"))
+        unet = stable_diffusion.train_unet(
+            pool(), **modules, weighting="velocity", unet=unet, **options("unet_velocity") | {"seed": recipe.seed + 1}
         )
         pipeline = StableDiffusionPipeline(
-            **parts,
+            **modules,
             unet=unet,
-            scheduler=diffusion.scheduler(),
+            scheduler=stable_diffusion.scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -134,12 +143,12 @@ def main(arguments: list[str]) -> None:
 
 
 def write(model, folder: Path, *companions) -> None:
-    """Save in half precision beside, then move into place."""
+    """Save in half precision under a temporary name, then move into place."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for thing in (model.to(torch.float16), *companions):
         thing.save_pretrained(partial)
-    for config in partial.rglob("config.json"):  # diffusers writes where a part was read from: a path of this machine
+    for config in partial.rglob("config.json"):  # diffusers writes where a model was read from: a path of this machine
         content = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         config.write_text(json.dumps(content, indent=2) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +158,6 @@ def write(model, folder: Path, *companions) -> None:
 
 
 if __name__ == "__main__":
-    # Parts are moved into place whole, so that dying at once is safe, and quieter than a traceback from every process.
+    # Models are moved into place whole, so that dying at once is safe, and quieter than a traceback from every process.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     main(sys.argv[1:])

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datamodules.storage.indexed_shards import IndexedShards
 from PIL import Image
 
 from datamodules import sample as schema
@@ -25,15 +24,17 @@ from datamodules.errors import DataError
 from datamodules.images import load
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
-from datamodules.toyland import drawing, parts
+from datamodules.shards import list_shards
+from datamodules.tar import read_shard
+from datamodules.toyland import data_sets
 from datamodules.toyland.__main__ import main
 from datamodules.toyland.config import Captions
+from datamodules.toyland.scene import SIZE
 from evaluation.config import EvaluationConfig
 from evaluation.protocols.coco import Coco
 from evaluation.protocols.dreambench import DreamBench
 from kosmosg.config import load_config
 from kosmosg.image_processing import TargetTransform
-from kosmosg.toyland.scene import SIZE
 from tests.conftest import REPOSITORY
 from tests.datamodules import worlds
 
@@ -84,7 +85,7 @@ def test_what_stands_is_reused_and_what_is_missing_drawn_again(world, copy):
 
 def test_an_interrupted_part_is_drawn_again_and_finished_ones_are_kept(world, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "toyland"
-    edit, drawn = drawing.MAKERS["edit"], []
+    edit, drawn = data_sets.samples.MAKERS["edit"], []
 
     def interrupted(*arguments):
         drawn.append(True)
@@ -92,15 +93,15 @@ def test_an_interrupted_part_is_drawn_again_and_finished_ones_are_kept(world, tm
             raise KeyboardInterrupt
         return edit(*arguments)
 
-    monkeypatch.setitem(drawing.MAKERS, "edit", interrupted)
+    monkeypatch.setitem(data_sets.samples.MAKERS, "edit", interrupted)
     assert build(folder) == 130
-    assert "goes on" in capsys.readouterr().err
+    assert "continues with" in capsys.readouterr().err
     assert (folder / "shards" / "constructed").is_dir() and not (folder / "shards" / "edit").exists()
-    kept = (folder / "shards" / "constructed" / parts.RECORD).stat().st_mtime_ns
+    kept = (folder / "shards" / "constructed" / data_sets.RECORD).stat().st_mtime_ns
     monkeypatch.undo()
     assert build(folder) == 0
     assert digests(folder) == digests(world)
-    assert (folder / "shards" / "constructed" / parts.RECORD).stat().st_mtime_ns == kept
+    assert (folder / "shards" / "constructed" / data_sets.RECORD).stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize(
@@ -120,9 +121,24 @@ def test_another_configuration_does_not_pass_for_this_one(world, capsys, change,
 
 
 def test_another_world_does_not_pass_for_this_one(world, capsys, monkeypatch):
-    monkeypatch.setattr(parts, "world_hash", lambda: "other")
+    monkeypatch.setattr(data_sets, "world_hash", lambda: "other")
     assert build(world) == 2
     assert "and is now 'other'" in capsys.readouterr().err
+
+
+def test_the_hash_of_the_world_is_of_every_file_that_draws(tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(data_sets.FOLDER, tmp_path / "toyland", ignore=shutil.ignore_patterns("weights")))
+    monkeypatch.setattr(data_sets, "FOLDER", folder)
+    before, same = data_sets.world_hash(), set()
+    for file in folder.glob("*.py"):
+        content = file.read_text()
+        file.write_text(content + "CHANGED = True\n")
+        if data_sets.world_hash() == before:
+            same.add(file.name)
+        file.write_text(content)
+    assert data_sets.world_hash() == before and same == {"__init__.py", "__main__.py", "config.py"}
+    (folder / "new.py").write_text("")
+    assert data_sets.world_hash() != before
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
@@ -143,10 +159,9 @@ def test_every_sample_decodes_with_its_images(world):
     for part, count in COUNTS.items():
         kind = {"captions": "caption"}.get(part, part)
         for split, samples in (("train", count), ("val", 2)):
-            shards = IndexedShards(str(world / "shards" / part / f"{split}-*.tar"))
+            shards = list_shards(str(world / "shards" / part / f"{split}-*.tar"))
             assert len(shards) == samples
-            for i in range(samples):
-                shard, key, members = shards.read(i, None)
+            for shard, key, members in ((path.name, *found) for path in shards.paths for found in read_shard(path)):
                 decoded = schema.decode(members, shard, key, kind=kind)
                 images = [
                     schema.StoredImage(content, name, shard, key) for name, content in members.items() if "png" in name
@@ -203,10 +218,10 @@ def test_the_evaluation_reads_it(world):
 
 
 def test_what_it_is_built_from_is_told_in_every_part(world):
-    records = {path.parent.name: json.loads(path.read_text()) for path in world.rglob(parts.RECORD)}
+    records = {path.parent.name: json.loads(path.read_text()) for path in world.rglob(data_sets.RECORD)}
     assert set(records) == {*COUNTS, "dreambench", "coco"}
     assert records["constructed"]["constructed.other_render"] == 0.5
-    assert {record["world"] for record in records.values()} == {parts.world_hash()}
+    assert {record["world"] for record in records.values()} == {data_sets.world_hash()}
 
 
 def group_lives(group: int) -> bool:
@@ -228,7 +243,7 @@ def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in errors and "goes on" in errors
+    assert process.returncode == 130 and "Traceback" not in errors and "continues with" in errors
     while group_lives(process.pid):
         assert time.monotonic() < deadline, "processes are left behind"
         time.sleep(0.1)
@@ -249,7 +264,7 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block()
     thread.start()  # before the block: it does not inherit the mask
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), drawing.interrupts_held_back():
+        with pytest.raises(KeyboardInterrupt), data_sets.interrupts_held_back():
             begun.set()
             assert taken.wait(timeout=10)
             passed.append(sum(range(1000)))
@@ -262,8 +277,8 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block()
 @pytest.mark.slow
 def test_a_killed_drawing_process_is_told():
     others = set(multiprocessing.active_children())
-    with pytest.raises(DataError, match="one of 2 drawing processes was killed"), drawing.drawing(2) as draw:
-        todo = drawing.chunks("captions", "train", 64 * 40, 0, Captions())
+    with pytest.raises(DataError, match="one of 2 drawing processes was killed"), data_sets.drawing(2) as draw:
+        todo = data_sets.chunks("captions", "train", 64 * 40, 0, Captions())
         for _ in draw(todo):
             (victim, *_) = set(multiprocessing.active_children()) - others
             victim.kill()

@@ -1,4 +1,4 @@
-"""The miniature's third-party parts: the shipped ones are what they should be, and the recipe makes such ones."""
+"""The tiny pretrained models: the shipped ones are what they should be, and the recipe makes such ones."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
+from datamodules.toyland.pretrained.__main__ import WEIGHTS, main
+from datamodules.toyland.pretrained.data import draw_pool, sentences
+from datamodules.toyland.pretrained.encoders import normalized
+from datamodules.toyland.pretrained.stable_diffusion import build_autoencoder, train_decoder
+from datamodules.toyland.scene import SIZE
 from kosmosg.tokenizer import Tokenizer
-from kosmosg.toyland.parts.__main__ import WEIGHTS, main
-from kosmosg.toyland.parts.autoencoder import build_autoencoder, train_decoder
-from kosmosg.toyland.parts.pool import draw_pool
-from kosmosg.toyland.parts.words import sentences
-from kosmosg.toyland.scene import SIZE
 
 BYTES = 12_000_000
 
 
 def check(folder: Path) -> None:
-    """Every part loads by the library's own from_pretrained with every weight, and is stored in half precision."""
+    """Every model loads by the library's own from_pretrained with every weight, and is stored in half precision."""
     files = list(folder.rglob("*.safetensors"))
     assert files and all(
         t.dtype == torch.float16 for f in files for t in load_file(f).values() if t.is_floating_point()
@@ -49,7 +49,7 @@ def check(folder: Path) -> None:
     assert words.unk_id not in words.encode("a red fish wearing a black top hat on a cobblestone street, upside down")
 
 
-def test_shipped_parts_load_and_are_small():
+def test_shipped_models_load_and_are_small():
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= BYTES
     check(WEIGHTS)
 
@@ -58,8 +58,6 @@ def test_shipped_clip_finds_the_caption_of_a_picture(tmp_path):
     pool = draw_pool(tmp_path, 48, seed=99, told=1.0)
     clip = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
-    from kosmosg.toyland.parts.clip import normalized
-
     tokens = tokenizer(pool.captions, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
     with torch.no_grad():
         logits = clip(input_ids=tokens.input_ids, pixel_values=normalized(pool.images)).logits_per_image
@@ -76,7 +74,7 @@ def test_the_decoder_trains_on_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_recipe_writes_such_parts_and_trains_none_twice(tmp_path, capsys):
+def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
     schedules = ("vae", "decoder", "clip", "dino", "fid", "unet", "unet_velocity")
     command = [
         *(f"{schedule}.{short}" for schedule in schedules for short in ("steps=2", "batch_size=4")),

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 from datamodules.entities import COLOURS, illustrated
-from datamodules.toyland import evaluation_sets, samples
+from datamodules.toyland import samples, scene
 from datamodules.toyland.config import Captions, Constructed, DreamBench, ToylandData
-from datamodules.toyland.drawing import chunks, draw_chunk
-from datamodules.toyland.parts import all_parts
+from datamodules.toyland.data_sets import chunks, data_sets, draw_chunk
+from datamodules.toyland.kinds import KINDS, LIVE
+from datamodules.toyland.scene import SIZE, Rendered, crop, render
 from kosmosg.config import ConfigError, load_config
-from kosmosg.toyland import scene
-from kosmosg.toyland.kinds import KINDS, LIVE
-from kosmosg.toyland.scene import SIZE, Rendered, crop, render
 
 
 def generator(number: int = 0) -> np.random.Generator:
@@ -28,7 +26,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[Rendered]:
     return seen
 
 
-def test_no_subject_is_met_in_two_splits_or_parts(monkeypatch):
+def test_no_subject_is_met_in_two_splits_or_data_sets(monkeypatch):
     met: dict[str, set] = {}
     sample_look = scene.sample_look
 
@@ -39,10 +37,10 @@ def test_no_subject_is_met_in_two_splits_or_parts(monkeypatch):
 
     monkeypatch.setattr(scene, "sample_look", recorded)
     config = ToylandData()
-    for part in all_parts(config):
-        for split in part.splits:
-            current = f"{part.name}/{split}"
-            draw_chunk(chunks(part.name, split, 3, 0, part.options)[0])
+    for data_set in data_sets(config):
+        for split in data_set.splits:
+            current = f"{data_set.name}/{split}"
+            draw_chunk(chunks(data_set.name, split, 3, 0, data_set.options)[0])
     assert len(met) == 12 and all(len(looks) >= 3 for looks in met.values())
     assert len(set.union(*met.values())) == sum(map(len, met.values()))
 
@@ -106,7 +104,7 @@ def test_told_captions_are_as_many_as_asked():
 
 
 def test_dreambench_spreads_over_the_kinds_and_both_sorts():
-    names = evaluation_sets.subject_names(DreamBench())
+    names = samples.subject_names(DreamBench())
     assert len(names) == 30 and set(names.values()) == set(KINDS)
     assert sum(kind in LIVE for kind in names.values()) == 9
     assert max(Counter(names.values()).values()) - min(Counter(names.values()).values()) <= 2
@@ -115,7 +113,7 @@ def test_dreambench_spreads_over_the_kinds_and_both_sorts():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dreambench_shows_one_subject_as_large_as_crops_do(kind):
-    portrait, *others = evaluation_sets.subject_scenes(generator(3), kind, 4)
+    portrait, *others = samples.subject_scenes(generator(3), kind, 4)
     assert len({one.placed[0].subject for one in (portrait, *others)}) == 1
     assert portrait.setting == "" and all(one.setting for one in others)
     assert len({one.setting for one in others}) == 3
@@ -129,7 +127,7 @@ def test_dreambench_shows_one_subject_as_large_as_crops_do(kind):
 
 def test_every_other_coco_caption_names_looks():
     for number in range(10):
-        untold, told = (evaluation_sets.coco_image(generator(number), index) for index in (0, 1))
+        untold, told = (samples.coco_image(generator(number), index) for index in (0, 1))
         assert untold[0].tobytes() == told[0].tobytes() and len(untold[1]) < len(told[1])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kosmosg.toyland.shapes import Canvas, Field, box, capsule, ellipse, polygon
+from datamodules.toyland.brush import Canvas, Field, box, capsule, ellipse, polygon
 
 Random = np.random.Generator
 

@@ -1,0 +1,158 @@
+"""What the tiny models are trained on: images drawn once and cached, their captions and labels, and the tokenizers.
+
+Toyland has two vocabularies, SentencePiece for the MLLM and byte-pair merges for CLIP, both trained on its own text.
+"""
+
+import json
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from datamodules.toyland.brush import PATTERNS
+from datamodules.toyland.kinds import KINDS
+from datamodules.toyland.language import caption, document, sample_edit, story
+from datamodules.toyland.scene import Scene, Subject, render, sample_scene
+from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
+from kosmosg.files import replaced
+from kosmosg.tokenizer import Tokenizer as PromptTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+POOL_STREAM = 0x9A27
+"""Keeps the pool's subjects apart from those of any data set, whose seeds are drawn elsewhere."""
+
+LABELS = {
+    "kind": list(KINDS),
+    "setting": list(SETTINGS),
+    "light": list(LIGHTS),
+    "style": list(STYLES),
+    "pattern": list(PATTERNS),
+}
+
+
+@dataclass
+class Pool:
+    images: Tensor
+    """(N, 3, S, S) uint8"""
+    captions: list[str]
+    labels: Tensor
+    """(N, 5): index into each of LABELS for the scene's first subject"""
+    tints: Tensor
+    """(N, 6): body and second colour of the first subject, RGB in [0, 1]"""
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """uint8 → float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, str, list[int], list[float]]:
+    rng = np.random.default_rng([seed, POOL_STREAM, number])
+    scene = sample_scene(rng)
+    words = caption(scene, rng, told=bool(rng.random() < told), with_article=bool(rng.random() < 0.85))
+    first = scene.placed[0].subject
+    values = (first.kind, scene.setting, scene.light, scene.style, first.look.pattern)
+    labels = [names.index(value) for names, value in zip(LABELS.values(), values, strict=True)]
+    return np.asarray(render(scene).image), words, labels, [*first.look.body.rgb, *first.look.second.rgb]
+
+
+def draw_pool(folder: Path, count: int, seed: int, told: float) -> Pool:
+    """`count` scenes, of whose captions the share `told` names looks; read from `folder` when they are there."""
+    path = folder / f"pool-{count}-{seed}-{told}.pt"
+    if not path.exists():
+        rows = _parallel(partial(_draw, seed=seed, told=told), count)
+        images, captions, labels, tints = zip(*rows, strict=True)
+        content = {
+            "images": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+            "captions": list(captions),
+            "labels": torch.tensor(labels),
+            "tints": torch.tensor(tints, dtype=torch.float32),
+        }
+        _save(content, path)
+    return Pool(**torch.load(path, weights_only=True))
+
+
+def _draw_pair(number: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, POOL_STREAM + 1, number])
+    subject = Subject.sample(rng)
+    first: Scene = sample_scene(rng, [subject], plain=True)
+    return np.stack([np.asarray(render(scene).image) for scene in (first, sample_scene(rng, [subject]))])
+
+
+def draw_pairs(folder: Path, count: int, seed: int) -> Tensor:
+    """(N, 2, 3, S, S) uint8: each subject twice, in the studio and somewhere else in another pose."""
+    path = folder / f"pairs-{count}-{seed}.pt"
+    if not path.exists():
+        rows = _parallel(partial(_draw_pair, seed=seed), count)
+        _save({"pairs": torch.from_numpy(np.stack(rows)).permute(0, 1, 4, 2, 3).contiguous()}, path)
+    return torch.load(path, weights_only=True)["pairs"]
+
+
+def _parallel(function, count: int) -> list:
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        return list(workers.map(function, range(count), chunksize=128))
+
+
+def _save(content: dict, path: Path) -> None:
+    with replaced(path) as temporary:
+        torch.save(content, temporary)
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Lines of every kind that Toyland's data sets hold."""
+    rng = np.random.default_rng([seed, 0x7E17])
+    lines = []
+    for number in range(count):
+        sort = number % 4
+        if sort == 0:
+            lines.append(story(rng))
+        elif sort == 1:
+            lines.append(caption(sample_scene(rng), rng, told=bool(rng.random() < 0.5)))
+        elif sort == 2:
+            edit = sample_edit(rng)
+            lines += [caption(edit.before, rng, told=False), edit.instruction]
+        else:
+            lines += [segment for segment in document(rng) if isinstance(segment, str)]
+    return lines
+
+
+def train_prompt_tokenizer(folder: Path, lines: list[str], vocabulary: int) -> None:
+    """SentencePiece model and dictionary, as kosmosg.tokenizer reads them."""
+    PromptTokenizer.train(lines, folder, vocab_size=vocabulary, normalization="identity")
+
+
+def train_clip_tokenizer(lines: list[str], vocabulary: int, length: int) -> CLIPTokenizer:
+    """CLIP's kind of byte-pair encoding (lower case, `</w>` ends a word) with a vocabulary of its own."""
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    letters = [chr(code) for code in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 2, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    learner.train_from_iterator(lines, trainer)
+    model = json.loads(learner.to_str())["model"]
+    names = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    names += [letter + "</w>" for letter in letters if letter + "</w>" not in model["vocab"]]
+    vocab = {name: i for i, name in enumerate([*names, START, END])}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    with tempfile.TemporaryDirectory() as folder:  # what it writes must be what it reads
+        tokenizer.save_pretrained(folder)
+        again = CLIPTokenizer.from_pretrained(folder)
+        assert again(lines[:50]).input_ids == tokenizer(lines[:50]).input_ids
+    return tokenizer
