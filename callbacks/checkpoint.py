@@ -74,6 +74,8 @@ class StepCheckpoint(Checkpoint):
         step = trainer.global_step
         if step == self._saved_step:
             return True
+        for log in trainer.loggers:
+            log.save()
         try:
             trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)
         except CheckpointWriteError as error:

@@ -9,6 +9,7 @@ import csv
 import io
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kosmosg.files import write_text
+from kosmosg.files import flush, write_text
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ class StepMetrics(Callback):
 
 
 class MetricsFile(Logger):
-    """Writes `file`, a row a step, on disk at once. A resumed run drops the rows after its `first_step`, which come
-    again. Where the disk is full it says so and goes on; the rows are written as soon as there is room."""
+    """Writes `file`, a row a step, at once. A resumed run drops the rows after its `first_step`, which come again.
+    Where the disk is full it says so and goes on; the rows are written as soon as there is room."""
 
     def __init__(self, file: Path, first_step: int = 0):
         super().__init__()
@@ -96,6 +97,15 @@ class MetricsFile(Logger):
             self._appendable = False
             log.error("'%s' could not be written: %s; training goes on.", self.file, error)
 
+    @rank_zero_only
+    def save(self) -> None:
+        """Let the rows survive a power cut; called before a checkpoint, which must not be ahead of them."""
+        if self._appendable:
+            try:
+                flush(self.file)
+            except OSError as error:
+                log.error("'%s' could not be written: %s; training goes on.", self.file, error)
+
 
 def as_csv(columns: list[str], rows: list[dict[str, Any]], header: bool = False) -> str:
     text = io.StringIO(newline="")
@@ -107,10 +117,22 @@ def as_csv(columns: list[str], rows: list[dict[str, Any]], header: bool = False)
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv; what a power cut left of one is dropped with a warning."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    rows = list(csv.DictReader(text.replace("\0", "").splitlines()))
-    whole = [row for row in rows if None not in row and (row.get("step") or "").isdecimal()]
-    if len(whole) < len(rows) or "\0" in text:
-        log.warning("'%s' is damaged: %d of its %d rows are kept.", file, len(whole), len(rows))
+    """Rows of metrics.csv, each whole or not at all: what a power cut left of one is dropped with a warning."""
+    header, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    columns = next(csv.reader([header]), [])
+    whole = [row for row in map(partial(read_row, columns), lines[:-1]) if row is not None]
+    if len(whole) < len(lines) - 1 or lines[-1:] != [""]:  # the last row, too, ends with a line break
+        found = sum(map(bool, lines))
+        log.warning("'%s' is damaged: %d of its %d rows are kept.", file, len(whole), found)
     return whole
+
+
+def read_row(columns: list[str], line: str) -> dict[str, str] | None:
+    """A line's numbers by column; None where it is no row of these columns."""
+    values = line.split(",")
+    row = dict(zip(columns, values, strict=False))
+    try:
+        [float(value) for value in filter(None, values)]
+    except ValueError:
+        return None
+    return row if len(values) == len(columns) and row.get("step", "").isdecimal() else None

@@ -90,8 +90,12 @@ def wandb_logger(config: WandbConfig, run: Path, stage: str, written: dict[str, 
 
 
 def settings(config: WandbConfig, mode: str) -> wandb.Settings:
-    """Our own lines stay as they are on the terminal; offline there is no address to print either."""
+    """Our own lines stay as they are on the terminal; offline there is no address to print either.
+
+    The metadata would record the command line, and with it what the configuration hides.
+    """
     return wandb.Settings(
+        x_disable_meta=True,
         console="off",
         silent=mode == "offline",
         init_timeout=config.timeout,

@@ -58,7 +58,7 @@ class MicroBatch:
         return len(self.prompt)
 
     def rows(self: Batch, index: list[int]) -> Batch:
-        """Some rows."""
+        """Some rows. What was read for the whole batch stays whole: `report`, and `counted`."""
         values: dict[str, Any] = {"prompt": self.prompt.rows(index)}
         if self.indices:
             values["indices"] = [self.indices[row] for row in index]

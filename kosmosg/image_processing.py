@@ -130,9 +130,24 @@ def rgb(image: Image.Image, turn: bool = True) -> Image.Image:
         if isinstance(colour, tuple) and max(colour) > 255:  # of a PNG of 16 bits, whose pixels Pillow reads as 8
             image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in colour)
+        elif image.mode == "L" and isinstance(colour, int):
+            image = image.copy()
+            image.info["transparency"] = scaled_key(np.unique(image), colour)
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def scaled_key(values: np.ndarray, key: int) -> int:
+    """The transparent grey on the scale of the pixels' `values`.
+
+    Pillow scales the pixels of a PNG of 2 or 4 bits to 8, but not the key, and does not keep the number of bits. Left
+    unscaled, the key would then equal no pixel.
+    """
+    for levels in (4, 16):
+        if key < levels and not (values % (step := 255 // (levels - 1))).any():
+            return key * step
+    return key
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ Shapes: `B` prompts, `n` images for each, `Q` condition tokens, `C` condition wi
 
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,11 +35,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffusionMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from kosmosg.condition import Condition
 from kosmosg.config import RUN_CONFIG
+from kosmosg.files import write_json, write_text
 from kosmosg.models.aligner import Aligner, load_aligner
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
@@ -51,7 +54,9 @@ from kosmosg.tokenizer import Tokenizer
 
 Composed = TypeVar("Composed", bound=DiffusionPipeline)
 Dtype = torch.dtype | dict[str, torch.dtype]
-MODEL_INDEX = "model_index.json"
+MODEL_INDEX, MODEL_CODE = "model_index.json", "pipeline.py"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +69,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     """MLLM, AlignerNet and the Stable Diffusion that they steer.
 
     A part may be None where it is not needed: `encode_prompt` needs `mllm`, `aligner` and `tokenizer`, and drawing from
-    `prompt_embeds` the others.
+    `prompt_embeds` and `negative_prompt_embeds` the others.
 
     Args:
         scheduler: of diffusers; replace it as in other pipelines, or name a `sampler` at the call.
@@ -75,6 +80,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     model_cpu_offload_seq = "mllm->aligner->unet->vae"
     _lora_loadable_modules: ClassVar = ["unet"]
+    _optional_components: ClassVar = ["mllm", "aligner", "tokenizer", "unet", "vae", "scheduler"]
     _callback_tensor_inputs: ClassVar = StableDiffusionPipeline._callback_tensor_inputs
     # What callbacks read and set on diffusers' Stable Diffusion pipeline.
     guidance_scale, _guidance_scale = drawing_state("guidance_scale"), drawing_state("_guidance_scale")
@@ -116,6 +122,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     ) -> "KosmosGPipeline":
         """Read a pipeline folder or hub id; or the model folder of a training run, and the Stable Diffusion it steers.
 
+        Code in the folder is not run.
+
         Args:
             image_decoder: Stable Diffusion folder or hub id; its U-Net and VAE take the place of the folder's. Of a run
                 folder, what the run was trained with is taken if none is given.
@@ -125,31 +133,55 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Raises:
             FileNotFoundError: a part is missing.
             ValueError: a part's weights are not those of its sizes or not finite, or parts do not fit each other; a
-                `torch_dtype` that is none.
+                scheduler that needs a package which is not installed; a `torch_dtype` that is none.
         """
         dtype = torch_dtype or options.pop("dtype", torch.float32)
         if not isinstance(dtype, (torch.dtype, dict)):
             raise ValueError(f"torch_dtype={dtype!r} is not allowed; allowed: a torch.dtype, as torch.float16.")
-        local = Path(folder).is_dir()
+        if not Path(folder).is_dir():  # diffusers' own download refuses parts whose classes are of another package
+            chosen = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+            folder = snapshot_download(str(folder), ignore_patterns=PICKLES, **chosen)
         image_decoder = image_decoder or decoder_of_run(folder)
-        folder = find_model(folder) if local else folder
+        whole = (Path(folder) / MODEL_INDEX).is_file()
+        folder = Path(folder) if whole else find_model(folder)
         if image_decoder is not None:
             options |= decoder_parts(image_decoder, dtype, options)
-        if local and not (Path(folder) / MODEL_INDEX).is_file():
+        if not (folder / MODEL_INDEX).is_file():
             if not {"unet", "vae", "scheduler"} <= options.keys():
                 raise FileNotFoundError(
                     f"'{folder}' holds no {MODEL_INDEX} and no Stable Diffusion; name the one that the model was "
                     "trained with as image_decoder=."
                 )
-            pipeline = cls(**model_parts(Path(folder), dtype, options), **options)
+            pipeline = cls(**model_parts(folder, dtype, options), **options)
         else:
-            options = absent_parts(Path(folder)) | options if local else options
-            pipeline = super().from_pretrained(str(folder), dtype=dtype, **options)
+            try:
+                pipeline = super().from_pretrained(str(folder), dtype=dtype, **options)
+            except ImportError as error:  # of a scheduler whose package is not installed
+                raise ValueError(f"'{folder}' cannot be loaded: {str(error).strip()}") from error
             for name in {"unet", "vae"} - options.keys():  # the others are checked where they are read
-                check_weights(getattr(pipeline, name), f"{folder}/{name}")
+                if (part := getattr(pipeline, name)) is not None:
+                    check_weights(part, f"{folder}/{name}")
         for part in filter(None, (pipeline.mllm, pipeline.aligner, pipeline.unet, pipeline.vae)):
             part.requires_grad_(False)
         return pipeline
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """model_index.json, naming this class in place of the folder's own code (`write_index`), which is not run.
+
+        Raises:
+            ValueError: it is another pipeline's.
+        """
+        config = super().load_config(*arguments, **options)
+        index = config[0] if isinstance(config, tuple) else config
+        if "mllm" not in index:
+            raise ValueError(f"the folder holds a {index.get('_class_name')}, which is no {cls.__name__}.")
+        index["_class_name"] = cls.__name__
+        return config
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """model_index.json and the file beside it, see `write_index`."""
+        write_index(Path(json_file_path).parent, json.loads(self.to_json_string()))
 
     @property
     def model(self) -> KosmosG:
@@ -217,13 +249,12 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt= or prompt_embeds=.")
+        self._require("unet", "scheduler", *(["vae"] if output_type != "latent" else []))
+        drawing = self.sampler
         if prompt is not None:
             prompt_embeds, negative_prompt_embeds = self.encode_prompt(prompt, images, negative_prompt)
         elif images is not None or negative_prompt is not None:
             raise ValueError("images= and negative_prompt= belong to prompt=; prompt_embeds= holds what they said.")
-        if output_type != "latent":
-            self._require("vae")
-        drawing = self.sampler
         self._drawing = drawing.pipeline
         self._drawing.set_progress_bar_config(**getattr(self, "_progress_bar_config", {"disable": False}))
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -267,6 +298,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     def embeddings(self, *prompt: Any, **options: Any) -> dict[str, Tensor]:
         """`encode_prompt` as keyword arguments of diffusers' pipelines."""
+        self._require("unet")
         condition, negative = self.encode_prompt(*prompt, **options)
         placed = {"device": self._execution_device, "dtype": self.unet.dtype}
         return {"prompt_embeds": condition.to(**placed), "negative_prompt_embeds": negative.to(**placed)}
@@ -280,6 +312,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             kind: as StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline.
             parts: what else it needs, as controlnet=.
         """
+        self._require("unet", "vae", "scheduler")
         # A scheduler keeps the state of its run, so each pipeline has its own.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         return kind(unet=self.unet, vae=self.vae, scheduler=parts.pop("scheduler", scheduler), **ABSENT_PARTS, **parts)
@@ -335,6 +368,14 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             hotswap=hotswap,
         )
 
+    def fuse_lora(self, components: Sequence[str] = ("unet",), **options: Any) -> None:
+        """diffusers' own, which would look for a text encoder too."""
+        super().fuse_lora(list(components), **options)
+
+    def unfuse_lora(self, components: Sequence[str] = ("unet",), **options: Any) -> None:
+        """See `fuse_lora`."""
+        super().unfuse_lora(list(components), **options)
+
     def _require(self, *parts: str) -> None:
         if missing := [part for part in parts if getattr(self, part) is None]:
             raise ValueError(f"this pipeline has no {', '.join(missing)}, which is needed here; load it with the part.")
@@ -354,6 +395,14 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         batch = encoder.collate([encoder(segments) for segments in prompts])
         with evaluating(model):
             return model.condition(batch.to(self._execution_device))
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """model_index.json, and the code by which `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` finds
+    the class where kosmosg is installed."""
+    kind = KosmosGPipeline.__name__
+    write_text(folder / MODEL_CODE, f"from kosmosg.pipeline import {kind}\n")
+    write_json(folder / MODEL_INDEX, {**index, "_class_name": [Path(MODEL_CODE).stem, kind]})
 
 
 def decoder_of_run(folder: str | Path) -> str | None:
@@ -382,12 +431,6 @@ def model_parts(folder: Path, dtype: Dtype, given: Collection[str]) -> dict[str,
         "tokenizer": lambda: Tokenizer.from_pretrained(folder / "tokenizer"),
     }
     return {name: read() for name, read in load.items() if name not in given}
-
-
-def absent_parts(folder: Path) -> dict[str, None]:
-    """The parts that were None when the pipeline folder was saved."""
-    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-    return {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
 
 
 def dtype_of(part: str, dtype: Dtype) -> torch.dtype:

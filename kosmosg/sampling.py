@@ -195,7 +195,8 @@ class DiffusionSampler:
         Raises:
             ValueError: a value that is not allowed, seeds unlike the images, a condition of another form.
         """
-        check_numbers(num_inference_steps, guidance_scale, num_images_per_prompt)
+        timesteps = self.given_scheduler.config.num_train_timesteps
+        check_numbers(num_inference_steps, guidance_scale, num_images_per_prompt, timesteps)
         height, width = self.decoder.image_size(height, width)
         self.decoder.check(condition)
         if not 0 <= fast_unguided_share <= 1:
@@ -228,8 +229,13 @@ class DiffusionSampler:
         )[0]
 
 
-def check_numbers(num_inference_steps: int, guidance_scale: float, num_images_per_prompt: int = 1) -> None:
+def check_numbers(
+    num_inference_steps: int, guidance_scale: float, num_images_per_prompt: int = 1, timesteps: int | None = None
+) -> None:
     """Refuse numbers that no sampler takes.
+
+    Args:
+        timesteps: that the decoder was trained with. Some schedulers would give NaN for more steps.
 
     Raises:
         ValueError: names the argument.
@@ -240,6 +246,11 @@ def check_numbers(num_inference_steps: int, guidance_scale: float, num_images_pe
     ):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} is not allowed; allowed: integers of at least 1.")
+    if timesteps is not None and num_inference_steps > timesteps:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} is not allowed; allowed: at most {timesteps}, the timesteps "
+            "that the image decoder was trained with."
+        )
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} is not allowed; allowed: finite numbers.")
 

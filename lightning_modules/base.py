@@ -1,7 +1,11 @@
 """What the stages share: one Lightning batch is one optimizer step, made of micro-batches that the module steps itself.
 
 Per optimizer step: a loss for each micro-batch, weighted by what it counts, and its backward pass; then clip or skip,
-step, schedule. So `batch_idx == global_step` on any number of devices, and a step is the same however it is divided.
+step, schedule. So `batch_idx == global_step` on any number of devices.
+
+A step is the same, up to rounding, however it is divided into micro-batches and ranks, but for two things: dropout of
+networks in training mode, which draws from the global generator, seeded by step, place of the micro-batch and rank (the
+same division draws the same, also after a resume), and losses that read a whole micro-batch, as stage 2's released L_rec.
 """
 
 import time

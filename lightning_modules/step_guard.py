@@ -69,8 +69,11 @@ class StepGuard:
         more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
         found = f"{what} in step {step}; samples {', '.join(samples[:NAMED_SAMPLES])}{more}"
         if not distributed.is_initialized() or distributed.get_rank() == 0:
-            with open(run / SKIPPED_FILE, "a", encoding="utf-8") as file:  # JSON has no NaN
-                file.write(json.dumps({"step": step, "grad_norm": str(norm), "ranks": ranks}) + "\n")
+            try:
+                with open(run / SKIPPED_FILE, "a", encoding="utf-8") as file:  # JSON has no NaN
+                    file.write(json.dumps({"step": step, "grad_norm": str(norm), "ranks": ranks}) + "\n")
+            except OSError as error:  # a full disk, say
+                logger.error("'%s' could not be written: %s; training goes on.", run / SKIPPED_FILE, error)
             logger.warning("skipped: %s (%d skipped so far, at most %d)", found, self.skipped, self.limit)
         if self.skipped > self.limit:
             raise TooManySkippedStepsError(

@@ -3,7 +3,7 @@
 mllm/ tokenizer/                                    every checkpoint
 aligner/                                            stage 2 and final
 aligner_decoder/ text_encoder/                      stage 2
-unet/ vae/ scheduler/ model_index.json              final, or with the decoder's
+unet/ vae/ scheduler/ model_index.json pipeline.py  final, or with the decoder's
 conversion.json README.md                           what was done; a model card
 
 The image tower of a public CLIP (`ViT-L-14`, a plain state dict) becomes a folder of transformers' CLIPVisionModel.
@@ -24,10 +24,10 @@ from kosmosg.conversion.record import PUBLISHED, PlannedPart, describe, model_ca
 from kosmosg.conversion.stable_diffusion import StableDiffusion
 from kosmosg.conversion.weights import DTYPES, Weights
 from kosmosg.files import replaced, write_json, write_text
+from kosmosg.pipeline import write_index
 from kosmosg.tokenizer import DICTIONARY_FILE, SENTENCEPIECE_FILE, Tokenizer
 
 MODEL_INDEX = {
-    "_class_name": "KosmosGPipeline",
     "_diffusers_version": diffusers.__version__,
     "mllm": ["kosmosg.models.mllm", "MLLM"],
     "aligner": ["kosmosg.models.aligner", "AlignerEncoder"],
@@ -104,7 +104,7 @@ def convert_checkpoint(
         if scheduler is not None:
             scheduler.save_pretrained(temporary / "scheduler")
         if record["pipeline"]:
-            write_json(temporary / "model_index.json", MODEL_INDEX)
+            write_index(temporary, MODEL_INDEX)
         write_json(temporary / RECORD, record)
         write_text(temporary / "README.md", model_card(record))
     return record

@@ -33,7 +33,9 @@ def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
     name = next(iter(IMAGE_DECODERS))
     if not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
         with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
-            name = DiffusionPipeline.load_config(str(source))["_class_name"]  # type: ignore[call-overload]
+            index: dict = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
+            name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) else name  # a list where the folder has code of its own, which is not run
     if name not in IMAGE_DECODERS:
         raise ValueError(f"model.image_decoder='{source}' is a {name}; allowed: {', '.join(IMAGE_DECODERS)}.")
     return IMAGE_DECODERS[name]

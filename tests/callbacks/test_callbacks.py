@@ -14,8 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 import train
+from callbacks.checkpoint import StepCheckpoint
+from callbacks.ema import WeightAverage
 from callbacks.image_grid import CELL, Row, contact_sheet, describe
-from callbacks.metrics import MetricsFile, StepMetrics
+from callbacks.metrics import MetricsFile, StepMetrics, read_rows
 from callbacks.progress import RunProgress
 from kosmosg.batches import MicroBatch
 from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, ClipImageTransform, to_images
@@ -48,17 +50,67 @@ def test_metrics_file_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows(log.file)] == [("1", "1.0"), ("2", "2.0"), ("3", "30.0")]
 
 
-@pytest.mark.parametrize("damage", ["\0\0\0\0", "3,1", "3,1,2,3,4\n"])
-def test_damaged_rows_of_the_log_are_dropped_with_a_warning(
+DAMAGE = {
+    "zeros": "\0\0\0\0",
+    "zeros in a row": "3,\0\0\0,0.1\n",
+    "torn between two numbers": "3,1",
+    "torn after a comma": "3,1,",
+    "torn inside the last number": "3,1.0,0.",
+    "a row that lacks a number": "3,1\n",
+    "two rows in one": "3,1,2,3,4\n",
+    "no number": "3,1.0,0.1\ufffd\n",
+    "an open quote": '3,"1.0,0.1\n4,1.0,0.1\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_rows_of_the_log_are_dropped_whole_with_a_warning(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a power cut leaves: zeros, half a row, two rows in one."""
+    """What a power cut leaves."""
     file = tmp_path / "metrics.csv"
     file.write_text("step,loss,lr\n1,4.0,0.1\n2,3.0,0.1\n" + damage)
     log = MetricsFile(file, first_step=5)
-    assert "is damaged" in caplog.text or damage == "3,1"
+    assert "is damaged" in caplog.text
     log.log_metrics({"loss": 2.0, "lr": 0.1}, step=6)
-    assert [row["step"] for row in rows(file)][:2] == ["1", "2"] and rows(file)[-1]["loss"] == "2.0"
+    kept = ["1,4.0,0.1", "2,3.0,0.1", *(["4,1.0,0.1"] if '"' in damage else []), "6,2.0,0.1"]
+    assert file.read_text().splitlines() == ["step,loss,lr", *kept]
+
+
+def test_a_whole_log_is_read_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsFile(tmp_path / "metrics.csv")
+    log.log_metrics({"loss": float("nan")}, step=1)
+    log.log_metrics({"loss": 2.0, "val/loss": 1e-9}, step=2)
+    assert read_rows(log.file) == rows(log.file) and len(rows(log.file)) == 2 and not caplog.text
+
+
+def test_what_a_checkpoint_holds_is_on_disk_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is flushed before the checkpoint is written, not after."""
+    happened: list[str] = []
+    monkeypatch.setattr("callbacks.metrics.flush", lambda path: happened.append(path.name))
+    log = MetricsFile(tmp_path / "metrics.csv")
+    log.log_metrics({"loss": 2.0}, step=1)
+    trainer = SimpleNamespace(global_step=1, is_global_zero=False, loggers=[log])
+    trainer.save_checkpoint = lambda path, weights_only: happened.append(path.name)
+    assert StepCheckpoint(tmp_path, every=1, keep=1).save(trainer)
+    assert happened == ["metrics.csv", "step-00000001"]
+
+
+def test_the_average_warms_up_and_passes_over_skipped_steps() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.guard = SimpleNamespace(skipping=False)
+    trainer, average = SimpleNamespace(global_step=0), WeightAverage(decay=0.5)
+    torch.nn.init.constant_(module.weight, 1.0)
+    average.on_train_start(trainer, module)
+    expected = 1.0
+    for step, (weight, skipping) in enumerate([(3.0, False), (5.0, True), (7.0, False), *[(9.0, False)] * 20], 1):
+        trainer.global_step, module.guard.skipping = step, skipping
+        torch.nn.init.constant_(module.weight, weight)
+        average.on_train_batch_end(trainer, module)
+        decay = min(0.5, (1 + step) / (10 + step))  # 2/11 after the first step, 0.5 from the eighth on
+        expected = expected if skipping else decay * expected + (1 - decay) * weight
+        assert average.average["weight"].item() == pytest.approx(expected)
+    assert average.average["weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["versions.json", "finished.json"])
@@ -155,12 +207,14 @@ def test_grids_and_offline_wandb_without_secrets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("SECRET_TAG", "hunter2")
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
     shards = miniature.write_shards(tmp_path / "shards")
     init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
     files = miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
     options = ["grids.every=1", "grids.prompts=2", "grids.steps=2", "wandb.mode=offline"]
-    assert train.main([str(files[stage]), "trainer.max_steps=2", *options, "wandb.tags=['${oc.env:SECRET_TAG}']"]) == 0
+    options += ["data.remote.options={s3: {key: '${oc.env:SECRET_KEY}', secret: swordfish}}"]
+    monkeypatch.setattr("sys.argv", ["train.py", *options])  # which wandb would record
+    assert train.main([str(files[stage]), "trainer.max_steps=2", *options]) == 0
     run = tmp_path / stage
     sheets = sorted(file.name for file in (run / "grids").glob("*.png"))
     assert sheets == ["step-00000001.png", "step-00000002.png"]
@@ -169,8 +223,11 @@ def test_grids_and_offline_wandb_without_secrets(
     assert (offline / "files" / "media" / "images").is_dir()
     assert offline.name.endswith((run / "wandb.id").read_text())
     assert json.loads((run / "finished.json").read_text())["step"] == 2
-    recorded = (run / "config.yaml").read_text()
-    assert "hunter2" not in recorded and yaml.safe_load(recorded)["wandb"]["tags"] == ["${oc.env:SECRET_TAG}"]
+    recorded = yaml.safe_load((run / "config.yaml").read_text())["data"]["remote"]["options"]["s3"]
+    assert recorded == {"key": "${oc.env:SECRET_KEY}", "secret": "***"}
+    written = [file for file in run.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in written), "W&B's own log"
+    assert not [file for file in written if any(word in file.read_bytes() for word in (b"hunter2", b"swordfish"))]
 
 
 def test_a_folder_that_is_begun_again_is_another_wandb_run(tmp_path: Path) -> None:

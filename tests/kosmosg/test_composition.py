@@ -146,6 +146,37 @@ def test_lora_files(pipe, theirs, lora):
     assert np.array_equal(pipe(**PROMPT, **options()).images, plain)
 
 
+def test_lora_files_with_metadata_and_hot_swapping(pipe, theirs, tmp_path):
+    """Metadata alone tell that the strength is alpha 8 over rank 2. A second file takes the first one's place."""
+    files, embeddings = [], pipe.embeddings(**PROMPT)
+    for number, alpha in enumerate((8, 4)):
+        torch.manual_seed(number)
+        unet = theirs(StableDiffusionPipeline).unet
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        layers, metadata = get_peft_model_state_dict(unet), unet.peft_config["default"].to_dict()
+        files.append(tmp_path / str(number))
+        StableDiffusionPipeline.save_lora_weights(files[-1], layers, unet_lora_adapter_metadata=metadata)
+    expected = theirs(StableDiffusionPipeline)
+    for number, file in enumerate(files):
+        for loaded in (pipe, expected):
+            loaded.load_lora_weights(file, adapter_name="style", hotswap=number > 0)
+        ours = pipe(**PROMPT, **options()).images
+        assert np.array_equal(ours, expected(**embeddings, **options()).images)
+        strengths = {float(module.scaling["style"]) for module in pipe.unet.modules() if hasattr(module, "scaling")}
+        assert strengths == {(8 / 2, 4 / 2)[number]}
+
+
+def test_a_lora_file_can_be_fused(pipe, lora):
+    plain = pipe(**PROMPT, **options()).images
+    pipe.load_lora_weights(lora)
+    styled = pipe(**PROMPT, **options()).images
+    pipe.fuse_lora()
+    np.testing.assert_allclose(pipe(**PROMPT, **options()).images, styled, atol=1e-4)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    np.testing.assert_allclose(pipe(**PROMPT, **options()).images, plain, atol=1e-4)
+
+
 def test_lora_weights_of_the_text_model_are_left_out(pipe, theirs, tmp_path, caplog):
     loaded = theirs(StableDiffusionPipeline)
     both = write_lora(tmp_path / "both", loaded.unet, loaded.text_encoder)

@@ -1,3 +1,7 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +36,44 @@ def test_other_modes_are_read_as_rgb(mode):
 def test_transparency_becomes_white():
     assert TargetTransform(8)(Image.new("RGBA", (8, 8), (255, 0, 0, 0))).min() == 1.0
     assert TargetTransform(8)(Image.new("RGBA", (8, 8), (255, 0, 0, 255)))[1].max() == -1.0
+
+
+def grey_png(bits: int, row: list[int], key: int) -> Image.Image:
+    """One row of grey pixels with a transparent value, as `bits` on a pixel."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    packed = int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(len(row) * bits // 8)
+    header = struct.pack(">IIBBBBB", len(row), 1, bits, 0, 0, 0, 0)
+    parts = [
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">H", key)),
+        (b"IDAT", zlib.compress(b"\0" + packed)),
+        (b"IEND", b""),
+    ]
+    return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "row", "key", "seen"),
+    [
+        (1, [0, 1] * 4, 0, [255, 255] * 4),
+        (2, [0, 1, 2, 3], 1, [0, 255, 170, 255]),
+        (2, [0, 1, 2, 3], 0, [255, 85, 170, 255]),
+        (4, [0, 1, 7, 15], 7, [0, 17, 255, 255]),
+        (4, [0, 5, 10, 15], 5, [0, 255, 170, 255]),
+        (8, [0, 17, 51, 3], 3, [0, 17, 51, 255]),
+        (8, [0, 16, 17, 3], 16, [0, 255, 17, 3]),
+        (16, [0, 256, 512, 65535], 512, [0, 1, 255, 255]),
+    ],
+)
+def test_a_transparent_grey_becomes_white(bits, row, key, seen, loaded):
+    image = grey_png(bits, row, key)
+    if loaded:
+        image.load()
+    assert np.asarray(rgb(image))[0, :, 0].tolist() == seen
 
 
 def test_an_image_without_pixels_is_refused():

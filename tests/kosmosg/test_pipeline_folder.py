@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from diffusers.utils import hub_utils
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.utils import dynamic_modules_utils, hub_utils
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_mllm
 from kosmosg.models.kosmosg import KosmosG
+from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.tokenizer import Tokenizer
 from tests import tiny
@@ -43,7 +46,7 @@ def test_saved_and_loaded_it_draws_the_same_bits(pipe, tmp_path):
     expected = drawn(pipe)
     pipe.save_pretrained(tmp_path / "pipe")
     parts = {path.name for path in (tmp_path / "pipe").iterdir()}
-    assert parts == {"model_index.json", "mllm", "aligner", "tokenizer", "unet", "vae", "scheduler"}
+    assert parts == {"model_index.json", "pipeline.py", "mllm", "aligner", "tokenizer", "unet", "vae", "scheduler"}
     again = KosmosGPipeline.from_pretrained(tmp_path / "pipe")
     assert np.array_equal(drawn(again), expected)
     assert isinstance(again.tokenizer, Tokenizer) and isinstance(again.scheduler, DPMSolverMultistepScheduler)
@@ -52,6 +55,75 @@ def test_saved_and_loaded_it_draws_the_same_bits(pipe, tmp_path):
     once, twice = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in ("pipe", "twice"))
     assert once.pop("_name_or_path", None) != "" and twice.pop("_name_or_path", None) != ""
     assert once == twice and once["mllm"] == ["kosmosg.models.mllm", "MLLM"]
+
+
+def test_diffusers_finds_the_class_where_the_folders_code_is_trusted(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    found = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
+    assert type(found) is KosmosGPipeline and np.array_equal(drawn(found), drawn(pipe))
+
+
+def test_code_in_a_folder_is_not_run(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.py").write_text("raise RuntimeError('it ran')")
+    assert np.array_equal(drawn(KosmosGPipeline.from_pretrained(tmp_path)), drawn(pipe))
+
+
+def test_a_hub_id_is_downloaded_without_pickles(pipe, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo_id, **options):
+        asked.update(options, repo_id=repo_id)
+        return str(tmp_path)
+
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr("kosmosg.pipeline.snapshot_download", download)
+    assert np.array_equal(drawn(KosmosGPipeline.from_pretrained("someone/model", revision="v1")), drawn(pipe))
+    assert asked["repo_id"] == "someone/model" and asked["revision"] == "v1" and "*.bin" in asked["ignore_patterns"]
+
+
+ENCODING, DRAWING = ("mllm", "aligner", "tokenizer"), ("unet", "vae", "scheduler")
+
+
+@pytest.mark.parametrize("absent", [ENCODING, DRAWING, ("vae",)], ids="-".join)
+def test_a_pipeline_without_some_parts(pipe, tmp_path, absent):
+    """What the other parts can do works, before and after saving; what is missing is named."""
+    condition, negative = pipe.encode_prompt("a <i>", [RED])
+    options = {"num_inference_steps": 2, "seeds": [3], "output_type": "latent"}
+    embeddings = {"prompt_embeds": condition, "negative_prompt_embeds": negative}
+    latents = pipe(**embeddings, **options).images
+    partial = KosmosGPipeline(**{**pipe.components, **dict.fromkeys(absent)})
+    partial.save_pretrained(tmp_path)
+    for part in (partial, KosmosGPipeline.from_pretrained(tmp_path)):
+        part.set_progress_bar_config(disable=True)
+        if "mllm" not in absent:
+            torch.testing.assert_close(part.encode_prompt("a <i>", [RED])[0], condition)
+        if "unet" not in absent:
+            torch.testing.assert_close(part(**embeddings, **options).images, latents)
+        with pytest.raises(ValueError, match="which is needed here") as told:
+            part("a <i>", [RED], num_inference_steps=2)
+        assert all(name in str(told.value) for name in absent)
+        with pytest.raises(ValueError, match="which is needed here"):
+            part.embeddings("a <i>", images=[RED]) if "vae" not in absent else part.compose(lambda **parts: parts)
+
+
+def test_a_folder_of_another_pipeline_is_refused(tiny_stable_diffusion):
+    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline, which is no KosmosGPipeline"):
+        KosmosGPipeline.from_pretrained(tiny_stable_diffusion)
+
+
+def test_a_scheduler_whose_package_is_missing_names_it(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverSDEScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    if not hasattr(diffusers.DPMSolverSDEScheduler, "_backends"):
+        pytest.skip("the package is installed")
+    with pytest.raises(ValueError, match="torchsde"):
+        KosmosGPipeline.from_pretrained(tmp_path)
 
 
 def test_another_stable_diffusion_takes_the_place_of_the_folders(pipe, tmp_path, tiny_stable_diffusion):
@@ -85,6 +157,25 @@ def test_damaged_weights_are_refused(pipe, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "decoder_layers": 3}))
     with pytest.raises(ValueError, match=r"aligner' is not a AlignerEncoder.*missing_keys"):
         KosmosGPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_not_finite_are_refused(pipe, part, tiny_stable_diffusion, tmp_path):
+    """In a Stable Diffusion folder, and in a pipeline folder."""
+    decoder = shutil.copytree(tiny_stable_diffusion, tmp_path / "decoder")
+    pipe.save_pretrained(tmp_path / "pipe")
+    for folder in filter(Path.is_dir, (decoder / part, tmp_path / "pipe" / part)):
+        (file,) = folder.glob("*.safetensors")
+        weights = load_file(file)
+        name = sorted(weights)[0]
+        weights[name].view(-1)[0] = torch.nan
+        save_file(weights, file, metadata={"format": "pt"})
+    told = f"{part}' has 1 weights with NaN or infinite values"
+    with pytest.raises(ValueError, match=told):
+        StableDiffusion.from_pretrained(decoder)
+    if part != "text_encoder":
+        with pytest.raises(ValueError, match=told):
+            KosmosGPipeline.from_pretrained(tmp_path / "pipe")
 
 
 def test_precision(pipe, tmp_path):
@@ -123,6 +214,31 @@ def test_callback_interrupts_and_sees_latents(pipe):
 
     drawn(pipe, num_inference_steps=3, callback_on_step_end=look)
     assert seen == [(0, (1, 4, tiny.LATENT_SIZE, tiny.LATENT_SIZE))]
+
+
+def test_callbacks_see_the_pipeline_that_was_called(pipe):
+    """As the library's own callback tests: names in `_callback_tensor_inputs`, and what a callback may read and set."""
+    seen = []
+
+    def look(called, step, timestep, tensors):
+        assert called is pipe and tensors.keys() == {*pipe._callback_tensor_inputs}
+        seen.append((called.guidance_scale, called.num_timesteps, called.do_classifier_free_guidance))
+        called._guidance_scale = called.guidance_scale + 1
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    names = pipe._callback_tensor_inputs
+    options = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": names, "output_type": "latent"}
+    latents = drawn(pipe, num_inference_steps=3, guidance_scale=4.0, **options)
+    assert seen == [(4.0, 3, True), (5.0, 3, True), (6.0, 3, True)] and not latents.any()
+
+
+def test_diffusers_own_callback_cuts_guidance_off(pipe):
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda unet, arguments: rows.append(len(arguments[0])))
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    images = drawn(pipe, num_inference_steps=4, callback_on_step_end=cutoff)
+    assert rows == [2, 2, 2, 1] and pipe.guidance_scale == 0
+    assert not np.array_equal(images, drawn(pipe, num_inference_steps=4))
 
 
 def test_embeddings_in_place_of_prompts(pipe):

@@ -63,6 +63,7 @@ def test_every_scheduler_that_is_allowed_finds_what_the_noise_says(name, sampler
         ({"guidance_scale": float("nan")}, "guidance_scale=nan is not allowed"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001 is not allowed; allowed: at most 1000"),
         ({"fast_unguided_share": 1.5}, r"fast_unguided_share=1\.5"),
     ],
 )

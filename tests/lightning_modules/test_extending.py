@@ -384,9 +384,10 @@ def test_gradient_reaches_every_part_of_the_condition(
         module.image_decoder.check(module.conditions(batch.prompt)[0])
 
 
+@pytest.mark.parametrize("name", ["OtherPipeline", ["code", "OtherPipeline"]])
 def test_unknown_image_decoder_is_refused(
-    extended: dict[str, Path], flow_folder: Path, capsys: pytest.CaptureFixture
+    name: str | list[str], extended: dict[str, Path], flow_folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (flow_folder / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    (flow_folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     assert run(extended["colour"]) == 2
     assert "is a OtherPipeline; allowed: StableDiffusionPipeline, FlowPipeline" in capsys.readouterr().err
