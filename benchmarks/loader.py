@@ -1,29 +1,37 @@
-"""The loaders beside what they cannot do without: decoding for stage 3, tokenising for stage 2; and their memory.
+"""The loaders beside what they cannot do without (decoding for stage 3, tokenising for stage 2) and beside webdataset's
+and Hugging Face's readers of the same shards; how they start on sets of any size; and their memory.
 
 Samples are made for the purpose: noise whose spectrum falls off as photographs' does, at the sizes of the sources, and
-Toyland's captions. One process, one core, CPU seconds; loader and bare work take turns.
+Toyland's captions. One process, one core, CPU seconds; all ways take turns.
 """
 
 import gc
+import importlib.util
 import io
+import json
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import webdataset
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from benchmarks.measure import Limit, in_turns, interval, ratio
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
-from datamodules.data_config import Source
-from datamodules.images import StoredImage
+from datamodules.data_config import DataConfig, Source
+from datamodules.images import Limits, StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig
-from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
-from datamodules.shards import ShardWriter
+from datamodules.order import Mixture, SampleOrder
+from datamodules.reader import SampleReader
+from datamodules.remote import RemoteConfig
+from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, TextSample
+from datamodules.shards import ShardWriter, find_tars, list_shards, save_listing
 from datamodules.toyland.language import caption
 from datamodules.toyland.scene import sample_scene
 from kosmosg.config import load_config
@@ -50,6 +58,10 @@ class LoaderBenchmark:
     """Captions written; batches of stage 2 hold 56."""
     memory_captions: int = 200_000
     """Captions read while the memory is watched."""
+    real_captions: int = 1_000_000
+    """Captions of a set that is written to see how it starts."""
+    listed_shards: int = 200_000
+    """Shards of 10,000 samples each, 2·10⁹ in all, of a set that is only listed."""
     tokenizer: str = str(WEIGHTS / "tokenizer")
     """Folder of the MLLM's tokenizer."""
     clip: str = str(WEIGHTS / "stable-diffusion" / "tokenizer")
@@ -68,17 +80,19 @@ def measure(arguments: Sequence[str] = ()) -> dict[str, Any]:
     config = load_config(arguments, LoaderBenchmark)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return measure_stage3(config, Path(folder)) | measure_stage2(config, Path(folder))
+        starts = measure_starts(config, Path(folder))  # first, while the memory is small
+        return measure_stage3(config, Path(folder)) | measure_stage2(config, Path(folder)) | starts
 
 
 def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     """Two entities a constructed sample, so that all batches hold equally many images."""
     rng = np.random.default_rng(0)
     pair, edits, crops = ([] for _ in range(3))
+    per_shard = -(-config.samples // 4)
     with (
-        ShardWriter(folder / "constructed", "shard") as constructed,
-        ShardWriter(folder / "edit", "shard") as edit,
-        ShardWriter(folder / "captions", "shard") as captions,
+        ShardWriter(folder / "constructed", "shard", per_shard) as constructed,
+        ShardWriter(folder / "edit", "shard", per_shard) as edit,
+        ShardWriter(folder / "captions", "shard", per_shard) as captions,
     ):
         for number in range(config.samples):
             key = f"{number:06d}"
@@ -107,7 +121,28 @@ def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
         begin = next(begins)
         module.train_dataset[range(begin, begin + config.batch_size)]
 
-    ways = {
+    read_by_mllm = {"constructed": [f"{i}.background.{config.crops}" for i in range(2)], "edit": ["source.jpg"]}
+
+    def prepare(name: str, sample: dict[str, Any]) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:
+        """What a row of a source needs and no more: words, crops or the image to edit for the MLLM, and the target."""
+        text = sample["txt"].decode() if name == "captions" else json.loads(sample["json"])["caption"]
+        images = [clip(decoded_image(sample[member])) for member in read_by_mllm.get(name, [])]
+        return words.encode(text), images, target(decoded_image(sample["jpg" if name == "captions" else "target.jpg"]))
+
+    def peer(open_set: Callable[[Path], Iterator[dict[str, Any]]]) -> Callable[[], None]:
+        samples = {name: open_set(folder / name) for name in weights}
+
+        def read_theirs() -> None:
+            rows = [
+                prepare(name, next(samples[name])) for name, weight in weights.items() for _ in range(weight * fifth)
+            ]
+            torch.stack([image for _, images, _ in rows for image in images])
+            torch.stack([targets for *_, targets in rows])
+
+        return read_theirs
+
+    peers = {name: peer(open_set) for name, open_set in peer_readers().items()}
+    ways = peers | {
         "loader": read,
         "decode": lambda: [bare(image) for chosen in images.values() for image in chosen],
         "transforms": lambda: [transform(image) for transform, image in decoded],
@@ -117,6 +152,7 @@ def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     return {
         "stage 3, of bare decoding": ratio(seconds["decode"], seconds["loader"]),
         "stage 3, of decoding and bringing to size": ratio(both, seconds["loader"]),
+        **{f"stage 3, of {name}": ratio(seconds[name], seconds["loader"]) for name in peers},
         "stage 3, samples a second": interval([config.batch_size / taken for taken in seconds["loader"]]),
     }
 
@@ -126,7 +162,7 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     texts = [caption(sample_scene(rng), rng, told=True) for _ in range(config.captions)]
     stand_in = photograph(rng, 64, 64)
-    with ShardWriter(folder / "text", "captions", 10_000) as writer:
+    with ShardWriter(folder / "text", "captions", -(-config.captions // 20)) as writer:
         for number, text in enumerate(texts):
             writer.write(CaptionSample(text, stand_in), f"{number:09d}")
     clip, words = CLIPTokenizer.from_pretrained(config.clip), Tokenizer.from_pretrained(Path(config.tokenizer))
@@ -156,12 +192,88 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
             module.clip(chosen)
             words.encode_batch(chosen)
 
-    seconds = turns({"loader": read, "tokens": tokens}, config)
+    def peer(samples: Iterator[dict[str, Any]]) -> Callable[[], None]:
+        def read_theirs() -> None:
+            for _ in range(10):
+                chosen = [next(samples)["txt"].decode() for _ in range(56)]
+                module.clip(chosen)
+                words.encode_batch(chosen)
+
+        return read_theirs
+
+    peers = {name: peer(open_set(folder / "text")) for name, open_set in peer_readers().items()}
+    seconds = turns(peers | {"loader": read, "tokens": tokens}, config)
     return {
         "stage 2, of the two tokenizers alone": ratio(seconds["tokens"], seconds["loader"]),
+        **{f"stage 2, of {name}": ratio(seconds[name], seconds["loader"]) for name in peers},
         "stage 2, captions a second": interval([560 / taken for taken in seconds["loader"]]),
         "stage 2, kB of resident memory after the first tenth": (resident[-1] - resident[len(resident) // 10]) / 1000,
     }
+
+
+def peer_readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
+    """Other readers of the same tars, without end: member name → bytes. Hugging Face's is left out if not installed."""
+    readers = {"webdataset": read_by_webdataset}
+    if importlib.util.find_spec("datasets") is not None:
+        readers["Hugging Face datasets"] = read_by_datasets
+    return readers
+
+
+def read_by_webdataset(folder: Path) -> Iterator[dict[str, Any]]:
+    """Its pipeline with a shuffle of shards and a buffer of 1,000 samples."""
+    files = [str(path) for path in find_tars(str(folder))]
+    return iter(webdataset.WebDataset(files, shardshuffle=len(files), seed=0).shuffle(1000).repeat())
+
+
+def read_by_datasets(folder: Path) -> Iterator[dict[str, Any]]:
+    """Streaming, its images left encoded, with the same buffer."""
+    import datasets
+
+    files = [str(path) for path in find_tars(str(folder))]
+    stream = datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
+    assert stream.features is not None
+    for name, feature in stream.features.items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(name, datasets.Image(decode=False))
+    while True:
+        for sample in stream.shuffle(0, buffer_size=1000):
+            yield {name: as_bytes(value) for name, value in sample.items()}
+
+
+def as_bytes(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return value["bytes"]
+    return value.encode() if isinstance(value, str) else json.dumps(value).encode()
+
+
+def measure_starts(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
+    """Seconds until the first batch is located, on from a random step, and the growth of resident memory."""
+    record = {"samples": 10_000, "bytes": 2**30}
+    urls = [f"https://store.example/laion-{number:06d}.tar" for number in range(config.listed_shards)]
+    save_listing(folder / "laion.json", [record | {"name": url} for url in urls])
+    urls.clear()
+    with ShardWriter(folder / "real", "captions", 10_000) as writer:
+        for number in range(config.real_captions):
+            writer.write(TextSample(f"a boat on lake number {number}"), f"{number:09d}")
+    found: dict[str, Any] = {}
+    listed = 10_000 * config.listed_shards
+    sets = {f"{listed:,} samples, listed": folder / "laion.json", f"{config.real_captions:,} texts": folder / "real"}
+    for name, place in sets.items():
+        before, began = resident_bytes(), time.monotonic()
+        shards = list_shards(str(place), RemoteConfig(["https"]))
+        data = DataConfig()
+        order = SampleOrder(shards.samples, 0, data.lanes, data.lane_rows, data.window, data.block)
+        mixture = Mixture(0, [1], data.lanes, data.lane_rows)
+        reader = SampleReader(shards, order, TextSample.kind, Limits())
+        for position in range(len(shards) // 3, len(shards) // 3 + 64):
+            draw = mixture(position)
+            if shards.store is None:
+                reader(draw.lane, draw.row)
+            else:
+                order(draw.lane, draw.row)
+        found[f"start on {name}, seconds"] = {key: time.monotonic() - began for key in ("median", "low", "high")}
+        found[f"start on {name}, kB of resident memory"] = (resident_bytes() - before) / 1000
+    return found
 
 
 def turns(ways: dict[str, Any], config: LoaderBenchmark) -> dict[str, list[float]]:
@@ -170,7 +282,11 @@ def turns(ways: dict[str, Any], config: LoaderBenchmark) -> dict[str, list[float
 
 def bare(image: StoredImage) -> Image.Image:
     """Bytes → RGB pixels, by Pillow and nothing else."""
-    return Image.open(io.BytesIO(image.data)).convert("RGB")
+    return decoded_image(image.data)
+
+
+def decoded_image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def photograph(rng: np.random.Generator, width: int, height: int, kind: str = "jpg") -> StoredImage:

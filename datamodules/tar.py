@@ -269,7 +269,7 @@ def read_entry(read: Read, position: int) -> Entry | None:
         return None
     if len(header) < BLOCK:
         raise EOFError(f"breaks off at byte {position + len(header)}")
-    if header.count(0) == BLOCK:
+    if not header[0] and header.count(0) == BLOCK:
         return None
     # webdataset writes an extended header before each file, for the fraction of a second in its time.
     if header[156:157] == tarfile.XHDTYPE and (times := _pax_times(read, header, start)):

@@ -71,6 +71,8 @@ def test_loader_is_measured_beside_its_parts(capsys: pytest.CaptureFixture) -> N
         "batch_size=5",
         "captions=60",
         "memory_captions=3000",
+        "real_captions=100",
+        "listed_shards=100",
     ]
     assert main(["loader", *small]) == 0
     assert "captions" in capsys.readouterr().out
