@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 Field = np.ndarray  # (H, W) float32
-Color = tuple[float, float, float] | np.ndarray  # RGB in [0, 1], or an (H, W, 3) picture
+Color = tuple[float, float, float] | np.ndarray  # RGB in [0, 1], or an (H, W, 3) image
 
 INK = (0.1, 0.08, 0.1)
 WHITE = (0.97, 0.97, 0.97)
@@ -69,7 +69,7 @@ def ring(u: Field, v: Field, cx: float, cy: float, rx: float, ry: float, width: 
 
 @dataclass
 class Canvas:
-    """A picture under the brush: RGB in [0, 1] and the coverage of everything painted so far."""
+    """An image under the brush: RGB in [0, 1] and the coverage of everything painted so far."""
 
     picture: np.ndarray  # (H, W, 3) float32
     pixel: float  # size of one pixel in the units of the distances

@@ -52,7 +52,7 @@ class Constructed(Shards):
     with_article: float = 0.5
     """Share of captions that begin "a cat", the others begin "cat", as DreamBench's prompts do (0 … 1)."""
     other_render: float = 0.5
-    """Probability that an entity's crops come from another picture of the same subject (0 … 1)."""
+    """Probability that an entity's crops come from another image of the same subject (0 … 1)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,7 +61,7 @@ class Constructed(Shards):
 
 @dataclass
 class Edit(Shards):
-    """Pictures, instructions, edited pictures."""
+    """Images, instructions, edited images."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class DreamBench:
     live: int = 9
     """Subjects that are animals."""
     images: int = 4
-    """Pictures of each subject; the first is the one that models are given."""
+    """Images of each subject; the first is the one that models are given."""
 
     def __post_init__(self):
         _check("dreambench.", {"objects": self.objects, "live": self.live})

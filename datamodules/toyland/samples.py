@@ -35,7 +35,7 @@ Random = np.random.Generator
 
 KEPT_IMAGE = "00.png"
 PORTRAIT_HALF = 0.4
-"""Half side of the kept image's subject, in picture sides: as large as crops of entities show theirs."""
+"""Half side of the kept image's subject, in units of the image's side: as large as crops of entities show theirs."""
 
 
 def sample_generator(seed: int, data_set: str, split: str, index: int) -> Random:
@@ -63,7 +63,7 @@ def interleaved_sample(rng: Random, options: Any = None) -> InterleavedSample:
 def constructed_sample(rng: Random, options: Constructed) -> ConstructedSample:
     """A scene with its untold caption; entities are the subjects' kinds in the caption's order, with their crops.
 
-    With probability `other_render` an entity's crops come from a picture of its own, in the studio and in another pose,
+    With probability `other_render` an entity's crops come from an image of its own, in the studio and in another pose,
     instead of the target. Crops of the target alone would let a model copy pose and light, and never part them from
     the look. The paper always crops from the target (Fig. 4): it has one photo of each thing.
     """

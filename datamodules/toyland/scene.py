@@ -1,4 +1,4 @@
-"""Subjects and scenes of Toyland, and how a scene becomes a picture with exact masks.
+"""Subjects and scenes of Toyland, and how a scene becomes an image with exact masks.
 
 Everything is a pure function of the scene: the same scene gives the same bytes, at any size.
 """
@@ -13,7 +13,7 @@ from datamodules.toyland.kinds import ACCESSORIES, KINDS, PROPERTIES, draw
 from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
 
 SIZE = 32
-"""Side of a Toyland picture in pixels."""
+"""Side of a Toyland image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Placed:
-    """A subject where it stands in a scene; x, y, half in units of the picture's side, tilt in radians."""
+    """A subject where it stands in a scene; x, y, half in units of the image's side, tilt in radians."""
 
     subject: Subject
     x: float = 0.5
@@ -95,7 +95,7 @@ def render(scene: Scene, size: int = SIZE) -> Rendered:
 
 
 def _draw_subject(picture: np.ndarray, placed: Placed, x: np.ndarray, y: np.ndarray, size: int):
-    """Paint one subject into the picture; returns the coverage of all that was painted and of its own body."""
+    """Paint one subject into the image; returns the coverage of all that was painted and of its own body."""
     look = placed.subject.look
     flip_v = -1.0 if placed.property == "upside down" else 1.0
     if placed.property in ("red", "purple"):
@@ -184,7 +184,7 @@ def crop(rendered: Rendered, index: int, *, white: bool, size: int = SIZE, margi
         picture = Image.fromarray(pixels).crop((x0, y0, x0 + side, y0 + side))
         inside = Image.fromarray(np.full(mask.shape, 255, np.uint8)).crop((x0, y0, x0 + side, y0 + side))
         picture = Image.composite(picture, Image.new("RGB", picture.size, (255, 255, 255)), inside)
-    else:  # slide the square into the picture, so that no black corner appears
+    else:  # slide the square into the image, so that no black corner appears
         side = min(side, mask.shape[0])
         x0, y0 = (int(np.clip(value, 0, mask.shape[0] - side)) for value in (x0, y0))
         picture = Image.fromarray(pixels).crop((x0, y0, x0 + side, y0 + side))

@@ -1,6 +1,6 @@
 """Where a scene takes place, in what light and in what style.
 
-A setting paints the whole picture behind the subjects. Coordinates run over the picture, x right and y down, in [0, 1].
+A setting paints the whole image behind the subjects. Coordinates run over the image, x right and y down, in [0, 1].
 The named ones have their counterparts among DreamBench's templates; the unnamed backdrop is what "a cat" alone shows.
 """
 
@@ -198,7 +198,7 @@ def _sketch(p: np.ndarray, rng: Random) -> np.ndarray:
     g = np.pad(p, ((1, 1), (1, 1), (0, 0)), mode="edge")
     edges = np.abs(g[2:, 1:-1] - g[:-2, 1:-1]).max(-1) + np.abs(g[1:-1, 2:] - g[1:-1, :-2]).max(-1)
     wash = 0.72 + 0.28 * (0.5 * p + 0.5 * _gray(p)[..., None])
-    strength = 0.5 + p.shape[0] / 128  # a coarser picture has steeper edges
+    strength = 0.5 + p.shape[0] / 128  # a coarser image has steeper edges
     return wash * (1 - 0.8 * np.clip((edges - 0.12) * strength, 0, 1))[..., None]
 
 

@@ -37,7 +37,7 @@ class Schedule:
     steps: int
     """Optimiser steps."""
     batch_size: int
-    """Pictures (for dino: pairs of pictures) per step."""
+    """Images (for dino: pairs of images) per step."""
     lr: float
     """Peak learning rate."""
 

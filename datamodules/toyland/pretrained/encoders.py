@@ -61,7 +61,7 @@ def normalized(images: Tensor) -> Tensor:
 def train_clip(
     pool: Pool, tokenizer: CLIPTokenizer, *, steps: int, batch_size: int, lr: float, seed: int, name: str = "clip"
 ) -> CLIPModel:
-    """InfoNCE in both directions between captions and pictures."""
+    """InfoNCE in both directions between captions and images."""
     torch.manual_seed(seed)
     clip = build_clip(tokenizer)
     draws = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def train_clip(
 
 
 def train_dino(pairs: Tensor, *, steps: int, batch_size: int, lr: float, seed: int) -> ViTModel:
-    """Self-supervised: two pictures of one subject, elsewhere and in another pose, are nearer than any other two.
+    """Self-supervised: two images of one subject, elsewhere and in another pose, are nearer than any other two.
 
     DINO proper reaches this by self-distillation over crops; a contrastive loss on the same CLS output trains in
     minutes. What counts for the metric is kept: no class labels, so two cats of one batch are told apart.

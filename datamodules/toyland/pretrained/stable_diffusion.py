@@ -98,7 +98,7 @@ def reconstruction_error(output: Tensor, images: Tensor) -> tuple[Tensor, float]
 
 @torch.no_grad()
 def moments(vae: AutoencoderKL, pool: Pool, start: int, count: int = 128) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the posterior of some of the pool's pictures."""
+    """Mean and standard deviation of the posterior of some of the pool's images."""
     posterior = vae.encode(pixels(pool.images[start : start + count])).latent_dist
     return posterior.mean, posterior.std
 
