@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from PIL import Image
 from transformers import CLIPTokenizer
+from webdataset.compat import WebDataset
 
 from benchmarks.measure import Limit, in_turns, interval, ratio
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
@@ -222,12 +222,12 @@ def peer_readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
 def read_by_webdataset(folder: Path) -> Iterator[dict[str, Any]]:
     """Its pipeline with a shuffle of shards and a buffer of 1,000 samples."""
     files = [str(path) for path in find_tars(str(folder))]
-    return iter(webdataset.WebDataset(files, shardshuffle=len(files), seed=0).shuffle(1000).repeat())
+    return iter(WebDataset(files, shardshuffle=len(files), seed=0).shuffle(1000).repeat())
 
 
 def read_by_datasets(folder: Path) -> Iterator[dict[str, Any]]:
     """Streaming, its images left encoded, with the same buffer."""
-    import datasets
+    import datasets  # type: ignore[import-not-found]
 
     files = [str(path) for path in find_tars(str(folder))]
     stream = datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)

@@ -103,7 +103,7 @@ class Store:
         pause = self.config.pause
         for attempt in range(self.config.retries + 1):
             try:
-                system.get_file(url, str(path), callback=_Bounded(url, limit), **options)
+                system.get_file(url, str(path), callback=_Bounded(url, limit), **options)  # type: ignore[arg-type]
                 return
             except (FileNotFoundError, PermissionError, ImportError, _TooLargeError):
                 raise
