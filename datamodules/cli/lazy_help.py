@@ -1,26 +1,24 @@
 """Help that lists the keys of a schema, which is imported only when somebody asks for it."""
 
 import argparse
-import importlib
+from pkgutil import resolve_name
 
 
 class SchemaHelp(argparse.Action):
-    """`--keys [NAME]`: print the settings of a schema and exit.
+    """`--keys NAME`: print the settings of a schema and exit.
 
     Args:
-        schemas: name → "module:class", the name "" for a command with one schema.
+        schemas: name → "module:schema".
     """
 
     def __init__(self, *arguments, schemas: dict[str, str], **options):
-        super().__init__(*arguments, nargs=0 if "" in schemas else 1, **options)
+        super().__init__(*arguments, **options)
         self.schemas = schemas
 
     def __call__(self, parser, namespace, values, option_string=None):
         from kosmosg.config import describe_schema
 
-        name = values[0] if values else ""
-        if name not in self.schemas:
-            parser.error(f"'{name}' is none of {', '.join(self.schemas)}")
-        module, _, schema = self.schemas[name].partition(":")
-        print(describe_schema(getattr(importlib.import_module(module), schema)))
+        if values not in self.schemas:
+            parser.error(f"'{values}' is none of {', '.join(self.schemas)}")
+        print(describe_schema(resolve_name(self.schemas[values])))
         parser.exit()

@@ -166,10 +166,10 @@ def open_images_list(file: Path, rows: list[dict]) -> Path:
 
 
 def open_images(folder: Path, count: int = 8, packed: bool = False) -> Path:
-    """The list, the images in a folder or in a packed tar as the CVDF hosts them, and Localized Narratives."""
+    """The list, the images in a folder or in a tar as the CVDF hosts them, and Localized Narratives."""
     open_images_list(folder / "train-images-boxable-with-rotation.csv", open_images_rows(count))
     if packed:
-        with tarfile.open(folder / "train_0.tar.gz", "w:gz") as tar:
+        with tarfile.open(folder / "train_0.tar", "w") as tar:
             for i in range(count):
                 add(tar, f"train_0/{image_id(i)}.jpg", jpeg(i, SIDE + 16))
     else:
