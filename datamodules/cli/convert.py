@@ -38,6 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     done = convert(arguments.converter, converter, arguments.output, Console(stderr=True))
     print(f"{done.records:,} records read, {done.samples:,} samples written in {len(done.shards):,} shard(s)")
     if done.examples:
-        print(f"{done.reasons()}; examples in '{arguments.output}/{converter.config.prefix}.conversion.json'")
+        print(f"{done}; more in '{arguments.output}/{converter.config.prefix}.conversion.json'")
     print(f"written to '{arguments.output}/{converter.config.prefix}-*.tar'")
     return 0

@@ -52,8 +52,6 @@ def is_hidden(name: str | PurePath) -> bool:
 def find_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The file itself, or all files below a folder whose names end in one of `suffixes`, compressed or not.
 
-    Links to files are followed, since downloads from the hub are such; hidden files are passed over.
-
     Raises:
         DataError: there is none.
     """
@@ -61,11 +59,16 @@ def find_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f"there is no file or folder '{source}'.")
-    found = [path for path in source.rglob("*") if plain_suffix(path) in suffixes and path.is_file()]
-    found = sorted(path for path in found if not is_hidden(path.relative_to(source)))
+    found = [path for path in visible_files(source) if plain_suffix(path) in suffixes]
     if not found:
         raise DataError(f"'{source}' holds no file that ends in {', '.join(suffixes)} (or those with .gz, .zst, .zip).")
     return found
+
+
+def visible_files(folder: Path, pattern: str = "*") -> list[Path]:
+    """Regular files at any depth, links to them included, in their order; hidden ones are passed over."""
+    found = (path for path in folder.rglob(pattern) if not is_hidden(path.relative_to(folder)))
+    return sorted(path for path in found if path.is_file())
 
 
 def plain_suffix(path: Path) -> str:

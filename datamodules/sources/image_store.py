@@ -19,7 +19,7 @@ import numpy as np
 from datamodules.errors import ShardError
 from datamodules.images import SUFFIXES, StoredImage
 from datamodules.sources.converter import ImageConversionConfig, Record, checked_image
-from datamodules.sources.files import is_hidden
+from datamodules.sources.files import is_hidden, visible_files
 from datamodules.sources.tables import text_of
 
 ARCHIVES = (".tar", ".zip")
@@ -45,9 +45,9 @@ class ImageStore:
         self.max_bytes = max_bytes
         self.folder = place.resolve() if place.is_dir() else None
         if self.folder is not None:
-            found = sorted(path for path in place.rglob("*") if path.suffix.lower() in ARCHIVES and path.is_file())
-            self.archives = [path for path in found if not is_hidden(path.relative_to(place))]
-            if packed := sorted(path for path in place.rglob("*") if path.name.lower().endswith(PACKED)):
+            found = visible_files(place)
+            self.archives = [path for path in found if path.suffix.lower() in ARCHIVES]
+            if packed := [path for path in found if path.name.lower().endswith(PACKED)]:
                 raise ShardError(f"'{packed[0]}' is compressed: unpack it to a .tar (gunzip), or set another store=…")
         elif place.is_file() and place.suffix.lower() in ARCHIVES:
             self.archives = [place]

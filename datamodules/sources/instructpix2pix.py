@@ -18,7 +18,7 @@ from datamodules.errors import DataError, SampleError
 from datamodules.images import SampleImage
 from datamodules.sample import MOST_PAIRS, EditSample
 from datamodules.sources.converter import Converter, ImageConversionConfig, Record, checked_image
-from datamodules.sources.files import find_files, is_hidden
+from datamodules.sources.files import find_files, visible_files
 from datamodules.sources.image_store import embedded_bytes, read_inside
 from datamodules.sources.tables import parse_json, rows, text_of
 from kosmosg.files import decode_text
@@ -46,11 +46,9 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
 
     def __init__(self, source: Path, config: InstructPix2PixConfig):
         super().__init__(source, config)
-        parquet = source.is_file() or (source.is_dir() and any(source.rglob("*.parquet")))
-        self.tables = find_files(source, (".parquet",)) if parquet else []
+        folders = (source / "seeds.json").is_file() or visible_files(source, "prompt.json")
+        self.tables = [] if folders else find_files(source, (".parquet",))
         self.folder = source.resolve()
-        if not parquet and not source.is_dir():
-            raise DataError(f"there is no folder '{source}'.")
 
     def files(self) -> list[Path]:
         return self.tables or [self.source / "seeds.json"]
@@ -84,7 +82,7 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
         try:
             listed = json.loads(decode_text(file.read_bytes()))
         except FileNotFoundError:
-            folders = sorted(path.parent for path in self.source.rglob("prompt.json"))
+            folders = [path.parent for path in visible_files(self.source, "prompt.json")]
             listed = [[str(folder.relative_to(self.source)), _seeds(folder)] for folder in folders]
         except (ValueError, RecursionError) as error:
             raise DataError(f"'{file}' is not JSON ({error}); without it the folders are listed.") from error
@@ -130,4 +128,4 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
 
 
 def _seeds(folder: Path) -> list[str]:
-    return sorted(path.name.removesuffix("_0.jpg") for path in folder.glob("*_0.jpg") if not is_hidden(path.name))
+    return [path.name.removesuffix("_0.jpg") for path in visible_files(folder, "*_0.jpg")]
