@@ -8,6 +8,7 @@ import codecs
 import gzip
 import io
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ T = TypeVar("T")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED = (*OPENERS, ".zst", ".zip")
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+UNOPENABLE = (*DAMAGED, RuntimeError, ValueError, LookupError, struct.error)
+"""What zipfile and pyarrow raise for hostile files; RuntimeError: what zipfile cannot decrypt or decompress."""
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -90,19 +93,19 @@ def read_streams(path: Path, read: Callable[[IO[bytes]], Iterator[T]]) -> Iterat
     else:
         try:
             archive = zipfile.ZipFile(path)
-        except DAMAGED as error:
+        except UNOPENABLE as error:
             yield damaged(error)
             return
         with archive:
             for info in archive.infolist():
-                if not info.is_dir() and not is_hidden(info.filename):
+                if not info.filename.endswith("/") and not is_hidden(info.filename):
                     yield from _read(partial(archive.open, info), read, f"{info.filename}: ")
 
 
 def _read(opened: Callable[[], Any], read: Callable[[IO[bytes]], Iterator[T]], name: str = "") -> Iterator[Any]:
     try:
         stream = opened()
-    except (*DAMAGED, RuntimeError) as error:  # RuntimeError: what zipfile cannot decrypt or decompress
+    except UNOPENABLE as error:
         yield damaged(error, name)
         return
     try:

@@ -10,6 +10,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +28,7 @@ PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 HEADER_BYTES = 1_000_000
 """Most bytes of an extended header of a tar, and of a json member."""
 LOCAL_HEADER = 30
+ANY_FOLDER = "*/"
 IN_TAR = -1
 """In the place of a zip's method of compression."""
 
@@ -34,8 +36,8 @@ IN_TAR = -1
 class ImageStore:
     """Images under a folder, or in one tar or zip. Plain values only: it is sent to worker processes.
 
-    A name is looked for as the member of an archive (with or without its folders), as the URL in the json of an
-    image's tar group (img2dataset writes it), and as a path in the folder.
+    A name is looked for as a member of an archive or the URL in the json of an image's tar group (img2dataset writes
+    it), as a path in the folder, and as a member in any folder of an archive.
 
     Raises:
         ShardError: there is no such folder, or an archive cannot be read.
@@ -78,17 +80,26 @@ class ImageStore:
             names: file name, relative path or URL; the first that is there is taken.
 
         Raises:
-            SampleError: `missing_image`, `refused_path`, `member_too_large`, `damaged_file` or `unreadable_file`.
+            SampleError: `missing_image`, `ambiguous_image`, `refused_path`, `member_too_large`, `damaged_file` or
+                `unreadable_file`.
         """
         for name in names:
-            number = int(np.searchsorted(self.hashes, _hash(name)))
-            if number < len(self.hashes) and self.hashes[number] == _hash(name):
-                return self._unpacked(record, name, *self.places[number].tolist())
-            if self.folder is not None and "://" not in name:
-                content = read_inside(record, self.folder, name, self.max_bytes)
-                if content is not None:
-                    return content
+            if places := self._places(name):
+                return self._unpacked(record, name, *places[0])
+            if "://" in name:
+                continue
+            content = read_inside(record, self.folder, name, self.max_bytes) if self.folder else None
+            if content is not None:
+                return content
+            if len(places := self._places(ANY_FOLDER + name)) > 1:
+                raise record.error("ambiguous_image", f"{name!r:.200} is in {len(places)} folders of the archives")
+            if places:
+                return self._unpacked(record, name, *places[0])
         raise record.error("missing_image", f"{names[0]!r:.200}")
+
+    def _places(self, name: str) -> list[list[int]]:
+        begin, end = (np.searchsorted(self.hashes, _hash(name), side) for side in ("left", "right"))
+        return self.places[begin:end].tolist()
 
     def _unpacked(self, record: Record, name: str, archive: int, offset: int, size: int, method: int) -> bytes:
         _check_size(record, name, size, self.max_bytes)
@@ -104,9 +115,7 @@ class ImageStore:
         except (OSError, zlib.error) as error:
             raise record.error("damaged_file", f"{name!r:.200}: {error}") from error
         if method not in (IN_TAR, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise record.error(
-                "damaged_file", f"{name!r:.200} is encrypted, or compressed by a method other than deflate"
-            )
+            raise record.error("damaged_file", f"{name!r:.200} is encrypted, or of another method than deflate")
         _check_size(record, name, len(content), self.max_bytes)
         return content
 
@@ -154,21 +163,18 @@ def _check_size(record: Record, name: str, size: int, most: int) -> None:
 
 def _index(archives: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Sorted hashes of names and URLs, and the place of each image: 40 bytes a name, not a dictionary."""
-    hashes: list[int] = []
-    places: list[tuple[int, int, int, int]] = []
+    hashes, places = array("Q"), array("q")
     for number, path in enumerate(archives):
         members = _zip_images if path.suffix.lower() == ".zip" else _tar_images
         try:
             for name, *place in members(path):
-                for known in {name, PurePosixPath(name).name}:
+                for known in [name] if "://" in name else [name, ANY_FOLDER + PurePosixPath(name).name]:
                     hashes.append(_hash(known))
-                    places.append((number, *place))
+                    places.extend((number, *place))
         except Exception as error:  # hostile headers make tarfile and zipfile raise nearly anything
-            raise ShardError(
-                f"'{path}' is no readable archive of images ({error}); replace it or remove it."
-            ) from error
-    order = np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")
-    return np.array(hashes, dtype=np.uint64)[order], np.array(places, dtype=np.int64).reshape(-1, 4)[order]
+            raise ShardError(f"'{path}' is no readable archive of images ({error}); replace or remove it.") from error
+    order = np.argsort(np.array(hashes), kind="stable")
+    return np.array(hashes)[order], np.array(places).reshape(-1, 4)[order]
 
 
 class _Headers(io.FileIO):
@@ -225,4 +231,5 @@ def _url_in(content: bytes) -> str | None:
 
 
 def _hash(name: str) -> int:
+    name = name if "://" in name else str(PurePosixPath(name))  # `tar -c .` writes ./a.jpg
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from datamodules.errors import DataError
 from datamodules.sources.converter import Record
-from datamodules.sources.files import DAMAGED, Unreadable, damaged, lines, plain_suffix, pyarrow, read_streams
+from datamodules.sources.files import UNOPENABLE, Unreadable, damaged, lines, plain_suffix, pyarrow, read_streams
 from kosmosg.files import decode_text
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -190,9 +190,20 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict | Unreada
             if columns and not wanted:
                 raise DataError(f"'{path}' has no column {' or '.join(columns)}; it has {', '.join(there)}.")
             for batch in table.iter_batches(PARQUET_BATCH, columns=wanted or None):
-                yield from batch.to_pylist()
-    except (ArrowException, *DAMAGED) as error:
+                yield from _batch_rows(batch)
+    except (ArrowException, *UNOPENABLE) as error:
         yield damaged(error)
+
+
+def _batch_rows(batch: Any) -> Iterator[dict | Unreadable]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # pyarrow does not look at texts that other programs wrote until they are taken out
+        for number in range(len(batch)):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield Unreadable("not_utf8", f"{error.reason} at byte {error.start}")
 
 
 def _holds_lines(path: Path, limit: int) -> bool:

@@ -93,6 +93,15 @@ def test_a_byte_order_mark_at_the_start_of_texts_and_members(tmp_path: Path) -> 
         decode({"txt": BOM.encode()}, "s", "k")
 
 
+def test_a_text_of_a_parquet_file_that_is_not_utf_8_costs_its_row(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"a dog", b"\xff", b"a boat"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"caption": texts}), tmp_path / "a.parquet")
+    done = convert("captions", tmp_path / "a.parquet", tmp_path / "out")
+    assert [sample.caption for sample in samples(tmp_path / "out")] == ["a dog", "a boat"]
+    assert done.dropped == {"not_utf8": 1}
+
+
 def test_utf_16_is_refused_by_name_not_read_as_text_with_nuls(tmp_path: Path) -> None:
     for name in ("a.tsv", "b.csv", "c.jsonl"):
         published.write(tmp_path / "in" / name, 'caption\turl\n{"caption": "a"}\t1\n'.encode("utf-16"))
@@ -213,6 +222,19 @@ def test_zips_that_cannot_be_opened_are_damaged_files(options: dict, tmp_path: P
     published.write(tmp_path / "images/a.zip", zip_of("a.jpg", published.jpeg(0), **options))
     with pytest.raises(SampleError, match=r"damaged_file.*a\.jpg"):
         ImageStore(tmp_path / "images", 10**6).find(RECORD, "a.jpg")
+
+
+def test_names_in_archives_with_and_without_their_folders(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, name in enumerate(("./a/0.jpg", "./a/1.jpg", "./b/1.jpg", "./2.jpg", "./b/2.jpg")):
+            published.add(tar, name, published.jpeg(number))
+    store = ImageStore(tmp_path, 10**6)
+    for name, number in (("a/0.jpg", 0), ("./a/0.jpg", 0), ("0.jpg", 0), ("b/1.jpg", 2), ("2.jpg", 3)):
+        assert store.find(RECORD, name) == published.jpeg(number), name
+    with pytest.raises(SampleError, match=r"ambiguous_image.*1\.jpg"):
+        store.find(RECORD, "1.jpg")
+    with pytest.raises(SampleError, match="missing_image"):
+        store.find(RECORD, "c/0.jpg")
 
 
 def test_a_zip_of_images_is_read_in_place_and_bounded(tmp_path: Path) -> None:
