@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.sample import CaptionSample
-from datamodules.sources.converter import ConversionConfig, Converter, Record, at_least
-from datamodules.sources.files import find_files
-from datamodules.sources.tables import TABLE_SUFFIXES, parse, rows, text_of, value_of
+from datamodules.sources.converter import ConversionConfig, Converter, at_least
+from datamodules.sources.files import Record
+from datamodules.sources.tables import parse, rows, text_of, value_of
 
 
 @dataclass
@@ -42,9 +42,6 @@ class Captions(Converter[CaptionsConfig]):
     """Rows become caption samples without an image."""
 
     schema = CaptionsConfig
-
-    def files(self) -> list[Path]:
-        return find_files(self.source, TABLE_SUFFIXES)
 
     def records(self, file: Path) -> Iterator[Any]:
         config = self.config

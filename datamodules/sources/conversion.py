@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from datamodules.errors import DataError, SampleError
 from datamodules.folder_lock import held
 from datamodules.processes import ordered_map
-from datamodules.sources.converter import ConversionConfig, Converted, Converter, Record
+from datamodules.sources.converter import ConversionConfig, Converted, Converter
+from datamodules.sources.files import Record
 from datamodules.storage.shards import ShardWriter
 from kosmosg.files import write_json
 

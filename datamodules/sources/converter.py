@@ -3,17 +3,18 @@
 import io
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
-from datamodules.errors import FilteredSample, SampleError
+from datamodules.errors import SampleError
 from datamodules.images import Limits, StoredImage
 from datamodules.sample import Sample
-from datamodules.sources.files import Unreadable
+from datamodules.sources.files import Record, Unreadable, find_files
+from datamodules.sources.tables import TABLE_SUFFIXES, rows
 
 ROTATIONS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -80,30 +81,6 @@ class ImageConversionConfig(ConversionConfig):
     """What is done to every image."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record of the input: a line, a row, a folder.
-
-    Attributes:
-        file, number: which of the input's files, and the record's place in it.
-        name: of the file, for messages.
-        content: what the converter read; an `Unreadable` where it could not.
-    """
-
-    file: int
-    number: int
-    name: str
-    content: Any
-
-    def error(self, reason: str, detail: str = "") -> SampleError:
-        """An error that names this record."""
-        return SampleError(reason, self.name, str(self.number), detail)
-
-    def filtered(self, reason: str, detail: str = "") -> FilteredSample:
-        """A sound record that the settings leave out."""
-        return FilteredSample(reason, self.name, str(self.number), detail)
-
-
 @dataclass
 class Converted:
     """The samples of one record, why there are no more, and what was skipped of samples that are kept, by reason."""
@@ -119,7 +96,7 @@ Config = TypeVar("Config", bound=ConversionConfig)
 
 
 class Converter(ABC, Generic[Config]):
-    """Converts one published layout. Sent to worker processes, so it holds plain values.
+    """Converts one published set, by default of tables. Sent to worker processes, so it holds plain values.
 
     Args:
         source: file or folder.
@@ -129,17 +106,20 @@ class Converter(ABC, Generic[Config]):
     """
 
     schema: ClassVar[type[ConversionConfig]]
+    suffixes: ClassVar[tuple[str, ...]] = TABLE_SUFFIXES
+    columns: Sequence[str] = ()
+    """What is read of Parquet files; none: everything."""
 
     def __init__(self, source: Path, config: Config):
         self.source, self.config = source, config
 
-    @abstractmethod
     def files(self) -> list[Path]:
         """The input's files in the order of reading."""
+        return find_files(self.source, self.suffixes)
 
-    @abstractmethod
     def records(self, file: Path) -> Iterator[Any]:
         """What each record holds; None for a blank line. As little work as possible: it runs in one process."""
+        return rows(file, self.config.max_record_bytes, self.columns)
 
     @abstractmethod
     def samples(self, record: Record, skipped: Counter[str]) -> Iterable[Sample]:

@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import IO, Any, TypeVar
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, FilteredSample, SampleError
 
 T = TypeVar("T")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED = (*OPENERS, ".zst", ".zip")
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
-UNOPENABLE = (*DAMAGED, RuntimeError, ValueError, LookupError, struct.error)
+DAMAGED = (OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error)
+UNOPENABLE = (*DAMAGED, RuntimeError, ValueError, LookupError)
 """What zipfile and pyarrow raise for hostile files; RuntimeError: what zipfile cannot decrypt or decompress."""
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -34,6 +34,30 @@ class Unreadable:
 
     reason: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of the input: a line, a row, a folder.
+
+    Attributes:
+        file, number: which of the input's files, and the record's place in it.
+        name: of the file, for messages.
+        content: what was read; an `Unreadable` where it could not be.
+    """
+
+    file: int
+    number: int
+    name: str
+    content: Any
+
+    def error(self, reason: str, detail: str = "") -> SampleError:
+        """An error that names this record."""
+        return SampleError(reason, self.name, str(self.number), detail)
+
+    def filtered(self, reason: str, detail: str = "") -> FilteredSample:
+        """A sound record that the settings leave out."""
+        return FilteredSample(reason, self.name, str(self.number), detail)
 
 
 def pyarrow(path: Path) -> Any:

@@ -12,15 +12,16 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from datamodules.errors import ShardError
 from datamodules.images import SUFFIXES, StoredImage
-from datamodules.sources.converter import ImageConversionConfig, Record, checked_image
-from datamodules.sources.files import is_hidden, visible_files
+from datamodules.sources.converter import Converter, ImageConversionConfig, checked_image
+from datamodules.sources.files import Record, is_hidden, visible_files
 from datamodules.sources.tables import text_of
 
 ARCHIVES = (".tar", ".zip")
@@ -31,6 +32,26 @@ LOCAL_HEADER = 30
 ANY_FOLDER = "*/"
 IN_TAR = -1
 """In the place of a zip's method of compression."""
+
+
+@dataclass
+class StoreConfig(ImageConversionConfig):
+    """How a set is converted whose images lie beside it."""
+
+    store: str | None = None
+    """Folder of images or of tars and zips of them, such as img2dataset's output; null: the folder of the input."""
+
+
+Config = TypeVar("Config", bound=StoreConfig)
+
+
+class StoreConverter(Converter[Config]):
+    """A converter with `store`, where the images are."""
+
+    def __init__(self, source: Path, config: Config):
+        super().__init__(source, config)
+        place = Path(config.store) if config.store else source if source.is_dir() else source.parent
+        self.store = ImageStore(place, config.limits.max_member_bytes)
 
 
 class ImageStore:

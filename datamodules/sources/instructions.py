@@ -13,17 +13,16 @@ from typing import Any
 
 from datamodules.images import SampleImage, StoredImage
 from datamodules.sample import InstructionSample
-from datamodules.sources.converter import Converter, ImageConversionConfig, Record, as_jpeg, at_least
-from datamodules.sources.files import find_files
-from datamodules.sources.image_store import ImageStore
-from datamodules.sources.interleaved import store_of
-from datamodules.sources.tables import TABLE_SUFFIXES, parse, rows, text_of, value_of
+from datamodules.sources.converter import as_jpeg, at_least
+from datamodules.sources.files import Record
+from datamodules.sources.image_store import StoreConfig, StoreConverter
+from datamodules.sources.tables import parse, text_of, value_of
 
 HALVES = ("left", "right")
 
 
 @dataclass
-class InstructionsConfig(ImageConversionConfig):
+class InstructionsConfig(StoreConfig):
     """Prompts with images, and the images to make."""
 
     prompt: str = "prompt"
@@ -43,8 +42,6 @@ class InstructionsConfig(ImageConversionConfig):
     mention, and without a placeholder all, come before it."""
     first_number: int = 1
     """Number of the first image in placeholders with a group."""
-    store: str | None = None
-    """Folder of images or of tars and zips of them; null: the folder of the rows."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,21 +56,14 @@ class InstructionsConfig(ImageConversionConfig):
             raise ValueError(f"placeholder='{self.placeholder}' must have one group at most; (?:…) is none.")
 
 
-class Instructions(Converter[InstructionsConfig]):
+class Instructions(StoreConverter[InstructionsConfig]):
     """Rows become instruction samples."""
 
     schema = InstructionsConfig
 
     def __init__(self, source: Path, config: InstructionsConfig):
         super().__init__(source, config)
-        self.store = ImageStore(store_of(source, config.store), config.limits.max_member_bytes)
         self.columns = [config.prompt, *config.inputs, *([] if config.target_half else [config.target])]
-
-    def files(self) -> list[Path]:
-        return find_files(self.source, TABLE_SUFFIXES)
-
-    def records(self, file: Path) -> Iterator[Any]:
-        return rows(file, self.config.max_record_bytes, self.columns)
 
     def samples(self, record: Record, skipped: Counter[str]) -> Iterable[InstructionSample]:
         config, row = self.config, parse(record)
@@ -113,9 +103,7 @@ class Instructions(Converter[InstructionsConfig]):
             mentioned = [self._number(record, match, place) for place, match in enumerate(matches)]
         if wrong := [number for number in mentioned if not 0 <= number < len(images)]:
             first = self.config.first_number
-            raise record.error(
-                "invalid_placeholder", f"image {wrong[0] + first} of {len(images)}, the first is {first}"
-            )
+            raise record.error("invalid_placeholder", f"image {wrong[0] + first} of {len(images)} from {first} on")
         segments: list[str | SampleImage] = [image for i, image in enumerate(images) if i not in mentioned]
         for place, text in enumerate(texts):
             segments += [text.strip()] if text.strip() else []

@@ -17,14 +17,13 @@ from typing import Any, Literal
 from datamodules.errors import DataError, SampleError
 from datamodules.images import SampleImage
 from datamodules.sample import MOST_PAIRS, EditSample
-from datamodules.sources.converter import Converter, ImageConversionConfig, Record, checked_image
-from datamodules.sources.files import find_files, visible_files
+from datamodules.sources.converter import Converter, ImageConversionConfig, checked_image
+from datamodules.sources.files import Record, find_files, visible_files
 from datamodules.sources.image_store import embedded_bytes, read_inside
-from datamodules.sources.tables import parse_json, rows, text_of
+from datamodules.sources.tables import parse_json, text_of
 from kosmosg.files import decode_text
 
 SPLITS = {"all": (0.0, 1.0), "train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}
-COLUMNS = ("original_prompt", "original_image", "edit_prompt", "edited_image")
 PROMPT_BYTES = 100_000
 Pair = tuple[SampleImage, SampleImage]
 
@@ -43,6 +42,7 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
     """Edit samples."""
 
     schema = InstructPix2PixConfig
+    columns = ("original_prompt", "original_image", "edit_prompt", "edited_image")
 
     def __init__(self, source: Path, config: InstructPix2PixConfig):
         super().__init__(source, config)
@@ -55,7 +55,7 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
 
     def records(self, file: Path) -> Iterator[Any]:
         if self.tables:
-            return rows(file, self.config.max_record_bytes, COLUMNS)
+            return super().records(file)
         listed = self._listed(file)
         first, last = (int(share * len(listed)) for share in SPLITS[self.config.split])
         return iter(listed[first:last])

@@ -8,24 +8,21 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datamodules.errors import SampleError
 from datamodules.images import SampleImage, StoredImage
 from datamodules.sample import InterleavedSample
-from datamodules.sources.converter import Converter, ImageConversionConfig, Record, at_least
-from datamodules.sources.files import find_files
-from datamodules.sources.image_store import ImageStore
-from datamodules.sources.tables import TABLE_SUFFIXES, list_of, parse, rows, text_of
+from datamodules.sources.converter import at_least
+from datamodules.sources.files import Record
+from datamodules.sources.image_store import StoreConfig, StoreConverter
+from datamodules.sources.tables import list_of, parse, text_of
 
 
 @dataclass
-class InterleavedConfig(ImageConversionConfig):
+class InterleavedConfig(StoreConfig):
     """Documents of texts and images."""
 
-    store: str | None = None
-    """Folder of images or of tars and zips of them, such as img2dataset's output; null: the folder of the documents."""
     min_images: int = 1
     """Documents with fewer images that can be used are filtered."""
     max_images: int = 30
@@ -49,21 +46,10 @@ class Mmc4Config(InterleavedConfig):
     """Filter documents that MMC4 marks as `could_have_url_duplicate`."""
 
 
-class Interleaved(Converter[InterleavedConfig]):
-    """What both layouts share."""
+class Interleaved(StoreConverter[InterleavedConfig]):
+    """What both sets share."""
 
     schema = InterleavedConfig
-    columns: tuple[str, ...]
-
-    def __init__(self, source: Path, config: InterleavedConfig):
-        super().__init__(source, config)
-        self.store = ImageStore(store_of(source, config.store), config.limits.max_member_bytes)
-
-    def files(self) -> list[Path]:
-        return find_files(self.source, TABLE_SUFFIXES)
-
-    def records(self, file: Path) -> Iterator[Any]:
-        return rows(file, self.config.max_record_bytes, self.columns)
 
     def samples(self, record: Record, skipped: Counter[str]) -> Iterable[InterleavedSample]:
         segments: list[str | SampleImage] = []
@@ -139,8 +125,3 @@ class Obelics(Interleaved):
                 yield from self.found(record, skipped, image)
             elif text is not None:
                 yield text_of(record, text, "texts")
-
-
-def store_of(source: Path, store: str | None) -> Path:
-    """Where the images are: `store`, or the folder of the documents."""
-    return Path(store) if store else source if source.is_dir() else source.parent

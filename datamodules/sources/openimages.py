@@ -6,51 +6,42 @@ publishes as JSON lines of `image_id` and `caption`, they are image-caption pair
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datamodules.errors import DataError, SampleError
+from datamodules.errors import SampleError
 from datamodules.sample import CaptionSample, ImageSample
-from datamodules.sources.converter import ROTATIONS, Converter, ImageConversionConfig, Record, checked_image
-from datamodules.sources.files import Unreadable, find_files
-from datamodules.sources.image_store import ImageStore
-from datamodules.sources.interleaved import store_of
+from datamodules.sources.converter import ROTATIONS, checked_image
+from datamodules.sources.files import Record, find_files
+from datamodules.sources.image_store import StoreConfig, StoreConverter
 from datamodules.sources.tables import parse, rows, text_of, value_of
 
 ID, URL, MD5, ROTATION = "ImageID", "OriginalURL", "OriginalMD5", "Rotation"
 CREDITS = ("License", "Author", "AuthorProfileURL", "Title", "OriginalLandingURL", "OriginalURL", "Subset")
+NARRATIVE_BYTES = 10_000_000
 KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 @dataclass
-class OpenImagesConfig(ImageConversionConfig):
+class OpenImagesConfig(StoreConfig):
     """Images of Open Images."""
 
-    store: str | None = None
-    """Folder of the images, or of tars of them, such as img2dataset's output; null: the folder of the list."""
     narratives: str | None = None
     """Localized Narratives, a file or folder of JSON lines; images without one are then filtered."""
     turn: bool = True
     """Turn images as the list's Rotation says (degrees anticlockwise)."""
 
 
-class OpenImages(Converter[OpenImagesConfig]):
+class OpenImages(StoreConverter[OpenImagesConfig]):
     """Image samples, or caption samples with narratives; licence and author stand in their json."""
 
     schema = OpenImagesConfig
+    suffixes = (".csv",)
 
     def __init__(self, source: Path, config: OpenImagesConfig):
         super().__init__(source, config)
-        self.store = ImageStore(store_of(source, config.store), config.limits.max_member_bytes)
         self.narratives = _narratives(Path(config.narratives)) if config.narratives else None
-
-    def files(self) -> list[Path]:
-        return find_files(self.source, (".csv",))
-
-    def records(self, file: Path) -> Iterator[Any]:
-        return rows(file, self.config.max_record_bytes)
 
     def samples(self, record: Record, skipped: Counter[str]) -> Iterable[ImageSample | CaptionSample]:
         row = record.content
@@ -82,19 +73,12 @@ class OpenImages(Converter[OpenImagesConfig]):
 
 
 def _narratives(place: Path) -> dict[str, str]:
-    """The first caption of every image."""
+    """The first caption of every image. Raises SampleError: a line is no narrative."""
     captions: dict[str, str] = {}
-    for file in find_files(place, (".jsonl",)):
-        for number, line in enumerate(rows(file, 10_000_000)):
-            if line is None:
-                continue
-            try:
-                if isinstance(line, Unreadable):
-                    raise ValueError(line.detail)
-                row = parse(Record(0, number, file.name, line))
-                captions.setdefault(row["image_id"], row["caption"].strip())
-            except (SampleError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"'{file}', line {number + 1}: no object with image_id and caption ({error})."
-                ) from error
+    for part, file in enumerate(find_files(place, (".jsonl",))):
+        for number, content in enumerate(rows(file, NARRATIVE_BYTES)):
+            if content is not None:
+                record = Record(part, number, file.name, content)
+                identity, caption = (text_of(record, parse(record).get(name), name) for name in ("image_id", "caption"))
+                captions.setdefault(identity, caption.strip())
     return captions

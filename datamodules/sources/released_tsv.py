@@ -20,8 +20,8 @@ from omegaconf import MISSING
 
 from datamodules.images import SampleImage, StoredImage
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, Sample
-from datamodules.sources.converter import Converter, ImageConversionConfig, Record, checked_image
-from datamodules.sources.files import Unreadable, find_files, lines, read_streams
+from datamodules.sources.converter import Converter, ImageConversionConfig, checked_image
+from datamodules.sources.files import Record, Unreadable, lines, read_streams
 from datamodules.sources.tables import decoded
 
 
@@ -37,9 +37,7 @@ class ReleasedTsv(Converter[ReleasedTsvConfig]):
     """Constructed, edit or caption samples."""
 
     schema = ReleasedTsvConfig
-
-    def files(self) -> list[Path]:
-        return find_files(self.source, (".tsv",))
+    suffixes = (".tsv",)
 
     def records(self, file: Path) -> Iterator[Any]:
         for line in read_streams(file, partial(lines, limit=self.config.max_record_bytes)):

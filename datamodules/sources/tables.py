@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from datamodules.errors import DataError
-from datamodules.sources.converter import Record
-from datamodules.sources.files import UNOPENABLE, Unreadable, damaged, lines, plain_suffix, pyarrow, read_streams
+from datamodules.sources.files import (
+    UNOPENABLE,
+    Record,
+    Unreadable,
+    damaged,
+    lines,
+    plain_suffix,
+    pyarrow,
+    read_streams,
+)
 from kosmosg.files import decode_text
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -48,7 +56,9 @@ def rows(
 
 
 def parse(record: Record) -> dict:
-    """The record's row. Raises SampleError: `invalid_json`."""
+    """The record's row. Raises SampleError: `invalid_json`, or why it could not be read."""
+    if isinstance(record.content, Unreadable):
+        raise record.error(record.content.reason, record.content.detail)
     if isinstance(record.content, dict):
         return record.content
     return parse_json(record, record.content, "the line")

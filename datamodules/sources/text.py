@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from datamodules.sample import TextSample
-from datamodules.sources.converter import ConversionConfig, Converter, Record, at_least
-from datamodules.sources.files import Unreadable, find_files, lines, plain_suffix, read_streams
+from datamodules.sources.converter import ConversionConfig, Converter, at_least
+from datamodules.sources.files import Record, Unreadable, lines, plain_suffix, read_streams
 from datamodules.sources.tables import TABLE_SUFFIXES, decoded, parse, rows, text_of, value_of
 
 CUTS = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+", r"\s+")]
@@ -39,9 +39,7 @@ class Text(Converter[TextConfig]):
     """Documents become text samples, without the white space at their ends."""
 
     schema = TextConfig
-
-    def files(self) -> list[Path]:
-        return find_files(self.source, (*TABLE_SUFFIXES, ".txt"))
+    suffixes = (*TABLE_SUFFIXES, ".txt")
 
     def records(self, file: Path) -> Iterator[Any]:
         if plain_suffix(file) in TABLE_SUFFIXES:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.errors import DataError, SampleError
-from datamodules.sources.converter import Record
-from datamodules.sources.files import find_files, pyarrow
+from datamodules.sources.files import Record, find_files, pyarrow
 from datamodules.sources.openimages import MD5, URL
 from datamodules.sources.tables import TABLE_SUFFIXES, list_of, parse, rows, text_of, value_of
 from kosmosg.files import replaced
@@ -53,7 +52,7 @@ def _urls(name: str, source: Path, unreadable: list[int]) -> Iterator[dict[str, 
             try:
                 if content is not None:
                     yield from _urls_of(name, record, parse(record))
-            except (SampleError, TypeError):
+            except SampleError:
                 unreadable[0] += 1
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.errors import DataError, SampleError, ShardError
 from datamodules.sample import decode
-from datamodules.sources.converter import Record
+from datamodules.sources.files import Record
 from datamodules.sources.image_store import ImageStore
 from tests.datamodules.sources import published
 from tests.datamodules.sources.test_conversion import convert, samples

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.errors import DataError
-from datamodules.sources.converter import Record
+from datamodules.sources.files import Record
 from datamodules.sources.image_store import ImageStore, is_inside
 from tests.datamodules.sources import published
 from tests.datamodules.sources.test_conversion import convert, samples
