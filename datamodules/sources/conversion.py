@@ -1,7 +1,7 @@
 """One published set to shards: read in order, converted in processes, written in order.
 
 PREFIX.conversion.json is the progress: the complete shards, the records read up to each, and what was skipped and why.
-It is written after every shard; a restart skips that many records and continues to the same bytes.
+A restart skips that many records and continues to the same bytes.
 """
 
 import hashlib
@@ -149,7 +149,8 @@ def _write(converted: Converted, writer: ShardWriter, state: Conversion, file: P
             writer.write(sample)
         except ValueError as error:
             state.count(SampleError("duplicate_key", "", sample.key, str(error)))
-        if len(writer.shards) > before:
+        # Not after each of a million shards, whose list grows: a restart then writes the last ones again.
+        if len(writer.shards) > before and len(writer.shards) > 1.01 * len(state.shards):
             state.file, state.record, state.part = converted.file, converted.number, part + 1
             state.shards = list(writer.shards)
             write_json(file, vars(state))

@@ -86,15 +86,15 @@ def find_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f"there is no file or folder '{source}'.")
-    found = [path for path in visible_files(source) if plain_suffix(path) in suffixes]
+    found = visible_files(source, lambda path: plain_suffix(path) in suffixes)
     if not found:
         raise DataError(f"'{source}' holds no file that ends in {', '.join(suffixes)} (or those with .gz, .zst, .zip).")
     return found
 
 
-def visible_files(folder: Path, pattern: str = "*") -> list[Path]:
-    """Regular files at any depth, links to them included, in their order; hidden ones are passed over."""
-    found = (path for path in folder.rglob(pattern) if not is_hidden(path.relative_to(folder)))
+def visible_files(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """The wanted ones of all regular files below a folder, links to them included; hidden ones are passed over."""
+    found = (path for path in folder.rglob("*") if wanted(path) and not is_hidden(path.relative_to(folder)))
     return sorted(path for path in found if path.is_file())
 
 

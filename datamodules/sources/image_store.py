@@ -68,9 +68,8 @@ class ImageStore:
         self.max_bytes = max_bytes
         self.folder = place.resolve() if place.is_dir() else None
         if self.folder is not None:
-            found = visible_files(place)
-            self.archives = [path for path in found if path.suffix.lower() in ARCHIVES]
-            if packed := [path for path in found if path.name.lower().endswith(PACKED)]:
+            self.archives = visible_files(place, lambda path: path.suffix.lower() in ARCHIVES)
+            if packed := visible_files(place, lambda path: path.name.lower().endswith(PACKED)):
                 raise ShardError(f"'{packed[0]}' is compressed: unpack it to a .tar (gunzip), or set another store=…")
         elif place.is_file() and place.suffix.lower() in ARCHIVES:
             self.archives = [place]

@@ -46,7 +46,7 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
 
     def __init__(self, source: Path, config: InstructPix2PixConfig):
         super().__init__(source, config)
-        folders = (source / "seeds.json").is_file() or visible_files(source, "prompt.json")
+        folders = (source / "seeds.json").is_file() or _prompts(source)
         self.tables = [] if folders else find_files(source, (".parquet",))
         self.folder = source.resolve()
 
@@ -82,7 +82,7 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
         try:
             listed = json.loads(decode_text(file.read_bytes()))
         except FileNotFoundError:
-            folders = [path.parent for path in visible_files(self.source, "prompt.json")]
+            folders = [path.parent for path in _prompts(self.source)]
             listed = [[str(folder.relative_to(self.source)), _seeds(folder)] for folder in folders]
         except (ValueError, RecursionError) as error:
             raise DataError(f"'{file}' is not JSON ({error}); without it the folders are listed.") from error
@@ -127,5 +127,10 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
         return checked_image(record, content, column, self.config)
 
 
+def _prompts(folder: Path) -> list[Path]:
+    return visible_files(folder, lambda path: path.name == "prompt.json")
+
+
 def _seeds(folder: Path) -> list[str]:
-    return [path.name.removesuffix("_0.jpg") for path in visible_files(folder, "*_0.jpg")]
+    found = visible_files(folder, lambda path: path.name.endswith("_0.jpg"))
+    return [path.name.removesuffix("_0.jpg") for path in found]

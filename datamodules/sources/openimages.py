@@ -52,14 +52,15 @@ class OpenImages(StoreConverter[OpenImagesConfig]):
         if self.narratives is not None and not caption:
             raise record.filtered("no_narrative", identity)
         try:
-            content = self.store.find(record, f"{identity}.jpg", row.get(URL, ""))
+            content = self.store.find(record, f"{identity}.jpg", *filter(None, [row.get(URL)]))
         except SampleError as error:
             if error.reason != "missing_image":
                 raise
             # Links die: that an image of the list is not there is no fault of those that are.
             raise record.filtered("missing_image", identity) from error
         image = checked_image(record, content, identity, self.config, turn=self._turn(row))
-        metadata = {name: text_of(record, row[name], name) for name in CREDITS if row.get(name)} | {"id": identity}
+        credits = {name: row[name].encode(errors="replace").decode() for name in CREDITS if row.get(name)}
+        metadata = credits | {"id": identity}
         if caption:
             return [CaptionSample(caption, image, key=identity, metadata=metadata)]
         return [ImageSample(image, key=identity, metadata=metadata)]

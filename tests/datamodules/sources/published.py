@@ -183,6 +183,18 @@ def open_images(folder: Path, count: int = 8, packed: bool = False) -> Path:
     return folder
 
 
+def instructions(folder: Path, count: int = 6) -> Path:
+    """X2I2's layout: JSON lines of an instruction, the paths of input images, and the path of an output image."""
+    rows = []
+    for i in range(count):
+        names = [f"images/{i}_{j}.jpg" for j in range(3)]
+        for j, name in enumerate(names):
+            write(folder / name, jpeg(i + j))
+        rows.append({"instruction": "Both at sea", "input_images": names[:2], "output_image": names[2]})
+    write(folder / "train.jsonl", jsonl(rows))
+    return folder
+
+
 def encoded(number: int) -> str:
     return base64.b64encode(jpeg(number)).decode()
 

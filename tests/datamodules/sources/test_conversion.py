@@ -256,6 +256,15 @@ def test_a_killed_conversion_continues_to_the_same_bytes(place: str, count: int,
     assert convert("text", tmp_path / "in", tmp_path / "cut", *settings) == whole
 
 
+def test_progress_is_not_written_after_each_of_many_shards(tmp_path: Path) -> None:
+    source = published.write(tmp_path / "a.jsonl", published.jsonl([{"text": f"Fish {i}."} for i in range(300)]))
+    whole = convert("text", source, tmp_path / "whole", "samples_per_shard=1")
+    killed_at("write", 298, "text", source, tmp_path / "cut", "samples_per_shard=1")
+    saved = json.loads((tmp_path / "cut/train.conversion.json").read_text())
+    assert 290 <= len(saved["shards"]) < len(list((tmp_path / "cut").glob("*.tar"))) == 298
+    assert convert("text", source, tmp_path / "cut", "samples_per_shard=1") == whole
+
+
 @pytest.mark.slow
 def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     source = published.instructpix2pix(tmp_path / "in", 40)

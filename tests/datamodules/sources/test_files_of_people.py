@@ -185,12 +185,13 @@ def test_only_regular_files_inside_the_folder_are_images(tmp_path: Path) -> None
     published.write(tmp_path / "secret.jpg", published.jpeg(1))
     os.mkfifo(tmp_path / "images/pipe.jpg")
     (tmp_path / "images/folder.jpg").mkdir()
-    for name, target in (("zero.jpg", "/dev/zero"), ("out.jpg", "../secret.jpg"), ("circle.jpg", "circle.jpg")):
+    links = {"zero.jpg": "/dev/zero", "out.jpg": "../secret.jpg", "circle.jpg": "circle.jpg", "up": ".."}
+    for name, target in links.items():
         os.symlink(target, tmp_path / "images" / name)
     os.symlink("good.jpg", tmp_path / "images/inside.jpg")
     store = ImageStore(tmp_path / "images", 10**6)
     assert store.find(RECORD, "inside.jpg") == published.jpeg(0)
-    for name in ("pipe.jpg", "folder.jpg", "zero.jpg", "out.jpg", "circle.jpg"):
+    for name in ("pipe.jpg", "folder.jpg", "zero.jpg", "out.jpg", "circle.jpg", "up/secret.jpg"):
         with pytest.raises(SampleError, match=r"refused_path|unreadable_file"):
             store.find(RECORD, name)
     os.mkfifo(tmp_path / "in.jsonl")
