@@ -10,24 +10,30 @@ last complete shard. OUTPUT/PREFIX.conversion.json records what was dropped, fil
 
 import argparse
 from pathlib import Path
+from pkgutil import resolve_name
 
 from datamodules.sources import CONVERTERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from datamodules.cli.lazy_help import SchemaHelp
-
     parser.add_argument("converter", metavar="CONVERTER", choices=CONVERTERS, help=", ".join(CONVERTERS))
     parser.add_argument("input", metavar="INPUT", type=Path, help="file or folder, as published")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder of the shards")
     parser.add_argument("settings", metavar="SETTING", nargs="*", help="YAML file or key=value")
-    schemas = {name: f"{place}.schema" for name, place in CONVERTERS.items()}
-    parser.add_argument("--keys", action=SchemaHelp, schemas=schemas, metavar="CONVERTER", help="list its settings")
+    parser.add_argument("--keys", action=_Keys, choices=CONVERTERS, metavar="CONVERTER", help="list its settings")
+
+
+class _Keys(argparse.Action):
+    """Prints the settings of a converter, which is imported for it, and exits."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from kosmosg.config import describe_schema
+
+        print(describe_schema(resolve_name(CONVERTERS[values]).schema))
+        parser.exit()
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pkgutil import resolve_name
-
     from rich.console import Console
 
     from datamodules.sources.conversion import convert

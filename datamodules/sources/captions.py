@@ -58,7 +58,7 @@ class Captions(Converter[CaptionsConfig]):
             raise record.filtered("caption_length", f"{len(caption)} characters, {allowed}")
         if config.min_side:
             sides = [str(row.get(name)) for name in (config.width, config.height)]
-            if not all(side.isdecimal() for side in sides):
+            if not all(side.isdecimal() and len(side) < 10 for side in sides):
                 raise record.filtered("size_not_integer", f"{sides[0]}×{sides[1]}")
             if min(int(side) for side in sides) < config.min_side:
                 raise record.filtered("image_too_small", f"{sides[0]}×{sides[1]}, at least {config.min_side} a side")

@@ -25,7 +25,7 @@ COMPRESSED = (*OPENERS, ".zst", ".zip")
 DAMAGED = (OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error)
 UNOPENABLE = (*DAMAGED, RuntimeError, ValueError, LookupError)
 """What zipfile and pyarrow raise for hostile files; RuntimeError: what zipfile cannot decrypt or decompress."""
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+NOT_UTF_8 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's little end begins as UTF-16's
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def lines(stream: IO[bytes], limit: int) -> Iterator[bytes | Unreadable]:
     """Lines with their ends, which "\\n" alone makes; one above `limit` bytes is a `record_too_large` in its place."""
     first = True
     while line := stream.readline(limit + 2):
-        if first and line.startswith(UTF_16):  # whose lines would pass for UTF-8 with NULs
-            yield Unreadable("not_utf8", "the file is UTF-16; save it as UTF-8")
+        if first and line.startswith(NOT_UTF_8):  # whose lines would pass for UTF-8 with NULs
+            yield Unreadable("not_utf8", "the file is UTF-16 or UTF-32; save it as UTF-8")
             return
         whole, rest, first = line.endswith(b"\n") or len(line) <= limit, line, False
         while not whole and rest and not rest.endswith(b"\n"):

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,9 @@ class InstructionsConfig(StoreConfig):
     half_margin: int = 0
     """Pixels cut off at every side of both halves."""
     placeholder: str | None = None
-    """Regular expression of what stands in the prompt for an image. A group is the image's number, as in
+    """Regular expression of what stands in the prompt for an image. A group is the image's number from 1, as in
     `<img(\\d+)>`; without one the images come in their order, as in `<image>`. Images that the prompt does not
     mention, and without a placeholder all, come before it."""
-    first_number: int = 1
-    """Number of the first image in placeholders with a group."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,14 +67,15 @@ class Instructions(StoreConverter[InstructionsConfig]):
     def samples(self, record: Record, skipped: Counter[str]) -> Iterable[InstructionSample]:
         config, row = self.config, parse(record)
         prompt = text_of(record, value_of(record, row, config.prompt), config.prompt)
-        if not prompt.strip():
-            raise record.error("empty_text", f"{config.prompt} holds no text")
         images = [self.store.image(record, config, value) for value in self._values(record, row)]
         if config.target_half:
             target, *images = self._halves(record, images)
         else:
             target = self.store.image(record, config, value_of(record, row, config.target))
-        return [InstructionSample(self._segments(record, prompt, images), target)]
+        segments = self._segments(record, prompt, images)
+        if not any(isinstance(segment, str) for segment in segments):
+            raise record.error("empty_text", f"{config.prompt} holds no text")
+        return [InstructionSample(segments, target)]
 
     def _values(self, record: Record, row: dict) -> Iterator[Any]:
         for column in self.config.inputs:
@@ -95,24 +95,20 @@ class Instructions(StoreConverter[InstructionsConfig]):
         return halves if self.config.target_half == "left" else halves[::-1]
 
     def _segments(self, record: Record, prompt: str, images: list[StoredImage]) -> list[str | SampleImage]:
-        texts, mentioned = [prompt], list[int]()
+        texts, numbers = [prompt], list[int]()
         if self.config.placeholder:
-            matches = list(re.finditer(self.config.placeholder, prompt))
-            ends = [0, *(place for match in matches for place in match.span()), len(prompt)]
-            texts = [prompt[begin:end] for begin, end in zip(ends[::2], ends[1::2], strict=True)]
-            mentioned = [self._number(record, match, place) for place, match in enumerate(matches)]
-        if wrong := [number for number in mentioned if not 0 <= number < len(images)]:
-            first = self.config.first_number
-            raise record.error("invalid_placeholder", f"image {wrong[0] + first} of {len(images)} from {first} on")
-        segments: list[str | SampleImage] = [image for i, image in enumerate(images) if i not in mentioned]
-        for place, text in enumerate(texts):
+            pattern = re.compile(self.config.placeholder)
+            parts = pattern.split(prompt)  # with a group: text, number, text, number, text
+            texts = parts[:: pattern.groups + 1]
+            numbers = [self._number(n) for n in parts[1::2]] if pattern.groups else list(range(len(texts) - 1))
+        if not all(0 <= number < len(images) for number in numbers):
+            listed = ", ".join(str(number + 1) for number in numbers)
+            raise record.error("invalid_placeholder", f"the prompt mentions image {listed} of {len(images)}")
+        segments: list[str | SampleImage] = [image for i, image in enumerate(images) if i not in numbers]
+        for text, number in zip_longest(texts, numbers):
             segments += [text.strip()] if text.strip() else []
-            segments += [images[mentioned[place]]] if place < len(mentioned) else []
+            segments += [] if number is None else [images[number]]
         return segments
 
-    def _number(self, record: Record, match: re.Match, place: int) -> int:
-        if not match.re.groups:
-            return place
-        if not (match[1] or "").isdecimal():
-            raise record.error("invalid_placeholder", f"{match[0]!r:.60} holds no number")
-        return int(match[1]) - self.config.first_number
+    def _number(self, digits: str | None) -> int:
+        return int(digits) - 1 if digits and digits.isdecimal() and len(digits) < 10 else -1

@@ -79,15 +79,14 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
         return [EditSample(caption, instruction, source, target, more=more)]
 
     def _listed(self, file: Path) -> list:
+        if not file.is_file():
+            return [[str(path.parent.relative_to(self.source)), _seeds(path.parent)] for path in _prompts(self.source)]
         try:
             listed = json.loads(decode_text(file.read_bytes()))
-        except FileNotFoundError:
-            folders = [path.parent for path in _prompts(self.source)]
-            listed = [[str(folder.relative_to(self.source)), _seeds(folder)] for folder in folders]
         except (ValueError, RecursionError) as error:
             raise DataError(f"'{file}' is not JSON ({error}); without it the folders are listed.") from error
-        if not isinstance(listed, list) or not listed:
-            raise DataError(f"'{self.source}' lists no folders with a prompt.json; see docs/data.md for the layout.")
+        if not isinstance(listed, list):
+            raise DataError(f"'{file}' is not a list of [folder, [seed, …]]; without it the folders are listed.")
         return listed
 
     def _entry(self, record: Record) -> tuple[str, list[str]]:

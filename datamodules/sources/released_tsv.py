@@ -81,7 +81,7 @@ class ReleasedTsv(Converter[ReleasedTsvConfig]):
         if not caption.strip():
             raise record.error("empty_caption", "the second column holds no text")
         # Both stages of the released code filter such rows.
-        if not all(side.isdecimal() for side in sides):
+        if not all(side.isdecimal() and len(side) < 10 for side in sides):
             raise record.filtered("size_not_integer", f"{sides[0]!r}×{sides[1]!r}")
         width, height = map(int, sides)
         if min(width, height) < self.config.images.min_side:

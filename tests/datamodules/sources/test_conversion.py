@@ -200,13 +200,13 @@ def test_long_documents_are_divided_where_it_hurts_least(tmp_path: Path) -> None
 def test_captions_of_published_tables(tmp_path: Path) -> None:
     published.write(tmp_path / "cc3m.tsv", 'a "red fish\thttp://a\n\thttp://b\na dog\thttp://c\n')
     published.write(tmp_path / "laion.jsonl", published.jsonl(
-        [{"TEXT": "a bird", "WIDTH": w, "HEIGHT": 500} for w in (400, 383, None)]))  # fmt: skip
+        [{"TEXT": "a bird", "WIDTH": w, "HEIGHT": 500} for w in (400, 383, None, "9" * 5000)]))  # fmt: skip
     first = convert("captions", tmp_path / "cc3m.tsv", tmp_path / "a", "column=0")
     assert [sample.caption for sample in samples(tmp_path / "a")] == ['a "red fish', "a dog"]
     assert first.dropped == {"empty_caption": 1}
     sizes = ("column=TEXT", "width=WIDTH", "height=HEIGHT", "min_side=384")
     second = convert("captions", tmp_path / "laion.jsonl", tmp_path / "b", *sizes)
-    assert second.filtered == {"image_too_small": 1, "size_not_integer": 1} and second.samples == 1
+    assert second.filtered == {"image_too_small": 1, "size_not_integer": 2} and second.samples == 1
     assert checked(tmp_path / "a", captions_only=True)["good"] == 2
     assert checked(tmp_path / "a")["dropped"] == {"missing_member": 2}
 

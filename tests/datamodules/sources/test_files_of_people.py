@@ -103,8 +103,8 @@ def test_a_text_of_a_parquet_file_that_is_not_utf_8_costs_its_row(tmp_path: Path
 
 
 def test_utf_16_is_refused_by_name_not_read_as_text_with_nuls(tmp_path: Path) -> None:
-    for name in ("a.tsv", "b.csv", "c.jsonl"):
-        published.write(tmp_path / "in" / name, 'caption\turl\n{"caption": "a"}\t1\n'.encode("utf-16"))
+    for name, code in (("a.tsv", "utf-16"), ("b.csv", "utf-16-be"), ("c.jsonl", "utf-32-be")):
+        published.write(tmp_path / "in" / name, f'{BOM}caption\turl\n{{"caption": "a"}}\t1\n'.encode(code))
     published.write(tmp_path / "in/d.csv", "caption\na dog\n")
     done = convert("captions", tmp_path / "in", tmp_path / "out")
     assert done.dropped == {"not_utf8": 3} and "save it as UTF-8" in done.examples["not_utf8"][0]
@@ -158,6 +158,12 @@ def tar_of(*headers: tuple[bytes, bytes, bytes], rest: bytes = bytes(1024)) -> b
     return blocks + rest
 
 
+def extended(record: bytes) -> bytes:
+    """A tar of a member and the extended header before it."""
+    header = tar_of((b"x", b"%011o\0" % len(record), b"x"), rest=b"")
+    return header + record.ljust(512, b"\0") + tar_of((b"a.jpg", b"00000000000\0", b"0"))
+
+
 NEGATIVE = b"\xff" * 10 + b"\xfe\x00"  # base 256: -512
 HUGE = b"\x80" + (10**10).to_bytes(11, "big")
 HOSTILE_TARS = {
@@ -166,6 +172,7 @@ HOSTILE_TARS = {
     "negative long name": tar_of((b"a.jpg", NEGATIVE, b"L")),
     "negative extended header": tar_of((b"a.jpg", NEGATIVE, b"x")),
     "huge extended header": tar_of((b"a.jpg", HUGE, b"x")),
+    "negative in an extended header": extended(b"12 size=-512\n"),
     "huge": tar_of((b"a.jpg", HUGE, b"0")),
     "damaged header": tar_of((b"a.jpg", b"00000000000\0", b"0"), rest=b"\xff" * 1024),
     "compressed": b"\x1f\x8b" + bytes(600),
