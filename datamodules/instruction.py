@@ -20,7 +20,7 @@ from datamodules.mixture import Request, RowBuilder
 from datamodules.moments.files import KeptMoments, moments_identity
 from datamodules.order import SampleOrder
 from datamodules.reader import SampleReader
-from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Sample
+from datamodules.sample import CaptionSample, ConstructedSample, EditSample, InstructionSample, Sample
 from datamodules.shards import ShardList
 from kosmosg.batches import InstructionBatch, ReadReport
 from kosmosg.image_processing import TargetTransform
@@ -38,6 +38,8 @@ class InstructionDataConfig(DataConfig):
     """Image, instruction, edited image."""
     captions: Source = field(default_factory=lambda: Source(weight=1))
     """Image-caption pairs."""
+    instructions: Source = field(default_factory=Source)
+    """Prompts with any number of images (not in the paper)."""
     entities: EntityRules = field(default_factory=EntityRules)
     """How constructed samples become prompts."""
     edit_caption_drop: float = 0.5
@@ -132,6 +134,8 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
             return entity_segments(sample, self.config.entities, random), sample.target
         if isinstance(sample, EditSample):
             return edit_segments(sample, self.config.edit_caption_drop, random)
+        if isinstance(sample, InstructionSample):
+            return sample.segments, sample.target
         sample = cast(CaptionSample, sample)
         if sample.image is None:
             raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")
@@ -180,12 +184,14 @@ class InstructionData(MixtureDataModule):
         self.encoder, self.target_transform, self.moments_identity = encoder, target_transform, moments_identity
 
     def sources(self) -> dict[str, Source]:
-        """Constructed, edit, captions."""
-        return {"constructed": self.config.constructed, "edit": self.config.edit, "captions": self.config.captions}
+        """Constructed, edit, captions, instructions."""
+        names = ("constructed", "edit", "captions", "instructions")
+        return {name: getattr(self.config, name) for name in names}
 
     def builder(self, name: str, shards: ShardList, order: SampleOrder) -> InstructionRows:
         """Rows of one source."""
         kinds = {"constructed": ConstructedSample.kind, "edit": EditSample.kind, "captions": CaptionSample.kind}
+        kinds["instructions"] = InstructionSample.kind
         source = SampleReader(shards, order, kinds[name], self.config.limits)
         moments = None
         if self.config.kept_moments and self.moments_identity is not None:

@@ -5,12 +5,13 @@ Pillow for JPEG, PNG and WebP. Nothing is ever unpickled.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from datamodules.errors import SampleError
 from datamodules.images import SUFFIXES, Limits, SampleImage, StoredImage, encode_png, suffix_of
+from kosmosg.files import decode_text
 
 SCHEMA_VERSION = 1
 TEXT_MEMBERS = ("json", "txt")
@@ -60,15 +61,24 @@ class InterleavedSample:
 
     def encode(self) -> dict[str, bytes]:
         """The sample as tar members."""
-        members, listed = {}, []
-        for segment in self.segments:
-            if isinstance(segment, str):
-                listed.append(segment)
-                continue
-            member = _image_member(f"{len(members)}.", segment)
-            listed.append({"image": next(iter(member))})
-            members |= member
+        members, listed = _segment_members(self.segments)
         return members | {"json": _json(kind=self.kind, segments=listed)}
+
+
+@dataclass
+class InstructionSample:
+    """A prompt of texts and any number of images, and the image that it asks for."""
+
+    kind: ClassVar[str] = "instruction"
+    segments: list[str | SampleImage]
+    target: SampleImage
+    key: str = ""
+    shard: str = ""
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample as tar members."""
+        members, listed = _segment_members(self.segments)
+        return members | _image_member("target.", self.target) | {"json": _json(kind=self.kind, segments=listed)}
 
 
 @dataclass
@@ -147,10 +157,10 @@ class ImageSample:
         return _image_member("", self.image) | {"json": _json(**self.metadata | {"kind": self.kind})}
 
 
-Sample = TextSample | CaptionSample | InterleavedSample | ConstructedSample | EditSample | ImageSample
-KINDS: dict[str, type] = {
-    cls.kind: cls for cls in (TextSample, CaptionSample, InterleavedSample, ConstructedSample, EditSample, ImageSample)
-}
+Sample = (
+    TextSample | CaptionSample | InterleavedSample | ConstructedSample | EditSample | InstructionSample | ImageSample
+)
+KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Sample)}
 
 
 def decode(
@@ -195,6 +205,7 @@ class _Decoder:
             "interleaved": self.interleaved_sample,
             "constructed": self.constructed_sample,
             "edit": self.edit_sample,
+            "instruction": self.instruction_sample,
             "image": self.image_sample,
         }
         sample = decoders[found](record)
@@ -212,6 +223,15 @@ class _Decoder:
         return CaptionSample(caption, self.image(name) if name else None)
 
     def interleaved_sample(self, record: dict) -> InterleavedSample:
+        return InterleavedSample(self.segments(record))
+
+    def instruction_sample(self, record: dict) -> InstructionSample:
+        segments = self.segments(record)
+        if not any(isinstance(segment, str) and segment.strip() for segment in segments):
+            raise self.error("empty_text", "segments hold no text")
+        return InstructionSample(segments, self.image("target.png"))
+
+    def segments(self, record: dict) -> list[str | SampleImage]:
         segments: list[str | SampleImage] = []
         for segment in self.sequence(record, "segments"):
             if isinstance(segment, dict) and isinstance(segment.get("image"), str):
@@ -224,7 +244,7 @@ class _Decoder:
                 )
         if not segments:
             raise self.error("empty_text", "segments is empty")
-        return InterleavedSample(segments)
+        return segments
 
     def constructed_sample(self, record: dict) -> ConstructedSample:
         entities = []
@@ -262,7 +282,7 @@ class _Decoder:
 
     def utf8(self, name: str) -> str:
         try:
-            return self.member(name).decode("utf-8")
+            return decode_text(self.member(name))
         except UnicodeDecodeError as error:
             raise self.error("not_utf8", f"'{name}': {error.reason} at byte {error.start}") from error
 
@@ -303,6 +323,19 @@ class _Decoder:
 
 def _image_member(place: str, image: SampleImage) -> dict[str, bytes]:
     return {place + suffix_of(image): encode_png(image)}
+
+
+def _segment_members(segments: Sequence[str | SampleImage]) -> tuple[dict[str, bytes], list[str | dict]]:
+    members: dict[str, bytes] = {}
+    listed: list[str | dict] = []
+    for segment in segments:
+        if isinstance(segment, str):
+            listed.append(segment)
+            continue
+        member = _image_member(f"{len(members)}.", segment)
+        listed.append({"image": next(iter(member))})
+        members |= member
+    return members, listed
 
 
 def _json(**record) -> bytes:

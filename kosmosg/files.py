@@ -65,6 +65,15 @@ def write_json(file: str | Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """UTF-8 as text, without the byte order mark that Windows' programs put where a file begins.
+
+    Raises:
+        UnicodeDecodeError: the content is not UTF-8.
+    """
+    return content.decode("utf-8", errors).lstrip("\ufeff")
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder with all in it, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -19,6 +19,7 @@ from datamodules.sample import (
     ConstructedSample,
     EditSample,
     ImageSample,
+    InstructionSample,
     InterleavedSample,
     Sample,
     TextSample,
@@ -167,8 +168,9 @@ def images_of(sample: Sample, captions_only: bool = False) -> list[SampleImage]:
         if sample.image is None:
             raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")
         return [sample.image]
-    if isinstance(sample, InterleavedSample):
-        return [segment for segment in sample.segments if not isinstance(segment, str)]
+    if isinstance(sample, InterleavedSample | InstructionSample):
+        targets = [sample.target] if isinstance(sample, InstructionSample) else []
+        return [*(segment for segment in sample.segments if not isinstance(segment, str)), *targets]
     if isinstance(sample, ConstructedSample):
         return [sample.target, *(crop for entity in sample.entities for crop in (entity.background, entity.white))]
     if isinstance(sample, EditSample):
@@ -180,7 +182,7 @@ def text_of(sample: Sample) -> str:
     """All words of a sample."""
     if isinstance(sample, TextSample):
         return sample.text
-    if isinstance(sample, InterleavedSample):
+    if isinstance(sample, InterleavedSample | InstructionSample):
         return " ".join(segment for segment in sample.segments if isinstance(segment, str))
     if isinstance(sample, EditSample):
         return f"{sample.caption} {sample.instruction}".strip()

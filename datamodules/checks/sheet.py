@@ -19,6 +19,7 @@ from datamodules.sample import (
     ConstructedSample,
     EditSample,
     ImageSample,
+    InstructionSample,
     Sample,
     TextSample,
     decode,
@@ -93,7 +94,10 @@ def parts_of(sample: Sample, whole: bool = False) -> list[Part]:
         return [*crops[: most and most - 1], Part(f"target: {sample.caption}", sample.target)]
     if isinstance(sample, ImageSample):
         return [Part(sample.key, sample.image)]
-    return [Part(item) if isinstance(item, str) else Part("", item) for item in sample.segments][:most]
+    parts = [Part(item) if isinstance(item, str) else Part("", item) for item in sample.segments]
+    if isinstance(sample, InstructionSample):
+        return [*parts[: most and most - 1], Part("target", sample.target)]
+    return parts[:most]
 
 
 def _readable(pattern: str, limits: Limits) -> list[IndexedShards]:

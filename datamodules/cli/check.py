@@ -11,7 +11,7 @@ exit status is 1 where more than --max-bad-share of the samples are dropped.
 import argparse
 from pathlib import Path
 
-KINDS = ("text", "caption", "interleaved", "constructed", "edit", "image")
+KINDS = ("text", "caption", "interleaved", "constructed", "edit", "instruction", "image")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

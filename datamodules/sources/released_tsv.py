@@ -10,20 +10,18 @@ The released edit loader strips its rows, so that an empty caption shifts all co
 import base64
 import binascii
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from datamodules.errors import FilteredSample
 from datamodules.images import SampleImage, StoredImage
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, Sample
-from datamodules.sources.config import ImageConversionConfig
-from datamodules.sources.files import find_files, lines
-from datamodules.sources.layout import Layout, Numbered, Record
-from datamodules.sources.pictures import picture
+from datamodules.sources.converter import Converter, ImageConversionConfig, checked_image
+from datamodules.sources.files import Record, Unreadable, lines, read_streams
 from datamodules.sources.tables import decoded
 
 
@@ -35,18 +33,17 @@ class ReleasedTsvConfig(ImageConversionConfig):
     """What the rows are."""
 
 
-class ReleasedTsv(Layout[ReleasedTsvConfig]):
+class ReleasedTsv(Converter[ReleasedTsvConfig]):
     """Constructed, edit or caption samples."""
 
     schema = ReleasedTsvConfig
+    suffixes = (".tsv",)
 
-    def files(self) -> list[Path]:
-        return find_files(self.source, (".tsv",))
+    def records(self, file: Path) -> Iterator[Any]:
+        for line in read_streams(file, partial(lines, limit=self.config.max_record_bytes)):
+            yield line if isinstance(line, Unreadable) else line.rstrip(b"\r\n") or None
 
-    def records(self, file: Path, start: int) -> Numbered:
-        return lines(file, start, self.config.max_record_bytes, self.name_of(file))
-
-    def samples(self, record: Record, left_out: Counter[str]) -> Iterable[Sample]:
+    def samples(self, record: Record, skipped: Counter[str]) -> Iterable[Sample]:
         readers: dict[str, Callable[[Record, list[str]], Sample]] = {
             "openimage": self._constructed,
             "instructpix2pix": self._edit,
@@ -83,13 +80,13 @@ class ReleasedTsv(Layout[ReleasedTsvConfig]):
         _, caption, _, *sides = columns[:5]
         if not caption.strip():
             raise record.error("empty_caption", "the second column holds no text")
-        # Both stages of the released code leave such rows out.
-        if not all(side.isdecimal() for side in sides):
-            raise FilteredSample("size_not_integer", record.name, str(record.number), f"{sides[0]!r}×{sides[1]!r}")
+        # Both stages of the released code filter such rows.
+        if not all(side.isdecimal() and len(side) < 10 for side in sides):
+            raise record.filtered("size_not_integer", f"{sides[0]!r}×{sides[1]!r}")
         width, height = map(int, sides)
         if min(width, height) < self.config.images.min_side:
-            detail = f"{width}×{height}, at least {self.config.images.min_side} a side"
-            raise FilteredSample("image_too_small", record.name, str(record.number), detail)
+            least = self.config.images.min_side
+            raise record.filtered("image_too_small", f"{width}×{height}, at least {least} a side")
         metadata = {"id": columns[0], "original_width": width, "original_height": height}
         return CaptionSample(caption, self._image(record, columns, 2, sized=True), metadata=metadata)
 
@@ -98,4 +95,4 @@ class ReleasedTsv(Layout[ReleasedTsvConfig]):
             content = base64.b64decode(columns[number], validate=True)
         except (binascii.Error, ValueError) as error:
             raise record.error("invalid_base64", f"column {number}: {error}") from error
-        return picture(record, content, str(number), self.config, sized=sized)
+        return checked_image(record, content, str(number), self.config, sized=sized)

@@ -1,82 +1,73 @@
-"""Which images the published lists name: Open Images' CSV, MMC4's and OBELICS' documents, any table with URLs."""
+"""The images that MMC4, OBELICS and Open Images name, as a list of URLs for img2dataset."""
 
-import json
-from collections.abc import Callable, Iterator
+import base64
+import binascii
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from datamodules.errors import DataError, SampleError
-from datamodules.sources.fetching import Wanted
-from datamodules.sources.files import find_files
-from datamodules.sources.image_list import ID, MD5, URL, list_rows
-from datamodules.sources.image_store import is_inside, url_name
-from datamodules.sources.tables import TABLE_SUFFIXES, rows
+from datamodules.sources.files import Record, find_files, pyarrow
+from datamodules.sources.openimages import MD5, URL
+from datamodules.sources.tables import TABLE_SUFFIXES, list_of, parse, rows, text_of, value_of
+from kosmosg.files import replaced
 
+COLUMNS = {"mmc4": "image_info", "obelics": "images", "openimages": URL}
+"""Where each set holds its URLs."""
 RECORD_BYTES = 64_000_000
-NAME_LETTERS = 200
+BATCH = 100_000
 
 
-def wanted_images(layout: str, source: Path, column: str | None) -> Iterator[Wanted]:
-    """Every image that a list names, in its order; rows that name none are passed over.
+def write_url_list(name: str, source: Path, output: Path) -> tuple[int, int]:
+    """Write a Parquet file of `url` and, for Open Images, `md5` (hexadecimal, of the original; null where unknown).
+
+    Returns:
+        how many URLs were written, and how many records could not be read.
 
     Raises:
-        DataError: no such layout, or the source is not of it.
+        DataError: there is no URL.
     """
-    if layout not in URL_LISTS:
-        raise DataError(f"there is no list of layout '{layout}'; there are: {', '.join(URL_LISTS)}.")
-    for wanted in URL_LISTS[layout](source, column):
-        plain = not wanted.name.startswith(".") and "/" not in wanted.name and len(wanted.name) <= NAME_LETTERS
-        if plain and is_inside(wanted.name):
-            yield wanted
+    arrow = pyarrow(output)
+    from pyarrow.parquet import ParquetWriter
+
+    schema = arrow.schema([("url", arrow.string()), *([("md5", arrow.string())] if name == "openimages" else [])])
+    written, unreadable = 0, [0]
+    found = _urls(name, source, unreadable)
+    with replaced(output) as temporary:
+        with ParquetWriter(temporary, schema) as writer:
+            while batch := list(islice(found, BATCH)):
+                writer.write_table(arrow.Table.from_pylist(batch, schema))
+                written += len(batch)
+        if not written:
+            raise DataError(f"'{source}' names no image ({unreadable[0]} unreadable records); is it of '{name}'?")
+    return written, unreadable[0]
 
 
-def _openimages(source: Path, column: str | None) -> Iterator[Wanted]:
-    column = column or URL
-    for file in find_files(source, (".csv",)):
-        for _, row in list_rows(file, 0, file.name):
-            if isinstance(row, dict) and column not in row:
-                raise DataError(f"'{file}' has no column {column}; it has {', '.join(row)}.")
-            if isinstance(row, dict) and row[column]:
-                # The hash is that of the original; a thumbnail's is not listed.
-                yield Wanted(f"{row[ID]}.jpg", row[column], row.get(MD5, "") if column == URL else "")
-
-
-def _mmc4(source: Path, column: str | None) -> Iterator[Wanted]:
-    for row in _rows(source, ["image_info"]):
-        for info in row.get("image_info") or ():
-            if isinstance(info, dict) and info.get("image_name") and info.get(column or "raw_url"):
-                yield Wanted(str(info["image_name"]), str(info[column or "raw_url"]))
-
-
-def _obelics(source: Path, column: str | None) -> Iterator[Wanted]:
-    for row in _rows(source, [column or "images"]):
-        for url in row.get(column or "images") or ():
-            if isinstance(url, str):
-                yield Wanted(url_name(url), url)
-
-
-def _urls(source: Path, column: str | None) -> Iterator[Wanted]:
-    for row in _rows(source, [column or "url"]):
-        url = row.get(column or "url")
-        if isinstance(url, str):
-            yield Wanted(url_name(url), url)
-
-
-def _rows(source: Path, columns: list[str]) -> Iterator[dict]:
-    for file in find_files(source, TABLE_SUFFIXES):
-        for _, content in rows(file, 0, RECORD_BYTES, file.name, columns):
-            if isinstance(content, SampleError):
-                continue
+def _urls(name: str, source: Path, unreadable: list[int]) -> Iterator[dict[str, Any]]:
+    columns = [COLUMNS[name], *([MD5] if name == "openimages" else [])]
+    for place, file in enumerate(find_files(source, (".csv",) if name == "openimages" else TABLE_SUFFIXES)):
+        for number, content in enumerate(rows(file, RECORD_BYTES, columns)):
+            record = Record(place, number, file.name, content)
             try:
-                row = json.loads(content) if isinstance(content, bytes) else content
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
+                if content is not None:
+                    yield from _urls_of(name, record, parse(record))
+            except SampleError:
+                unreadable[0] += 1
 
 
-URL_LISTS: dict[str, Callable[[Path, str | None], Iterator[Wanted]]] = {
-    "mmc4": _mmc4,
-    "obelics": _obelics,
-    "openimages": _openimages,
-    "urls": _urls,
-}
+def _urls_of(name: str, record: Record, row: dict) -> list[dict[str, Any]]:
+    value = value_of(record, row, COLUMNS[name])
+    if name == "openimages":
+        return [{"url": text_of(record, value, URL), "md5": _hexadecimal(row.get(MD5, ""))}] if value else []
+    urls = list_of(record, value, COLUMNS[name])
+    if name == "mmc4":
+        urls = [info.get("raw_url") for info in urls if isinstance(info, dict)]
+    return [{"url": text_of(record, url, "url")} for url in urls if url is not None]
+
+
+def _hexadecimal(digest: str) -> str | None:
+    try:
+        return base64.b64decode(digest, validate=True).hex() or None
+    except binascii.Error:
+        return None

@@ -162,7 +162,7 @@ def test_what_a_sample_says_does_not_steer_the_terminal(tmp_path: Path, capsys: 
         (["check", "pipe:ls"], "not a local path"),
         (["check", "a.tar", "--sheet", "a.jpg"], "ends in .png"),
         (["check", "a.tar", "--max-bad-share", "2"], "allowed: 0 … 1"),
-        (["convert", "text", "absent", "out"], "nothing at"),
+        (["convert", "text", "absent", "out"], "no file or folder"),
         (["convert", "tsv", "absent", "out"], "'rows' has no value"),
         (["convert", "text", "absent", "out", "colunm=a"], "Did you mean"),
     ],
@@ -173,7 +173,10 @@ def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.Ca
 
 
 def test_settings_are_listed(capsys: pytest.CaptureFixture) -> None:
-    for arguments, key in ((["convert", "--keys", "mmc4"], "min_similarity"), (["download", "--keys"], "host_delay")):
+    for arguments, key in (
+        (["convert", "--keys", "mmc4"], "min_similarity"),
+        (["convert", "--keys", "instructions"], "placeholder"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             run(*arguments)
         assert stopped.value.code == 0 and key in capsys.readouterr().out

@@ -166,10 +166,10 @@ def open_images_list(file: Path, rows: list[dict]) -> Path:
 
 
 def open_images(folder: Path, count: int = 8, packed: bool = False) -> Path:
-    """The list, the images in a folder or in a packed tar as the CVDF hosts them, and Localized Narratives."""
+    """The list, the images in a folder or in a tar as the CVDF hosts them, and Localized Narratives."""
     open_images_list(folder / "train-images-boxable-with-rotation.csv", open_images_rows(count))
     if packed:
-        with tarfile.open(folder / "train_0.tar.gz", "w:gz") as tar:
+        with tarfile.open(folder / "train_0.tar", "w") as tar:
             for i in range(count):
                 add(tar, f"train_0/{image_id(i)}.jpg", jpeg(i, SIDE + 16))
     else:
@@ -180,6 +180,18 @@ def open_images(folder: Path, count: int = 8, packed: bool = False) -> Path:
         for i in range(count)
     ]
     write(folder / "narratives" / "open_images_train_v6_captions.jsonl", jsonl(narratives))
+    return folder
+
+
+def instructions(folder: Path, count: int = 6) -> Path:
+    """X2I2's layout: JSON lines of an instruction, the paths of input images, and the path of an output image."""
+    rows = []
+    for i in range(count):
+        names = [f"images/{i}_{j}.jpg" for j in range(3)]
+        for j, name in enumerate(names):
+            write(folder / name, jpeg(i + j))
+        rows.append({"instruction": "Both at sea", "input_images": names[:2], "output_image": names[2]})
+    write(folder / "train.jsonl", jsonl(rows))
     return folder
 
 

@@ -4,9 +4,13 @@ import bz2
 import gzip
 import json
 import lzma
+import multiprocessing
+import os
+import signal
 import zipfile
 from collections import Counter
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from rich.console import Console
@@ -16,26 +20,32 @@ from datamodules.checks.tokens import TokenCounter
 from datamodules.errors import DataError
 from datamodules.images import load
 from datamodules.sample import Sample, decode
-from datamodules.shards import ShardWriter
-from datamodules.sources import conversion
-from datamodules.sources.journal import Journal
-from datamodules.sources.layouts import LAYOUTS
+from datamodules.shards import ShardWriter, list_shards
+from datamodules.sources import CONVERTERS, conversion
+from datamodules.tar import read_shard
 from kosmosg.config import ConfigError, load_config
 from tests.datamodules.sources import published
 
 QUIET = Console(quiet=True)
 
 
-def convert(layout: str, source: Path, output: Path, *settings: str) -> Journal:
-    kind = LAYOUTS[layout]
+def convert(layout: str, source: Path, output: Path, *settings: str) -> conversion.Conversion:
+    kind = resolve_name(CONVERTERS[layout])
     store = [f"store={source}/images"] if (source / "images").is_dir() else []
     config = load_config(["processes=1", *store, *settings], kind.schema)
     return conversion.convert(layout, kind(source, config), output, QUIET)
 
 
 def samples(folder: Path) -> list[Sample]:
-    shards = IndexedShards(str(folder / "train-*.tar"))
-    return [decode(members, shard, key) for shard, key, members in map(shards.read, range(len(shards)))]
+    return [decode(members, name, key) for name, key, members in stored(folder)]
+
+
+def stored(folder: Path) -> list[tuple[str, str, dict[str, bytes]]]:
+    """Shard, key and members of every sample."""
+    shards = list_shards(str(folder / "train-*.tar"))
+    found = [(path.name, *read) for path in shards.paths for read in read_shard(path)]
+    assert len(found) == len(shards)
+    return found
 
 
 def checked(folder: Path, **options) -> dict:
@@ -49,7 +59,7 @@ LAYOUT_CASES = {
     "obelics": (published.obelics, "obelics", (), "interleaved", 6),
     "instructpix2pix": (published.instructpix2pix, "instructpix2pix", (), "edit", 8),
     "openimages": (published.open_images, "openimages", (), "image", 8),
-    "packed": (lambda folder: published.open_images(folder, packed=True), "openimages", (), "image", 8),
+    "openimages-tar": (lambda folder: published.open_images(folder, packed=True), "openimages", (), "image", 8),
     "narratives": (published.open_images, "openimages", ("narratives={source}/narratives",), "caption", 8),
     "tsv-openimage": (lambda f: published.tsv(f / "a.tsv", "openimage"), "tsv", ("rows=openimage",), "constructed", 6),
     "tsv-edit": (lambda f: published.tsv(f / "a.tsv", "instructpix2pix"), "tsv", ("rows=instructpix2pix",), "edit", 6),
@@ -61,8 +71,8 @@ LAYOUT_CASES = {
 def test_every_layout_becomes_sound_samples(case: str, tmp_path: Path) -> None:
     write, layout, settings, kind, count = LAYOUT_CASES[case]
     source = write(tmp_path / "in")
-    journal = convert(layout, source, tmp_path / "out", *(item.format(source=source) for item in settings))
-    assert (journal.samples, journal.counts["reads"]) == (count, count)
+    done = convert(layout, source, tmp_path / "out", *(item.format(source=source) for item in settings))
+    assert (done.samples, done.records) == (count, count)
     found = checked(tmp_path / "out")
     assert (found["good"], found["kinds"], found["dropped"]) == (count, {kind: count}, {})
 
@@ -96,19 +106,19 @@ def test_missing_images_cost_the_document_nothing_else(tmp_path: Path) -> None:
     for i, name in enumerate(("000000000000.jpg", "000001000000.jpg", "000001000001.jpg")):
         path = source / "images" / name
         path.write_bytes(b"not an image") if i == 0 else path.unlink()
-    journal = convert("mmc4", source, tmp_path / "out")
-    assert journal.left_out == {"unreadable_image": 1, "missing_image": 2}
-    assert journal.counts["filtered"] == {"image_count": 1} and journal.samples == 3
+    done = convert("mmc4", source, tmp_path / "out")
+    assert done.skipped == {"unreadable_image": 1, "missing_image": 2}
+    assert done.filtered == {"image_count": 1} and done.samples == 3
     assert len(samples(tmp_path / "out")[0].segments) == 3
 
 
-def test_pairs_of_a_prompt_stay_together_and_broken_ones_are_left_out(tmp_path: Path) -> None:
+def test_pairs_of_a_prompt_stay_together_and_broken_ones_are_skipped(tmp_path: Path) -> None:
     source = published.instructpix2pix(tmp_path / "in", 3)
     (source / "shard-00/0000002/1020_1.jpg").write_bytes(b"")
     (source / "shard-00/0000000/1000_0.jpg").unlink()
-    journal = convert("instructpix2pix", source, tmp_path / "out")
+    done = convert("instructpix2pix", source, tmp_path / "out")
     assert [len(sample.pairs) for sample in samples(tmp_path / "out")] == [2, 2]
-    assert journal.left_out == {"unreadable_image": 1} and journal.counts["dropped"] == {"missing_image": 1}
+    assert done.skipped == {"unreadable_image": 1} and done.dropped == {"missing_image": 1}
     assert samples(tmp_path / "out")[0].caption == "a small dog"
     assert convert("instructpix2pix", source, tmp_path / "apart", "pairs=apart").samples == 4
     assert {len(sample.pairs) for sample in samples(tmp_path / "apart")} == {1}
@@ -126,8 +136,7 @@ def test_instructpix2pix_without_its_list_and_in_splits(tmp_path: Path) -> None:
 def test_open_images_are_turned_and_carry_their_licence(tmp_path: Path) -> None:
     for name, packed in (("folder", False), ("tar", True)):
         convert("openimages", published.open_images(tmp_path / "in" / name, packed=packed), tmp_path / name)
-        shards = IndexedShards(str(tmp_path / name / "train-*.tar"))
-        _, key, members = shards.read(1)
+        _, key, members = stored(tmp_path / name)[1]
         record = json.loads(members["json"])
         assert key == published.image_id(1) and (record["Author"], record["Title"]) == ("A, B", 'The "title"')
         assert [load(sample.image).size for sample in samples(tmp_path / name)[:2]] == [(80, 64), (64, 80)]
@@ -198,63 +207,69 @@ def test_long_documents_are_divided_where_it_hurts_least(tmp_path: Path) -> None
 def test_captions_of_published_tables(tmp_path: Path) -> None:
     published.write(tmp_path / "cc3m.tsv", 'a "red fish\thttp://a\n\thttp://b\na dog\thttp://c\n')
     published.write(tmp_path / "laion.jsonl", published.jsonl(
-        [{"TEXT": "a bird", "WIDTH": w, "HEIGHT": 500} for w in (400, 383, None)]))  # fmt: skip
+        [{"TEXT": "a bird", "WIDTH": w, "HEIGHT": 500} for w in (400, 383, None, "9" * 5000)]))  # fmt: skip
     first = convert("captions", tmp_path / "cc3m.tsv", tmp_path / "a", "column=0")
     assert [sample.caption for sample in samples(tmp_path / "a")] == ['a "red fish', "a dog"]
-    assert first.counts["dropped"] == {"empty_caption": 1}
+    assert first.dropped == {"empty_caption": 1}
     sizes = ("column=TEXT", "width=WIDTH", "height=HEIGHT", "min_side=384")
     second = convert("captions", tmp_path / "laion.jsonl", tmp_path / "b", *sizes)
-    assert second.counts["filtered"] == {"image_too_small": 1, "size_not_integer": 1} and second.samples == 1
+    assert second.filtered == {"image_too_small": 1, "size_not_integer": 2} and second.samples == 1
     assert checked(tmp_path / "a", captions_only=True)["good"] == 2
     assert checked(tmp_path / "a")["dropped"] == {"missing_member": 2}
 
 
-def killed_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
-    """Power is cut at a write: nothing is cleaned up."""
-    real, left = ShardWriter.write, [writes]
+def killed_at(place: str, count: int, *arguments: str | Path) -> None:
+    """`convert` in a process that kill -9 ends at the call number `count` of `place`, before it does anything."""
 
-    def write(self, sample, key=None):
-        left[0] -= 1
-        if left[0] < 0:
-            self._stream = None  # so that no tidying removes what a kill would have left
-            raise SystemExit("power cut")
-        real(self, sample, key)
+    def run() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            owner, name = (ShardWriter, "write") if place == "write" else (conversion, "write_json")
+            real, left = getattr(owner, name), [count]
 
-    monkeypatch.setattr(ShardWriter, "write", write)
+            def call(*values: object) -> None:
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                real(*values)
+
+            patch.setattr(owner, name, call)
+            convert(*arguments)  # type: ignore[arg-type]
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("writes", [0, 1, 3, 4, 7, 11])
-@pytest.mark.parametrize("lost_journal", [False, True])
-def test_a_killed_conversion_goes_on_to_the_same_bytes(
-    writes: int, lost_journal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "place, count",
+    [*(("write", n) for n in (0, 1, 2, 5, 6, 9)), *(("progress", n) for n in (0, 1, 3, 4, 6))],
+    ids=lambda value: str(value),
+)
+def test_a_killed_conversion_continues_to_the_same_bytes(place: str, count: int, tmp_path: Path) -> None:
     rows = [{"text": f"Fish {i}. " * (1 + i % 4)} if i % 5 else {"text": None} for i in range(12)]
+    rows[9] = {"text": "A long document. " * 20}  # four samples, so that a shard ends inside a record
     published.write(tmp_path / "in/a.jsonl", published.jsonl(rows[:7]))
     published.write(tmp_path / "in/b.jsonl", published.jsonl(rows[7:]))
     settings = ("samples_per_shard=2", "max_characters=100", "min_characters=9", "max_bad_share=1")
     whole = convert("text", tmp_path / "in", tmp_path / "whole", *settings)
-    killed_after(monkeypatch, writes)
-    if whole.samples > writes:
-        with pytest.raises(SystemExit):
-            convert("text", tmp_path / "in", tmp_path / "cut", *settings)
-        monkeypatch.undo()
-        journal = tmp_path / "cut/train.conversion.json"
-        if lost_journal and writes >= 2:  # killed between a shard's rename and its entry in the journal
-            record = json.loads(journal.read_text())
-            first = tmp_path / "again"
-            killed_after(monkeypatch, max(0, writes - 2))
-            with pytest.raises(SystemExit):
-                convert("text", tmp_path / "in", first, *settings)
-            monkeypatch.undo()
-            journal.write_text((first / journal.name).read_text())
-            assert len(json.loads(journal.read_text())["shards"]) < len(record["shards"])
-    again = convert("text", tmp_path / "in", tmp_path / "cut", *settings)
-    assert (again.counts, again.shards, again.examples) == (whole.counts, whole.shards, whole.examples)
-    kept = [path for path in sorted((tmp_path / "whole").iterdir()) if path.name != ".lock"]
-    for path in kept:
+    assert (whole.samples, len(whole.shards), whole.dropped, whole.filtered) == (
+        10, 5, {"invalid_field": 3}, {"text_too_short": 2})  # fmt: skip
+    killed_at(place, count, "text", tmp_path / "in", tmp_path / "cut", *settings)
+    assert convert("text", tmp_path / "in", tmp_path / "cut", *settings) == whole
+    for path in (path for path in (tmp_path / "whole").iterdir() if path.name != ".lock"):
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes(), path.name
     assert not list((tmp_path / "cut").glob("*.partial"))
-    assert convert("text", tmp_path / "in", tmp_path / "cut", *settings).complete
+    assert convert("text", tmp_path / "in", tmp_path / "cut", *settings) == whole
+
+
+def test_progress_is_not_written_after_each_of_many_shards(tmp_path: Path) -> None:
+    source = published.write(tmp_path / "a.jsonl", published.jsonl([{"text": f"Fish {i}."} for i in range(300)]))
+    whole = convert("text", source, tmp_path / "whole", "samples_per_shard=1")
+    killed_at("write", 298, "text", source, tmp_path / "cut", "samples_per_shard=1")
+    saved = json.loads((tmp_path / "cut/train.conversion.json").read_text())
+    assert 290 <= len(saved["shards"]) < len(list((tmp_path / "cut").glob("*.tar"))) == 298
+    assert convert("text", source, tmp_path / "cut", "samples_per_shard=1") == whole
 
 
 @pytest.mark.slow
@@ -268,10 +283,10 @@ def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
 def test_other_settings_or_input_are_refused_beside_what_stands(tmp_path: Path) -> None:
     source = published.write(tmp_path / "a.jsonl", published.jsonl([{"text": text} for text in TEXTS]))
     convert("text", source, tmp_path / "out")
-    with pytest.raises(DataError, match=r"settings.min_characters was 1 and is now 5"):
+    with pytest.raises(DataError, match=r"min_characters was 1 and is now 5"):
         convert("text", source, tmp_path / "out", "min_characters=5")
     assert convert("text", source, tmp_path / "out", "max_bad_share=0.5").complete
-    with pytest.raises(DataError, match=r"no val\.conversion\.json"):
+    with pytest.raises(DataError, match=r"val-000000.tar. exists, but no val\.conversion\.json"):
         published.write(tmp_path / "out/val-000000.tar", b"")
         convert("text", source, tmp_path / "out", "prefix=val")
     with pytest.raises(ConfigError, match=r"min_charcters.*Did you mean"):
@@ -281,15 +296,14 @@ def test_other_settings_or_input_are_refused_beside_what_stands(tmp_path: Path) 
 def test_rotten_input_stops_the_conversion(tmp_path: Path) -> None:
     rows = [{"text": "a fish"} if i % 2 else {} for i in range(300)]
     source = published.write(tmp_path / "a.jsonl", published.jsonl(rows))
-    with pytest.raises(DataError, match=r"missing_column 1\d\d.*max_bad_share is 0\.05"):
+    with pytest.raises(DataError, match=r"max_bad_share is 0\.05.*missing_column 1\d\d"):
         convert("text", source, tmp_path / "out")
 
 
 def test_a_reduced_image_is_a_jpeg_of_the_size_asked_for(tmp_path: Path) -> None:
     source = published.open_images(tmp_path / "in", 3)
     convert("openimages", source, tmp_path / "out", "images.shorter_side=32")
-    shards = IndexedShards(str(tmp_path / "out/train-*.tar"))
-    assert all("jpg" in shards[i] for i in range(3))
+    assert all("jpg" in members for *_, members in stored(tmp_path / "out"))
     assert [load(sample.image).size for sample in samples(tmp_path / "out")] == [(40, 32), (32, 40), (40, 32)]
     found = convert("openimages", source, tmp_path / "none", "images.min_side=64")
     assert found.samples == 3
@@ -312,9 +326,9 @@ def test_reasons_are_exactly_what_was_injected(tmp_path: Path) -> None:
     sound = f"a fish\tfish\t{good}\t{good}\t{good}".encode()
     published.write(tmp_path / "in/a.tsv", b"\n".join([sound, *(line for bad in lines for line in (bad, sound))]))
     settings = ("rows=openimage", "max_bad_share=1", "max_record_bytes=100000")
-    journal = convert("tsv", tmp_path / "in", tmp_path / "out", *settings)
-    assert Counter(journal.counts["dropped"]) == {reason: len(listed) for reason, listed in rows.items()}
-    assert journal.samples == len(lines) + 1 == checked(tmp_path / "out")["good"]
+    done = convert("tsv", tmp_path / "in", tmp_path / "out", *settings)
+    assert Counter(done.dropped) == {reason: len(listed) for reason, listed in rows.items()}
+    assert done.samples == len(lines) + 1 == checked(tmp_path / "out")["good"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zip", ".parquet"])
@@ -324,6 +338,6 @@ def test_a_damaged_file_loses_what_is_damaged_alone(suffix: str, tmp_path: Path)
     cut = whole[: -len(whole) // 4] if suffix in (".gz", ".xz") else whole
     published.write(tmp_path / "in" / ("a.jsonl" + suffix if suffix != ".parquet" else "a.parquet"), cut)
     published.write(tmp_path / "in/b.jsonl", published.jsonl([{"text": "whole"}]))
-    journal = convert("text", tmp_path / "in", tmp_path / "out")
-    assert journal.counts["dropped"] == {"damaged_file": 1}
-    assert samples(tmp_path / "out")[-1].text == "whole" and (journal.samples > 100) == (suffix in (".gz", ".xz"))
+    done = convert("text", tmp_path / "in", tmp_path / "out")
+    assert done.dropped == {"damaged_file": 1}
+    assert samples(tmp_path / "out")[-1].text == "whole" and (done.samples > 100) == (suffix in (".gz", ".xz"))

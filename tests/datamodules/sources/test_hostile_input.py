@@ -3,16 +3,15 @@
 import gzip
 import io
 import json
-import os
 import pickle
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from datamodules.errors import DataError
-from datamodules.sources.image_store import ImageStore, is_inside
-from datamodules.sources.layout import Record
+from datamodules.errors import DataError, SampleError
+from datamodules.sources.files import Record
+from datamodules.sources.image_store import ImageStore
 from tests.datamodules.sources import published
 from tests.datamodules.sources.test_conversion import convert, samples
 from tests.datamodules.test_sample import Marker, bomb
@@ -21,27 +20,20 @@ RECORD = Record(0, 0, "docs.jsonl", None)
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.jpg", "/etc/passwd", "a/../../secret.jpg", "a\0.jpg", "..", "", "..\\secret.jpg", "x" * 2000]
+    "name, reason",
+    [
+        *((name, "refused_path") for name in ("../secret.jpg", "/etc/passwd", "a/../../secret.jpg", "..", "")),
+        *((name, "unreadable_file") for name in ("a\0.jpg", "x" * 2000, "\ud800.jpg")),
+        ("..\\secret.jpg", "missing_image"),
+    ],
 )
-def test_names_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
+def test_names_that_lead_out_are_refused(name: str, reason: str, tmp_path: Path) -> None:
     published.write(tmp_path / "secret.jpg", published.jpeg(0))
     published.write(tmp_path / "images/a/ok.jpg", published.jpeg(1))
     store = ImageStore(tmp_path / "images", 10**6)
     assert store.find(RECORD, "a/ok.jpg") == published.jpeg(1)
-    assert not is_inside(name)
-    with pytest.raises(Exception, match="refused_path"):
+    with pytest.raises(SampleError, match=reason):
         store.find(RECORD, name)
-
-
-def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
-    published.write(tmp_path / "secret.jpg", published.jpeg(0))
-    (tmp_path / "images").mkdir()
-    os.symlink("../secret.jpg", tmp_path / "images/a.jpg")
-    os.symlink("..", tmp_path / "images/up")
-    store = ImageStore(tmp_path / "images", 10**6)
-    for name in ("a.jpg", "up/secret.jpg"):
-        with pytest.raises(Exception, match="refused_path"):
-            store.find(RECORD, name)
 
 
 def test_a_tar_gives_regular_files_alone_and_unpacks_nothing(tmp_path: Path) -> None:
@@ -70,53 +62,38 @@ def test_hostile_documents_are_counted_one_by_one(tmp_path: Path) -> None:
     rows += [{"text_list": "A fish.", "image_info": []}, {"text_list": ["\ud800"], "image_info": []}]
     bad = [json.dumps(row) for row in rows] + ["[" * 100_000, "{", "[1]", '{"text_list": 1' + "0" * 5000 + "}"]
     published.write(source / "docs_no_face_shard_0_v3.jsonl", "\n".join([*lines, *bad]))
-    journal = convert("mmc4", source, tmp_path / "out", "max_bad_share=1")
-    assert journal.counts["dropped"] == {"invalid_field": 1, "not_utf8": 1, "invalid_json": 4}
-    assert journal.counts["filtered"] == {"image_count": len(names)}
-    assert journal.left_out == {
+    done = convert("mmc4", source, tmp_path / "out", "max_bad_share=1")
+    assert done.dropped == {"invalid_field": 1, "not_utf8": 1, "invalid_json": 4}
+    assert done.filtered == {"image_count": len(names)}
+    assert done.skipped == {
         "refused_path": 1, "missing_image": 1, "image_too_large": 1, "unreadable_image": 1, "invalid_field": 2
     }  # fmt: skip
-    assert journal.samples == 2 and not marker.exists()
+    assert done.samples == 2 and not marker.exists()
 
 
 @pytest.mark.parametrize(
-    "entry", [["../../up", ["1"]], ["/etc", ["1"]], ["ok", ["../1"]], ["ok", ["a/b"]], ["ok", []], 7]
+    "entry", [["../../up", ["1"]], ["/etc", ["1"]], ["shard-00/0000000", ["../../../up/1"]], ["..", []], 7]
 )
 def test_hostile_lists_of_pairs(entry: object, tmp_path: Path) -> None:
     source = published.instructpix2pix(tmp_path / "in/set", 2)
     published.write(tmp_path / "up/prompt.json", "{}")
     listed = json.loads((source / "seeds.json").read_text())
     published.write(source / "seeds.json", json.dumps([entry, *listed]))
-    journal = convert("instructpix2pix", source, tmp_path / "out")
-    assert journal.samples == 2 and sum(journal.counts["dropped"].values()) == 1
-    assert set(journal.counts["dropped"]) <= {"refused_path", "invalid_field"}
+    done = convert("instructpix2pix", source, tmp_path / "out")
+    assert done.samples == 2 and sum(done.dropped.values()) == 1
+    assert set(done.dropped) <= {"refused_path", "invalid_field"}
 
 
 def test_a_decompression_bomb_is_one_large_record(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as stream:
         stream.write(b'{"text": "' + b"a" * 30_000_000 + b'"}\n{"text": "A fish."}\n')
-    journal = convert("text", tmp_path / "a.jsonl.gz", tmp_path / "out", "max_record_bytes=1000000")
-    assert journal.counts["dropped"] == {"record_too_large": 1}
+    done = convert("text", tmp_path / "a.jsonl.gz", tmp_path / "out", "max_record_bytes=1000000")
+    assert done.dropped == {"record_too_large": 1}
     assert [sample.text for sample in samples(tmp_path / "out")] == ["A fish."]
 
 
-def test_a_packed_tar_with_foreign_members(tmp_path: Path) -> None:
-    source = published.open_images(tmp_path / "in", 2, packed=True)
-    with tarfile.open(source / "train_1.tar.gz", "w:gz") as tar:
-        published.add(tar, "../../evil name.jpg", published.jpeg(1))
-        published.add(tar, "x.pkl", pickle.dumps(Marker(tmp_path / "marker")))
-        published.add(tar, "big.jpg", b"x" * 5000)
-        published.add(tar, f"a/{published.image_id(9)}.jpg", published.jpeg(9))
-    content = (source / "train_1.tar.gz").read_bytes()
-    published.write(source / "train_2.tar.gz", content[: len(content) // 2])
-    journal = convert("openimages", source, tmp_path / "out", "limits.max_member_bytes=4000", "max_bad_share=1")
-    assert journal.samples >= 3 and journal.counts["dropped"]["refused_path"] >= 1
-    assert journal.counts["dropped"]["member_too_large"] >= 1 and journal.counts["dropped"]["damaged_file"] == 1
-    assert not (tmp_path / "marker").exists() and not list(tmp_path.rglob("*evil*"))
-
-
 def test_what_is_no_input_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing at"):
+    with pytest.raises(DataError, match="no file or folder"):
         convert("text", tmp_path / "absent", tmp_path / "out")
     published.write(tmp_path / "in/a.doc", "")
     with pytest.raises(DataError, match=r"ends in \.jsonl"):
@@ -124,7 +101,10 @@ def test_what_is_no_input_is_told(tmp_path: Path) -> None:
     published.write(tmp_path / "in/list.csv", "id,url\n1,2\n")
     with pytest.raises(DataError, match="no column ImageID"):
         convert("openimages", tmp_path / "in", tmp_path / "out")
-    with pytest.raises(DataError, match=r"store=.*does not exist"):
+    published.write(tmp_path / "in/train_0.tar.gz", b"")
+    with pytest.raises(DataError, match=r"train_0.tar.gz' is compressed.*gunzip"):
+        convert("openimages", tmp_path / "in", tmp_path / "out")
+    with pytest.raises(DataError, match=r"store=.*must be a folder, a \.tar or a \.zip"):
         convert("mmc4", tmp_path / "in", tmp_path / "out", f"store={tmp_path}/none")
 
 

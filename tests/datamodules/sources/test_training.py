@@ -49,6 +49,7 @@ def tsv(rows: str):
     return converted("tsv", lambda folder: published.tsv(folder / "a.tsv", rows), f"rows={rows}")
 
 
+OMNIGEN2 = ("prompt=instruction", "inputs=[input_images]", "target=output_image")
 RUNS = {
     "language_modelling": {"text": text, "captions": img2dataset, "interleaved": converted("mmc4", published.mmc4)},
     "language_modelling, others": {
@@ -66,6 +67,7 @@ RUNS = {
         "constructed": tsv("openimage"),
         "edit": tsv("instructpix2pix"),
         "captions": tsv("laion"),
+        "instructions": converted("instructions", published.instructions, *OMNIGEN2, "store={source}"),
     },
 }
 
@@ -82,7 +84,7 @@ def test_every_source_is_trained_on(
     # One row of each source a step, so that two steps read all of them.
     sources = {source: {"shards": pattern, "weight": 1, "validation": ""} for source, pattern in shards.items()}
     sources["captions"]["validation"] = shards["captions"]
-    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"data": {**sources, "micro_batch_size": 3}}))
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"data": {**sources, "micro_batch_size": len(sources)}}))
     assert train.main([str(files[stage]), str(tmp_path / "more.yaml"), "trainer.max_steps=2"]) == 0
     assert [row[0] for row in miniature.losses(tmp_path / stage)] == ["1", "2"]
     assert all(float(loss) > 0 for _, loss in miniature.losses(tmp_path / stage))

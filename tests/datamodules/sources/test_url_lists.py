@@ -1,0 +1,77 @@
+"""URL lists for img2dataset, and its output found again."""
+
+import base64
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from datamodules.cli import add_arguments, run
+from tests.datamodules.sources import published
+from tests.datamodules.sources.test_conversion import convert
+
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def listed(name: str, source: Path, output: Path) -> list[dict]:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["urls", name, str(source), str(output)])) == 0
+    return parquet.read_table(output).to_pylist()
+
+
+def downloaded(folder: Path, urls: list[dict]) -> Path:
+    """What img2dataset writes for the list: the key is a number, the json tells the URL; each fourth link is dead."""
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i, row in enumerate(urls):
+            if i % 4 == 3:
+                continue
+            record = row | {"key": f"{i:09d}", "status": "success", "sha256": "", "width": 64, "height": 64}
+            published.add(tar, f"{i:09d}.jpg", published.jpeg(i))
+            published.add(tar, f"{i:09d}.json", json.dumps(record, indent=4).encode())
+    published.write(folder / "00000_stats.json", json.dumps({"count": len(urls), "successes": len(urls) * 3 // 4}))
+    return folder
+
+
+def test_mmc4(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = published.mmc4(tmp_path / "in", 4)
+    with open(source / "docs_no_face_shard_0_v3.jsonl", "a") as stream:
+        stream.write("{\n")
+    urls = listed("mmc4", source, tmp_path / "urls.parquet")
+    assert "8 URLs" in capsys.readouterr().out
+    assert urls[:2] == [{"url": "http://example.org/000000000000.jpg"}, {"url": "http://example.org/000000000001.jpg"}]
+    store = downloaded(tmp_path / "img2dataset", urls)
+    done = convert("mmc4", source, tmp_path / "out", f"store={store}")
+    assert (done.samples, done.skipped, done.dropped) == (4, {"missing_image": 2}, {"invalid_json": 1})
+
+
+def test_obelics(tmp_path: Path) -> None:
+    source = published.obelics(tmp_path / "in", 4)
+    urls = listed("obelics", source, tmp_path / "urls.parquet")
+    assert [row["url"] for row in urls[:2]] == ["https://example.org/0/a.jpg", "https://example.org/0/b.jpg"]
+    done = convert("obelics", source, tmp_path / "out", f"store={downloaded(tmp_path / 'img2dataset', urls)}")
+    assert (done.samples, done.skipped) == (4, {"missing_image": 2})
+
+
+def test_open_images(tmp_path: Path) -> None:
+    rows = published.open_images_rows(4)
+    rows[3]["OriginalMD5"] = "no digest"
+    source = published.open_images_list(tmp_path / "list.csv", rows)
+    urls = listed("openimages", source, tmp_path / "urls.parquet")
+    digest = hashlib.md5(published.jpeg(0, published.SIDE + 16), usedforsecurity=False)
+    assert urls[0] == {"url": "https://example.org/0_o.jpg", "md5": digest.hexdigest()}
+    assert base64.b64encode(digest.digest()).decode() == rows[0]["OriginalMD5"] and urls[3]["md5"] is None
+    done = convert("openimages", source, tmp_path / "out", f"store={downloaded(tmp_path / 'img2dataset', urls)}")
+    assert (done.samples, done.filtered) == (3, {"missing_image": 1})
+
+
+def test_a_set_without_urls_is_refused(tmp_path: Path) -> None:
+    published.write(tmp_path / "a.jsonl", published.jsonl([{"text_list": []}]))
+    with pytest.raises(ValueError, match="1 unreadable"):
+        listed("mmc4", tmp_path / "a.jsonl", tmp_path / "urls.parquet")
+    assert not (tmp_path / "urls.parquet").exists()
