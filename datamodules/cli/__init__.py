@@ -1,8 +1,9 @@
-"""Data sets: convert what is published, download images, check and show shards.
+"""Data sets: convert what is published, download images, list, check and show shards.
 
     kosmosg data convert instructpix2pix clip-filtered-dataset data/edit
     kosmosg data check 'data/edit/train-*.tar' --sheet edit.png
     kosmosg data show data/edit/train-000000.tar --index 3
+    kosmosg data index laion
     kosmosg data download openimages train-images-boxable-with-rotation.csv images
 
 The layouts, their settings and the sample schema: docs/data.md.
@@ -10,9 +11,9 @@ The layouts, their settings and the sample schema: docs/data.md.
 
 import argparse
 
-from datamodules.cli import check, convert, download, show
+from datamodules.cli import check, convert, download, index, show
 
-COMMANDS = {"convert": convert, "download": download, "check": check, "show": show}
+COMMANDS = {"convert": convert, "download": download, "index": index, "check": check, "show": show}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
