@@ -156,7 +156,7 @@ def alignment(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
 
 
 def instruction_tuning(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
-    """Stage 3; as shipped, but with cached latents (data.kept_moments)."""
+    """Stage 3; as shipped, but with cached latents (data.cached_latents)."""
     module, rows = steps.module, experiment.data.micro_batch_size
     fake = module.fake_batch(rows, PromptShape(1, 0), experiment.model.image_size)
     encoded = replace(fake, prompt=writer.instructions(rows))

@@ -27,11 +27,15 @@ class SampleError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.shard}, sample '{self.key}': {self.reason}" + (f" ({self.detail})" if self.detail else "")
-        # Names and captions are the data's: they must not steer the terminal that a log is read in.
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(text)
 
 
 class FilteredSample(SampleError):
     """A sound sample that the configuration leaves out (too long, too small): not a fault of the data."""
 
     filtered = True
+
+
+def printable(text: str) -> str:
+    """Text with control characters escaped: names and captions must not steer the terminal that they are read in."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

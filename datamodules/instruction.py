@@ -1,23 +1,23 @@
 """Stage 3 data: constructed : edit : caption = 2 : 2 : 1 (paper section 3.1), each a prompt and its target image.
 
-With kept moments the target is the VAE's moments of it, read from beside the shards; the image is then not decoded.
+With cached latents the target is the VAE's moments of it, read from beside the shards; the image is then not decoded.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from datamodules.cached_latents import CachedLatents, latents_identity
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.entities import Draws, EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.images import SampleImage, StoredImage, load
 from datamodules.mixture import Request, RowBuilder
-from datamodules.moments.files import KeptMoments, moments_identity
 from datamodules.order import SampleOrder
 from datamodules.reader import SampleReader
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, InstructionSample, Sample
@@ -48,8 +48,8 @@ class InstructionDataConfig(DataConfig):
     """Pixels; image-caption pairs with a smaller width or height are left out (golden README, "Caption rows")."""
     max_pieces: int = 128
     """Longer captions of image-caption pairs are left out: SentencePiece pieces."""
-    kept_moments: bool = False
-    """Read the VAE's moments of the targets, which `python -m datamodules.moments` wrote beside the shards."""
+    cached_latents: Literal["float32", "float16"] | None = None
+    """Read the VAE's moments of the targets, which `python -m datamodules.cached_latents` wrote in this precision."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,10 +78,10 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
         encoder: PromptEncoder,
         target_transform: TargetTransform,
         config: InstructionDataConfig,
-        moments: KeptMoments | None = None,
+        latents: CachedLatents | None = None,
     ):
         super().__init__(name, source)
-        self.encoder, self.target_transform, self.config, self.moments = encoder, target_transform, config, moments
+        self.encoder, self.target_transform, self.config, self.latents = encoder, target_transform, config, latents
 
     def __call__(
         self, requests: Sequence[Request], report: ReadReport
@@ -92,11 +92,11 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
         for request in requests:
             try:
                 sample = self.source(request.lane, request.row, request.attempt)
-                kept = None
-                if self.moments is not None:
+                moments = None
+                if self.latents is not None:
                     located = self.source.locate(request.lane, request.row, request.attempt)
-                    kept = self.moments(located.shard, located.number)
-                rows.append((self.build(sample, request.random, kept), f"{sample.shard}/{sample.key}"))
+                    moments = self.latents(located.shard, located.number)
+                rows.append((self.build(sample, request.random, moments), f"{sample.shard}/{sample.key}"))
             except SampleError as error:
                 rows.append(error)
         return rows
@@ -105,8 +105,8 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
         """See `RowBuilder`."""
         return len(row[0])
 
-    def build(self, sample: Sample, random: Random, kept: Tensor | None = None) -> tuple[EncodedPrompt, Tensor]:
-        """One sample → prompt and target (3,H,W), or `kept`, the moments of it.
+    def build(self, sample: Sample, random: Random, moments: Tensor | None = None) -> tuple[EncodedPrompt, Tensor]:
+        """One sample → prompt and target (3,H,W), or `moments`, those of it.
 
         Raises:
             SampleError: an image cannot be decoded.
@@ -120,12 +120,12 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
         if isinstance(sample, CaptionSample) and len(prompt) - 1 > self.config.max_pieces:
             detail = f"{len(prompt) - 1} pieces, at most {self.config.max_pieces}"
             raise FilteredSample("caption_too_long", sample.shard, sample.key, detail)
-        if kept is not None:
-            return prompt, kept
-        if self.moments is not None:
-            load(target)  # raises what kept its moments from being written
-            detail = "readable, but it was not when its moments were written; write them anew"
-            raise SampleError("missing_moments", sample.shard, sample.key, detail)
+        if moments is not None:
+            return prompt, moments
+        if self.latents is not None:
+            load(target)  # raises why its latents were not cached
+            detail = "readable, but it was not when latents were cached; write them anew"
+            raise SampleError("missing_latents", sample.shard, sample.key, detail)
         return prompt, self.target_transform(load(target))
 
     def segments(self, sample: Sample, random: Draws) -> tuple[list[str | SampleImage], SampleImage]:
@@ -152,11 +152,11 @@ class InstructionData(MixtureDataModule):
     Args:
         encoder: of the MLLM's prompts.
         target_transform: PIL image → the VAE's input.
-        moments_identity: `datamodules.moments.files.moments_identity` of the stage's VAE and of the transform; needed
-            with `kept_moments` alone.
+        latents_identity: of the stage's VAE and of the transform, see `cached_latents.py`; needed with `cached_latents`
+            alone.
 
     Raises:
-        ValueError: kept moments are asked for, but not of which VAE.
+        ValueError: cached latents are asked for, but not of which VAE.
     """
 
     Config = InstructionDataConfig
@@ -168,7 +168,8 @@ class InstructionData(MixtureDataModule):
     ) -> "InstructionData":
         assert decoder is not None
         transform = TargetTransform(image_size)
-        identity = moments_identity(decoder.autoencoder, transform) if config.kept_moments else None
+        precision = config.cached_latents
+        identity = latents_identity(decoder.autoencoder, transform, precision) if precision else None
         return cls(config, encoder, transform, identity)
 
     def __init__(
@@ -176,12 +177,12 @@ class InstructionData(MixtureDataModule):
         config: InstructionDataConfig,
         encoder: PromptEncoder,
         target_transform: TargetTransform,
-        moments_identity: str | None = None,
+        latents_identity: str | None = None,
     ):
         super().__init__(config)
-        if config.kept_moments and moments_identity is None:
-            raise ValueError("kept_moments=true needs moments_identity: the VAE's whose moments may be read.")
-        self.encoder, self.target_transform, self.moments_identity = encoder, target_transform, moments_identity
+        if config.cached_latents and latents_identity is None:
+            raise ValueError("cached_latents needs latents_identity: of the VAE whose latents may be read.")
+        self.encoder, self.target_transform, self.latents_identity = encoder, target_transform, latents_identity
 
     def sources(self) -> dict[str, Source]:
         """Constructed, edit, captions, instructions."""
@@ -193,10 +194,10 @@ class InstructionData(MixtureDataModule):
         kinds = {"constructed": ConstructedSample.kind, "edit": EditSample.kind, "captions": CaptionSample.kind}
         kinds["instructions"] = InstructionSample.kind
         source = SampleReader(shards, order, kinds[name], self.config.limits)
-        moments = None
-        if self.config.kept_moments and self.moments_identity is not None:
-            moments = KeptMoments(shards.paths, shards.checksums, shards.samples.tolist(), self.moments_identity)
-        return InstructionRows(name, source, self.encoder, self.target_transform, self.config, moments)
+        latents = None
+        if self.config.cached_latents and self.latents_identity is not None:
+            latents = CachedLatents(shards, self.latents_identity)
+        return InstructionRows(name, source, self.encoder, self.target_transform, self.config, latents)
 
     def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> InstructionBatch:
         """Rows → batch."""

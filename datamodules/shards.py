@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
 from glob import glob
 from pathlib import Path
@@ -77,14 +77,12 @@ def list_shards(pattern: str, remote: RemoteConfig | None = None) -> ShardList:
         ShardError: a protocol that is not allowed, nothing is there, or shards and `shards.json` disagree.
     """
     remote = remote or RemoteConfig()
-    store = _store(pattern, remote)
+    store = open_store(pattern, remote)
     if pattern.endswith(".json"):
-        records = _read(pattern, store)
-        folder = pattern.rpartition("/")[0]
-        urls = [
-            name if SCHEME.match(name) or not folder else f"{folder}/{name}" for name in (r["name"] for r in records)
-        ]
-        store = store or (_store(urls[0], remote) if urls else None)
+        records = read_listing(pattern, store)
+        folder, names = pattern.rpartition("/")[0], [record["name"] for record in records]
+        urls = [name if SCHEME.match(name) else os.path.join(folder, name) for name in names]
+        store = store or (open_store(urls[0], remote) if urls else None)
     else:
         urls, records = _remote(pattern, store) if store is not None else _local(pattern)
     if not records:
@@ -128,7 +126,8 @@ def what_is_there(name: str) -> str:
     return f"'{folder}' holds {shown}." if tars else f"'{folder}' holds no .tar file."
 
 
-def _store(pattern: str, remote: RemoteConfig) -> Store | None:
+def open_store(pattern: str, remote: RemoteConfig) -> Store | None:
+    """The store of a pattern of URLs; None if it is local. Raises ShardError: its protocol is not allowed."""
     scheme = SCHEME.match(pattern)
     if "|" in pattern or "::" in pattern or (scheme and scheme[1] not in remote.protocols):
         allowed = f"the protocols {', '.join(remote.protocols)} are" if remote.protocols else "none is"
@@ -145,7 +144,7 @@ def _local(pattern: str) -> tuple[list[str], list[dict]]:
     for path in find_tars(pattern):
         folder = path.parent
         if folder not in folders:
-            folders[folder] = {record["name"]: record for record in _read(str(folder / LISTING), None)}
+            folders[folder] = {record["name"]: record for record in read_listing(str(folder / LISTING))}
         record = folders[folder].get(path.name)
         if record is None:
             raise ShardError(f"'{path}' is not listed in '{folder / LISTING}'. {_remedy(pattern)}")
@@ -174,7 +173,7 @@ def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
         if WILD.search(folder):
             raise ShardError(f"'{pattern}': '*' is allowed in the last part of a URL alone.")
         if folder not in folders:
-            folders[folder] = {record["name"]: record for record in _read(f"{folder}/{LISTING}", store)}
+            folders[folder] = {record["name"]: record for record in read_listing(f"{folder}/{LISTING}", store)}
         listed = folders[folder]
         found = sorted(one for one in listed if fnmatch(one, name)) if WILD.search(name) else [name]
         for one in found:
@@ -185,7 +184,7 @@ def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
     return urls, records
 
 
-def _read(listing: str, store: Store | None) -> list[dict]:
+def read_listing(listing: str, store: Store | None = None) -> list[dict]:
     """Records of a listing. Raises ShardError: it is absent, or none."""
     try:
         content = Path(listing).read_bytes() if store is None else store.whole(listing)
@@ -195,7 +194,10 @@ def _read(listing: str, store: Store | None) -> list[dict]:
     except OSError as error:
         raise ShardError(f"'{listing}' cannot be read: {error}.") from error
     try:
-        records = json.loads(content)["shards"]
+        found = json.loads(content)
+        records = found["shards"]
+        if found.get("version", VERSION) > VERSION:
+            raise ValueError(f"version {found['version']}; this software reads up to {VERSION}")
         for record in records:
             counts = record["samples"], record["bytes"]
             if not isinstance(record["name"], str) or not all(isinstance(n, int) and n >= 0 for n in counts):
@@ -211,30 +213,47 @@ def _remedy(pattern: str) -> str:
 
 
 def index_shards(urls: Sequence[str], store: Store | None = None, known: Iterable[dict] = ()) -> Iterable[dict]:
-    """A record of each tar. Counts come from img2dataset's `_stats.json` beside it, else by walking through it.
+    """A record of each tar, see `index_shard`."""
+    earlier = {record["name"]: record for record in known}
+    return (index_shard(url, store, earlier.get(url.partition("?")[0].rpartition("/")[2])) for url in urls)
+
+
+def index_shard(url: str, store: Store | None = None, known: dict | None = None) -> dict:
+    """A tar's record: from img2dataset's `_stats.json` beside it, or by walking through the tar, which a store then
+    sends whole.
 
     Args:
-        known: earlier records; shards of the same name and size are not counted again.
+        known: an earlier record; a shard of the same size is not counted again.
 
     Raises:
-        ShardError: a shard cannot be read, is no tar or holds no sample.
+        ShardError: it cannot be read, is no tar or holds no sample.
+        OSError: it is absent, or the store does not give it.
     """
-    earlier = {record["name"]: record for record in known}
-    for url in urls:
-        name = url.partition("?")[0].rpartition("/")[2]
+    address, mark, query = url.partition("?") if store is not None else (url, "", "")
+    name = address.rpartition("/")[2]
+    size = _size(url, store)
+    if known is not None and known["bytes"] == size:
+        return known | {"name": name}
+    count = _counted_by_img2dataset(f"{address.removesuffix('.tar')}_stats.json{mark}{query}", store)
+    if count is None or size is None:
         with store.local(url) if store is not None else nullcontext(Path(url)) as path:
             size = path.stat().st_size
-            record = earlier.get(name)
-            if record is None or record["bytes"] != size:
-                count = _counted_by_img2dataset(path) if store is None else None
-                count = sum(1 for _ in find_samples(Tar(path, OpenFiles()))) if count is None else count
-                record = {"name": name, "samples": count, "bytes": size}
-        yield record
+            count = sum(1 for _ in find_samples(Tar(path, OpenFiles(), name)))
+    return {"name": name, "samples": count, "bytes": size}
 
 
-def _counted_by_img2dataset(shard: Path) -> int | None:
+def _size(url: str, store: Store | None) -> int | None:
+    if store is None:
+        return os.stat(url).st_size
+    with suppress(Exception):  # each store's library has errors of its own; some web servers do not say
+        return store.filesystem.size(url)
+    return None
+
+
+def _counted_by_img2dataset(stats: str, store: Store | None) -> int | None:
     try:
-        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
+        content = Path(stats).read_bytes() if store is None else store.whole(stats)
+        return int(json.loads(content)["successes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -245,7 +264,7 @@ def write_listing(folder: Path, records: Sequence[dict], replaces: str = "") -> 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # several sets may lie in one folder
-        kept = _read(str(listing), None) if listing.exists() else []
+        kept = read_listing(str(listing)) if listing.exists() else []
         kept = [one for one in kept if one["name"] not in names and not (replaces and fnmatch(one["name"], replaces))]
         save_listing(listing, [*kept, *records])
     finally:

@@ -49,6 +49,7 @@ NONE = ("", "~", "null", "Null", "NULL", "None")
 RENAMED = {
     "hardware.utilisation": "hardware.utilization",
     "data.batch_size": "data.micro_batch_size",
+    "data.kept_moments": "data.cached_latents",
     "optimizer.clip": "optimizer.max_grad_norm",
     "optimizer.warm_up_steps": "optimizer.warmup_steps",
     "recipe.condition_drop": "recipe.condition_dropout",

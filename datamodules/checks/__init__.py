@@ -1,1 +1,1 @@
-"""Looking at shards: counts, histograms, what is unusable and why, and a sheet of pictures to look at."""
+"""Looking at shards: what is usable, how well they are shuffled, and a sheet of samples."""

@@ -1,189 +1,306 @@
 """Reading every sample of some shards as training would, down to the last pixel, and counting."""
 
 import hashlib
-import json
-from collections.abc import Iterator
+import random
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
-from datamodules.checks.findings import Findings
-from datamodules.checks.tokens import TokenCounter
-from datamodules.errors import SampleError, ShardError
-from datamodules.images import Limits, SampleImage, load
-from datamodules.processes import ordered_map
-from datamodules.sample import (
-    SCHEMA_VERSION,
-    CaptionSample,
-    ConstructedSample,
-    EditSample,
-    ImageSample,
-    InstructionSample,
-    InterleavedSample,
-    Sample,
-    TextSample,
-    decode,
-)
-from datamodules.storage.shards import MANIFEST_SUFFIX, IndexedShards, expand_pattern
+import numpy as np
 
-TASK = 64
-"""Samples of one task of a process."""
+from datamodules.checks.sheet import parts_of
+from datamodules.data_config import DataConfig
+from datamodules.errors import DataError, SampleError
+from datamodules.images import Limits, load
+from datamodules.order import Block, Mixture, SampleOrder, shuffled
+from datamodules.processes import ordered_map
+from datamodules.sample import SCHEMA_VERSION, CaptionSample, InterleavedSample, Sample, TextSample, decode
+from datamodules.shards import LISTING, find_tars, read_listing
+from datamodules.tar import GZIP, OpenFiles, Tar
+
+EXAMPLES = 5  # unusable samples of each reason that are named
+DRAWN = 12  # usable samples of each kind that are kept to look at
+BATCHES = 32  # over which the shards in a batch are averaged
+# 75, 85 and 128 tokens and 384 pixels are limits of the released code (golden README, "Caption rows").
+TOKEN_EDGES = (0, 5, 10, 15, 20, 30, 40, 50, 60, 76, 86, 129, 257, 513, 1025, 2049, 8193)
+SIDE_EDGES = (0, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
+# By which a tokenizer is known: ours, and CLIP's of older and newer versions of transformers.
+TOKENIZERS = {"sentencepiece.bpe.model": "pieces", "vocab.json": "CLIP tokens", "tokenizer.json": "CLIP tokens"}
 
 
 @dataclass
 class CheckConfig:
-    """How shards are checked."""
+    """How shards are checked.
+
+    Args:
+        kind: what every sample must be; None takes any.
+        captions_only: captions need no image, and theirs are not decoded, as for stage 2.
+        checksums: compare shards with the checksums of their listing.
+        tokenizer: folder of a tokenizer of ours, of a model that holds one, or of a CLIP tokenizer; None counts words.
+        processes: that decode, a shard at a time; None takes one for each CPU core.
+    """
 
     kind: str | None = None
-    """What every sample must be; null takes any."""
     captions_only: bool = False
-    """Captions need no image, and images of captions are not looked at: enough for stage 2."""
     checksums: bool = True
-    """Compare shards with the checksums of their manifest."""
+    tokenizer: str | None = None
     processes: int | None = None
-    """Processes that decode; null takes one for each CPU core."""
     limits: Limits = field(default_factory=Limits)
-    """What one sample may cost."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    shard: str
-    begin: int
-    end: int
 
 
 @dataclass
-class Checked:
-    """Findings, and what concerns whole shards.
+class Findings:
+    """What some shards hold. Those of several shards add up.
 
     Attributes:
+        unit: of texts.
+        sizes: samples of each shard, unusable ones included.
+        kinds, dropped: usable samples by kind, others by the reason that training counts.
+        captions, documents: texts by their tokens.
+        sides: images by the pixels of their shorter side.
         unreadable: shard → why none of its samples can be read.
-        changed: shards whose bytes are not those of the manifest.
+        changed: shards that are not those of their listing.
+        examples: the first unusable samples by reason.
+        drawn: random usable samples by kind: draw, path, begin and end in the tar.
     """
 
-    findings: Findings
-    shards: int = 0
+    unit: str
     bytes: int = 0
+    sizes: list[int] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    captions: Counter[int] = field(default_factory=Counter)
+    documents: Counter[int] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)
     unreadable: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
+    examples: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
+    drawn: dict[str, list[tuple[float, str, int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def samples(self) -> int:
+        """Usable and unusable ones."""
+        return self.kinds.total() + self.dropped.total()
+
+    def drop(self, error: SampleError, count: int = 1) -> None:
+        """Count unusable samples."""
+        self.dropped[error.reason] += count
+        if len(self.examples[error.reason]) < EXAMPLES:
+            self.examples[error.reason].append({"shard": error.shard, "key": error.key, "detail": error.detail})
+
+    def __iadd__(self, other: "Findings") -> "Findings":
+        self.bytes += other.bytes
+        for name in ("sizes", "kinds", "dropped", "captions", "documents", "sides", "unreadable", "changed"):
+            mine = getattr(self, name)
+            mine.extend(getattr(other, name)) if isinstance(mine, list) else mine.update(getattr(other, name))
+        for reason, listed in other.examples.items():
+            self.examples[reason] = [*self.examples[reason], *listed][:EXAMPLES]
+        for kind, drawn in other.drawn.items():
+            self.drawn[kind] = sorted([*self.drawn[kind], *drawn])[:DRAWN]
+        return self
 
     def record(self) -> dict:
-        """Plain values for JSON."""
-        shards = {"count": self.shards, "bytes": self.bytes, "unreadable": self.unreadable, "changed": self.changed}
-        return self.findings.record() | {"shards": shards}
+        """Plain values for JSON; `samples` is `good` and the sum of `dropped`."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "samples": self.samples,
+            "good": self.kinds.total(),
+            "dropped": dict(self.dropped.most_common()),
+            "kinds": dict(self.kinds.most_common()),
+            "images": self.sides.total(),
+            "caption_tokens": histogram(self.captions, TOKEN_EDGES, self.unit),
+            "document_tokens": histogram(self.documents, TOKEN_EDGES, self.unit),
+            "image_sides": histogram(self.sides, SIDE_EDGES, "pixels of the shorter side"),
+            "examples": dict(self.examples),
+            "shards": {
+                "count": len(self.sizes),
+                "bytes": self.bytes,
+                "unreadable": self.unreadable,
+                "changed": self.changed,
+            },
+        }
 
 
-def check(pattern: str, config: CheckConfig, tokens: TokenCounter) -> Checked:
-    """Check all shards of a pattern. The result does not depend on the number of processes.
+def check(pattern: str, config: CheckConfig) -> Findings:
+    """Check the local shards of a pattern. The result does not depend on the number of processes.
 
-    A shard that cannot be read at all counts as the samples that its manifest lists, as one if there is none; one that
-    the manifest lists and that is not there counts likewise.
-
-    Raises:
-        ShardError: there are no shards, or they are of a newer schema.
-    """
-    paths = expand_pattern(pattern)
-    listed = _manifests({path.parent for path in paths})
-    done = Checked(Findings(tokens.unit))
-    for path in sorted(path for path in listed if path not in paths and fnmatch(str(path), pattern)):
-        done.unreadable[path.name] = "it is in its manifest but is missing"
-        done.findings.drop(SampleError("missing_shard", path.name, "", str(path)), listed[path]["samples"])
-    tasks = _tasks(paths, listed, config, done)
-    for findings in ordered_map(partial(_check_task, config=config, tokens=tokens), tasks, config.processes):
-        done.findings += findings
-    return done
-
-
-def _tasks(paths: list[Path], listed: dict[Path, dict], config: CheckConfig, done: Checked) -> Iterator[_Task]:
-    for path in paths:
-        done.shards += 1
-        done.bytes += path.stat().st_size
-        record = listed.get(path, {})
-        if config.checksums and "sha256" in record:
-            with open(path, "rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != record["sha256"]:
-                    done.changed.append(path.name)
-        try:
-            count = len(IndexedShards(str(path), config.limits))
-        except ShardError as error:
-            done.unreadable[path.name] = str(error)
-            missed = SampleError("unreadable_shard", path.name, "", str(error))
-            done.findings.drop(missed, record.get("samples", 1))
-            continue
-        yield from (_Task(str(path), begin, min(begin + TASK, count)) for begin in range(0, count, TASK))
-
-
-def _manifests(folders: set[Path]) -> dict[Path, dict]:
-    """Shards as their manifests list them.
+    Samples that a listing counts and a shard lacks are counted as training counts them; a shard that is not listed and
+    breaks off lacks one.
 
     Raises:
-        ShardError: a manifest of a newer schema.
+        DataError: there are no shards, or no tokenizer.
     """
-    listed = {}
-    for manifest in sorted(path for folder in folders for path in folder.glob(f"*{MANIFEST_SUFFIX}")):
-        try:
-            record = json.loads(manifest.read_text(encoding="utf-8"))
-            schema, shards = record["schema"], {manifest.parent / shard["name"]: shard for shard in record["shards"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"'{manifest}' is not a manifest of shards ({error!r}).") from error
-        if schema > SCHEMA_VERSION:
-            raise ShardError(f"'{manifest}' is of schema {schema}, this software reads up to {SCHEMA_VERSION}.")
-        listed |= shards
-    return listed
+    tokenizer, unit = _find_tokenizer(config.tokenizer)
+    paths, listed = _find_shards(pattern)
+    found = Findings(unit)
+    for path in sorted(listed.keys() - set(paths)):
+        found.unreadable[path.name] = "it is listed but missing"
+        found.drop(SampleError("missing_shard", path.name, "", str(path)), listed[path]["samples"])
+    tasks = [(path, listed.get(path)) for path in paths]
+    task = partial(_check_shard, config=config, tokenizer=tokenizer, unit=unit)
+    for part in ordered_map(task, tasks, config.processes):
+        found += part
+    return found
 
 
-def _check_task(task: _Task, config: CheckConfig, tokens: TokenCounter) -> Findings:
-    findings, shards = Findings(tokens.unit), IndexedShards(task.shard, config.limits)
-    for number in range(task.begin, task.end):
-        try:
-            shard, key, members = shards.read(number)
-            sample = decode(members, shard, key, kind=config.kind, limits=config.limits)
-            sizes = [load(image).size for image in images_of(sample, config.captions_only)]
-        except SampleError as error:
-            findings.drop(error)
-            continue
-        findings.samples += 1
-        findings.good += 1
-        findings.kinds[sample.kind] += 1
-        findings.images += len(sizes)
-        for size in sizes:
-            findings.sides.add(min(size))
-        texts = findings.documents if isinstance(sample, TextSample | InterleavedSample) else findings.captions
-        if not isinstance(sample, ImageSample):
-            texts.add(tokens(text_of(sample)))
-    return findings
+def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
+    """Shards that are there, and the records of these and of missing ones, as far as they are listed."""
+    paths = [] if pattern.endswith(".json") else find_tars(pattern)
+    listings = {path.parent / LISTING for path in paths} if paths else {Path(pattern)}
+    listed = {
+        listing.parent / record["name"]: record
+        for listing in listings
+        if not paths or listing.is_file()
+        for record in read_listing(str(listing))
+    }
+    if not paths:
+        return sorted(path for path in listed if path.is_file()), listed
+    wanted = {path for path in listed if path.parent == Path(pattern) or fnmatch(str(path), pattern)}.union(paths)
+    return paths, {path: record for path, record in listed.items() if path in wanted}
 
 
-def images_of(sample: Sample, captions_only: bool = False) -> list[SampleImage]:
-    """All images of a sample.
+def _check_shard(task: tuple[Path, dict | None], config: CheckConfig, tokenizer: str | None, unit: str) -> Findings:
+    path, listed = task
+    found, tar, lost = Findings(unit), Tar(path, OpenFiles()), None
+    draws, tokenize = random.Random(path.name), _tokenize(tokenizer, unit)
+    try:
+        found.bytes = tar.size
+        if listed and (found.bytes != listed["bytes"] or (config.checksums and _differs(path, listed.get("sha256")))):
+            found.changed = [path.name]
+        if tar.files.read(tar.path, 0, 2) == GZIP:
+            raise SampleError("damaged_tar", path.name, "", "the file is compressed; decompress it")
+        for group in tar.groups():
+            try:
+                key, members = tar.read(group.begin, group.end, config.limits)
+                sample = decode(members, path.name, key, kind=config.kind, limits=config.limits)
+                sides = image_sides(sample, config.captions_only)
+            except SampleError as error:
+                found.drop(error)
+                continue
+            found.kinds[sample.kind] += 1
+            found.sides.update(sides)
+            if words := words_of(sample):
+                texts = found.documents if isinstance(sample, TextSample | InterleavedSample) else found.captions
+                texts[len(tokenize(words))] += 1
+            drawn = found.drawn[sample.kind]
+            drawn.append((draws.random(), str(path), group.begin, group.end))
+            if len(drawn) > DRAWN:
+                drawn.remove(max(drawn))
+    except SampleError as error:
+        lost = error
+    except OSError as error:
+        lost = SampleError("unreachable_shard", path.name, "", str(error))
+    read = found.samples
+    size = listed["samples"] if listed else read + (lost is not None or not read)
+    if size > read:
+        lost = lost or SampleError("truncated_tar", path.name, "", f"ends after {read} samples")
+        found.drop(lost, size - read)
+        if not read:
+            found.unreadable[path.name] = f"{lost.reason}: {lost.detail}"
+    found.sizes = [found.samples]
+    return found
+
+
+def _differs(path: Path, sha256: str | None) -> bool:
+    if not sha256:
+        return False
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() != sha256
+
+
+def image_sides(sample: Sample, captions_only: bool = False) -> list[int]:
+    """Pixels of the shorter side of each image of a sample, decoded.
 
     Raises:
-        SampleError: `missing_member` - a caption without an image.
+        SampleError: one cannot be decoded; or `missing_member`, a caption without an image.
     """
-    if isinstance(sample, CaptionSample):
-        if captions_only:
-            return []
-        if sample.image is None:
-            raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")
-        return [sample.image]
-    if isinstance(sample, InterleavedSample | InstructionSample):
-        targets = [sample.target] if isinstance(sample, InstructionSample) else []
-        return [*(segment for segment in sample.segments if not isinstance(segment, str)), *targets]
-    if isinstance(sample, ConstructedSample):
-        return [sample.target, *(crop for entity in sample.entities for crop in (entity.background, entity.white))]
-    if isinstance(sample, EditSample):
-        return [image for pair in sample.pairs for image in pair]
-    return [sample.image] if isinstance(sample, ImageSample) else []
+    if isinstance(sample, CaptionSample) and captions_only:
+        return []
+    if isinstance(sample, CaptionSample) and sample.image is None:
+        raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")
+    return [min(load(part.image).size) for part in parts_of(sample) if part.image is not None]
 
 
-def text_of(sample: Sample) -> str:
-    """All words of a sample."""
-    if isinstance(sample, TextSample):
-        return sample.text
-    if isinstance(sample, InterleavedSample | InstructionSample):
-        return " ".join(segment for segment in sample.segments if isinstance(segment, str))
-    if isinstance(sample, EditSample):
-        return f"{sample.caption} {sample.instruction}".strip()
-    return "" if isinstance(sample, ImageSample) else sample.caption
+def words_of(sample: Sample) -> str:
+    """All texts of a sample."""
+    named = (getattr(sample, name, "") for name in ("text", "caption", "instruction"))
+    return " ".join(text for text in getattr(sample, "segments", named) if isinstance(text, str) and text)
+
+
+def drawn_samples(found: Findings, limits: Limits) -> dict[str, list[Sample]]:
+    """The samples that were drawn, by kind."""
+    samples, files = defaultdict(list), OpenFiles()
+    for kind in sorted(found.drawn):
+        for _, path, begin, end in found.drawn[kind]:
+            key, members = Tar(path, files).read(begin, end, limits)
+            samples[kind].append(decode(members, Path(path).name, key, limits=limits))
+    return samples
+
+
+def histogram(values: Counter[int], edges: Sequence[int], unit: str) -> dict:
+    """Plain values for JSON: bar `i` counts edges[i] ≤ value < edges[i+1], the last all that are larger."""
+    counts, total = [0] * len(edges), values.total()
+    for value, count in values.items():
+        counts[bisect_right(edges, value) - 1] += count
+    mean = round(sum(value * count for value, count in values.items()) / total, 2) if total else None
+    bounds = {"min": min(values, default=None), "max": max(values, default=None)}
+    return {"unit": unit, "edges": list(edges), "counts": counts, "values": total, "mean": mean} | bounds
+
+
+def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict:
+    """Shards in a batch of `rows` rows when training reads these shards alone, and with a full shuffle of all samples.
+
+    Args:
+        sizes: samples of each shard.
+        config: lanes, lane_rows, window and block.
+    """
+    from scipy.stats import hypergeom
+
+    counts = np.array([size for size in sizes if size])
+    order = SampleOrder(counts, config.seed, config.lanes, config.lane_rows, config.window, config.block)
+    mixture, rows = Mixture(config.seed, [1], config.lanes, config.lane_rows), min(rows, order.total)
+
+    @lru_cache(2 * config.lanes)
+    def shards(block: Block) -> np.ndarray:
+        each = np.repeat([part.shard for part in block.slices], [part.end - part.begin for part in block.slices])
+        return each[shuffled(len(block), *block.key)]
+
+    def shard(row: int) -> int:
+        draw = mixture(row)
+        block, place = order(draw.lane, draw.row)
+        return int(shards(block)[place])
+
+    begins = np.linspace(0, order.total - rows, BATCHES).astype(int).tolist()
+    found = [len({shard(row) for row in range(begin, begin + rows)}) for begin in begins]
+    full = (1 - hypergeom.pmf(0, order.total, counts, rows)).sum()
+    settings = {name: getattr(config, name) for name in ("lanes", "window", "block")}
+    return settings | {"batch": rows, "shards_in_batch": float(np.mean(found)), "full_shuffle": float(full)}
+
+
+def _find_tokenizer(folder: str | None) -> tuple[str | None, str]:
+    if folder is None:
+        return None, "words"
+    for place in (Path(folder) / "tokenizer", Path(folder)):
+        for name, unit in TOKENIZERS.items():
+            if (place / name).is_file():
+                return str(place), unit
+    raise DataError(f"'{folder}' holds no tokenizer, ours or CLIP's; looked for {', '.join(TOKENIZERS)}.")
+
+
+@lru_cache(1)
+def _tokenize(folder: str | None, unit: str) -> Callable[[str], list]:
+    """Text → its tokens, start and end left out. Each process reads the tokenizer once."""
+    if folder is None:
+        return str.split
+    if unit == "pieces":
+        from kosmosg.tokenizer import Tokenizer
+
+        return Tokenizer.from_pretrained(folder).encode
+    from transformers import CLIPTokenizer
+
+    clip = CLIPTokenizer.from_pretrained(folder)
+    return lambda text: clip(text, add_special_tokens=False).input_ids

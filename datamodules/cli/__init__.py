@@ -1,8 +1,9 @@
-"""Data sets: convert what is published, list its images for img2dataset, check and show shards.
+"""Data sets: convert what is published, list its images for img2dataset, index, check and show shards.
 
     kosmosg data convert instructpix2pix clip-filtered-dataset data/edit
     kosmosg data check 'data/edit/train-*.tar' --sheet edit.png
     kosmosg data show data/edit/train-000000.tar --index 3
+    kosmosg data index laion
     kosmosg data urls openimages train-images-boxable-with-rotation.csv urls.parquet
 
 The published sets, their settings and the sample schema: docs/data.md.
@@ -10,9 +11,9 @@ The published sets, their settings and the sample schema: docs/data.md.
 
 import argparse
 
-from datamodules.cli import check, convert, show, urls
+from datamodules.cli import check, convert, index, show, urls
 
-COMMANDS = {"convert": convert, "urls": urls, "check": check, "show": show}
+COMMANDS = {"convert": convert, "urls": urls, "index": index, "check": check, "show": show}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

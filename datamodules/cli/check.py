@@ -1,30 +1,39 @@
 """Check shards: read every sample down to the last pixel and count what is good.
 
-    kosmosg data check 'data/edit/train-*.tar'
+    kosmosg data check data/edit
     kosmosg data check 'laion/{00000..00099}.tar' --tokenizer models/kosmosg --sheet laion.png
     kosmosg data check 'data/**/*.tar' --json
 
-SHARDS is a path, a glob or a brace list. With --json: samples = good + the sum of dropped, which counts by reason. The
-exit status is 1 where more than --max-bad-share of the samples are dropped.
+SHARDS is a folder, a path, a glob, a brace list or a shards.json; tars need not be listed. With --json: samples = good
++ the sum of dropped, which counts by reason. --batch, --lanes and --window: how many shards the rows of a batch are
+from. The exit status is 1 where more than --max-bad-share of the samples are dropped.
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-KINDS = ("text", "caption", "interleaved", "constructed", "edit", "instruction", "image")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BAR, LETTERS = 40, 400
+PLAIN = {"box": None, "header_style": "", "padding": (0, 2, 0, 0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", metavar="SHARDS", help="path, glob or brace list of tars")
+    parser.add_argument("shards", metavar="SHARDS", help="folder, path, glob, brace list or shards.json")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="also draw a contact sheet, a row for each kind")
-    parser.add_argument("--kind", choices=KINDS, help="drop samples of other kinds")
+    parser.add_argument("--kind", help="drop samples of other kinds")
     parser.add_argument("--captions-only", action="store_true", help="captions need no image, as for stage 2")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="count its tokens: a model folder, our tokenizer's or "
                         "CLIP's; without it words are counted")  # fmt: skip
     parser.add_argument("--max-bad-share", type=float, default=1.0, metavar="SHARE", help="0 … 1; default: 1")
     parser.add_argument("--processes", type=int, metavar="N", help="default: one for each CPU core")
-    parser.add_argument("--no-checksums", action="store_true", help="do not compare with the manifest's checksums")
+    parser.add_argument("--no-checksums", action="store_true", help="do not compare with the listed checksums")
+    parser.add_argument("--batch", type=int, default=256, metavar="N", help="rows of a batch; default: 256")
+    for name in ("lanes", "window"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"as data.{name}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,28 +41,78 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from datamodules.checks.check import CheckConfig, check
+    from datamodules.checks.check import CheckConfig, check, drawn_samples, shuffle_quality
     from datamodules.checks.sheet import draw_sheet
-    from datamodules.checks.terminal import show_findings
-    from datamodules.checks.tokens import TokenCounter
+    from datamodules.data_config import DataConfig
+    from datamodules.sample import KINDS
 
     if not 0 <= arguments.max_bad_share <= 1:
         raise ValueError(f"--max-bad-share is {arguments.max_bad_share}; allowed: 0 … 1")
-    if arguments.processes is not None and arguments.processes < 1:
-        raise ValueError(f"--processes is {arguments.processes}; allowed: at least 1")
+    for name in ("processes", "batch"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; allowed: at least 1")
     if arguments.sheet and arguments.sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet is '{arguments.sheet}'; allowed: a file that ends in .png")
-    config = CheckConfig(
-        arguments.kind, arguments.captions_only, not arguments.no_checksums, processes=arguments.processes
-    )
-    checked = check(arguments.shards, config, TokenCounter(arguments.tokenizer))
+    if arguments.kind not in (None, *KINDS):
+        raise ValueError(f"--kind is '{arguments.kind}'; allowed: {', '.join(KINDS)}")
+    reading = DataConfig(**{name: getattr(arguments, name) for name in ("lanes", "window") if getattr(arguments, name)})
+    config = CheckConfig(arguments.kind, arguments.captions_only, not arguments.no_checksums, arguments.tokenizer,
+                         arguments.processes)  # fmt: skip
+    found = check(arguments.shards, config)
+    record = found.record()
+    if any(found.sizes):
+        record["shuffle"] = shuffle_quality(found.sizes, reading, arguments.batch)
     if arguments.sheet:
-        draw_sheet(arguments.shards, arguments.sheet)
+        draw_sheet(drawn_samples(found, config.limits), arguments.sheet)
     if arguments.json:
-        print(json.dumps(checked.record(), indent=1, ensure_ascii=False))
+        print(json.dumps(record, indent=1, ensure_ascii=False))
     else:
-        show_findings(checked, Console())
-        if arguments.sheet:
-            print(f"contact sheet: '{arguments.sheet}'")
-    bad = checked.findings.samples - checked.findings.good
-    return 1 if bad > arguments.max_bad_share * checked.findings.samples else 0
+        show(record, Console())
+    return 1 if record["samples"] - record["good"] > arguments.max_bad_share * record["samples"] else 0
+
+
+def show(record: dict, console: "Console") -> None:
+    """Counts, what was dropped with an example of each reason, histograms and the quality of the shuffle."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from datamodules.errors import printable
+
+    def say(text: str) -> None:
+        console.print(Text(printable(text)), soft_wrap=True)
+
+    shards = record["shards"]
+    size = f"{shards['bytes'] / 1e6:,.2f} MB"
+    say(f"{shards['count']:,} shard(s), {size}: {record['samples']:,} samples, {record['good']:,} good")
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in record["kinds"].items())
+    say(f"{kinds or 'nothing'}; {record['images']:,} images")
+    for name, why in shards["unreadable"].items():
+        say(f"unreadable: {name}: {why}")
+    for name in shards["changed"]:
+        say(f"changed since it was listed: {name}")
+    if record["dropped"]:
+        table = Table("dropped", "samples", "for example", **PLAIN)
+        for reason, count in record["dropped"].items():
+            first = record["examples"][reason][0]
+            example = printable(f"{first['shard']} {first['key']}: {first['detail']}")
+            table.add_row(reason, f"{count:,}", Text(example[:LETTERS]))
+        console.print(table)
+    for name in ("caption_tokens", "document_tokens", "image_sides"):
+        if not (bars := record[name])["values"]:
+            continue
+        title = name.replace("_", " ")
+        console.print(
+            f"\n{title}: {bars['unit']}, mean {bars['mean']:g}, {bars['min']} … {bars['max']}", soft_wrap=True
+        )
+        table = Table("from", "count", **PLAIN)
+        filled = [place for place, count in enumerate(bars["counts"]) if count]
+        for place in range(filled[0], filled[-1] + 1):
+            count = bars["counts"][place]
+            bar = "█" * round(BAR * count / max(bars["counts"])) or "▏" * bool(count)
+            table.add_row(f"{bars['edges'][place]:,}", f"{count:,}", bar)
+        console.print(table)
+    if quality := record.get("shuffle"):
+        console.print()
+        say(f"a batch of {quality['batch']} rows is from {quality['shards_in_batch']:.1f} shards, "
+            f"fully shuffled from {quality['full_shuffle']:.1f} "
+            f"(lanes {quality['lanes']}, window {quality['window']}, block {quality['block']})")  # fmt: skip

@@ -1,9 +1,9 @@
 """Show one sample of some shards: its members, its words in order and the sizes of its pictures.
 
     kosmosg data show data/edit/train-000000.tar
-    kosmosg data show 'laion/*.tar' --key 000000042 --output sample/
+    kosmosg data show laion --key 000000042 --output sample/
 
-SHARDS is a path, a glob or a brace list. What a sample says is printed with control characters escaped.
+SHARDS is a folder, a path, a glob or a brace list. What a sample says is printed with control characters escaped.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", metavar="SHARDS", help="path, glob or brace list of tars")
+    parser.add_argument("shards", metavar="SHARDS", help="folder, path, glob or brace list of tars")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, default=0, metavar="I", help="number of the sample; default: 0")
     which.add_argument("--key", metavar="K", help="key of the sample; the first that has it")
@@ -19,40 +19,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
+    from datamodules.checks.sheet import parts_of
+    from datamodules.errors import SampleError, printable
+    from datamodules.images import Limits, StoredImage, load
+    from datamodules.sample import decode
 
-    from datamodules.checks.terminal import show_sample
-    from datamodules.errors import SampleError
-    from datamodules.storage.shards import IndexedShards
-
-    shards = IndexedShards(arguments.shards)
-    index = arguments.index if arguments.key is None else find_key(shards, arguments.key)
-    if not 0 <= index < len(shards):
-        raise ValueError(f"--index is {index}; '{arguments.shards}' has samples 0 … {len(shards) - 1}")
-    shard, key, members = shards.read(index)
+    number, tar, group = find(arguments.shards, arguments.index, arguments.key)
+    key, members = tar.read(group.begin, group.end, Limits())
+    print(printable(f"{tar.name}, sample {number}, key '{key}'"))
+    for name, content in members.items():
+        print(printable(f"  {name:<18} {len(content):>9,} bytes"))
     try:
-        show_sample(Console(), shard, key, index, members)
+        sample = decode(members, tar.name, key)
+        print(sample.kind)
+        for text, image in parts_of(sample):
+            name = image.name if isinstance(image, StoredImage) else ""
+            size = f"[{name} {'×'.join(map(str, load(image).size))}] " if image is not None else ""
+            print(printable(f"  {size}{text}"))
     except SampleError as error:
         print(f"not usable: {error}")
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        for number, (suffix, content) in enumerate(members.items()):
+        for place, (suffix, content) in enumerate(members.items()):
             # A suffix is the tar's: one that is no plain name gives no path.
             plain = suffix.replace(".", "").isalnum() and suffix.isascii()
-            (arguments.output / (suffix if plain else f"member{number}")).write_bytes(content)
+            (arguments.output / (suffix if plain else f"member{place}")).write_bytes(content)
         print(f"{len(members)} files written to '{arguments.output}'")
     return 0
 
 
-def find_key(shards, key: str) -> int:
-    """Number of the first sample of this key. Raises ValueError: there is none."""
+def find(pattern: str, index: int, key: str | None) -> tuple:
+    """Number, tar and place of the sample of a key, of a number without. Raises ValueError: there is none."""
     from datamodules.errors import SampleError
+    from datamodules.images import Limits
+    from datamodules.shards import find_tars
+    from datamodules.tar import OpenFiles, Tar, find_samples
 
-    for number in range(len(shards)):
-        try:
-            found = shards.read(number, frozenset())[1]
-        except SampleError as error:
-            found = error.key
-        if found == key:
-            return number
-    raise ValueError(f"none of {len(shards)} samples has the key '{key}'")
+    count, files = 0, OpenFiles()
+    for tar in (Tar(path, files) for path in find_tars(pattern)):
+        for group in find_samples(tar):
+            try:
+                if isinstance(group, SampleError):
+                    raise group
+                found = tar.read(group.begin, group.end, Limits(), frozenset())[0] if key is not None else None
+            except SampleError as error:
+                found = error.key
+            if not isinstance(group, SampleError) and (count == index if key is None else found == key):
+                return count, tar, group
+            count += 1
+    if key is None:
+        raise ValueError(f"--index is {index}; '{pattern}' has samples 0 … {count - 1}")
+    raise ValueError(f"none of {count} samples has the key '{key}'")

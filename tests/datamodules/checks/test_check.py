@@ -1,21 +1,26 @@
 """kosmosg data check and show: what is dropped is what was injected, and what people see."""
 
+import gzip
 import json
 import pickle
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from datamodules import cli
-from datamodules.checks.check import CheckConfig, check
-from datamodules.checks.histogram import TOKEN_EDGES, Histogram
-from datamodules.checks.terminal import printable
-from datamodules.checks.tokens import TokenCounter
-from datamodules.errors import DataError
+from datamodules.checks.check import TOKEN_EDGES, CheckConfig, check, histogram, shuffle_quality
+from datamodules.data_config import DataConfig
+from datamodules.errors import DataError, SampleError, printable
+from datamodules.images import Limits
+from datamodules.order import SampleOrder
+from datamodules.reader import SampleReader
 from datamodules.sample import EditSample, ImageSample
+from datamodules.shards import LISTING, list_shards
 from kosmosg.cli import main
 from tests import tiny
 from tests.datamodules import worlds
@@ -73,18 +78,19 @@ def test_dropped_is_what_was_injected(tmp_path: Path, capsys: pytest.CaptureFixt
     groups += [(f"{reason}{i}", members) for reason, listed in bad.items() for i, members in enumerate(listed)]
     worlds.write_members(tmp_path / "a.tar", groups)
     (tmp_path / "junk.tar").write_bytes(b"not a tar" * 1000)
-    assert run("check", str(tmp_path / "*.tar"), "--json", "--processes", "1") == 0
+    assert run("check", str(tmp_path), "--json", "--processes", "1") == 0
     found = json.loads(capsys.readouterr().out)
-    expected = {reason: len(listed) for reason, listed in bad.items()} | {"unreadable_shard": 1}
+    expected = {reason: len(listed) for reason, listed in bad.items()} | {"damaged_tar": 1}
     assert found["dropped"] == expected
     assert (found["samples"], found["good"]) == (9 + sum(expected.values()), 9)
+    assert list(found["shards"]["unreadable"]) == ["junk.tar"]
     assert {item["key"] for item in found["examples"]["missing_member"]} == {f"missing_member{i}" for i in range(5)}
     assert not (tmp_path / "marker").exists()
     assert run("check", str(tmp_path / "a.tar"), "--processes", "1", "--max-bad-share", "0.5") == 1
 
 
 def test_every_kind_is_counted(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    found = check(every_kind(tmp_path), CheckConfig(processes=1), TokenCounter(str(tiny_tokenizer))).record()
+    found = check(every_kind(tmp_path), CheckConfig(processes=1, tokenizer=str(tiny_tokenizer))).record()
     kinds = ("text", "caption", "interleaved", "constructed", "edit", "image")
     assert found["kinds"] == dict.fromkeys(kinds, 5) and found["good"] == 30 and not found["dropped"]
     assert found["images"] == 5 + 2 * 5 + 5 * 5 + 2 * 5 + 4 + 5
@@ -93,31 +99,90 @@ def test_every_kind_is_counted(tmp_path: Path, tiny_tokenizer: Path) -> None:
 
 
 def test_clip_tokens_are_counted(tmp_path: Path) -> None:
-    tiny.clip_tokenizer().save_pretrained(tmp_path)
-    counter = TokenCounter(str(tmp_path))
-    assert counter.unit == "CLIP tokens" and counter("dog fish") == 7
+    tiny.clip_tokenizer().save_pretrained(tmp_path / "clip")
+    pattern = worlds.write(tmp_path / "c", "c", worlds.captions(1))
+    found = check(pattern, CheckConfig(processes=1, tokenizer=str(tmp_path / "clip"))).record()["caption_tokens"]
+    expected = len(tiny.clip_tokenizer()("a small dog number 0", add_special_tokens=False).input_ids)
+    assert (found["unit"], found["min"]) == ("CLIP tokens", expected)
     with pytest.raises(DataError, match="no tokenizer"):
-        TokenCounter(str(tmp_path.parent / "absent"))
+        check(pattern, CheckConfig(tokenizer=str(tmp_path)))
 
 
-def test_shards_are_held_against_their_manifest(tmp_path: Path) -> None:
+def test_shards_are_held_against_their_listing(tmp_path: Path) -> None:
     pattern = worlds.write(tmp_path, "t", worlds.texts(20))
     content = bytearray((tmp_path / "t-000001.tar").read_bytes())
     content[content.index(b"fish")] ^= 1  # still a sound text
     (tmp_path / "t-000001.tar").write_bytes(content)
     (tmp_path / "t-000002.tar").unlink()
-    found = check(pattern, CheckConfig(processes=1), TokenCounter(None)).record()
-    assert found["shards"]["changed"] == ["t-000001.tar"] and found["dropped"] == {"missing_shard": 4}
-    manifest = tmp_path / "t.manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 9'))
-    with pytest.raises(DataError, match="schema 9"):
-        check(pattern, CheckConfig(processes=1), TokenCounter(None))
+    for given in (pattern, str(tmp_path), str(tmp_path / LISTING)):
+        found = check(given, CheckConfig(processes=1)).record()
+        assert found["shards"]["changed"] == ["t-000001.tar"] and found["dropped"] == {"missing_shard": 4}
+    listing = tmp_path / LISTING
+    listing.write_text(listing.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(DataError, match="version 9"):
+        check(pattern, CheckConfig(processes=1))
+
+
+def cut(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:7000])
+
+
+def cut_between_samples(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[: 4 * 1024 * 2])  # two members of one block each
+
+
+def flip(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[3 * 4 * 512 + 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [cut, cut_between_samples, flip, *(partial(Path.write_bytes, data=data) for data in (bytes(9999), b"noise" * 999))],
+)
+def test_what_training_would_miss_is_counted_as_training_counts_it(tmp_path: Path, spoil) -> None:
+    pattern = worlds.write(tmp_path, "c", worlds.captions(16))
+    spoil(tmp_path / "c-000001.tar")
+    shards = list_shards(pattern)
+    reader = SampleReader(shards, SampleOrder(shards.samples, 0, 1, 1, 8, 100), "caption", Limits())
+    dropped: Counter[str] = Counter()
+    for number in range(len(shards)):
+        try:
+            reader(0, number)
+        except SampleError as error:
+            dropped[error.reason] += 1
+    found = check(pattern, CheckConfig(processes=1))
+    assert found.dropped == dropped and found.dropped and found.samples == 16
+    assert found.changed == ["c-000001.tar"]
+
+
+def test_a_compressed_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    worlds.write(tmp_path, "c", worlds.captions(4))
+    (tmp_path / "d.tar").write_bytes(gzip.compress((tmp_path / "c-000000.tar").read_bytes()))
+    assert run("check", str(tmp_path), "--processes", "1", "--max-bad-share", "0.5") == 0
+    printed = capsys.readouterr().out
+    assert "unreadable: d.tar: damaged_tar: the file is compressed; decompress it" in printed
+
+
+def test_the_quality_of_the_shuffle(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Few lanes and windows give a batch of few shards; a set of one window is fully shuffled."""
+    few = shuffle_quality([100] * 50, DataConfig(lanes=1, window=2, block=50), 64)
+    many = shuffle_quality([100] * 50, DataConfig(lanes=8, window=6, block=50), 64)
+    assert few["shards_in_batch"] < 6 and 20 < many["shards_in_batch"] < 26  # 64 rows are of four lanes
+    assert few["full_shuffle"] == many["full_shuffle"] == pytest.approx(50 * (1 - 0.98**64), abs=0.2)
+    whole = shuffle_quality([100] * 50, DataConfig(window=50), 64)
+    assert whole["shards_in_batch"] == pytest.approx(whole["full_shuffle"], rel=0.03)
+    assert shuffle_quality([3, 0, 5], DataConfig(), 64)["full_shuffle"] == 2
+    pattern = worlds.write(tmp_path, "t", worlds.texts(40))
+    assert run("check", pattern, "--json", "--processes", "1", "--batch", "8", "--lanes", "1", "--window", "1") == 0
+    assert json.loads(capsys.readouterr().out)["shuffle"]["shards_in_batch"] < 3
 
 
 @pytest.mark.slow
 def test_processes_change_nothing(tmp_path: Path) -> None:
     pattern = every_kind(tmp_path, 40)
-    one, two = (check(pattern, CheckConfig(processes=n), TokenCounter(None)).record() for n in (1, 2))
+    one, two = (check(pattern, CheckConfig(processes=n)).record() for n in (1, 2))
     assert one == two and one["good"] == 240
 
 
@@ -128,7 +193,7 @@ def test_the_sheet_has_a_row_for_every_kind(tmp_path: Path, capsys: pytest.Captu
     sheet = tmp_path / "sheet.png"
     assert run("check", pattern, "--processes", "1", "--sheet", str(sheet)) == 0
     with Image.open(sheet) as page:
-        colours = {page.getpixel((x, y)) for x in range(0, page.width, 8) for y in range(0, page.height, 8)}
+        colours = {page.getpixel((x, y)) for x in range(0, page.width, 16) for y in range(0, page.height, 16)}
         assert {worlds.image(i).getpixel((0, 0)) for i in range(5)} <= colours
     printed = capsys.readouterr().out
     assert "32 samples, 30 good" in printed and "unreadable_image" in printed and "█" in printed
@@ -162,7 +227,9 @@ def test_what_a_sample_says_does_not_steer_the_terminal(tmp_path: Path, capsys: 
         (["check", "pipe:ls"], "not a local path"),
         (["check", "a.tar", "--sheet", "a.jpg"], "ends in .png"),
         (["check", "a.tar", "--max-bad-share", "2"], "allowed: 0 … 1"),
-        (["convert", "text", "absent", "out"], "no file or folder"),
+        (["check", "a.tar", "--kind", "video"], "allowed: text, caption"),
+        (["check", "a.tar", "--lanes", "-1"], "must be at least 1"),
+        (["convert", "text", "absent", "out"], "nothing at"),
         (["convert", "tsv", "absent", "out"], "'rows' has no value"),
         (["convert", "text", "absent", "out", "colunm=a"], "Did you mean"),
     ],
@@ -173,24 +240,17 @@ def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.Ca
 
 
 def test_settings_are_listed(capsys: pytest.CaptureFixture) -> None:
-    for arguments, key in (
-        (["convert", "--keys", "mmc4"], "min_similarity"),
-        (["convert", "--keys", "instructions"], "placeholder"),
-    ):
+    for arguments, key in ((["convert", "--keys", "mmc4"], "min_similarity"), (["download", "--keys"], "host_delay")):
         with pytest.raises(SystemExit) as stopped:
             run(*arguments)
         assert stopped.value.code == 0 and key in capsys.readouterr().out
 
 
-def test_histograms_add_up() -> None:
-    left, right, whole = (Histogram("words", TOKEN_EDGES) for _ in range(3))
-    for value in (0, 4, 75, 76, 128, 129, 9000):
-        whole.add(value)
-        (left if value % 2 else right).add(value)
-    left += right
-    assert left == whole and sum(whole.counts) == 7 and (whole.least, whole.most) == (0, 9000)
-    assert whole.rows()[0] == ("0–4", 2) and whole.rows()[-1] == ("8193+", 1)
-    assert dict(whole.rows())["60–75"] == 1 and dict(whole.rows())["86–128"] == 1
+def test_histograms() -> None:
+    found = histogram(Counter((0, 4, 75, 76, 128, 129, 9000)), TOKEN_EDGES, "words")
+    bars = dict(zip(found["edges"], found["counts"], strict=True))
+    assert (bars[0], bars[60], bars[76], bars[86], bars[129], bars[8193]) == (2, 1, 1, 1, 1, 1)
+    assert (found["values"], found["min"], found["max"]) == (7, 0, 9000)
 
 
 def test_a_pair_of_an_edit_is_stored_under_its_number() -> None:

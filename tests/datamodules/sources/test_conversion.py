@@ -13,10 +13,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+from datamodules.checks.tokens import TokenCounter
 from rich.console import Console
 
 from datamodules.checks.check import CheckConfig, check
-from datamodules.checks.tokens import TokenCounter
 from datamodules.errors import DataError
 from datamodules.images import load
 from datamodules.sample import Sample, decode

@@ -1,0 +1,113 @@
+"""List the shards of other programs in a shards.json, from which training takes how many samples each holds.
+
+    kosmosg data index laion
+    kosmosg data index 'read-only/{00000..01241}.tar' --output cc12m.json
+    kosmosg data index 's3://bucket/laion/*.tar' --output laion.json
+
+SHARDS is a folder, a path, a glob, a brace list or a URL. Counts of img2dataset's NNNNN_stats.json are believed; other
+tars are walked through, and those of a store are fetched for it, each once. Resumable: shards of a listed name and size
+are not counted again. Shards that cannot be read are named and not listed, and the exit status is 1. fsspec takes a
+store's credentials and options from the environment.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", metavar="SHARDS", help="folder, path, glob, brace list or URL of tars")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="listing with whole paths or URLs; default: "
+                        "shards.json beside the tars")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from datamodules.errors import ShardError, printable
+    from datamodules.remote import RemoteConfig
+    from datamodules.shards import LISTING, index_shard, read_listing, save_listing, write_listing
+
+    pattern, output = arguments.shards, arguments.output
+    if output is not None and output.suffix != ".json":
+        raise ValueError(f"--output is '{output}'; allowed: a file that ends in .json")
+    store, urls = find_shards(pattern)
+    if store is not None and output is None:
+        raise ValueError(f"'{pattern}' is in a store, where nothing is written; set --output FILE.json")
+    unfinished = [output.with_name(f"{output.name}.unfinished")] if output else []
+    listings = {output} if output else {Path(url).parent / LISTING for url in urls}
+    known = {
+        str(listing.parent / record["name"]) if output is None else record["name"]: record
+        for listing in (*unfinished, *listings)
+        if listing.is_file()
+        for record in read_listing(str(listing))
+    }
+    records: dict[str, dict] = {}
+    failed: dict[str, Exception] = {}
+
+    def index(url: str) -> None:
+        try:
+            records[url] = index_shard(url, store, known.get(url))
+        except (ShardError, OSError) as error:
+            failed[url] = error
+
+    def save(complete: bool) -> None:
+        done = sorted(records.items())
+        if output is not None:
+            save_listing(output if complete else unfinished[0], [record | {"name": url} for url, record in done])
+            return
+        replaced = ("*" if Path(pattern).is_dir() else Path(pattern).name) if complete else ""
+        for listing in listings:
+            folder = listing.parent
+            write_listing(folder, [record for url, record in done if Path(url).parent == folder], replaced)
+
+    pool = ThreadPoolExecutor(RemoteConfig().connections)
+    try:
+        for _ in track(pool.map(index, urls), "shards", len(urls), console=Console(stderr=True)):
+            pass
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        save(complete=False)  # what was counted before an interrupt need not be counted again
+        raise
+    if not records:
+        raise next(iter(failed.values()))
+    save(complete=True)
+    for listing in unfinished:
+        listing.unlink(missing_ok=True)
+    for url, error in sorted(failed.items()):
+        print(printable(f"not listed: {url}: {error}"), file=sys.stderr)
+    samples = sum(record["samples"] for record in records.values())
+    print(f"{samples:,} samples in {len(records):,} shard(s), listed in {', '.join(sorted(map(str, listings)))}")
+    return 1 if failed else 0
+
+
+def find_shards(pattern: str) -> tuple:
+    """The store of a pattern, None if it is local, and the paths or URLs of its shards.
+
+    Raises:
+        ShardError: nothing is there, or the protocol is none of a store.
+    """
+    from webdataset.shardlists import expand_urls
+
+    from datamodules.errors import ShardError
+    from datamodules.remote import STORES, RemoteConfig
+    from datamodules.shards import SCHEME, find_tars, open_store
+
+    scheme = SCHEME.match(pattern)
+    store = open_store(pattern, RemoteConfig([scheme[1]] if scheme and scheme[1] in STORES else []))
+    if store is None:
+        return None, [str(path.absolute()) for path in find_tars(pattern)]
+    urls = set()
+    for url in expand_urls(pattern):
+        if url.partition("?")[0].endswith(".tar") and "*" not in url:
+            urls.add(url)
+            continue
+        # Some stores leave the protocol out of what they list.
+        names = store.filesystem.glob(url if "*" in url else f"{url.rstrip('/')}/*.tar")
+        urls |= {name if SCHEME.match(name) else f"{store.protocol}://{name.lstrip('/')}" for name in names}
+    if not urls:
+        raise ShardError(f"no shard at '{pattern}'")
+    return store, sorted(urls)
