@@ -2,6 +2,6 @@
 
     python -m datamodules.curation configs/curation/open_images.yaml [more.yaml | key=value …]
 
-A stage is a plain class on batches of rows (`rows.py`); `stages.py` lists them, Ray Data runs them (`run.py`). The unit of
-work is a chunk of the input, which becomes one shard.
+A stage is a plain class on batches of rows (`rows.py`); `stages.py` lists them, Ray Data runs them (`run.py`). The
+unit of work is a chunk of the input, which becomes one shard.
 """

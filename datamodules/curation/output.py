@@ -13,7 +13,6 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from datamodules.storage.shards import ShardWriter
 from kosmosg.files import clear_leftovers, flush, write_json
 
 Record = dict[str, Any]
+DROP_FIELDS = ("shard", "key", "reason", "detail")
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Output:
     def __init__(self, config: Curation):
         self.config, self.folder = config, Path(config.output)
         self.own = self.folder / "curation"
-        self.records, self.temporary, self.counts = self.own / "records", self.own / "temporary", self.own / "counts.json"
+        self.records, self.temporary = self.own / "records", self.own / "temporary"
+        self.counts = self.own / "counts.json"
 
     def prepare(self, fingerprint: str) -> None:
         """Make the folders, or check that they are of the same plan; remove what is half-written.
@@ -54,22 +55,22 @@ class Output:
         Raises:
             DataError: the folder holds other shards, or they were made from something else.
         """
-        file, wanted = self.own / "plan.json", self._plan(fingerprint)
+        file, plan = self.own / "plan.json", self._plan(fingerprint)
         if not any(self.records.glob("*.json")):  # nothing was made of an earlier plan
             shards = sorted(self.folder.glob("*.tar"))
             if shards and not file.is_file():
-                raise DataError(f"'{self.folder}' holds shards of another program ({shards[0].name}); set another output.")
+                raise DataError(f"'{self.folder}' holds shards of another program ({shards[0].name}).")
             for shard in shards:  # killed before their record
                 shard.unlink()
-            write_json(file, wanted)
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]:
-            text = ", ".join(f"{key} was {found.get(key)!r:.80} and is now {wanted.get(key)!r:.80}" for key in changed)
-            raise DataError(f"'{self.folder}' was begun with another configuration or input: {text}. Set another output.")
+            write_json(file, plan)
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if changed := [key for key in sorted(before.keys() | plan.keys()) if before.get(key) != plan.get(key)]:
+            text = ", ".join(f"{key} was {before.get(key)!r:.80} and is now {plan.get(key)!r:.80}" for key in changed)
+            raise DataError(f"'{self.folder}' was begun with another configuration: {text}. Set another output=…")
         shutil.rmtree(self.temporary, ignore_errors=True)
         for folder in (self.records, self.temporary):
             folder.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(folder)
+        clear_leftovers(self.records)
 
     def _plan(self, fingerprint: str) -> dict[str, Any]:
         """All that the shards depend on, flat."""
@@ -127,24 +128,23 @@ class Output:
 
 def encode_row(row: Row, suffix: str) -> dict[str, bytes]:
     """A finished row as the members of a constructed sample (datamodules/sample.py)."""
-    listed = [
-        {name: entity[name] for name in ("text", "box", "area", "iou") if name in entity} for entity in row["entities"]
-    ]
-    source = {"shard": row["shard"], "key": row["key"]}
-    record = {"kind": "constructed", "caption": row["caption"], "entities": listed, "source": source}
-    members = {
-        "json": json.dumps(record, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace"),
-        f"target.{suffix}": row["image"],
+    fields = ("text", "box", "area", "iou")
+    record = {
+        "kind": "constructed",
+        "caption": row["caption"],
+        "entities": [{name: entity[name] for name in fields if name in entity} for entity in row["entities"]],
+        "source": {"shard": row["shard"], "key": row["key"]},
     }
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+    members = {"json": text.encode("utf-8", "replace"), f"target.{suffix}": row["image"]}
     for i, entity in enumerate(row["entities"]):
-        members[f"{i}.background.{suffix}"] = entity["background"]
-        members[f"{i}.white.{suffix}"] = entity["white"]
+        members |= {f"{i}.{name}.{suffix}": entity[name] for name in ("background", "white")}
     return members
 
 
 def describe(chunk: Chunk) -> Record:
     """What became of a chunk's images."""
-    drops = [row for row in chunk.rows if "dropped" in row]
+    drops = [row | row["dropped"] for row in chunk.rows if "dropped" in row]
     entities = [entity for row in chunk.rows if "dropped" not in row for entity in row["entities"]]
     return {
         "source": chunk.source,
@@ -152,26 +152,17 @@ def describe(chunk: Chunk) -> Record:
         "last": chunk.last,
         "images": len(chunk.rows),
         "written": len(chunk.rows) - len(drops),
-        "failed": _count(row["dropped"]["reason"] for row in drops if not row["dropped"]["filtered"]),
-        "filtered": _count(row["dropped"]["reason"] for row in drops if row["dropped"]["filtered"]),
+        "failed": Counter(drop["reason"] for drop in drops if not drop["filtered"]),
+        "filtered": Counter(drop["reason"] for drop in drops if drop["filtered"]),
         "entities": len(entities),
-        "skipped_entities": _count(reason for row in chunk.rows for reason in row["skipped_entities"].elements()),
+        "skipped_entities": sum((row["skipped_entities"] for row in chunk.rows), Counter()),
         "iou": [entity["iou"] for entity in entities if "iou" in entity],
+        # File names may hold bytes that are no UTF-8.
         "dropped": [
-            {name: _printable(value) for name, value in (*row.items(), *row["dropped"].items()) if isinstance(value, str)}
-            for row in drops
+            {name: drop[name].encode("utf-8", "backslashreplace").decode() for name in DROP_FIELDS} for drop in drops
         ],
         "timing": chunk.timing,
     }
-
-
-def _count(reasons: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(reasons).items()))
-
-
-def _printable(text: str) -> str:
-    """File names may hold bytes that are no UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,8 +59,8 @@ class Counts:
     def _refuse_too_many(self) -> None:
         share, failed = self.config.max_bad_share, self.failed.total()
         remedy = (
-            f"max_bad_share is {share:g}. Each is named in curation/records; what is done is kept. Correct the input, or "
-            "raise max_bad_share and start again."
+            f"max_bad_share is {share:g}. Each is named in curation/records; what is done is kept. Correct the input, "
+            "or raise max_bad_share and start again."
         )
         if (unreadable := self.failed["unreadable_shard"]) > share * self.sources:
             raise DataError(f"{unreadable} of {self.sources} shards cannot be read; {remedy}")
@@ -123,7 +123,7 @@ def report(counts: Counts) -> str:
 
 
 def write_sheet(counts: Counts, folder: Path, file: Path) -> None:
-    """Draw `sheet` samples, chosen by the seed, into a PNG: target, then each entity with its background and on white."""
+    """Draw `sheet` samples, chosen by the seed, into a PNG: target, each entity with its background and on white."""
     count = min(counts.config.sheet, counts.written)
     chosen = set(random.Random(counts.config.seed).sample(range(counts.written), count))
     width = GAP + TEXT + (1 + 2 * ENTITIES) * (CELL + GAP)

@@ -39,7 +39,7 @@ class Stage(Protocol):
 
 def new_row(shard: str, key: str) -> Row:
     """A row before anything is known of it."""
-    return {"number": 0, "shard": shard, "key": key, "skipped_entities": Counter()}
+    return {"number": 0, "shard": shard, "key": key, "entities": [], "skipped_entities": Counter()}
 
 
 def drop(row: Row, reason: str, detail: str = "", *, filtered: bool = True) -> Row:
@@ -63,7 +63,7 @@ def attempt(name: str, stage: Stage, batch: Batch) -> Batch:
     """A batch through a stage; if that fails, each row alone, and those that fail again are dropped.
 
     Raises:
-        DataError, MemoryError, OutOfMemoryError, AcceleratorError: the machine or the configuration is at fault, no row.
+        DataError, MemoryError, OutOfMemoryError, AcceleratorError: the machine or the configuration is at fault.
         RuntimeError: the stage lost rows, gave more, or changed their order.
     """
     try:
@@ -75,7 +75,9 @@ def attempt(name: str, stage: Stage, batch: Batch) -> Batch:
             return [drop_for(batch[0], error, name)]
         return [row for single in batch for row in attempt(name, stage, [single])]
     if [row["number"] for row in result] != [row["number"] for row in batch]:
-        raise RuntimeError(f"stage '{name}' must return its rows in order; it got {len(batch)}, returned {len(result)}.")
+        raise RuntimeError(
+            f"stage '{name}' must return its rows in order; it got {len(batch)}, returned {len(result)}."
+        )
     return result
 
 

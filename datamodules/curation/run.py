@@ -1,15 +1,15 @@
 """One curation from its configuration to its report, worked on by Ray Data: on this machine, or on a cluster.
 
-A row of the Ray dataset is a whole chunk (datamodules/curation/stages.py). Tasks read and prepare, a pool of actors holds
-each model, tasks cut and write. Chunks finish in any order; what they become does not depend on it. The folder of the
-output is shared: the tasks write there.
+A row of the Ray dataset is a whole chunk (datamodules/curation/stages.py). Tasks read and prepare, a pool of actors
+holds each model, tasks cut and write into the output folder, which all nodes share. Chunks finish in any order; what
+they become does not depend on it.
 """
 
 import logging
 import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from kosmosg.files import write_text
 
 PASSED_ON = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TOKENIZERS_")
 """Variables of the environment that workers have too."""
+READING_MEMORY = 256 * 2**20
+"""Bytes reserved for a task that reads: its chunk. Asking for more than an actor also keeps Ray from reading in one."""
 RayRow = dict[str, bytes]
 
 
@@ -89,17 +91,17 @@ def work(config: Curation, missing: list[tuple[Source, set[int]]]) -> Iterator[R
     try:
         check_room(config, ray.cluster_resources())
         items = [{"source": pickle.dumps(item)} for item in missing]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(read, fn_kwargs={"config": config})
-        for number, group in enumerate(groups(config)[1:-1], 1):
-            assert (pool := group[0].pool) is not None
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        dataset = dataset.flat_map(read, fn_args=(config,), memory=READING_MEMORY)  # type: ignore[arg-type]
+        for number, pool in enumerate(pools(config).values(), 1):
             dataset = dataset.map(
-                Actor,
+                Actor,  # type: ignore[arg-type]
                 fn_constructor_args=(config, number),
                 compute=ray.data.ActorPoolStrategy(size=pool.actors),
                 num_cpus=pool.cpus,
                 num_gpus=pool.gpus,
             )
-        for row in dataset.map(write, fn_kwargs={"config": config}).iter_rows():
+        for row in dataset.map(write, fn_args=(config,)).iter_rows():  # type: ignore[arg-type]
             yield pickle.loads(row["record"])
     except ray.exceptions.RayError as error:
         # Of a worker that could not even be built, Ray keeps the text alone.
@@ -164,15 +166,20 @@ def start_ray(address: str | None = None, cpus: int | None = None) -> None:
     context.target_max_block_size = 1  # bytes: each chunk goes on as soon as it is read
 
 
-def check_room(config: Curation, resources: dict[str, float]) -> None:
+def pools(config: Curation) -> dict[str, Pool]:
+    """Of the groups between the first and the last."""
+    return {step.name: step.pool for group in groups(config) for step in group[:1] if step.pool}
+
+
+def check_room(config: Curation, resources: Mapping[str, float]) -> None:
     """Raises DataError where the actors of all models and one task do not fit at once: Ray would wait for ever."""
-    pools = {group[0].name: group[0].pool or Pool() for group in groups(config)[1:-1]}
     for resource, name, tasks in (("CPU", "cpus", 1), ("GPU", "gpus", 0)):
-        asked = tasks + sum(pool.actors * getattr(pool, name) for pool in pools.values())
+        wanted = {stage: pool.actors * getattr(pool, name) for stage, pool in pools(config).items()}
+        asked = tasks + sum(wanted.values())
         if asked > (available := resources.get(resource, 0)):
-            used = ", ".join(f"{stage} {pool.actors} × {getattr(pool, name):g}" for stage, pool in pools.items())
-            remedy = f"; or set ray.cpus={math.ceil(asked)}, so that they share the cores" if name == "cpus" else ""
+            actors = ", ".join(f"{stage} {number:g}" for stage, number in wanted.items())
+            remedy = f"; or set ray.cpus={math.ceil(asked)}, so that they share the cores" if tasks else ""
             raise DataError(
-                f"the actors ask for {asked - tasks:g} {name} ({used}), besides {tasks} for reading and writing; Ray has "
+                f"the actors ask for {asked - tasks:g} {name} ({actors}), reading and writing for {tasks}; Ray has "
                 f"{available:g}. Reduce pool.actors{remedy}."
             )

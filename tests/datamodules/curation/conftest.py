@@ -12,6 +12,6 @@ def ray_address():
 
     from datamodules.curation.run import start_ray
 
-    start_ray(cpus=4)
+    start_ray(cpus=3)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

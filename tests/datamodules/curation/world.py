@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.curation.__main__ import main
-from datamodules.curation.config import Curation
+from datamodules.curation.config import Crops, Curation
 from datamodules.curation.output import Output
 from datamodules.curation.reading import list_sources, read_shard
 from datamodules.curation.report import Counts
@@ -20,6 +20,7 @@ from tests.datamodules import worlds
 
 TOYLAND = str(REPOSITORY / "configs" / "curation" / "toyland.yaml")
 IMAGES = 16
+SMALL_CROPS = Crops(min_side=4)
 
 
 def write_toyland(folder: Path, count: int = IMAGES) -> str:
