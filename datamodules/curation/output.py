@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from datamodules.curation.rows import Batch, Row
 from datamodules.curation.stages import Chunk
 from datamodules.errors import DataError
 from datamodules.storage.shards import ShardWriter
-from kosmosg.files import clear_leftovers, flush, write_json
+from kosmosg.files import clear_leftovers, flush, write_json, write_text
 
 Record = dict[str, Any]
 DROP_FIELDS = ("shard", "key", "reason", "detail")
@@ -78,9 +79,10 @@ class Output:
         values = {key: value for key, value in values.items() if ".pool." not in key}
         return json.loads(json.dumps(values | {"input": fingerprint}))
 
-    def done(self) -> list[Record]:
-        """The records that are there, in the order of chunks."""
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.records.glob("*.json"))]
+    def done(self) -> Iterator[Record]:
+        """The records that are there."""
+        for path in sorted(self.records.glob("*.json")):
+            yield json.loads(path.read_text(encoding="utf-8"))
 
     def publish(self, chunk: Chunk) -> Record:
         """Write a chunk's shard, then its record.
@@ -123,7 +125,7 @@ class Output:
         """Write what lists the set's shards, then the counts."""
         shutil.rmtree(self.temporary, ignore_errors=True)
         ShardWriter(self.folder, self.config.prefix, 1, shards).close()
-        write_json(self.counts, counts)
+        write_text(self.counts, json.dumps(counts, indent=2, sort_keys=True) + "\n")
 
 
 def encode_row(row: Row, suffix: str) -> dict[str, bytes]:

@@ -32,23 +32,26 @@ class Counts:
         self.images = self.written = self.entities = 0
         self.failed, self.filtered, self.skipped_entities = Counter[str](), Counter[str](), Counter[str]()
         self.timing: dict[str, tuple[int, float]] = {}
-        self.records: dict[tuple[int, int], Record] = {}  # by source and part
+        self.iou: list[float] = []
+        self._shards: dict[tuple[int, int], dict[str, Any]] = {}  # by source and part
         self.parts: defaultdict[int, set[int]] = defaultdict(set)  # of each source, the chunks that are done
         self.finished: set[int] = set()  # sources of which nothing is missing
         self._sizes: dict[int, int] = {}
 
     def add(self, record: Record) -> None:
         """Count a chunk. Raises DataError: more failed than may."""
-        source = record["source"]
-        self.records[source, record["part"]] = record
-        self.parts[source].add(record["part"])
+        source, part = record["source"], record["part"]
+        self.parts[source].add(part)
+        if record["shard"]:
+            self._shards[source, part] = record["shard"]
         if record["last"]:
-            self._sizes[source] = record["part"] + 1
+            self._sizes[source] = part + 1
         if len(self.parts[source]) == self._sizes.get(source):
             self.finished.add(source)
         self.images += record["images"]
         self.written += record["written"]
         self.entities += record["entities"]
+        self.iou += record["iou"]
         for name in ("failed", "filtered", "skipped_entities"):
             getattr(self, name).update(record[name])
         for stage, (rows, seconds) in record["timing"].items():
@@ -69,27 +72,26 @@ class Counts:
 
     def shards(self) -> list[dict[str, Any]]:
         """The records of all shards in order. Raises DataError: nothing was kept."""
-        found = [self.records[place]["shard"] for place in sorted(self.records) if self.records[place]["shard"]]
-        if not found:
+        if not self._shards:
             losses = f"failed: {listed(self.failed)}; filtered: {listed(self.filtered)}"
             raise DataError(f"nothing is left of {self.images} images ({losses}); an empty set is an error.")
-        return found
+        return [self._shards[place] for place in sorted(self._shards)]
 
     def summary(self) -> dict[str, Any]:
         """Every image and entity by what became of it; the same whoever worked on it and when."""
         return {
             "images": self.images,
             "written": self.written,
-            "failed": dict(sorted(self.failed.items())),
-            "filtered": dict(sorted(self.filtered.items())),
+            "failed": self.failed,
+            "filtered": self.filtered,
             "entities": self.entities,
-            "skipped_entities": dict(sorted(self.skipped_entities.items())),
+            "skipped_entities": self.skipped_entities,
             "mask_iou": self.mask_iou(),
         }
 
     def mask_iou(self) -> dict[str, float]:
         """IoU of recovered against true masks, where the truth is known."""
-        scores = sorted(score for record in self.records.values() for score in record["iou"])
+        scores = sorted(self.iou)
         if not scores:
             return {}
         mean = round(statistics.fmean(scores), 4)

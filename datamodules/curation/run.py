@@ -89,7 +89,8 @@ def work(config: Curation, missing: list[tuple[Source, set[int]]]) -> Iterator[R
     if started:
         start_ray(config.ray.address, config.ray.cpus)
     try:
-        check_room(config, ray.cluster_resources())
+        if config.ray.address is None:  # a cluster may grow
+            check_room(config, ray.cluster_resources())
         items = [{"source": pickle.dumps(item)} for item in missing]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         dataset = dataset.flat_map(read, fn_args=(config,), memory=READING_MEMORY)  # type: ignore[arg-type]
