@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pickle
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def start_ray(address: str | None = None, cpus: int | None = None) -> None:
     variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))  # workers import the same code
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -161,6 +163,7 @@ def start_ray(address: str | None = None, cpus: int | None = None) -> None:
         )
     except ConnectionError as error:
         raise DataError(f"no Ray cluster answers at ray.address='{address}': {error}") from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's aborts the process
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the curation has a bar of its own
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -80,17 +81,17 @@ def test_a_chunk_without_a_record_is_done_again_and_others_are_kept(toyland, che
     assert "is finished" in capsys.readouterr().out
 
 
-def test_killed_twice_it_loses_and_doubles_nothing(ray_address, toyland, tmp_path):
+@pytest.mark.slow
+def test_killed_and_stopped_it_loses_and_doubles_nothing(ray_address, toyland, tmp_path):
     output = tmp_path / "set"
     command = [sys.executable, "-m", "datamodules.curation", *world.arguments(toyland, output)]
-    for wanted in (1, 3):
+    for wanted, number, status in ((1, signal.SIGKILL, -9), (2, signal.SIGKILL, -9), (3, signal.SIGTERM, 143)):
         process = subprocess.Popen([*command, f"ray.address={ray_address}"], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while len(list((output / "curation" / "records").glob("*.json"))) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert process.poll() is None
-        process.kill()
-        process.wait()
+        process.send_signal(number)
+        assert process.wait() == status
     assert not (output / "curation" / "counts.json").exists()
     assert world.curate(toyland, output) == 0
     uninterrupted = load_config(world.arguments(toyland, tmp_path / "uninterrupted"), Curation)
