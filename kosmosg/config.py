@@ -51,7 +51,6 @@ RENAMED = {
     "data.batch_size": "data.micro_batch_size",
     "optimizer.clip": "optimizer.max_grad_norm",
     "optimizer.warm_up_steps": "optimizer.warmup_steps",
-    "report.sheet": "sheet",
     "recipe.condition_drop": "recipe.condition_dropout",
     "recipe.draws_per_sample": "recipe.timesteps_per_sample",
     "recipe.length_groups": "recipe.length_buckets",
@@ -63,7 +62,7 @@ REMOVED = {
     "engine": "Ray Data does all curation, on one machine or many; leave it out.",
     "ray.prepare": "Tasks read and prepare on every free core; leave it out.",
     "ray.write": "Tasks cut and write on every free core; leave it out.",
-    "report.images": "The throughput report extrapolates nothing; leave it out.",
+    "report": "'report.sheet' is now 'sheet', and the throughput report extrapolates nothing.",
     "recipe.cache_megabytes": "Caption states are not cached any more; leave it out.",
     "trainer.max_flops": "Set trainer.max_steps.",
 }

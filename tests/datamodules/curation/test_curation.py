@@ -105,7 +105,7 @@ def test_killed_and_stopped_it_loses_and_doubles_nothing(ray_address, toyland, t
         ("seed=1", "seed was 0 and is now 1"),
         ("input.chunk_size=5", "input.chunk_size was 4 and is now 5"),
         ("engine=ray", "'engine' is gone. Ray Data"),
-        ("report.sheet=3", "'report.sheet' is now 'sheet'"),
+        ("report.sheet=3", "'report' is gone. 'report.sheet' is now 'sheet'"),
         ("input.images=x", "one of input.images"),
     ],
 )
