@@ -60,6 +60,10 @@ RENAMED = {
     "trainer.recompute": "trainer.activation_checkpointing",
 }
 REMOVED = {
+    "engine": "Ray Data does all curation, on one machine or many; leave it out.",
+    "ray.prepare": "Tasks read and prepare on every free core; leave it out.",
+    "ray.write": "Tasks cut and write on every free core; leave it out.",
+    "report": "'report.sheet' is now 'sheet', and the throughput report extrapolates nothing.",
     "recipe.cache_megabytes": "Caption states are not cached any more; leave it out.",
     "trainer.max_flops": "Set trainer.max_steps.",
 }

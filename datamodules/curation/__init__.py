@@ -2,7 +2,6 @@
 
     python -m datamodules.curation configs/curation/open_images.yaml [more.yaml | key=value …]
 
-A stage is a class on batches of rows (`rows.py`). The unit of work is a chunk of the input, which becomes one shard
-(`chunks.py`, `work.py`); an engine only says who works on which chunk (`local_engine.py`, `ray_engine.py`), so the
-shards do not depend on it.
+A stage is a plain class on batches of rows (`rows.py`); `stages.py` lists them, Ray Data runs them (`run.py`). The
+unit of work is a chunk of the input, which becomes one shard.
 """

@@ -1,10 +1,9 @@
 """Make constructed samples of images: python -m datamodules.curation curation.yaml [more.yaml | key=value …]
 
-Every argument is a YAML file or key=value; later wins. Chunks that are done are kept; an interrupted curation goes on
-where it was.
+Every argument is a YAML file or key=value; later wins. The command is resumable: chunks that are done are kept.
 
     python -m datamodules.curation configs/curation/open_images.yaml input.images=/data/open-images
-    python -m datamodules.curation configs/curation/open_images.yaml engine=ray ray.address=auto
+    python -m datamodules.curation configs/curation/open_images.yaml ray.address=auto
     python -m datamodules.curation configs/curation/toyland.yaml
 """
 
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"datamodules.curation: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on with the chunks that are not done.", file=sys.stderr)
+        print("Interrupted. The same command continues with the chunks that are not done.", file=sys.stderr)
         return 130
     return 0
 

@@ -1,51 +1,191 @@
-"""What the model stages share: loading from a folder or the Hub, the device, and greedy decoding."""
+"""The stages that ask a model (paper section 3.1): safety filter, BLIP-2, a chat model, CLIPSeg. All decode greedily.
+
+Imported where a stage is built, so that workers without a model start without transformers.
+"""
 
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoImageProcessor
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    CLIPSegForImageSegmentation,
+)
 from transformers.utils.logging import disable_progress_bar
 
-from datamodules.curation.stage_config import Model
+from datamodules.curation.config import Caption, Entities, Masks, Model, Safety
+from datamodules.curation.rows import Batch, drop, encode_grey, row_image
 from datamodules.errors import DataError
 
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    # A model's own generation_config.json may set these; without sampling they would only be warned of.
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-}
-
-
-def find_device(device: str) -> torch.device:
-    """`auto` is a GPU where there is one. Under Ray each worker sees its own alone."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def load_model(kind: Any, config: Model, device: torch.device) -> Any:
-    """A transformers or diffusers model of class `kind`, frozen, in evaluation mode, on its device.
-
-    Raises:
-        DataError: there is no such model; the message names it.
-    """
-    disable_progress_bar()  # a bar for each worker would run through the curation's own
-    model = load_part(kind, config, dtype=getattr(torch, config.dtype))
-    return model.to(device).eval().requires_grad_(False)
-
-
-def load_image_processor(config: Model) -> Any:
-    """The model's image processor, of Pillow: the same pixels with and without torchvision. Raises DataError."""
-    return load_part(AutoImageProcessor, config, backend="pil")
+# A model's own generation_config.json may set the last three; without sampling they would only be warned of.
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def load_part(kind: Any, config: Model, **options: Any) -> Any:
-    """`kind.from_pretrained` with an error that names the key. Code that comes with a model is never run."""
-    section = type(config).__name__.lower()
+    """`kind.from_pretrained`. Code that comes with a model is never run.
+
+    Raises:
+        DataError: the key, the model, and why it cannot be loaded.
+    """
     try:
-        return kind.from_pretrained(config.model, revision=config.revision, **options)
+        return kind.from_pretrained(config.model, revision=config.revision, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        raise DataError(f"{section}.model='{config.model}' cannot be loaded as {kind.__name__}: {error}") from error
+        key = f"{type(config).__name__.lower()}.model='{config.model}'"
+        if "trust_remote_code" in str(error):
+            raise DataError(f"{key} comes with code of its own, which is never run; name another model.") from error
+        raise DataError(f"{key} cannot be loaded as {kind.__name__}: {error}") from error
+
+
+class ModelStage:
+    """A frozen model on its device, and its image processor: Pillow's, the same pixels with and without torchvision."""
+
+    def __init__(self, kind: Any, config: Model, device: str, *, images: bool = True):
+        disable_progress_bar()
+        torch.set_num_threads(max(1, int(config.pool.cpus)))  # on which sums of floats depend
+        if device == "auto":  # under Ray a worker sees its own GPU alone
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        model = load_part(kind, config, dtype=getattr(torch, config.dtype))
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.processor = load_part(AutoImageProcessor, config, backend="pil") if images else None
+
+    def pixels(self, batch: Batch) -> torch.Tensor:
+        """The batch's images as the model sees them, B×3×S×S."""
+        assert self.processor is not None
+        pixels = self.processor([row_image(row) for row in batch], return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.model.dtype)
+
+
+class SafetyFilter(ModelStage):
+    """Drops images that Stable Diffusion's safety checker or a classifier calls unsafe (`unsafe_image`)."""
+
+    def __init__(self, config: Safety, device: str):
+        architectures = load_part(AutoConfig, config).architectures or []
+        self.is_checker = StableDiffusionSafetyChecker.__name__ in architectures
+        super().__init__(
+            StableDiffusionSafetyChecker if self.is_checker else AutoModelForImageClassification, config, device
+        )
+        self.config = config
+        self.blocked = [] if self.is_checker else self._blocked_classes()
+
+    def _blocked_classes(self) -> list[int]:
+        names = {name.lower(): number for number, name in self.model.config.id2label.items()}
+        blocked = [label.lower() for label in self.config.blocked_labels]
+        if not blocked or not names.keys() >= set(blocked):
+            raise DataError(
+                f"safety.blocked_labels={self.config.blocked_labels} must be labels of '{self.config.model}', which "
+                f"has {', '.join(names)}."
+            )
+        return [names[label] for label in blocked]
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Batch:
+        """Keep the safe images."""
+        pixels = self.pixels(batch)
+        if self.is_checker:
+            # It also blackens the images it is given; these belong to nobody.
+            _, unsafe = self.model(clip_input=pixels, images=[np.zeros(1) for _ in batch])
+        else:
+            probability = self.model(pixel_values=pixels).logits.float().softmax(-1)[:, self.blocked].sum(-1)
+            unsafe = (probability >= self.config.threshold).tolist()
+        detail = f"'{self.config.model}'"
+        return [drop(row, "unsafe_image", detail) if bad else row for row, bad in zip(batch, unsafe, strict=True)]
+
+
+class Blip2Captions(ModelStage):
+    """`image` → `caption`, without a prompt."""
+
+    def __init__(self, config: Caption, device: str):
+        super().__init__(Blip2ForConditionalGeneration, config, device)
+        self.config = config
+        self.tokenizer = load_part(AutoTokenizer, config)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Batch:
+        """Caption the batch's images."""
+        pixels = self.pixels(batch)
+        ids = self.model.generate(pixel_values=pixels, max_new_tokens=self.config.max_new_tokens, **GREEDY)
+        if not self.model.config.text_config.is_encoder_decoder:
+            # A decoder returns what it was fed: the image's tokens and <s>.
+            ids = ids[:, self.model.config.num_query_tokens + 1 :]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [row | {"caption": " ".join(text.split())} for row, text in zip(batch, texts, strict=True)]
+
+
+class AskLanguageModel(ModelStage):
+    """`caption` → `answer`, through the model's chat template."""
+
+    def __init__(self, config: Entities, device: str):
+        self.config, self.tokenizer = config, load_part(AutoTokenizer, config)
+        if config.chat_template is not None:
+            self.tokenizer.chat_template = config.chat_template
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"entities.model='{config.model}' has no chat template; set entities.chat_template "
+                "(configs/curation/open_images.yaml has MPT's)."
+            )
+        super().__init__(AutoModelForCausalLM, config, device, images=False)
+        self.tokenizer.padding_side = "left"  # the answer follows the prompt's last token
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Batch:
+        """Ask about the batch's captions."""
+        prompts = [self.prompt(row["caption"]) for row in batch]
+        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        ids, mask = (encoded[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        generated = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=self.config.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **GREEDY,
+        )
+        answers = self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+        return [row | {"answer": answer} for row, answer in zip(batch, answers, strict=True)]
+
+    def prompt(self, caption: str) -> str:
+        """The conversation up to where the model answers."""
+        message = {"role": "user", "content": self.config.prompt.replace("{caption}", caption)}
+        return self.tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, **self.config.template_options
+        )
+
+
+class ClipSegHeat(ModelStage):
+    """`entities` → a `heat` map for each: the probability of its pixels in 255ths, at the model's own resolution."""
+
+    def __init__(self, config: Masks, device: str):
+        super().__init__(CLIPSegForImageSegmentation, config, device)
+        self.config, self.tokenizer = config, load_part(AutoTokenizer, config)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Batch:
+        """Segment every entity of the batch's images, `batch_size` pairs of image and word at once."""
+        pixels = self.pixels(batch)
+        pairs = [(i, entity["text"]) for i, row in enumerate(batch) for entity in row["entities"]]
+        heat: list[bytes] = []
+        for begin in range(0, len(pairs), self.config.batch_size):
+            places, words = zip(*pairs[begin : begin + self.config.batch_size], strict=True)
+            heat += map(encode_grey, self.heat(pixels[list(places)], list(words)))
+        maps = iter(heat)
+        return [row | {"entities": [entity | {"heat": next(maps)} for entity in row["entities"]]} for row in batch]
+
+    def heat(self, pixels: torch.Tensor, words: list[str]) -> np.ndarray:
+        """Pixels N×3×S×S and a word for each → N×H×W uint8."""
+        limit = self.model.config.text_config.max_position_embeddings
+        text = self.tokenizer(words, return_tensors="pt", padding=True, truncation=True, max_length=limit)
+        logits = self.model(
+            input_ids=text["input_ids"].to(self.device),
+            attention_mask=text["attention_mask"].to(self.device),
+            pixel_values=pixels,
+        ).logits
+        logits = logits.reshape(len(words), *logits.shape[-2:])  # a single pair comes without the first dimension
+        return (logits.float().sigmoid() * 255).round().byte().cpu().numpy()

@@ -1,78 +1,156 @@
-"""What is told of a finished curation: counts, losses, masks, and the cost sheet; as Markdown."""
+"""What is reported of a curation: counts with their bounds, the throughput of each stage, a sheet of samples."""
 
-import platform
-from importlib.metadata import version
+import random
+import statistics
+import textwrap
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
 
-import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.curation.config import Curation
-from datamodules.curation.tally import Tally, listed
+from datamodules.curation.output import Record
+from datamodules.curation.reading import read_shard
+from datamodules.errors import DataError
+from datamodules.images import Limits, load
+from datamodules.sample import ConstructedSample, decode
 
-HOUR = 3600
+CELL, GAP, TEXT, LINE, LETTERS = 128, 8, 210, 16, 30  # pixels; letters of a line
+ENTITIES = 3  # shown of a sample
 
 
-def report(config: Curation, tally: Tally) -> str:
-    """The text of curation/report.md."""
-    share = tally.written / tally.read
-    stored = sum(shard["bytes"] for shard in tally.shards.values())
+class Counts:
+    """The sum of all records.
+
+    Args:
+        sources: how many there are.
+    """
+
+    def __init__(self, config: Curation, sources: int):
+        self.config, self.sources = config, sources
+        self.images = self.written = self.entities = 0
+        self.failed, self.filtered, self.skipped_entities = Counter[str](), Counter[str](), Counter[str]()
+        self.timing: dict[str, tuple[int, float]] = {}
+        self.iou: list[float] = []
+        self._shards: dict[tuple[int, int], dict[str, Any]] = {}  # by source and part
+        self.parts: defaultdict[int, set[int]] = defaultdict(set)  # of each source, the chunks that are done
+        self.finished: set[int] = set()  # sources of which nothing is missing
+        self._sizes: dict[int, int] = {}
+
+    def add(self, record: Record) -> None:
+        """Count a chunk. Raises DataError: more failed than may."""
+        source, part = record["source"], record["part"]
+        self.parts[source].add(part)
+        if record["shard"]:
+            self._shards[source, part] = record["shard"]
+        if record["last"]:
+            self._sizes[source] = part + 1
+        if len(self.parts[source]) == self._sizes.get(source):
+            self.finished.add(source)
+        self.images += record["images"]
+        self.written += record["written"]
+        self.entities += record["entities"]
+        self.iou += record["iou"]
+        for name in ("failed", "filtered", "skipped_entities"):
+            getattr(self, name).update(record[name])
+        for stage, (rows, seconds) in record["timing"].items():
+            before = self.timing.get(stage, (0, 0.0))
+            self.timing[stage] = before[0] + rows, before[1] + seconds
+        self._refuse_too_many()
+
+    def _refuse_too_many(self) -> None:
+        share, failed = self.config.max_bad_share, self.failed.total()
+        remedy = (
+            f"max_bad_share is {share:g}. Each is named in curation/records; what is done is kept. Correct the input, "
+            "or raise max_bad_share and start again."
+        )
+        if (unreadable := self.failed["unreadable_shard"]) > share * self.sources:
+            raise DataError(f"{unreadable} of {self.sources} shards cannot be read; {remedy}")
+        if failed >= self.config.min_bad_count and failed > share * self.images:
+            raise DataError(f"{failed} of {self.images} images failed ({listed(self.failed)}); {remedy}")
+
+    def shards(self) -> list[dict[str, Any]]:
+        """The records of all shards in order. Raises DataError: nothing was kept."""
+        if not self._shards:
+            losses = f"failed: {listed(self.failed)}; filtered: {listed(self.filtered)}"
+            raise DataError(f"nothing is left of {self.images} images ({losses}); an empty set is an error.")
+        return [self._shards[place] for place in sorted(self._shards)]
+
+    def summary(self) -> dict[str, Any]:
+        """Every image and entity by what became of it; the same whoever worked on it and when."""
+        return {
+            "images": self.images,
+            "written": self.written,
+            "failed": self.failed,
+            "filtered": self.filtered,
+            "entities": self.entities,
+            "skipped_entities": self.skipped_entities,
+            "mask_iou": self.mask_iou(),
+        }
+
+    def mask_iou(self) -> dict[str, float]:
+        """IoU of recovered against true masks, where the truth is known."""
+        scores = sorted(self.iou)
+        if not scores:
+            return {}
+        mean = round(statistics.fmean(scores), 4)
+        return {"n": len(scores), "mean": mean, "tenth_percentile": scores[len(scores) // 10], "min": scores[0]}
+
+
+def listed(counts: Counter[str]) -> str:
+    """`reason count, reason count`, or none."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
+
+
+def report(counts: Counts) -> str:
+    """The text of curation/report.md: counts and throughput."""
+    shards = counts.shards()
+    size = sum(shard["bytes"] for shard in shards)
     lines = [
-        f"# Curation of `{config.input.images or config.input.shards}`",
-        "",
-        f"- {tally.written:,} of {tally.read:,} images became samples ({share:.1%}), with {tally.entities:,} entities; "
-        f"{len(tally.shards):,} shards, {stored / 1e9:.3f} GB.",
-        f"- Failed: {listed(tally.failed)}.",
-        f"- Filtered: {listed(tally.filtered)}.",
-        f"- Entities left out: {listed(tally.left_out)}.",
+        f"- {counts.written:,} of {counts.images:,} images became samples ({counts.written / counts.images:.1%}), with "
+        f"{counts.entities:,} entities; {len(shards):,} shards, {size / 1e9:.3f} GB.",
+        f"- Failed: {listed(counts.failed)}.",
+        f"- Filtered: {listed(counts.filtered)}.",
+        f"- Entities skipped: {listed(counts.skipped_entities)}.",
     ]
-    if iou := tally.mask_iou():
-        lines.append(
-            f"- Recovered against true masks, IoU of {iou['n']:,} entities: mean {iou['mean']:.3f}, median "
-            f"{iou['median']:.3f}, tenth percentile {iou['tenth_percentile']:.3f}, least {iou['least']:.3f}."
-        )
-    return "\n".join([*lines, "", *cost_sheet(config, tally)]) + "\n"
+    if iou := counts.mask_iou():
+        lines.append("- Recovered against true masks, IoU: " + ", ".join(f"{k} {v:,}" for k, v in iou.items()) + ".")
+    lines += ["", "## Throughput", "", "Seconds are summed over workers; loading models is not counted.", ""]
+    lines += ["| stage | images | seconds | images/s of one worker |", "|---|---:|---:|---:|"]
+    for stage, (rows, seconds) in counts.timing.items():
+        rate = f"{rows / seconds:,.1f}" if rows and seconds else "–"
+        lines.append(f"| {stage} | {rows:,} | {seconds:,.1f} | {rate} |")
+    return "\n".join(lines) + "\n"
 
 
-def cost_sheet(config: Curation, tally: Tally) -> list[str]:
-    """Measured rates of every stage, and what they would mean for `report.images` images."""
-    share = tally.written / tally.read
-    stored = sum(shard["bytes"] for shard in tally.shards.values())
-    rows, total = [], 0.0
-    for step, (given, seconds) in tally.timing.items():
-        hours = seconds / tally.read * config.report.images / HOUR
-        total += hours
-        rate = f"{given / seconds:,.1f}" if seconds > 0 and given else "–"
-        rows.append(f"| {step} | {given:,} | {seconds:,.1f} | {rate} | {hours:,.1f} |")
-    models = {
-        name: getattr(config, name).model
-        for name, asked in (
-            ("safety", config.safety.enabled),
-            ("caption", config.caption.by == "blip2"),
-            ("entities", config.entities.by == "language_model"),
-            ("masks", config.masks.by == "clipseg"),
-        )
-        if asked
-    }
-    told = ", ".join(f"{name} `{model}`" for name, model in models.items()) or "none (ground truth)"
-    return [
-        "## Cost sheet",
-        "",
-        f"Measured in this curation (n = {tally.read:,} images, engine {config.engine}, {machine()}); models: {told}. "
-        "Loading the models is not counted.",
-        "",
-        f"| stage | images given | seconds | images/s of one worker | worker-hours for {config.report.images:,} |",
-        "|---|---:|---:|---:|---:|",
-        *rows,
-        f"| all | {tally.read:,} | | | {total:,.1f} |",
-        "",
-        "The last column is an extrapolation, not a measurement: the measured seconds times "
-        f"{config.report.images:,} / {tally.read:,}, on the same hardware, with the same models, losses and images. "
-        "Divide a stage's hours by the workers of its pool; under Ray the slowest stage sets the pace. "
-        f"By the same rule: {config.report.images * share:,.0f} samples, "
-        f"{stored / tally.read * config.report.images / 1e9:,.1f} GB.",
-    ]
+def write_sheet(counts: Counts, folder: Path, file: Path) -> None:
+    """Draw `sheet` samples, chosen by the seed, into a PNG: target, each entity with its background and on white."""
+    count = min(counts.config.sheet, counts.written)
+    chosen = set(random.Random(counts.config.seed).sample(range(counts.written), count))
+    width = GAP + TEXT + (1 + 2 * ENTITIES) * (CELL + GAP)
+    page = Image.new("RGB", (width, GAP + count * (CELL + LINE + GAP)), (236, 238, 241))
+    begin, top = 0, GAP
+    for shard in counts.shards():
+        end = begin + shard["samples"]
+        if not chosen.isdisjoint(range(begin, end)):
+            for number, item in enumerate(read_shard(str(folder / shard["name"]), Limits()), begin):
+                if number in chosen and not isinstance(item, Exception):
+                    _draw(page, top, decode(item[1], shard["name"], item[0], kind="constructed"))  # type: ignore[arg-type]
+                    top += CELL + LINE + GAP
+        begin = end
+    page.save(file)
 
 
-def machine() -> str:
-    """Where it ran: this process's machine, which a cluster's workers may differ from."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
-    return f"{device}, torch {version('torch')}, transformers {version('transformers')}"
+def _draw(page: Image.Image, top: int, sample: ConstructedSample) -> None:
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
+    draw.multiline_text((GAP, top), "\n".join(textwrap.wrap(sample.caption, LETTERS)[:6]), fill="black", font=font)
+    draw.text((GAP, top + CELL - LINE), sample.key, fill="grey", font=font)
+    cells = [("", sample.target)]
+    for entity in sample.entities[:ENTITIES]:
+        cells += [(entity.text, entity.background), ("", entity.white)]
+    for column, (text, stored) in enumerate(cells):
+        left, image = GAP + TEXT + column * (CELL + GAP), load(stored)
+        kernel = Image.Resampling.NEAREST if max(image.size) <= CELL // 2 else Image.Resampling.LANCZOS
+        page.paste(image.resize((CELL, CELL), kernel), (left, top))
+        draw.text((left, top + CELL + 1), text, fill="black", font=font)

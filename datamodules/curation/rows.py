@@ -1,17 +1,15 @@
-"""Rows: one image on its way through the stages, as a plain dict, so that any engine can carry it.
+"""Rows: one image on its way through the stages, as a plain dict.
 
 | key | from | holds |
 |---|---|---|
 | number, shard, key | reading | place in the chunk; where the image came from |
-| data, given | reading | the encoded image as it was found; its caption, where the input has one |
+| data | reading | the encoded image as it was found |
 | image | preparation | the square image as it will be stored, encoded |
-| caption | captioning | text |
-| answer | entity extraction | what the language model said |
-| entities | entity check | list of dicts: text; heat (segmentation); mask, box, area, background, white (cutting) |
-| lost_entities | entity check, cutting | reason → number of entities left out |
-| dropped | any stage | reason, detail, filtered; the row then holds no images any more |
-
-What a chunk carries at any time is therefore some hundred kilobytes a row.
+| caption | reading (`caption.by=given`) or captioning | text |
+| answer | entity extraction | what the language model answered |
+| entities | entity check | list of dicts: text; heat (segmentation); box, area, mask, background, white (cutting) |
+| skipped_entities | entity check, cutting | reason → number of entities |
+| dropped | any stage | reason, detail, filtered; the row holds no images any more |
 """
 
 import io
@@ -21,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from datamodules.errors import SampleError
+from datamodules.errors import DataError, SampleError
 from datamodules.images import StoredImage
 
 Row = dict[str, Any]
@@ -29,28 +27,28 @@ Batch = list[Row]
 
 
 class Stage(Protocol):
-    """One step of the curation. Rows that it is given are not dropped yet; it gives them back in order, some dropped.
-
-    A stage keeps nothing between batches that would change its results.
-    """
+    """One step of the curation. It keeps nothing between batches that would change its results."""
 
     def __call__(self, batch: Batch) -> Batch:
-        """The rows with this step's results. Raises SampleError or any Exception: the batch is tried row by row."""
+        """Rows that are not dropped → the same rows in order with this step's results, some dropped.
+
+        Any exception makes the batch be tried row by row (`attempt`).
+        """
         ...
 
 
-def new_row(number: int, shard: str, key: str) -> Row:
+def new_row(shard: str, key: str) -> Row:
     """A row before anything is known of it."""
-    return {"number": number, "shard": shard, "key": key, "lost_entities": Counter()}
+    return {"number": 0, "shard": shard, "key": key, "entities": [], "skipped_entities": Counter()}
 
 
 def drop(row: Row, reason: str, detail: str = "", *, filtered: bool = True) -> Row:
     """The row without its content, dropped for `reason`.
 
     Args:
-        filtered: a sound sample that the configuration leaves out; False: a fault, counted towards `max_bad_share`.
+        filtered: a sound sample that the configuration excludes; False: a failure, counted towards `max_bad_share`.
     """
-    kept = {name: row[name] for name in ("number", "shard", "key", "lost_entities")}
+    kept = {name: row[name] for name in ("number", "shard", "key", "skipped_entities")}
     return kept | {"dropped": {"reason": reason, "detail": detail[:200], "filtered": filtered}}
 
 
@@ -61,9 +59,29 @@ def drop_for(row: Row, error: Exception, stage: str) -> Row:
     return drop(row, f"{stage}_failed", f"{type(error).__name__}: {error}", filtered=False)
 
 
-def alive(rows: Batch) -> Batch:
-    """The rows that are not dropped."""
-    return [row for row in rows if "dropped" not in row]
+def attempt(name: str, stage: Stage, batch: Batch) -> Batch:
+    """A batch through a stage; if that fails, each row alone, and those that fail again are dropped.
+
+    Raises:
+        DataError, MemoryError, OutOfMemoryError, AcceleratorError: the machine or the configuration is at fault.
+        RuntimeError: the stage lost rows, gave more, or changed their order.
+    """
+    try:
+        result = stage(batch)
+    except Exception as error:  # whatever a model, its processor or an image library raises at hostile data
+        if isinstance(error, (DataError, MemoryError)) or type(error).__name__ in CUDA_ERRORS:
+            raise
+        if len(batch) == 1:
+            return [drop_for(batch[0], error, name)]
+        return [row for single in batch for row in attempt(name, stage, [single])]
+    if [row["number"] for row in result] != [row["number"] for row in batch]:
+        raise RuntimeError(
+            f"stage '{name}' must return its rows in order; it got {len(batch)}, returned {len(result)}."
+        )
+    return result
+
+
+CUDA_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, which is not imported for two names
 
 
 def row_image(row: Row) -> Image.Image:
@@ -72,7 +90,7 @@ def row_image(row: Row) -> Image.Image:
 
 
 def encode_grey(values: np.ndarray) -> bytes:
-    """(H, W) uint8, or bool for a mask → PNG: what maps travel as."""
+    """(H, W) uint8, or bool for a mask → PNG."""
     stream = io.BytesIO()
     Image.fromarray(values).save(stream, "PNG")
     return stream.getvalue()

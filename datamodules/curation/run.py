@@ -1,27 +1,41 @@
-"""One curation from its configuration to its manifest and report."""
+"""One curation from its configuration to its report, worked on by Ray Data: on this machine, or on a cluster.
 
+A row of the Ray dataset is a whole chunk (datamodules/curation/stages.py). Tasks read and prepare, a pool of actors
+holds each model, tasks cut and write into the output folder, which all nodes share. Chunks finish in any order; what
+they become does not depend on it.
+"""
+
+import logging
+import math
+import os
+import pickle
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
-from datamodules.curation.chunks import plan
-from datamodules.curation.config import Curation
-from datamodules.curation.local_engine import run_local
-from datamodules.curation.output import Output
-from datamodules.curation.ray_engine import run_ray
-from datamodules.curation.report import report
-from datamodules.curation.sheet import write_sheet
-from datamodules.curation.tally import Tally
+from datamodules.curation.config import Curation, Pool
+from datamodules.curation.output import Output, Record
+from datamodules.curation.reading import Source, list_sources
+from datamodules.curation.report import Counts, report, write_sheet
+from datamodules.curation.stages import Worker, groups, read_chunks
+from datamodules.errors import DataError
 from datamodules.folder_lock import held
 from kosmosg.config import save_config
 from kosmosg.files import write_text
 
-ENGINES = {"local": run_local, "ray": run_ray}
+PASSED_ON = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TOKENIZERS_")
+"""Variables of the environment that workers have too."""
+READING_MEMORY = 256 * 2**20
+"""Bytes reserved for a task that reads: its chunk. Asking for more than an actor also keeps Ray from reading in one."""
+RayRow = dict[str, bytes]
 
 
 def curate(config: Curation, console: Console, written: dict[str, Any] | None = None) -> None:
-    """Work on every chunk that is not done; then write manifest, report and contact sheet.
+    """Work on every chunk that is not done; then write counts, report and contact sheet.
 
     Args:
         written: the configuration as it is recorded, see `kosmosg.config.written_config`.
@@ -32,50 +46,144 @@ def curate(config: Curation, console: Console, written: dict[str, Any] | None = 
     """
     output = Output(config)
     with held(output.folder):
-        planned = plan(config.input, config.max_bad_share)
-        output.prepare(planned)
+        sources, fingerprint = list_sources(config.input)
+        output.prepare(fingerprint)
         save_config(written or config, output.own / "config.yaml")
-        tally = Tally(config.max_bad_share, config.min_bad_count)
-        done = output.done()
-        for number in sorted(done):
-            tally.add(done[number])
-        missing = [chunk for chunk in planned.chunks if chunk.number not in done]
-        if not missing and output.manifest().is_file():
-            console.print(f"The curation stands in '{output.folder}'.", highlight=False, soft_wrap=True)
+        counts = Counts(config, len(sources))
+        for record in output.done():
+            counts.add(record)
+        missing = [source for source in sources if source.number not in counts.finished]
+        if not missing and output.counts.is_file():
+            console.print(f"The curation in '{output.folder}' is finished.", highlight=False, soft_wrap=True)
             return
-        if done and missing:
-            console.print(f"{len(done):,} of {len(planned.chunks):,} chunks are done.", highlight=False)
-        with _progress(console) as bar:
-            task = bar.add_task("chunks", total=len(planned.chunks), completed=len(done), told=_told(tally))
-            for record in ENGINES[config.engine](config, missing) if missing else ():
-                tally.add(record)
-                bar.update(task, advance=1, told=_told(tally))
-        output.finish(tally.manifest(planned))
-        _tell(config, output, tally, console)
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[state]}"))
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("sources", total=len(sources), state="")
+            for record in work(config, [(source, counts.parts[source.number]) for source in missing]):
+                counts.add(record)
+                state = f"{counts.written:,} of {counts.images:,} images kept, {counts.failed.total():,} failed"
+                bar.update(task, completed=len(counts.finished), state=state)
+        shards, text = counts.shards(), report(counts)
+        write_text(output.own / "report.md", f"# Curation of `{config.input.images or config.input.shards}`\n\n{text}")
+        if config.sheet:
+            write_sheet(counts, output.folder, output.own / "sheet.png")
+        output.finish(shards, counts.summary())
+        text = f"{text.split(chr(10) * 2)[0]}\nShards in '{output.folder}'; throughput in '{output.own / 'report.md'}'."
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _tell(config: Curation, output: Output, tally: Tally, console: Console) -> None:
-    text = report(config, tally)
-    write_text(output.own / "report.md", text)
-    if config.report.sheet:
-        write_sheet(
-            str(output.folder / f"{config.prefix}-*.tar"), config.report.sheet, config.seed, output.own / "sheet.png"
+def work(config: Curation, missing: list[tuple[Source, set[int]]]) -> Iterator[Record]:
+    """Work on sources, except for their parts that are done; yields the record of each chunk when it is written.
+
+    Raises:
+        DataError: Ray is not installed, no cluster is at the address, or a worker raised one.
+    """
+    if not missing:
+        return
+    try:
+        import ray
+        import ray.data
+        import ray.exceptions
+    except ImportError as error:
+        raise DataError("curation needs the extra [curate]: pip install 'kosmosg[curate]'") from error
+    started = not ray.is_initialized()
+    if started:
+        start_ray(config.ray.address, config.ray.cpus)
+    try:
+        if config.ray.address is None:  # a cluster may grow
+            check_room(config, ray.cluster_resources())
+        items = [{"source": pickle.dumps(item)} for item in missing]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        dataset = dataset.flat_map(read, fn_args=(config,), memory=READING_MEMORY)  # type: ignore[arg-type]
+        for number, pool in enumerate(pools(config).values(), 1):
+            dataset = dataset.map(
+                Actor,  # type: ignore[arg-type]
+                fn_constructor_args=(config, number),
+                compute=ray.data.ActorPoolStrategy(size=pool.actors),
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus,
+            )
+        for row in dataset.map(write, fn_args=(config,)).iter_rows():  # type: ignore[arg-type]
+            yield pickle.loads(row["record"])
+    except ray.exceptions.RayError as error:
+        # Of a worker that could not even be built, Ray keeps the text alone.
+        _, found, message = str(error).rpartition(f"{DataError.__name__}: ")
+        raise DataError(message.strip() if found else f"a worker failed: {error}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+# What the workers do. Chunks are pickled by the worker before, of the same curation.
+
+
+def read(row: RayRow, config: Curation) -> Iterator[RayRow]:
+    """A source → its chunks."""
+    source, done = pickle.loads(row["source"])
+    worker = Worker(groups(config)[0])
+    for chunk in read_chunks(source, config, done):
+        yield {"chunk": pickle.dumps(worker(chunk))}
+
+
+class Actor:
+    """Holds the model of a group of stages."""
+
+    def __init__(self, config: Curation, number: int):
+        self.worker = Worker(groups(config)[number])
+
+    def __call__(self, row: RayRow) -> RayRow:
+        """Take a chunk through the group."""
+        return {"chunk": pickle.dumps(self.worker(pickle.loads(row["chunk"])))}
+
+
+def write(row: RayRow, config: Curation) -> RayRow:
+    """A chunk through the last group and into its shard → its record."""
+    chunk = Worker(groups(config)[-1])(pickle.loads(row["chunk"]))
+    return {"record": pickle.dumps(Output(config).publish(chunk))}
+
+
+def start_ray(address: str | None = None, cpus: int | None = None) -> None:
+    """Connect to a cluster, or start Ray on this machine. Raises DataError: none is at the address."""
+    import ray
+    import ray.data
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))  # workers import the same code
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address,
+            num_cpus=cpus if address is None else None,
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False,
         )
-    console.print(
-        text.split("## Cost sheet")[0].split("\n", 2)[2].strip(), highlight=False, markup=False, soft_wrap=True
-    )
-    console.print(
-        f"Shards in '{output.folder}'; cost sheet in '{output.own / 'report.md'}'.", highlight=False, soft_wrap=True
-    )
+    except ConnectionError as error:
+        raise DataError(f"no Ray cluster answers at ray.address='{address}': {error}") from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's aborts the process
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the curation has a bar of its own
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.target_max_block_size = 1  # bytes: each chunk goes on as soon as it is read
 
 
-def _told(tally: Tally) -> str:
-    return f"{tally.written:,} of {tally.read:,} images kept, {tally.failed.total():,} failed"
+def pools(config: Curation) -> dict[str, Pool]:
+    """Of the groups between the first and the last."""
+    return {step.name: step.pool for group in groups(config) for step in group[:1] if step.pool}
 
 
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[told]}"),
-    )  # fmt: skip
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+def check_room(config: Curation, resources: Mapping[str, float]) -> None:
+    """Raises DataError where the actors of all models and one task do not fit at once: Ray would wait for ever."""
+    for resource, name, tasks in (("CPU", "cpus", 1), ("GPU", "gpus", 0)):
+        wanted = {stage: pool.actors * getattr(pool, name) for stage, pool in pools(config).items()}
+        asked = tasks + sum(wanted.values())
+        if asked > (available := resources.get(resource, 0)):
+            actors = ", ".join(f"{stage} {number:g}" for stage, number in wanted.items())
+            remedy = f"; or set ray.cpus={math.ceil(asked)}, so that they share the cores" if tasks else ""
+            raise DataError(
+                f"the actors ask for {asked - tasks:g} {name} ({actors}), reading and writing for {tasks}; Ray has "
+                f"{available:g}. Reduce pool.actors{remedy}."
+            )

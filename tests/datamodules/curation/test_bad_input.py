@@ -1,6 +1,7 @@
-"""Images, shards and models that fail: what is lost is counted, what is good is kept, and there is a bound."""
+"""Images, shards and models that fail: what is dropped is counted, what is good is kept, and there is a bound."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.curation.caption_filter import CaptionFilter
-from datamodules.curation.chunks import Chunk, plan, read_chunk
-from datamodules.curation.config import Curation, Input, Stored
-from datamodules.curation.output import Output
-from datamodules.curation.preparation import Prepare
-from datamodules.curation.rows import Batch, alive, new_row
-from datamodules.curation.stage_config import TextFilter
-from datamodules.curation.tally import Tally
-from datamodules.curation.work import Step, Work, attempt, run_step
+from datamodules.curation.config import Caption, Curation, Input, Stored
+from datamodules.curation.output import Output, describe
+from datamodules.curation.reading import list_sources
+from datamodules.curation.report import Counts
+from datamodules.curation.rows import Batch, Row, attempt, new_row
+from datamodules.curation.stages import Chunk, Step, Worker, read_chunks
 from datamodules.errors import DataError
 from datamodules.images import Limits, StoredImage
 from tests.datamodules import worlds
@@ -62,101 +60,101 @@ GOOD = {
     "png as jpg": encoded("PNG"),
 }
 LIMITS = Limits(max_member_bytes=100_000)
+STORED = Stored(side=16, min_side=8, format="png")
+
+
+def read(given: bool = False, **options) -> list[Chunk]:
+    """Every chunk of an input, prepared."""
+    config = Curation(input=Input(limits=LIMITS, **options), image=STORED, crops=world.SMALL_CROPS)
+    config.caption = Caption(by="given" if given else "blip2")
+    return [chunk for source in list_sources(config.input)[0] for chunk in read_chunks(source, config)]
+
+
+def reasons(rows: Batch) -> list[str | None]:
+    return [row.get("dropped", {}).get("reason") for row in rows]
 
 
 def test_bad_images_in_shards_are_dropped_by_reason_and_good_ones_kept(tmp_path):
     bad = [(f"bad {name}", members) for name, (members, _) in BAD.items()]
-    good = [(f"../../good {name}", {"jpg": data, "txt": b"x", "pickle": b"never read"}) for name, data in GOOD.items()]
-    shards = worlds.write_members(tmp_path / "in" / "a.tar", [*bad, *good])
-    config = Input(shards=shards, limits=LIMITS)
-    (chunk,) = plan(config, 0.0).chunks
-    step = Step("prepare", lambda: Prepare(Stored(side=16, min_side=8, format="png"), LIMITS))
-    rows = run_step(step, step.build(), Work(chunk, read_chunk(chunk, config, given=False))).rows
-    assert [row["dropped"]["reason"] for row in rows[: len(BAD)]] == [reason for _, reason in BAD.values()]
-    assert all(StoredImage(row["image"], "i", "s", "k").load().size == (16, 16) for row in rows[len(BAD) :])
-    assert len(alive(rows)) == len(GOOD)
-    assert [row["dropped"]["filtered"] for row in rows[: len(BAD)]].count(True) == 1  # the small one is no fault
+    good = [(f"../../good {name}", {"jpg": data, "txt": b"x", "pickle": b"\x80"}) for name, data in GOOD.items()]
+    (chunk,) = read(shards=worlds.write_members(tmp_path / "in" / "a.tar", [*bad, *good]))
+    assert reasons(chunk.rows) == [reason for _, reason in BAD.values()] + [None] * len(GOOD)
+    assert all(StoredImage(row["image"], "i", "s", "k").load().size == (16, 16) for row in chunk.rows[len(BAD) :])
+    record = describe(chunk)
+    assert record["images"] == len(BAD) + len(GOOD) and record["written"] == len(GOOD)
+    assert record["filtered"] == {"image_too_small": 1} and sum(record["failed"].values()) == len(BAD) - 1
+    assert [drop["key"] for drop in record["dropped"]] == [key for key, _ in bad]
 
 
-def test_bad_files_in_a_folder_are_dropped_and_the_order_is_that_of_names(tmp_path):
-    for name, data in (
-        ("b/2.jpg", JPEG),
-        ("a/1.PNG", GOOD["grey"]),
-        ("b/1.jpeg", b""),
-        ("c.txt", b"x"),
-        ("d.jpg", JPEG),
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "e.jpg").symlink_to(tmp_path / "gone")
-    config = Input(images=str(tmp_path), chunk_size=3)
-    planned = plan(config, 0.0)
-    rows = [row for chunk in planned.chunks for row in read_chunk(chunk, config, given=False)]
-    assert [row["key"] for row in rows] == ["d.jpg", "e.jpg", "a/1.PNG", "b/1.jpeg", "b/2.jpg"]
-    assert [row["key"] for row in rows if "dropped" in row] == ["e.jpg"]
-    assert [len(chunk.files) for chunk in planned.chunks] == [3, 2]
+def test_bad_files_in_a_folder_are_dropped_and_dot_files_are_not_images(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere.jpg"
+    for name, data in {
+        "b/2.jpg": JPEG, "a/1.PNG": GOOD["grey"], "b/1.jpeg": b"", "c.txt": b"x", "d.jpg": JPEG, "._d.jpg": JPEG,
+        ".trash/e.jpg": JPEG, "../elsewhere.jpg": JPEG, "big.png": bytes(LIMITS.max_member_bytes + 1),
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    os.mkfifo(folder / "pipe.jpg")
+    links = {"gone": tmp_path / "gone", "link": elsewhere, "same": folder / "d.jpg", "zero": Path("/dev/zero")}
+    for name, target in links.items():
+        (folder / f"{name}.jpg").symlink_to(target)
+    chunks = read(images=str(folder), chunk_size=4)
+    found = {
+        row["key"]: reason for chunk in chunks for row, reason in zip(chunk.rows, reasons(chunk.rows), strict=True)
+    }
+    unreadable = dict.fromkeys(("gone.jpg", "link.jpg", "pipe.jpg", "zero.jpg"), "unreadable_file")
+    wanted = {"big.png": "member_too_large", "d.jpg": None, "same.jpg": None, **unreadable}
+    assert found == {**wanted, "a/1.PNG": None, "b/1.jpeg": "unreadable_image", "b/2.jpg": None}
+    assert list(found) == [*sorted(wanted), "a/1.PNG", "b/1.jpeg", "b/2.jpg"]
+    assert [(chunk.name, len(chunk.rows), chunk.last) for chunk in chunks] == [
+        ("000000-0000", 4, True), ("000001-0000", 4, True), ("000002-0000", 2, True)
+    ]  # fmt: skip
 
 
-def test_an_upright_picture_is_what_is_stored(tmp_path):
-    picture = Image.new("RGB", (40, 60))
-    picture.paste((255, 0, 0), (0, 0, 40, 30))
-    stream, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 3  # upside down
-    picture.save(stream, "PNG", exif=exif)
-    (row,) = Prepare(Stored(side=8, min_side=8, format="png"), LIMITS)(
-        [new_row(0, "s", "k") | {"data": stream.getvalue()}]
-    )
-    stored = StoredImage(row["image"], "i", "s", "k").load()
-    assert stored.getpixel((4, 7)) == (255, 0, 0) and stored.getpixel((4, 0)) == (0, 0, 0)
+def test_a_shard_is_cut_into_chunks_and_those_that_are_done_are_passed_over(tmp_path):
+    shards = worlds.write_members(tmp_path / "a.tar", [(f"k{i}", {"jpg": JPEG}) for i in range(4)])
+    config = Curation(input=Input(shards=shards, chunk_size=2), image=STORED, crops=world.SMALL_CROPS)
+    (source,), _ = list_sources(config.input)
+    chunks = list(read_chunks(source, config))
+    assert [(chunk.name, chunk.last) for chunk in chunks] == [("000000-0000", False), ("000000-0001", True)]
+    assert [row["number"] for chunk in chunks for row in chunk.rows] == [0, 1, 0, 1]
+    for done, kept in (({0}, chunks[1:]), ({1}, chunks[:1])):
+        assert [chunk.rows for chunk in read_chunks(source, config, done)] == [chunk.rows for chunk in kept]
 
 
-def test_unreadable_shards_are_left_out_told_and_bounded(tmp_path, caplog):
+def test_unreadable_shards_are_counted_and_bounded(tmp_path):
     worlds.write_members(tmp_path / "a.tar", [("1", {"jpg": JPEG}), ("2", {"jpg": JPEG})])
     (tmp_path / "b.tar").write_bytes(b"no tar" * 1000)
-    config = Input(shards=str(tmp_path / "*.tar"))
-    planned = plan(config, 0.5)
-    assert planned.unreadable_shards == ["b.tar"] and "b.tar" in caplog.text
-    assert [(chunk.begin, chunk.end) for chunk in planned.chunks] == [(0, 2)]
-    with pytest.raises(DataError, match="1 of 2 shards"):
-        plan(config, 0.4)
+    chunks = read(shards=str(tmp_path / "*.tar"))
+    assert [reasons(chunk.rows) for chunk in chunks] == [[None, None], ["unreadable_shard"]]
+    for share, refused in ((0.5, False), (0.4, True)):
+        counts = Counts(Curation(input=Input(images="x"), max_bad_share=share), sources=2)
+        counts.add(describe(chunks[0]))
+        if refused:
+            with pytest.raises(DataError, match="1 of 2 shards"):
+                counts.add(describe(chunks[1]))
+        else:
+            counts.add(describe(chunks[1]))
+            assert counts.finished == {0, 1} and counts.failed == {"unreadable_shard": 1}
 
 
 def test_a_truncated_shard_loses_its_last_sample_alone(tmp_path):
     path = Path(worlds.write_members(tmp_path / "a.tar", [(f"k{i}", {"jpg": JPEG}) for i in range(4)]))
     # What is left reaches into the fourth image.
     path.write_bytes(path.read_bytes()[: 3 * (512 + -(-len(JPEG) // 512) * 512) + 512 + 100])
-    config = Input(shards=str(path))
-    (chunk,) = plan(config, 0.0).chunks
-    rows = read_chunk(chunk, config, given=False)
-    assert [row.get("dropped", {}).get("reason") for row in rows] == [None, None, None, "truncated_tar"]
+    (chunk,) = read(shards=str(path))
+    assert reasons(chunk.rows) == [None, None, None, "truncated_tar"]
 
 
 def test_given_captions_are_read_and_bad_ones_dropped(tmp_path):
-    groups = [("a", {"jpg": JPEG, "txt": b" a  dog\n"}), ("b", {"jpg": JPEG, "txt": b"\xff"}), ("c", {"jpg": JPEG})]
-    config = Input(shards=worlds.write_members(tmp_path / "a.tar", groups))
-    rows = read_chunk(plan(config, 0.0).chunks[0], config, given=True)
-    assert rows[0]["given"] == "a dog"
-    assert [row["dropped"]["reason"] for row in rows[1:]] == ["not_utf8", "missing_member"]
+    texts = {"a": b" a  dog\n", "b": "\ufeffa cat".encode(), "c": b"\xff", "d": None}
+    groups = [(key, {"jpg": JPEG} | ({"txt": text} if text else {})) for key, text in texts.items()]
+    (chunk,) = read(given=True, shards=worlds.write_members(tmp_path / "a.tar", groups))
+    assert [row.get("caption") for row in chunk.rows] == ["a dog", "a cat", None, None]
+    assert reasons(chunk.rows) == [None, None, "not_utf8", "missing_member"]
 
 
-def test_blocked_short_long_and_circling_captions_are_left_out():
-    captions = {
-        "a Nude, painted": "blocked_text",
-        "the blood bank": "blocked_text",
-        "a denuded hill in autumn": None,
-        "a dog": "caption_length",
-        "word " * 61: "caption_length",
-        "a man in a man in a man in a hat": "repeated_words",
-        "dog dog dog dog dog": "repeated_words",
-        "a cat wearing a hat, a dog wearing a hat and a fish": None,
-    }
-    rows = [new_row(i, "s", str(i)) | {"caption": text} for i, text in enumerate(captions)]
-    judged = CaptionFilter(TextFilter(blocked=["nude", "blood bank"]))(rows)
-    assert [row.get("dropped", {}).get("reason") for row in judged] == list(captions.values())
-    assert len(alive(CaptionFilter(TextFilter(min_words=1))(rows[:2]))) == 2  # an empty list is off
-
-
-class Moody:
+class Flaky:
     """Fails on the batches that hold one of some rows."""
 
     def __init__(self, numbers: set[int], error: Exception):
@@ -168,58 +166,44 @@ class Moody:
         return [row | {"seen": True} for row in batch]
 
 
-def rows_of(count: int) -> Batch:
-    return [new_row(i, "shard", f"key{i}") for i in range(count)]
+def numbered(count: int) -> list[Row]:
+    return [new_row("shard", f"key{i}") | {"number": i} for i in range(count)]
 
 
 def test_a_row_that_breaks_its_batch_is_dropped_alone():
-    work = run_step(
-        Step("masks", lambda: None, batch_size=4),
-        Moody({2, 9}, RuntimeError("no mask")),
-        Work(Chunk(0, "x"), rows_of(10)),
-    )
-    lost = {row["number"]: row["dropped"] for row in work.rows if "dropped" in row}
-    assert sorted(lost) == [2, 9] and lost[2]["reason"] == "masks_failed" and "no mask" in lost[2]["detail"]
-    assert [row["number"] for row in work.rows] == list(range(10)) and len(alive(work.rows)) == 8
+    worker = Worker([Step("masks", lambda: Flaky({2, 9}, RuntimeError("no mask")), batch_size=4)])
+    rows = worker(Chunk(0, 0, numbered(10))).rows
+    assert [i for i, reason in enumerate(reasons(rows)) if reason == "masks_failed"] == [2, 9]
+    assert "no mask" in rows[2]["dropped"]["detail"] and not rows[2]["dropped"]["filtered"]
+    assert [row["number"] for row in rows] == list(range(10)) and sum("seen" in row for row in rows) == 8
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), DataError("mistake")])
-def test_faults_of_the_machine_are_nobodys_image(error):
+def test_the_machines_faults_drop_no_image(error):
     with pytest.raises(type(error)):
-        attempt("masks", Moody({0}, error), rows_of(2))
+        attempt("masks", Flaky({0}, error), numbered(2))
 
 
 def test_a_stage_that_loses_rows_is_found_out():
-    with pytest.raises(RuntimeError, match="give back its rows"):
-        attempt("masks", lambda batch: batch[1:], rows_of(2))
+    with pytest.raises(RuntimeError, match="return its rows"):
+        attempt("masks", lambda batch: batch[1:], numbered(2))
 
 
 def test_a_broken_stage_leaves_its_chunk_undone(tmp_path):
     config = Curation(output=str(tmp_path), input=Input(images="x"), min_bad_count=3)
-    work = Work(Chunk(0, "x", files=("y",)), rows_of(10))
-    work = run_step(Step("caption", lambda: None), Moody({1, 2, 3}, RuntimeError("CUDA")), work)
+    chunk = Worker([Step("caption", lambda: Flaky({1, 2, 3}, RuntimeError("CUDA")))])(Chunk(0, 0, numbered(10)))
     with pytest.raises(DataError, match="caption_failed for 3 of 10 images"):
-        Output(config).publish(work)
+        Output(config).publish(chunk)
     assert not list(tmp_path.rglob("*.json"))
 
 
 def test_too_many_failures_stop_the_job_and_few_never_do():
-    record = {"chunk": 0, "read": 10, "written": 6, "failed": {"unreadable_image": 4}, "filtered": {}}
-    record |= {"entities": {"written": 0, "left_out": {}}, "iou": [], "shard": None, "timing": {}}
-    Tally(max_bad_share=0.1, min_bad_count=5).add(record)
-    Tally(max_bad_share=0.4, min_bad_count=1).add(record)
-    with pytest.raises(DataError, match="4 of 10 images failed"):
-        Tally(max_bad_share=0.3, min_bad_count=1).add(record)
-
-
-def test_raising_the_bound_goes_on_where_it_stopped(tmp_path, capsys):
-    shards = world.write_toyland(tmp_path / "in", count=5)
-    rotten = tmp_path / "in" / "rotten.tar"
-    worlds.write_members(rotten, [("x", {"png": b"rotten"}), ("y", {"png": b"rotten"})])
-    pattern = str(tmp_path / "in" / "*.tar")
-    assert shards and world.curate(pattern, tmp_path / "out") == 2
-    assert "2 of 2 images failed (unreadable_image 2)" in capsys.readouterr().err
-    assert world.curate(pattern, tmp_path / "out", "max_bad_share=0.5") == 2  # of those that are done, all are rotten
-    assert world.curate(pattern, tmp_path / "out", "max_bad_share=0.5", "min_bad_count=3") == 0
-    counts = world.manifest(tmp_path / "out")["curation"]
-    assert counts["failed"] == {"unreadable_image": 2} and counts["images"] == 7
+    record = {"source": 0, "part": 0, "last": True, "images": 10, "written": 6, "failed": {"unreadable_image": 4}}
+    record |= {"filtered": {}, "entities": 0, "skipped_entities": {}, "iou": [], "shard": None, "timing": {}}
+    for share, least, refused in ((0.1, 5, False), (0.4, 1, False), (0.3, 1, True)):
+        counts = Counts(Curation(input=Input(images="x"), max_bad_share=share, min_bad_count=least), sources=1)
+        if refused:
+            with pytest.raises(DataError, match="4 of 10 images failed"):
+                counts.add(record)
+        else:
+            counts.add(record)

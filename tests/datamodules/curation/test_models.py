@@ -1,5 +1,6 @@
 """The real model stages on tiny models in the real folder layouts, from a folder of images to trained-on shards."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,9 @@ import yaml
 from PIL import Image
 
 import train
-from datamodules.curation.__main__ import main
-from datamodules.curation.captioning import Blip2Captions
-from datamodules.curation.config import Curation
-from datamodules.curation.entity_answers import AskLanguageModel
+from datamodules.curation.config import Caption, Curation, Entities, Safety
+from datamodules.curation.models import AskLanguageModel, Blip2Captions, SafetyFilter
 from datamodules.curation.rows import Batch, new_row
-from datamodules.curation.safety import SafetyFilter
-from datamodules.curation.stage_config import Caption, Entities, Safety
 from datamodules.errors import DataError
 from datamodules.images import encode_png, load
 from kosmosg.config import load_config
@@ -31,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return tiny_models.write_all(tmp_path_factory.mktemp("models"))
 
 
-def picture(number: int) -> Image.Image:
+def photo(number: int) -> Image.Image:
     noise = np.random.default_rng(number).integers(0, 255, (6, 9, 3), np.uint8)
     return Image.fromarray(noise).resize((90, 60), Image.Resampling.BICUBIC)
 
@@ -40,39 +37,25 @@ def picture(number: int) -> Image.Image:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(7):
-        picture(i).save(folder / f"{i}.jpg", quality=90)
+        photo(i).save(folder / f"{i}.jpg", quality=90)
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     Image.new("RGB", (20, 90)).save(folder / "small.png")
     return folder
 
 
-def arguments(models: dict[str, Path], photos: Path, output: Path) -> list[str]:
-    """The paper's configuration with other models and sizes."""
-    sizes = ["image.side=48", "image.min_side=32", "crops.min_side=4", "crops.max_area=1", "crops.threshold=0.05"]
-    named = [
-        f"{name}.{key}"
-        for name, folder in models.items()
-        for key in (f"model={folder}", "dtype=float32", "batch_size=2")
-    ]
-    return [
-        str(OPEN_IMAGES),
-        f"input.images={photos}",
-        f"output={output}",
-        "entities.chat_template=null",
-        *sizes,
-        *named,
-    ]
-
-
 @pytest.fixture(scope="module")
 def curated(models, photos, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("curated") / "set"
-    assert main([*arguments(models, photos, output), "input.chunk_size=4"]) == 0
-    return output
+    """By the paper's configuration with other models and sizes."""
+    arguments = [str(OPEN_IMAGES), f"input.images={photos}", f"output={tmp_path_factory.mktemp('curated') / 'set'}"]
+    arguments += ["image.side=48", "image.min_side=32", "crops.min_side=4", "crops.max_area=1", "crops.threshold=0.05"]
+    arguments += ["input.chunk_size=4", "entities.chat_template=null"]
+    for name, folder in models.items():
+        arguments += [f"{name}.model={folder}", f"{name}.dtype=float32", f"{name}.batch_size=2"]
+    return world.curate_here(load_config(arguments, Curation))
 
 
 def test_photos_become_samples_by_the_four_models(curated, photos):
-    counts = world.manifest(curated)["curation"]
+    counts = world.counts(curated)
     assert counts["images"] == 9 and counts["written"] == 7
     assert counts["failed"] == {"unreadable_image": 1} and counts["filtered"] == {"image_too_small": 1}
     found = world.samples(curated)
@@ -82,12 +65,12 @@ def test_photos_become_samples_by_the_four_models(curated, photos):
         assert sample.target.name == "target.jpg" and load(sample.target).size == (48, 48)
         assert record["source"] == {"shard": photos.name, "key": f"{record['source']['key'][0]}.jpg"}
     shown = np.asarray(load(found[0][0].target), float)
-    expected = np.asarray(picture(0).crop((15, 0, 75, 60)).resize((48, 48), Image.Resampling.LANCZOS), float)
+    expected = np.asarray(photo(0).crop((15, 0, 75, 60)).resize((48, 48), Image.Resampling.LANCZOS), float)
     assert np.abs(shown - expected).mean() < 6  # JPEG twice
 
 
 def test_captions_and_answers_do_not_depend_on_the_neighbours(models):
-    rows = [new_row(i, "s", str(i)) | {"image": encode_png(picture(i))} for i in range(3)]
+    rows = [new_row("s", str(i)) | {"number": i} | {"image": encode_png(photo(i))} for i in range(3)]
     captioner = Blip2Captions(Caption(model=str(models["caption"]), dtype="float32"), "cpu")
     together = captioner(rows)
     assert [row["caption"] for row in together] == [row["caption"] for one in rows for row in captioner([one])]
@@ -113,25 +96,30 @@ def test_a_classifier_filters_by_its_threshold(tmp_path):
 
 
 def unsafe(folder: Path, **options) -> list[str | None]:
-    rows = [new_row(i, "s", str(i)) | {"image": encode_png(picture(i))} for i in range(2)]
+    rows = [new_row("s", str(i)) | {"number": i} | {"image": encode_png(photo(i))} for i in range(2)]
     judged = SafetyFilter(Safety(model=str(folder), dtype="float32", **options), "cpu")(rows)
     return [row.get("dropped", {}).get("reason") for row in judged]
 
 
-def test_a_missing_model_is_named(models, photos, tmp_path, capsys):
-    wrong = models | {"masks": tmp_path / "nowhere"}
-    assert main(arguments(wrong, photos, tmp_path / "set")) == 2
-    assert f"masks.model='{tmp_path / 'nowhere'}' cannot be loaded" in capsys.readouterr().err
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, models):
+    folder = shutil.copytree(models["entities"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "strange"}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(DataError, match=r"entities\.model=.*code of its own, which is never run"):
+        AskLanguageModel(Entities(model=str(folder)), "cpu")
+    assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_without_a_chat_template_is_told_where_to_get_one(models, tmp_path):
+def test_a_model_without_a_chat_template_is_refused(models, tmp_path):
     folder = shutil.copytree(models["entities"], tmp_path / "bare")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match=r"entities\.chat_template"):
         AskLanguageModel(Entities(model=str(folder)), "cpu")
 
 
-def test_mpts_form_of_conversation_is_in_the_shipped_configuration(models):
+def test_the_shipped_configuration_has_mpts_chat_template(models):
     entities = load_config([str(OPEN_IMAGES)], Curation).entities
     entities.model, entities.dtype = str(models["entities"]), "float32"
     prompt = AskLanguageModel(entities, "cpu").prompt("a dog")

@@ -2,8 +2,8 @@
 
     python -m tests.datamodules.curation.tiny_models runs/tiny-curation 1000
 
-writes them with so many pictures of 512 px and more (coloured noise), and a curation.yaml that takes them in the place
-of the paper's models: what the pipeline itself costs.
+writes them with so many images of 512 px and more (coloured noise), and a curation.yaml that takes them in the place of
+the paper's models: what the pipeline itself costs.
 """
 
 import sys
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -33,7 +34,6 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from benchmarks.loader import LoaderBenchmark, photograph
 from tests import tiny
 
 CAPTION = "dog beside red car"
@@ -174,20 +174,24 @@ def teach(model: OPTForCausalLM, chain: list[str]) -> None:
         model.lm_head.weight.data[WORDS.index(following), WORDS.index(word)] = 1.0
 
 
-def main(folder: Path, pictures: int) -> None:
-    """Write models, pictures and curation.yaml."""
-    stages = {name: {"model": str(model), "dtype": "float32"} for name, model in write_all(folder / "models").items()}
+def main(folder: Path, images: int) -> None:
+    """Write models, images and curation.yaml."""
+    stages = {
+        name: {"model": str(model), "dtype": "float32", "pool": {"actors": 1, "gpus": 0}}
+        for name, model in write_all(folder / "models").items()
+    }
     stages["entities"]["chat_template"] = None
     paper = Path(__file__).resolve().parents[3] / "configs" / "curation" / "open_images"
-    values = {"extends": [str(paper)], "output": str(folder / "set"), "device": "cpu", **stages}
+    values = {"extends": [str(paper)], "output": str(folder / "set"), "device": "cpu", "ray": {"cpus": 6}, **stages}
     # The tiny CLIPSeg's heat is random and around one half: all of it is one region.
-    values |= {"input": {"images": str(folder / "pictures")}, "crops": {"threshold": 0.05, "max_area": 1.0}}
+    values |= {"input": {"images": str(folder / "images")}, "crops": {"threshold": 0.05, "max_area": 1.0}}
     (folder / "curation.yaml").write_text(yaml.safe_dump(values))
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     rng = np.random.default_rng(0)
-    for number in range(pictures):
-        sides = rng.integers(512, 1025, 2)
-        (folder / "pictures" / f"{number:06d}.jpg").write_bytes(photograph(rng, *sides, LoaderBenchmark()).data)
+    for number in range(images):
+        noise = rng.integers(0, 256, (rng.integers(8, 64), rng.integers(8, 64), 3), np.uint8)
+        image = Image.fromarray(noise).resize(tuple(rng.integers(512, 1025, 2)), Image.Resampling.BICUBIC)
+        image.save(folder / "images" / f"{number:06d}.jpg", quality=90)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""Toyland's pictures in shards, and curations of them that take seconds."""
+"""Toyland's images in shards, and curations that take seconds."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from datamodules.storage.indexed_shards import IndexedShards
-
 from datamodules.curation.__main__ import main
+from datamodules.curation.config import Crops, Curation
+from datamodules.curation.output import Output
+from datamodules.curation.reading import list_sources
+from datamodules.curation.report import Counts
+from datamodules.curation.stages import Worker, groups, read_chunks
+from datamodules.images import Limits
 from datamodules.sample import ConstructedSample, decode
+from datamodules.tar import read_shard
 from datamodules.toyland.config import Captions
 from datamodules.toyland.samples import caption_sample, sample_generator
 from tests.conftest import REPOSITORY
@@ -16,6 +21,7 @@ from tests.datamodules import worlds
 
 TOYLAND = str(REPOSITORY / "configs" / "curation" / "toyland.yaml")
 IMAGES = 16
+SMALL_CROPS = Crops(min_side=4)
 
 
 def write_toyland(folder: Path, count: int = IMAGES) -> str:
@@ -26,28 +32,48 @@ def write_toyland(folder: Path, count: int = IMAGES) -> str:
     return worlds.write(folder, "train", samples, per_shard=10)
 
 
-def curate(shards: str, output: Path, *more: str) -> int:
+def arguments(shards: str, output: Path, *more: str) -> list[str]:
     """Chunks of four images, by Toyland's ground truth."""
-    rest = ("input.chunk_size=4", "report.sheet=2", "min_bad_count=1", *more)
-    return main([TOYLAND, f"input.shards={shards}", f"output={output}", *rest])
+    return [TOYLAND, f"input.shards={shards}", f"output={output}", "input.chunk_size=4", "min_bad_count=1", *more]
+
+
+def curate(shards: str, output: Path, *more: str) -> int:
+    """By the command; its exit status."""
+    return main(arguments(shards, output, *more))
+
+
+def curate_here(config: Curation) -> Path:
+    """The same in this process, without Ray."""
+    output = Output(config)
+    sources, fingerprint = list_sources(config.input)
+    output.prepare(fingerprint)
+    workers, counts = [Worker(group) for group in groups(config)], Counts(config, len(sources))
+    for source in sources:
+        for chunk in read_chunks(source, config):
+            for worker in workers:
+                chunk = worker(chunk)
+            counts.add(output.publish(chunk))
+    output.finish(counts.shards(), counts.summary())
+    return output.folder
 
 
 def digests(output: Path) -> dict[str, str]:
-    """Of the shards, their indexes and the manifest: what must not depend on who worked, how often and how long."""
-    files = sorted(path for path in output.iterdir() if path.is_file() and path.name != ".lock")
+    """Of what must not depend on who worked, how often and how long: the shards, what lists them, the counts."""
+    files = [*output.glob("*.tar"), *output.glob("*.json"), output / "curation" / "counts.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def manifest(output: Path) -> dict[str, Any]:
-    return json.loads((output / "train.manifest.json").read_text())
+def counts(output: Path) -> dict[str, Any]:
+    return json.loads((output / "curation" / "counts.json").read_text())
 
 
 def samples(output: Path) -> list[tuple[ConstructedSample, dict[str, Any]]]:
     """Every sample and its json."""
-    shards, found = IndexedShards(str(output / "train-*.tar")), []
-    for i in range(len(shards)):
-        shard, key, members = shards.read(i)
-        sample = decode(members, shard, key, kind="constructed")
-        assert isinstance(sample, ConstructedSample)
-        found.append((sample, json.loads(members["json"])))
+    found = []
+    for path in sorted(output.glob("train-*.tar")):
+        for item in read_shard(str(path), Limits()):
+            assert not isinstance(item, Exception)
+            sample = decode(item[1], path.name, item[0], kind="constructed")
+            assert isinstance(sample, ConstructedSample)
+            found.append((sample, json.loads(item[1]["json"])))
     return found

@@ -1,20 +1,32 @@
 """From heat to crops, with the truth at hand."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.curation.config import Stored
-from datamodules.curation.cutting import CutEntities, crop, largest_region, square_box
+from datamodules.curation.config import Crops, Stored
+from datamodules.curation.images import CutEntities, Prepare, crop, largest_region, square_box
 from datamodules.curation.rows import decode_grey, encode_grey, new_row
-from datamodules.curation.stage_config import Crops
 from datamodules.curation.toyland import iou
-from datamodules.images import StoredImage, encode_png
+from datamodules.images import Limits, StoredImage, encode_png
 
 
 def disc(side: int, x: float, y: float, radius: float) -> np.ndarray:
     across = np.arange(side)
     return np.hypot(across - x, across[:, None] - y) < radius
+
+
+def test_an_upright_image_is_what_is_stored():
+    image, stream, exif = Image.new("RGB", (40, 60)), io.BytesIO(), Image.Exif()
+    image.paste((255, 0, 0), (0, 0, 40, 30))
+    exif[0x0112] = 3  # upside down
+    image.save(stream, "PNG", exif=exif)
+    row = new_row("s", "k") | {"data": stream.getvalue()}
+    (row,) = Prepare(Stored(side=8, min_side=8, format="png"), Limits())([row])
+    stored = StoredImage(row["image"], "i", "s", "k").load()
+    assert stored.getpixel((4, 7)) == (255, 0, 0) and stored.getpixel((4, 0)) == (0, 0, 0)
 
 
 def test_the_largest_region_is_kept_alone():
@@ -57,14 +69,14 @@ def test_the_white_crop_is_white_outside_the_mask_alone():
     image = Image.fromarray(rng.integers(0, 200, (40, 40, 3), np.uint8))
     mask = disc(40, 15, 22, 8)
     box = square_box(mask)
-    background, white = (np.asarray(picture) for picture in crop(image, mask, box))
+    background, white = (np.asarray(cut) for cut in crop(image, mask, box))
     left, top, right, bottom = box
     inside = mask[top:bottom, left:right]
     assert (background == np.asarray(image)[top:bottom, left:right]).all()
     assert (white[inside] == background[inside]).all() and (white[~inside] == 255).all()
 
 
-def test_unfit_masks_are_left_out_and_counted():
+def test_unfit_masks_are_skipped_and_counted():
     crops, stored = Crops(min_area=0.005, max_area=0.5, min_side=4), Stored(side=32, min_side=1, format="png")
     masks = {
         "nothing_found": np.zeros((32, 32), bool),
@@ -75,10 +87,10 @@ def test_unfit_masks_are_left_out_and_counted():
     }
     heats = [{"text": name, "heat": encode_grey(mask * np.uint8(255))} for name, mask in masks.items()]
     image = Image.new("RGB", (32, 32))
-    row = new_row(0, "shard", "key") | {"caption": "x", "entities": heats, "image": encode_png(image)}
+    row = new_row("shard", "key") | {"caption": "x", "entities": heats, "image": encode_png(image)}
     (cut,) = CutEntities(crops, stored)([row])
     assert [entity["text"] for entity in cut["entities"]] == ["kept"]
-    assert cut["lost_entities"] == {name: 1 for name in masks if name != "kept"}
+    assert cut["skipped_entities"] == {name: 1 for name in masks if name != "kept"}
     (entity,) = cut["entities"]
     assert (decode_grey(entity["mask"]) == masks["kept"]).all()
     assert StoredImage(entity["white"], "white", "s", "k").load().size == (11, 11)

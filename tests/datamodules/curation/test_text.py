@@ -2,9 +2,9 @@
 
 import pytest
 
-from datamodules.curation.entity_check import CheckEntities, choose_entities, parse_answer
+from datamodules.curation.config import Entities, TextFilter
 from datamodules.curation.rows import new_row
-from datamodules.curation.stage_config import Entities
+from datamodules.curation.text import CaptionFilter, CheckEntities, choose_entities, parse_answer
 from datamodules.entities import COLOURS, illustrated
 from datamodules.sample import Entity
 from tests.datamodules.worlds import image
@@ -35,7 +35,7 @@ def test_answers_are_parsed_with_patience(answer, things):
 
 
 @pytest.mark.parametrize(
-    ("candidates", "caption", "kept", "lost"),
+    ("candidates", "caption", "kept", "skipped"),
     [
         (["cat", "Dog"], "a dog and a cat", ["dog", "cat"], {}),
         (["cat"], "a caterpillar", [], {"not_in_caption": 1}),
@@ -46,8 +46,8 @@ def test_answers_are_parsed_with_patience(answer, things):
         (["(dog", "dog)"], "a (dog) x", [], {"not_in_caption": 2}),
     ],
 )
-def test_the_caption_alone_is_trusted(candidates, caption, kept, lost):
-    assert choose_entities(candidates, caption, set(COLOURS), max_entities=2) == (kept, lost)
+def test_the_caption_alone_is_trusted(candidates, caption, kept, skipped):
+    assert choose_entities(candidates, caption, set(COLOURS), max_entities=2) == (kept, skipped)
 
 
 def test_what_is_kept_is_what_training_places():
@@ -63,12 +63,29 @@ def test_what_is_kept_is_what_training_places():
 
 def test_a_bad_answer_is_a_failure_and_an_empty_list_is_not():
     rows = [
-        new_row(i, "shard", f"key{i}") | {"caption": "a dog", "answer": a}
+        new_row("shard", f"key{i}") | {"caption": "a dog", "answer": a}
         for i, a in enumerate(["", "none", "cat", "dog"])
     ]
     checked = CheckEntities(Entities())(rows)
     dropped = [(row["dropped"]["reason"], row["dropped"]["filtered"]) for row in checked[:3]]
     assert dropped == [("unparsable_answer", False), ("no_entities", True), ("no_entities", True)]
-    assert checked[2]["lost_entities"] == {"not_in_caption": 1}
+    assert checked[2]["skipped_entities"] == {"not_in_caption": 1}
     assert checked[3]["entities"] == [{"text": "dog"}] and "answer" not in checked[3]
     assert "answer" in rows[3]  # a batch that fails later is tried again with the rows as they were
+
+
+def test_blocked_short_long_and_looping_captions_are_dropped():
+    captions = {
+        "a Nude, painted": "blocked_text",
+        "the blood bank": "blocked_text",
+        "a denuded hill in autumn": None,
+        "a dog": "caption_length",
+        "word " * 61: "caption_length",
+        "a man in a man in a man in a hat": "repeated_words",
+        "dog dog dog dog dog": "repeated_words",
+        "a cat wearing a hat, a dog wearing a hat and a fish": None,
+    }
+    rows = [new_row("s", str(i)) | {"caption": text} for i, text in enumerate(captions)]
+    filtered = CaptionFilter(TextFilter(blocked=["nude", "blood bank"]))(rows)
+    assert [row.get("dropped", {}).get("reason") for row in filtered] == list(captions.values())
+    assert all("dropped" not in row for row in CaptionFilter(TextFilter(min_words=1))(rows[:2]))  # an empty list is off

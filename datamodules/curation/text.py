@@ -1,16 +1,18 @@
-"""Answers → entities: parsed with patience, then checked against the caption, which alone is trusted.
+"""Captions that are filtered, and answers of a language model → entities.
 
-What is kept can be placed by training (datamodules/entities.py), which finds entities by the same rule (golden README,
-"Open-images rows"): a whole word sequence of the caption, no listed colour, no word of another entity.
+Answers are parsed with patience, then checked against the caption, which alone is trusted. What is kept can be placed
+by training (datamodules/entities.py), which finds entities by the same rule: a whole word sequence of the caption, no
+listed colour, no word of another entity.
 """
 
 import json
 import re
 from collections import Counter
 
+from datamodules.curation.config import Entities, TextFilter
 from datamodules.curation.rows import Batch, Row, drop
-from datamodules.curation.stage_config import Entities
 
+WORD = re.compile(r"\w+")
 NOTHING = frozenset(("none", "nothing", "no things", "no objects", "n/a"))
 PREAMBLE = re.compile(r"^[^:\n,]{0,60}:\s*")  # "Things:", "Sure, here are the nouns:"
 BULLET = re.compile(r"^\s*(?:[-*•–]|\d+[.)])\s*")
@@ -19,11 +21,37 @@ ARTICLE = re.compile(r"^(?:an?|the|some|two|three|four|five)\s+", re.IGNORECASE)
 TRIMMED = " \t\"'`“”‘’.!?()[]*_"
 
 
+class CaptionFilter:
+    """Drops captions with blocked words, of odd length, or that repeat themselves."""
+
+    def __init__(self, config: TextFilter):
+        self.config = config
+        blocked = "|".join(re.escape(word) for word in config.blocked)
+        self.blocked = re.compile(rf"\b(?:{blocked})\b", re.IGNORECASE) if blocked else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Keep the sound captions."""
+        return [self._filter(row) for row in batch]
+
+    def _filter(self, row: Row) -> Row:
+        caption = row["caption"]
+        if self.blocked and (found := self.blocked.search(caption)):
+            return drop(row, "blocked_text", f"'{found.group()}' in {caption!r}")
+        words = [word.lower() for word in WORD.findall(caption)]
+        if not self.config.min_words <= len(words) <= self.config.max_words:
+            return drop(row, "caption_length", f"{len(words)} words: {caption!r}")
+        trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+        trigram, times = trigrams.most_common(1)[0] if trigrams else ((), 0)
+        if times > self.config.max_repeats:
+            return drop(row, "repeated_words", f"'{' '.join(trigram)}' {times} times in {caption!r}")
+        return row
+
+
 class CheckEntities:
     """`answer` → `entities`; a row without any is dropped.
 
-    `unparsable_answer` is a fault of the model: an empty answer or prose. `no_entities` is not: the caption names none,
-    or nothing of the answer is fit. Entities left out are counted in `lost_entities`.
+    `unparsable_answer`, an empty answer or prose, is a failure of the model. `no_entities` is not: the caption names
+    none, or no candidate fits. Rejected candidates are counted in `skipped_entities`.
     """
 
     def __init__(self, config: Entities):
@@ -38,12 +66,12 @@ class CheckEntities:
         candidates = parse_answer(row["answer"], self.config.max_words)
         if candidates is None:
             return drop(row, "unparsable_answer", f"{row['answer']!r} to {row['caption']!r}", filtered=False)
-        kept, lost = choose_entities(candidates, row["caption"], self.ignored, self.config.max_entities)
+        kept, skipped = choose_entities(candidates, row["caption"], self.ignored, self.config.max_entities)
         row = {name: value for name, value in row.items() if name != "answer"}
-        row |= {"entities": [{"text": text} for text in kept], "lost_entities": row["lost_entities"] + lost}
+        row |= {"entities": [{"text": text} for text in kept], "skipped_entities": row["skipped_entities"] + skipped}
         if not kept:
-            told = f"none of {', '.join(candidates)} is fit" if candidates else "the model names none"
-            return drop(row, "no_entities", f"{told}: {row['caption']!r}")
+            found = f"none of {', '.join(candidates)} fits" if candidates else "the model names none"
+            return drop(row, "no_entities", f"{found}: {row['caption']!r}")
         return row
 
 
@@ -55,8 +83,7 @@ def parse_answer(answer: str, max_words: int) -> list[str] | None:
         return []
     if pieces is None:
         # One line is asked for; what follows an empty line is talk, or the model asking itself the next question.
-        block = text.split("\n\n", 1)[0].splitlines()
-        lines = [line for line in block if line.strip()]
+        lines = [line for line in text.split("\n\n", 1)[0].splitlines() if line.strip()]
         if not lines:
             return None
         if not (len(lines) > 1 and BULLET.match(lines[1])) and not BULLET.match(lines[0]):
@@ -68,8 +95,7 @@ def parse_answer(answer: str, max_words: int) -> list[str] | None:
     cleaned = [" ".join(piece.split()) for piece in cleaned if piece]
     if cleaned and all(piece.lower() in NOTHING for piece in cleaned):
         return []
-    found = [piece for piece in cleaned if len(piece.split()) <= max_words]
-    return found or None
+    return [piece for piece in cleaned if len(piece.split()) <= max_words] or None
 
 
 def _json_list(text: str) -> list[str] | None:
@@ -86,26 +112,26 @@ def _json_list(text: str) -> list[str] | None:
 def choose_entities(
     candidates: list[str], caption: str, ignored: set[str], max_entities: int
 ) -> tuple[list[str], Counter[str]]:
-    """The candidates that are fit, spelt as in the caption and in its order, and why the others are not."""
-    lost: Counter[str] = Counter()
+    """The candidates that fit, spelt as in the caption and in its order, and why the others do not."""
+    skipped: Counter[str] = Counter()
     found: dict[str, tuple[int, str]] = {}  # lower case → end of its first match, its spelling in the caption
     for candidate in candidates:
         match = re.search(rf"\b{re.escape(candidate)}\b", caption, re.IGNORECASE)
         if match is None:
-            lost["not_in_caption"] += 1
+            skipped["not_in_caption"] += 1
         elif candidate.lower() in ignored:
-            lost["ignored_word"] += 1
+            skipped["ignored_word"] += 1
         elif candidate.lower() in found:
-            lost["duplicate"] += 1
+            skipped["duplicate"] += 1
         elif len(found) == max_entities:
-            lost["too_many"] += 1
+            skipped["too_many"] += 1
         else:
             found[candidate.lower()] = match.end(), match.group()
     kept = []
     for word, place in found.items():
         pattern = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
         if sum(bool(pattern.search(other)) for other in found) > 1:
-            lost["ambiguous"] += 1
+            skipped["ambiguous"] += 1
         else:
             kept.append(place)
-    return [text for _, text in sorted(kept)], lost
+    return [text for _, text in sorted(kept)], skipped

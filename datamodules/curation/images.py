@@ -1,23 +1,54 @@
-"""Heat maps → masks → the two crops of each entity: on white and with its background (paper Fig. 4)."""
+"""The stages on pixels without a model: preparing an image, and heat maps → masks → crops (paper Fig. 4)."""
 
+import io
 from typing import cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 
-from datamodules.curation.config import Stored
-from datamodules.curation.preparation import encode
+from datamodules.curation.config import Crops, Stored
 from datamodules.curation.rows import Batch, Row, decode_grey, drop, encode_grey, row_image
-from datamodules.curation.stage_config import Crops
+from datamodules.images import Limits, StoredImage
 
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are outside
+
+
+class Prepare:
+    """`data` → `image`: upright, centre square, `side` × `side`, encoded as it will be stored."""
+
+    def __init__(self, stored: Stored, limits: Limits):
+        self.stored, self.limits = stored, limits
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Raises SampleError: an image cannot be decoded within the limits."""
+        return [self._prepare(row) for row in batch]
+
+    def _prepare(self, row: Row) -> Row:
+        image = StoredImage(row["data"], row["key"], row["shard"], row["key"], self.limits).load()
+        if min(image.size) < self.stored.min_side:
+            detail = f"{image.width}×{image.height}, at least {self.stored.min_side} a side"
+            return drop(row, "image_too_small", detail)
+        size = (self.stored.side, self.stored.side)
+        square = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        return {name: value for name, value in row.items() if name != "data"} | {"image": encode(square, self.stored)}
+
+
+def encode(image: Image.Image, stored: Stored) -> bytes:
+    """An RGB image in the stored format."""
+    stream = io.BytesIO()
+    quality = {} if stored.format == "png" else {"quality": stored.quality}
+    # Colour at full resolution: on white, an entity's edge would take its neighbour's.
+    full_colour = {"subsampling": 0} if stored.format == "jpg" else {}
+    image.save(stream, FORMATS[stored.format], **quality, **full_colour)
+    return stream.getvalue()
 
 
 class CutEntities:
     """`heat` → `mask`, `box`, `area`, `background`, `white` of each entity; a row without any is dropped (`no_crops`).
 
-    Entities left out are counted: `nothing_found`, `mask_too_small`, `mask_too_large`, `crop_too_small`.
+    Skipped entities are counted: `nothing_found`, `mask_too_small`, `mask_too_large`, `crop_too_small`.
     """
 
     def __init__(self, crops: Crops, stored: Stored):
@@ -29,35 +60,28 @@ class CutEntities:
 
     def _cut(self, row: Row) -> Row:
         image = row_image(row)
-        lost = row["lost_entities"].copy()
+        skipped = row["skipped_entities"].copy()
         kept = []
         for entity in row["entities"]:
             mask = largest_region(decode_grey(entity["heat"]), image.width, self.crops.threshold, self.crops.dilation)
             box = square_box(mask)
             if reason := self._unfit(mask, box):
-                lost[reason] += 1
+                skipped[reason] += 1
                 continue
             background, white = crop(image, mask, box)
-            kept.append(
-                {
-                    "text": entity["text"],
-                    "box": box,
-                    "area": round(float(mask.mean()), 5),
-                    "mask": encode_grey(mask),
-                    "background": encode(background, self.stored),
-                    "white": encode(white, self.stored),
-                }
-            )
-        row = row | {"entities": kept, "lost_entities": lost}
+            cut = {"background": encode(background, self.stored), "white": encode(white, self.stored)}
+            area = round(float(mask.mean()), 5)
+            kept.append({"text": entity["text"], "box": box, "area": area, "mask": encode_grey(mask), **cut})
+        row = row | {"entities": kept, "skipped_entities": skipped}
         return row if kept else drop(row, "no_crops", f"no entity can be cut out: {row['caption']!r}")
 
     def _unfit(self, mask: np.ndarray, box: Box) -> str | None:
-        share = mask.mean()
-        if not share:
+        area = mask.mean()
+        if not area:
             return "nothing_found"
-        if share < self.crops.min_area:
+        if area < self.crops.min_area:
             return "mask_too_small"
-        if share > self.crops.max_area:
+        if area > self.crops.max_area:
             return "mask_too_large"
         return "crop_too_small" if box[2] - box[0] < self.crops.min_side else None
 
