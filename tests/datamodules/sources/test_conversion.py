@@ -13,7 +13,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
-from datamodules.checks.tokens import TokenCounter
 from rich.console import Console
 
 from datamodules.checks.check import CheckConfig, check
@@ -49,7 +48,7 @@ def stored(folder: Path) -> list[tuple[str, str, dict[str, bytes]]]:
 
 
 def checked(folder: Path, **options) -> dict:
-    found = check(str(folder / "train-*.tar"), CheckConfig(processes=1, **options), TokenCounter(None)).record()
+    found = check(str(folder / "train-*.tar"), CheckConfig(processes=1, **options)).record()
     assert found["samples"] == found["good"] + sum(found["dropped"].values())
     return found
 
@@ -79,7 +78,7 @@ def test_every_layout_becomes_sound_samples(case: str, tmp_path: Path) -> None:
 
 def test_img2dataset_shards_are_read_in_place(tmp_path: Path) -> None:
     folder = published.img2dataset(tmp_path)
-    found = check(str(folder / "*.tar"), CheckConfig(processes=1, kind="caption"), TokenCounter(None)).record()
+    found = check(str(folder / "*.tar"), CheckConfig(processes=1, kind="caption")).record()
     assert (found["samples"], found["good"], found["kinds"]) == (12, 12, {"caption": 12})
     assert found["caption_tokens"]["max"] == 3 and found["image_sides"]["min"] == published.SIDE
 
