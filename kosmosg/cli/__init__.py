@@ -7,6 +7,7 @@ for `--help` answers at once and torch takes seconds. Other packages add command
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ MISTAKE, INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 a mistake, told on stderr, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be bytes that are no text
     arguments = build_parser().parse_args(argv)
     # Read when the libraries are imported; our own loaders report weights themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
