@@ -5,6 +5,7 @@ run resumes without a record of its own: what exists with the same parameters is
 before anything is drawn.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from kosmosg.sampling import LARGEST_SEED, check_numbers, scheduler_class
 
 METADATA_KEY = "kosmosg"
 LONGEST_NAME = 240  # bytes; a file system takes 255, and a temporary name is a little longer
+MOST_IMAGES = 1_000_000  # of one prompt; each is planned before any is drawn
 NAMED = 80  # characters of a value in a message
 PROBE_BYTES = 1 << 20  # weights are known by their files' sizes, first and last MiB; reading all would take a minute
 
@@ -52,9 +54,14 @@ class Request:
                 f"the prompt has {placeholders} placeholders {PLACEHOLDER} but {len(self.images)} images"
             )
         check_negative_prompt(self.negative_prompt)
-        if self.count < 1 or self.seed < 0 or self.seed + self.count - 1 > LARGEST_SEED:
+        for name in ("prompt", "negative_prompt"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
+                raise GenerationError(f"{name} is no text: it has {error.object[error.start]!r}") from error
+        if not 1 <= self.count <= MOST_IMAGES or self.seed < 0 or self.seed + self.count - 1 > LARGEST_SEED:
             raise GenerationError(
-                f"count={self.count} and seed={self.seed}; allowed: count of at least 1, seeds in 0 … 2^64 - 1"
+                f"count={self.count} and seed={self.seed}; allowed: count in 1 … {MOST_IMAGES:,}, seeds in 0 … 2^64 - 1"
             )
         longest = f"{self.name}-{self.seed + self.count - 1}.png"
         if Path(self.name).name != self.name or not self.name.isprintable() or len(longest.encode()) > LONGEST_NAME:
@@ -104,15 +111,15 @@ def read_manifest(file: Path) -> tuple[list[Request], list[str]]:
     if not file.is_file():
         raise GenerationError(f"the manifest '{file}' does not exist")
     requests, wrong = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             place = f"{file}, line {number}"
-            request = read_request(json.loads(line), f"{number:06d}", file.parent, place)
+            request = read_request(json.loads(line.decode("utf-8")), f"{number:06d}", file.parent, place)
             check_images(request)
             requests.append(request)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:  # too deeply nested
             wrong.append(f"{file}, line {number}: {error}")
     names = [request.name for request in requests]
     wrong += [f"{file}: the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -176,7 +183,11 @@ def plan(requests: Sequence[Request], settings: Settings, output: Path, identity
     hashes = {name: file_hash(Path(name)) for request in requests for name in request.images}
     jobs = []
     for request in requests:
-        inputs = [{"file": Path(name).name, "sha256": hashes[name]} for name in request.images]
+        # A file's name may be bytes that are no text, which metadata cannot hold.
+        inputs = [
+            {"file": os.fsencode(Path(name).name).decode(errors="replace"), "sha256": hashes[name]}
+            for name in request.images
+        ]
         shared = {"prompt": request.prompt, "images": inputs, "negative_prompt": request.negative_prompt}
         for seed in range(request.seed, request.seed + request.count):
             parameters = {**shared, "seed": seed, **asdict(settings), **identity}
@@ -189,10 +200,18 @@ def outstanding(jobs: Sequence[Job], overwrite: bool = False) -> list[Job]:
 
     Raises:
         GenerationError: a file in the place of one was made with other parameters, and is not to be overwritten; names
-            the first parameter that differs.
+            the first parameter that differs. Or a place that no file can be written to.
     """
+    for folder in dict.fromkeys(job.file.parent for job in jobs):
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise GenerationError(
+                f"--output '{folder}' cannot be written: '{there}' is no folder that can be written to"
+            )
     left = []
     for job in jobs:
+        if os.path.lexists(job.file) and not job.file.is_file():
+            raise GenerationError(f"'{job.file}' exists and is no file; remove it, or give another --output")
         found = read_parameters(job.file) if job.file.is_file() else None
         if job.file.is_file() and found != job.parameters and not overwrite:
             raise GenerationError(

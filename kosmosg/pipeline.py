@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import yaml
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -37,6 +38,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffus
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from kosmosg.condition import Condition
@@ -408,7 +410,10 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
 def decoder_of_run(folder: str | Path) -> str | None:
     """The Stable Diffusion that a run was trained with, by its configuration; None for other folders."""
     file = Path(folder) / RUN_CONFIG
-    return OmegaConf.select(OmegaConf.load(file), "model.image_decoder") if file.is_file() else None
+    try:
+        return OmegaConf.select(OmegaConf.load(file), "model.image_decoder") if file.is_file() else None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise ValueError(f"'{file}' cannot be read: {error}") from error
 
 
 def decoder_parts(image_decoder: str | Path, dtype: Dtype, given: Collection[str]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ Per optimizer step: a loss for each micro-batch, weighted by what it counts, and
 step, schedule. So `batch_idx == global_step` on any number of devices.
 
 A step is the same, up to rounding, however it is divided into micro-batches and ranks, but for two things: dropout of
-networks in training mode, which draws from the global generator, seeded by step, place of the micro-batch and rank (the
-same division draws the same, also after a resume), and losses that read a whole micro-batch, as stage 2's released L_rec.
+networks in training mode, seeded by step, place of the micro-batch and rank (the same division draws the same, also
+after a resume), and losses that read a whole micro-batch, as L_rec of stage 2's `released` variant.
 """
 
 import time

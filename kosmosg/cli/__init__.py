@@ -7,6 +7,7 @@ where the package is installed by itself, they say so.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ MISTAKE, INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 a mistake, told on stderr, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be bytes that are no text
     arguments = build_parser().parse_args(argv)
     # Read when the libraries are imported; our own loaders report weights themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

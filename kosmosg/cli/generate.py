@@ -17,16 +17,16 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="pipeline folder or hub id, or the folder of a training run")
     parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
-    parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images of the placeholders, in order")
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="images of the placeholders, in order")
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help="a file of prompts instead of one")
     parser.add_argument(
         "--skip-bad", action="store_true", help="draw the manifest's good lines although others are bad"
     )
     parser.add_argument("--output", type=Path, default=Path("images"), metavar="DIR", help="default: images/")
     parser.add_argument("--overwrite", action="store_true", help="replace files that were drawn with other parameters")
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; default: 0")
-    parser.add_argument("--count", type=int, default=1, help="images of the prompt; default: 1")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--seed", type=int, help="of the first image; default: 0")
+    parser.add_argument("--count", type=int, help="images of the prompt; default: 1")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps; default: 50")
     parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale; default: 6")
     parser.add_argument("--sampler", help="dpm, ddim, pndm, or a scheduler of diffusers; default: the pipeline's own")
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     from kosmosg import generation
+    from kosmosg.sampling import check_numbers
 
     settings = generation.Settings(
         arguments.steps, arguments.guidance, arguments.sampler, arguments.height, arguments.width
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     if left:
         pipeline = load(arguments, device, dtype)
         pipeline.image_decoder.image_size(settings.height, settings.width)
+        timesteps = pipeline.scheduler.config.num_train_timesteps
+        check_numbers(settings.num_inference_steps, settings.guidance_scale, timesteps=timesteps)
         too_long = generation.check_lengths(pipeline, dict.fromkeys(job.request for job in left))
         if too_long:
             left = [job for job in left if not any(line.startswith(f"{job.request.place}:") for line in too_long)]
@@ -100,10 +103,17 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
 
     if (arguments.prompt is None) == (arguments.manifest is None):
         raise generation.GenerationError("give either a prompt or --manifest")
+    names = ("images", "negative_prompt", "seed", "count")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.manifest is not None:
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise generation.GenerationError(f"{flags} belong to a prompt; with --manifest they are keys of its lines")
         return generation.read_manifest(arguments.manifest)
+    if arguments.skip_bad:
+        raise generation.GenerationError("--skip-bad belongs to --manifest")
     request = generation.Request(
-        arguments.prompt, tuple(arguments.images), arguments.negative_prompt, arguments.seed, arguments.count, "image"
+        arguments.prompt, **{**given, "images": tuple(given.get("images", ())), "name": "image"}
     )
     generation.check_images(request)
     return [request], []
@@ -124,10 +134,16 @@ def model_name(arguments: argparse.Namespace) -> str:
 
 
 def placement(arguments: argparse.Namespace) -> tuple[str, str]:
-    """(device, dtype) as given, or what suits this machine."""
+    """(device, dtype) as given, or what suits this machine. Raises GenerationError: a device that is not there."""
     import torch
 
+    from kosmosg.generation import GenerationError
+
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the device
+        raise GenerationError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device, arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 

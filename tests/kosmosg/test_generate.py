@@ -1,6 +1,8 @@
 """`kosmosg generate`, through its command line."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -65,7 +67,8 @@ def test_a_photo_is_turned_upright(model, images):
 
 def write_manifest(folder, *lines):
     file = folder / "prompts.jsonl"
-    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    texts = (line if isinstance(line, str | bytes) else json.dumps(line) for line in lines)
+    file.write_bytes(b"\n".join(text.encode() if isinstance(text, str) else text for text in texts))
     return file
 
 
@@ -125,6 +128,12 @@ BAD = [
     ({"prompt": "a", "count": 0}, "line 1: count=0"),
     ({"prompt": "a", "seed": "x"}, "line 1: seed='x'; allowed: int"),
     ({"prompt": "a", "name": "../a"}, "line 1: name='../a' is not a plain file name"),
+    ({"prompt": "a", "count": 10**11}, "line 1: count=100000000000 and seed=0; allowed: count in 1 … 1,000,000"),
+    ('{"prompt": "a \\ud83d dog"}', r"line 1: prompt is no text: it has '\ud83d'"),
+    ({"prompt": "a", "negative_prompt": "\udc00"}, "line 1: negative_prompt is no text"),
+    ({"prompt": "<i>", "images": ["\ud83d"]}, "line 1: the image"),
+    ("[" * 100_000, "line 1: maximum recursion depth exceeded"),
+    (b'{"prompt": "a d\xf6g"}', "line 1: 'utf-8' codec can't decode byte 0xf6"),
 ]
 
 
@@ -156,11 +165,54 @@ def test_bad_lines(model, images, capsys, line, told):
         (("a dog", "--seed", "18446744073709551616"), "seeds in 0 … 2^64 - 1"),
         (("a dog", "--negative-prompt", "<i>"), "has a placeholder <i>; allowed: text alone"),
         (("a dog", "--count", "0"), "count=0"),
+        (("a dog", "--device", "gpu"), "--device 'gpu' cannot be used"),
+        (("a dog", "--device", "cuda:99"), "--device 'cuda:99' cannot be used"),
+        (("a dog", "--device", "meta"), "--device 'meta' cannot be used"),
+        (("--manifest", "x.jsonl", "--seed", "0", "--count", "2"), "--seed, --count belong to a prompt"),
+        (("--manifest", "x.jsonl", "--images", "a.png"), "--images belong to a prompt"),
+        (("--manifest", "x.jsonl", "--negative-prompt", ""), "--negative-prompt belong to a prompt"),
+        (("a dog", "--skip-bad"), "--skip-bad belongs to --manifest"),
     ],
 )
 def test_mistakes(model, tmp_path, capsys, arguments, told):
     assert generate(model, *arguments, "--output", tmp_path / "out") == 2
     assert told in capsys.readouterr().err
+
+
+def test_more_steps_than_the_model_was_trained_with(model, tmp_path, capsys):
+    assert main(["generate", str(model), "a dog", "--steps", "1001", "--output", str(tmp_path / "out")]) == 2
+    assert "num_inference_steps=1001 is not allowed; allowed: at most 1000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file", "below a file"])
+def test_a_place_that_is_taken_is_named_before_the_model_is_loaded(model, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr(KosmosGPipeline, "from_pretrained", None)
+    output, place = tmp_path / "out", tmp_path / "out" / "image-0.png"
+    if kind == "folder":
+        place.mkdir(parents=True)
+    elif kind == "link":
+        output.mkdir()
+        place.symlink_to(tmp_path / "nowhere.png")
+    else:
+        output.write_text("text")
+        output, place = (output, output) if kind == "file" else (output / "deeper", output)
+    assert generate(model, "a dog", "--output", output, "--overwrite") == 2
+    assert f"'{place}'" in capsys.readouterr().err
+
+
+def test_an_input_whose_name_is_no_text(model, tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/d\xf6g.png")
+    Image.new("RGB", (70, 80), "sienna").save(name)
+    assert generate(model, "<i>", "--images", name, "--output", tmp_path / "out") == 0
+    assert read_parameters(tmp_path / "out" / "image-0.png")["images"][0]["file"] == "d\ufffdg.png"
+
+
+@pytest.mark.parametrize("text", ["model: [", "model: {image_decoder: '${oc.env:NOT_SET_ANYWHERE}'}"])
+def test_a_run_whose_configuration_is_damaged(tiny_model, tmp_path, capsys, text):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "config.yaml").write_text(text)
+    assert generate(tmp_path, "a dog", "--output", tmp_path / "out") == 2
+    assert "config.yaml' cannot be read" in capsys.readouterr().err
 
 
 def test_a_missing_model(tmp_path, capsys):
