@@ -229,7 +229,7 @@ def test_what_a_sample_says_does_not_steer_the_terminal(tmp_path: Path, capsys: 
         (["check", "a.tar", "--max-bad-share", "2"], "allowed: 0 … 1"),
         (["check", "a.tar", "--kind", "video"], "allowed: text, caption"),
         (["check", "a.tar", "--lanes", "-1"], "must be at least 1"),
-        (["convert", "text", "absent", "out"], "nothing at"),
+        (["convert", "text", "absent", "out"], "no file or folder 'absent'"),
         (["convert", "tsv", "absent", "out"], "'rows' has no value"),
         (["convert", "text", "absent", "out", "colunm=a"], "Did you mean"),
     ],
@@ -240,10 +240,9 @@ def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.Ca
 
 
 def test_settings_are_listed(capsys: pytest.CaptureFixture) -> None:
-    for arguments, key in ((["convert", "--keys", "mmc4"], "min_similarity"), (["download", "--keys"], "host_delay")):
-        with pytest.raises(SystemExit) as stopped:
-            run(*arguments)
-        assert stopped.value.code == 0 and key in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        run("convert", "--keys", "mmc4")
+    assert stopped.value.code == 0 and "min_similarity" in capsys.readouterr().out
 
 
 def test_histograms() -> None:
