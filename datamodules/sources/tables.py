@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from datamodules.errors import DataError
 from datamodules.sources.files import (
     UNOPENABLE,
     Record,
@@ -49,7 +48,7 @@ def rows(
         read = partial(_delimited_rows, limit=limit, delimiter=DELIMITERS[suffix], header=header)
         yield from read_streams(path, read)
     elif suffix == ".json" and not _holds_lines(path, limit):
-        yield from read_streams(path, partial(_whole_json, path=path, limit=limit))
+        yield from read_streams(path, partial(_whole_json, limit=limit))
     else:
         for line in read_streams(path, partial(lines, limit=limit)):
             yield line if isinstance(line, Unreadable) or line.strip() else None
@@ -198,7 +197,8 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict | Unreada
             wanted = [column if column in there else column.partition(".")[0] for column in columns]
             wanted = [column for column in dict.fromkeys(wanted) if column in there]
             if columns and not wanted:
-                raise DataError(f"'{path}' has no column {' or '.join(columns)}; it has {', '.join(there)}.")
+                yield Unreadable("missing_column", f"no column {' or '.join(columns)} among {', '.join(there)[:200]}")
+                return
             for batch in table.iter_batches(PARQUET_BATCH, columns=wanted or None):
                 yield from _batch_rows(batch)
     except (ArrowException, *UNOPENABLE) as error:
@@ -227,10 +227,11 @@ def _holds_lines(path: Path, limit: int) -> bool:
         return False
 
 
-def _whole_json(stream: IO[bytes], path: Path, limit: int) -> Iterator[dict | Unreadable]:
+def _whole_json(stream: IO[bytes], limit: int) -> Iterator[dict | Unreadable]:
     content = stream.read(limit + 1)
     if len(content) > limit:
-        raise DataError(f"'{path}' is one JSON value of more than max_record_bytes={limit}; write it as JSON lines.")
+        yield Unreadable("record_too_large", f"more than max_record_bytes={limit} in one JSON value; write JSON lines")
+        return
     try:
         value = json.loads(decode_text(content))
     except (ValueError, RecursionError) as error:

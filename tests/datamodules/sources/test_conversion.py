@@ -132,6 +132,18 @@ def test_instructpix2pix_without_its_list_and_in_splits(tmp_path: Path) -> None:
     assert sizes == [18, 1]
 
 
+def test_instructpix2pix_as_the_hub_has_it(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = {"bytes": published.jpeg(0), "path": None}
+    row = {"original_prompt": "a fish", "original_image": image, "edit_prompt": "make it night", "edited_image": image}
+    rows = [row, row | {"original_prompt": None}, row | {"edit_prompt": ""}, row | {"edited_image": None}]
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in/train-00000.parquet")
+    done = convert("instructpix2pix", tmp_path / "in", tmp_path / "out")
+    assert [sample.caption for sample in samples(tmp_path / "out")] == ["a fish", ""]
+    assert done.dropped == {"empty_text": 1, "missing_image": 1}
+
+
 def test_open_images_are_turned_and_carry_their_licence(tmp_path: Path) -> None:
     for name, packed in (("folder", False), ("tar", True)):
         convert("openimages", published.open_images(tmp_path / "in" / name, packed=packed), tmp_path / name)

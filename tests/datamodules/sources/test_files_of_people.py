@@ -256,3 +256,12 @@ def test_a_zip_of_images_is_read_in_place_and_bounded(tmp_path: Path) -> None:
     published.write(tmp_path / "a.zip", b"PK\3\4 not one")
     with pytest.raises(ShardError, match=r"a\.zip"):
         ImageStore(tmp_path, 10**5)
+
+
+def test_a_file_of_another_set_costs_itself_alone(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    published.write(tmp_path / "in/a.json", f'["{"a" * 5000}"]')
+    parquet.write_table(pyarrow.table({"other": ["a"]}), tmp_path / "in/b.parquet")
+    parquet.write_table(pyarrow.table({"caption": ["a dog"]}), tmp_path / "in/c.parquet")
+    done = convert("captions", tmp_path / "in", tmp_path / "out", "max_record_bytes=1000")
+    assert done.samples == 1 and done.dropped == {"record_too_large": 1, "missing_column": 1}
