@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import lru_cache, partial
+from math import exp, lgamma
 from pathlib import Path
 
 import numpy as np
@@ -258,8 +259,6 @@ def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict
         sizes: samples of each shard.
         config: lanes, lane_rows, window and block.
     """
-    from scipy.stats import hypergeom
-
     counts = np.array([size for size in sizes if size])
     order = SampleOrder(counts, config.seed, config.lanes, config.lane_rows, config.window, config.block)
     mixture, rows = Mixture(config.seed, [1], config.lanes, config.lane_rows), min(rows, order.total)
@@ -276,9 +275,17 @@ def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict
 
     begins = np.linspace(0, order.total - rows, BATCHES).astype(int).tolist()
     found = [len({shard(row) for row in range(begin, begin + rows)}) for begin in begins]
-    full = (1 - hypergeom.pmf(0, order.total, counts, rows)).sum()
+    full = sum(1 - _absence(int(size), order.total, rows) for size in counts)
     settings = {name: getattr(config, name) for name in ("lanes", "window", "block")}
-    return settings | {"batch": rows, "shards_in_batch": float(np.mean(found)), "full_shuffle": float(full)}
+    return settings | {"batch": rows, "shards_in_batch": float(np.mean(found)), "full_shuffle": full}
+
+
+def _absence(size: int, total: int, rows: int) -> float:
+    """Probability that `rows` of `total` samples hold none of a shard: C(total - size, rows) / C(total, rows)."""
+    left = total - size
+    if left < rows:
+        return 0.0
+    return exp(lgamma(left + 1) - lgamma(left - rows + 1) - lgamma(total + 1) + lgamma(total - rows + 1))
 
 
 def _find_tokenizer(folder: str | None) -> tuple[str | None, str]:
