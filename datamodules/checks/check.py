@@ -150,8 +150,9 @@ def check(pattern: str, config: CheckConfig) -> Findings:
 
 def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
     """Shards that are there, and the records of these and of missing ones, as far as they are listed."""
-    paths = [] if pattern.endswith(".json") else find_tars(pattern)
-    listings = {path.parent / LISTING for path in paths} if paths else {Path(pattern)}
+    given = Path(pattern)
+    paths = [] if given.suffix == ".json" else find_tars(pattern)
+    listings = {path.parent / LISTING for path in paths} if paths else {given}
     listed = {
         listing.parent / record["name"]: record
         for listing in listings
@@ -160,7 +161,7 @@ def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
     }
     if not paths:
         return sorted(path for path in listed if path.is_file()), listed
-    wanted = {path for path in listed if path.parent == Path(pattern) or fnmatch(str(path), pattern)}.union(paths)
+    wanted = set(paths).union(path for path in listed if path.parent == given or fnmatch(str(path), str(given)))
     return paths, {path: record for path, record in listed.items() if path in wanted}
 
 
