@@ -153,7 +153,7 @@ def _local(pattern: str) -> tuple[list[str], list[dict]]:
     for folder, listed in folders.items():
         here = Path(pattern) == folder
         for name in listed.keys() - {Path(url).name for url in urls}:
-            if (here or fnmatch(str(folder / name), pattern)) and not (folder / name).is_file():
+            if (here or fnmatch(str(folder / name), str(Path(pattern)))) and not (folder / name).is_file():
                 raise ShardError(
                     f"'{folder / name}' is listed in '{folder / LISTING}' but is missing (pattern '{pattern}'). "
                     f"{what_is_there(str(folder / name))}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import lru_cache, partial
+from math import exp, lgamma
 from pathlib import Path
 
 import numpy as np
@@ -149,8 +150,9 @@ def check(pattern: str, config: CheckConfig) -> Findings:
 
 def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
     """Shards that are there, and the records of these and of missing ones, as far as they are listed."""
-    paths = [] if pattern.endswith(".json") else find_tars(pattern)
-    listings = {path.parent / LISTING for path in paths} if paths else {Path(pattern)}
+    given = Path(pattern)
+    paths = [] if given.suffix == ".json" else find_tars(pattern)
+    listings = {path.parent / LISTING for path in paths} if paths else {given}
     listed = {
         listing.parent / record["name"]: record
         for listing in listings
@@ -159,7 +161,7 @@ def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
     }
     if not paths:
         return sorted(path for path in listed if path.is_file()), listed
-    wanted = {path for path in listed if path.parent == Path(pattern) or fnmatch(str(path), pattern)}.union(paths)
+    wanted = set(paths).union(path for path in listed if path.parent == given or fnmatch(str(path), str(given)))
     return paths, {path: record for path, record in listed.items() if path in wanted}
 
 
@@ -258,8 +260,6 @@ def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict
         sizes: samples of each shard.
         config: lanes, lane_rows, window and block.
     """
-    from scipy.stats import hypergeom
-
     counts = np.array([size for size in sizes if size])
     order = SampleOrder(counts, config.seed, config.lanes, config.lane_rows, config.window, config.block)
     mixture, rows = Mixture(config.seed, [1], config.lanes, config.lane_rows), min(rows, order.total)
@@ -276,9 +276,17 @@ def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict
 
     begins = np.linspace(0, order.total - rows, BATCHES).astype(int).tolist()
     found = [len({shard(row) for row in range(begin, begin + rows)}) for begin in begins]
-    full = (1 - hypergeom.pmf(0, order.total, counts, rows)).sum()
+    full = sum(1 - _absence(int(size), order.total, rows) for size in counts)
     settings = {name: getattr(config, name) for name in ("lanes", "window", "block")}
-    return settings | {"batch": rows, "shards_in_batch": float(np.mean(found)), "full_shuffle": float(full)}
+    return settings | {"batch": rows, "shards_in_batch": float(np.mean(found)), "full_shuffle": full}
+
+
+def _absence(size: int, total: int, rows: int) -> float:
+    """Probability that `rows` of `total` samples hold none of a shard: C(total - size, rows) / C(total, rows)."""
+    left = total - size
+    if left < rows:
+        return 0.0
+    return exp(lgamma(left + 1) - lgamma(left - rows + 1) - lgamma(total + 1) + lgamma(total - rows + 1))
 
 
 def _find_tokenizer(folder: str | None) -> tuple[str | None, str]:

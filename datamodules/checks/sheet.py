@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from datamodules.errors import SampleError
 from datamodules.images import SampleImage, load
 from datamodules.sample import (
     CaptionSample,
@@ -18,19 +19,15 @@ from datamodules.sample import (
     TextSample,
 )
 
-COLUMNS, MOST_PARTS, MOST_LINES, LETTERS = (
-    12,
-    6,
-    6,
-    20,
-)  # pictures in a row and of a sample; lines of text, letters in one
+COLUMNS, MOST_PARTS = 12, 6  # images of a row, of a sample
+MOST_LINES, LETTERS = 6, 20  # lines below an image, letters of a line
 CELL, GAP, HEAD, LINE, FONT_SIZE = 128, 4, 34, 15, 12  # pixels
 HEIGHT = HEAD + CELL + (MOST_LINES + 2) * LINE
 INK, RULE = (28, 32, 38), (212, 215, 220)
 
 
 class Part(NamedTuple):
-    """A picture with the words that belong to it, or words alone."""
+    """An image with the words that belong to it, or words alone."""
 
     text: str
     image: SampleImage | None = None
@@ -59,14 +56,18 @@ def parts_of(sample: Sample) -> list[Part]:
 
 
 def draw_sheet(samples: Mapping[str, Sequence[Sample]], file: Path) -> None:
-    """Draw a row of samples of each kind, as many as it takes, into a PNG; pictures have their words below them."""
+    """Draw a row of samples of each kind, as many as fit, into a PNG; images have their words below them."""
     page = Image.new("RGB", (COLUMNS * (CELL + GAP) + GAP * COLUMNS, max(len(samples), 1) * HEIGHT), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=FONT_SIZE)
     for row, (kind, listed) in enumerate(samples.items()):
         top, left = row * HEIGHT, GAP
         draw.text((GAP, top + GAP), kind, fill=INK, font=font)
         draw.line([(GAP, top + HEAD - 2 * GAP), (page.width - GAP, top + HEAD - 2 * GAP)], fill=RULE)
-        for parts in map(parts_of, listed):
+        for sample in listed:
+            try:
+                parts = [Part(text, image and load(image)) for text, image in parts_of(sample)]
+            except SampleError:  # whoever needs captions alone has not looked at their images
+                continue
             parts = parts if len(parts) <= MOST_PARTS else [*parts[: MOST_PARTS - 1], parts[-1]]
             if left + len(parts) * (CELL + GAP) > page.width:
                 break
@@ -80,8 +81,7 @@ def draw_sheet(samples: Mapping[str, Sequence[Sample]], file: Path) -> None:
 def _draw_part(page: Image.Image, draw: ImageDraw.ImageDraw, font, left: int, top: int, part: Part) -> None:
     most = MOST_LINES if part.image is not None else HEIGHT // LINE - 3
     lines = textwrap.wrap(part.text, LETTERS, max_lines=most, placeholder="…")
-    if part.image is not None:
-        pixels = load(part.image)
+    if isinstance(pixels := part.image, Image.Image):
         sharp = 2 * max(pixels.size) <= CELL  # a miniature keeps its pixels
         how = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
         page.paste(ImageOps.pad(pixels, (CELL, CELL), how, "white"), (left, top))

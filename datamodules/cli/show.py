@@ -1,4 +1,4 @@
-"""Show one sample of some shards: its members, its words in order and the sizes of its pictures.
+"""Show one sample of some shards: its members, its words in order and the sizes of its images.
 
     kosmosg data show data/edit/train-000000.tar
     kosmosg data show laion --key 000000042 --output sample/

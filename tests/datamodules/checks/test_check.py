@@ -108,13 +108,14 @@ def test_clip_tokens_are_counted(tmp_path: Path) -> None:
         check(pattern, CheckConfig(tokenizer=str(tmp_path)))
 
 
-def test_shards_are_held_against_their_listing(tmp_path: Path) -> None:
+def test_shards_are_held_against_their_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = worlds.write(tmp_path, "t", worlds.texts(20))
     content = bytearray((tmp_path / "t-000001.tar").read_bytes())
     content[content.index(b"fish")] ^= 1  # still a sound text
     (tmp_path / "t-000001.tar").write_bytes(content)
     (tmp_path / "t-000002.tar").unlink()
-    for given in (pattern, str(tmp_path), str(tmp_path / LISTING)):
+    monkeypatch.chdir(tmp_path)
+    for given in (pattern, "./t-*.tar", str(tmp_path), str(tmp_path / LISTING)):
         found = check(given, CheckConfig(processes=1)).record()
         assert found["shards"]["changed"] == ["t-000001.tar"] and found["dropped"] == {"missing_shard": 4}
     listing = tmp_path / LISTING
@@ -196,6 +197,7 @@ def test_the_sheet_has_a_row_for_every_kind(tmp_path: Path, capsys: pytest.Captu
         colours = {page.getpixel((x, y)) for x in range(0, page.width, 16) for y in range(0, page.height, 16)}
         assert {worlds.image(i).getpixel((0, 0)) for i in range(5)} <= colours
     printed = capsys.readouterr().out
+    assert run("check", str(tmp_path / "y.tar"), "--captions-only", "--sheet", str(sheet), "--processes", "1") == 0
     assert "32 samples, 30 good" in printed and "unreadable_image" in printed and "█" in printed
 
 
