@@ -93,7 +93,8 @@ class Output:
         self._refuse_broken_stage(chunk)
         record = describe(chunk)
         kept = [row for row in chunk.rows if "dropped" not in row]
-        record["shard"] = self._write_shard(chunk.name, kept) if kept else None
+        if kept:
+            record["shard"] = self._write_shard(chunk.name, kept)
         write_json(self.records / f"{chunk.name}.json", record)
         return record
 
@@ -159,6 +160,7 @@ def describe(chunk: Chunk) -> Record:
         "entities": len(entities),
         "skipped_entities": sum((row["skipped_entities"] for row in chunk.rows), Counter()),
         "iou": [entity["iou"] for entity in entities if "iou" in entity],
+        "shard": None,
         # File names may hold bytes that are no UTF-8.
         "dropped": [
             {name: drop[name].encode("utf-8", "backslashreplace").decode() for name in DROP_FIELDS} for drop in drops
