@@ -14,8 +14,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datamodules.curation.config import EXECUTION, Curation
@@ -27,18 +29,6 @@ from kosmosg.files import clear_leftovers, flush, write_json, write_text
 
 Record = dict[str, Any]
 DROP_FIELDS = ("shard", "key", "reason", "detail")
-
-
-@dataclass
-class EncodedSample:
-    """A constructed sample whose images are encoded already; what ShardWriter needs of a sample."""
-
-    members: dict[str, bytes]
-    key: str
-
-    def encode(self) -> dict[str, bytes]:
-        """As they are."""
-        return self.members
 
 
 class Output:
@@ -113,9 +103,9 @@ class Output:
         with tempfile.TemporaryDirectory(dir=self.temporary) as folder:
             with ShardWriter(folder, self.config.prefix, len(rows)) as writer:
                 for row in rows:
+                    sample = SimpleNamespace(encode=partial(encode_row, row, self.config.image.format))
                     # Keys of its own: the source's may hold dots, or lead out of a folder.
-                    sample = EncodedSample(encode_row(row, self.config.image.format), f"{name}-{row['number']:06d}")
-                    writer.write(sample)  # type: ignore[arg-type]
+                    writer.write(sample, f"{name}-{row['number']:06d}")  # type: ignore[arg-type]
             (shard,) = writer.shards
             final = self.folder / f"{self.config.prefix}-{name}.tar"
             Path(folder, shard["name"]).replace(final)
