@@ -31,7 +31,8 @@ from datamodules.order import Mixture, SampleOrder
 from datamodules.reader import SampleReader
 from datamodules.remote import RemoteConfig
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, TextSample
-from datamodules.shards import ShardWriter, find_tars, list_shards, save_listing
+from datamodules.shard_writer import ShardWriter
+from datamodules.shards import find_tars, list_shards, save_listing
 from datamodules.toyland.language import caption
 from datamodules.toyland.scene import sample_scene
 from kosmosg.config import load_config

@@ -14,31 +14,21 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datamodules.curation.config import EXECUTION, Curation
 from datamodules.curation.rows import Batch, Row
 from datamodules.curation.stages import Chunk
 from datamodules.errors import DataError
-from datamodules.shards import ShardWriter
+from datamodules.shard_writer import ShardWriter
 from kosmosg.files import clear_leftovers, flush, write_json, write_text
 
 Record = dict[str, Any]
 DROP_FIELDS = ("shard", "key", "reason", "detail")
-
-
-@dataclass
-class EncodedSample:
-    """A constructed sample whose images are encoded already; what ShardWriter needs of a sample."""
-
-    members: dict[str, bytes]
-    key: str
-
-    def encode(self) -> dict[str, bytes]:
-        """As they are."""
-        return self.members
 
 
 class Output:
@@ -93,7 +83,8 @@ class Output:
         self._refuse_broken_stage(chunk)
         record = describe(chunk)
         kept = [row for row in chunk.rows if "dropped" not in row]
-        record["shard"] = self._write_shard(chunk.name, kept) if kept else None
+        if kept:
+            record["shard"] = self._write_shard(chunk.name, kept)
         write_json(self.records / f"{chunk.name}.json", record)
         return record
 
@@ -112,9 +103,9 @@ class Output:
         with tempfile.TemporaryDirectory(dir=self.temporary) as folder:
             with ShardWriter(folder, self.config.prefix, len(rows)) as writer:
                 for row in rows:
+                    sample = SimpleNamespace(encode=partial(encode_row, row, self.config.image.format))
                     # Keys of its own: the source's may hold dots, or lead out of a folder.
-                    sample = EncodedSample(encode_row(row, self.config.image.format), f"{name}-{row['number']:06d}")
-                    writer.write(sample)  # type: ignore[arg-type]
+                    writer.write(sample, f"{name}-{row['number']:06d}")  # type: ignore[arg-type]
             (shard,) = writer.shards
             final = self.folder / f"{self.config.prefix}-{name}.tar"
             Path(folder, shard["name"]).replace(final)
@@ -159,6 +150,7 @@ def describe(chunk: Chunk) -> Record:
         "entities": len(entities),
         "skipped_entities": sum((row["skipped_entities"] for row in chunk.rows), Counter()),
         "iou": [entity["iou"] for entity in entities if "iou" in entity],
+        "shard": None,
         # File names may hold bytes that are no UTF-8.
         "dropped": [
             {name: drop[name].encode("utf-8", "backslashreplace").decode() for name in DROP_FIELDS} for drop in drops

@@ -7,10 +7,10 @@ chunk, so a shard depends neither on the number of workers nor on the order in w
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
-from typing import Any
 
-from datamodules.curation.config import Curation, Model, Pool
+from datamodules.curation.config import Curation, Pool
 from datamodules.curation.images import CutEntities, Prepare
 from datamodules.curation.reading import Source, read_rows
 from datamodules.curation.rows import Batch, Stage, attempt
@@ -62,47 +62,43 @@ def groups(config: Curation) -> list[list[Step]]:
     The first group is done where images are read, the last one where shards are written, and each one between by the
     actors of its first step. Both ends may be empty.
     """
-    caption, entities, masks = config.caption, config.entities, config.masks
-    steps = []
-    if config.safety.enabled:
-        steps.append(_model_step("safety", "SafetyFilter", config.safety, config.device))
-    if caption.by == "blip2":
-        steps.append(_model_step("caption", "Blip2Captions", caption, config.device))
-    elif caption.by == "toyland":
-        steps.append(Step("caption", lambda: _toyland(config).captions))
+    model, toyland = partial(_model_step, config), partial(_toyland_step, config)
+    on_toyland = config.masks.by == "toyland"
+    steps = [model("safety", "SafetyFilter")] if config.safety.enabled else []
+    if config.caption.by != "given":
+        steps.append(model("caption", "Blip2Captions") if config.caption.by == "blip2" else toyland("caption"))
     steps.append(Step("caption_filter", lambda: CaptionFilter(config.text_filter)))
-    if entities.by == "language_model":
-        steps.append(_model_step("entities", "AskLanguageModel", entities, config.device))
-    else:
-        steps.append(Step("entities", lambda: _toyland(config).answers))
-    steps.append(Step("entity_check", lambda: CheckEntities(entities)))
-    if masks.by == "clipseg":
-        steps.append(_model_step("masks", "ClipSegHeat", masks, config.device))
-    else:
-        steps.append(Step("masks", lambda: _toyland(config).heat))
+    asks = config.entities.by == "language_model"
+    steps.append(model("entities", "AskLanguageModel") if asks else toyland("entities"))
+    steps.append(Step("entity_check", lambda: CheckEntities(config.entities)))
+    steps.append(toyland("masks") if on_toyland else model("masks", "ClipSegHeat"))
     listed: list[list[Step]] = [[]]
     for step in steps:
         listed = [*listed, [step]] if step.pool else [*listed[:-1], [*listed[-1], step]]
-    scoring = [Step("score", lambda: _toyland(config).scores)] if masks.by == "toyland" else []
-    return [*listed, [Step("cut", lambda: CutEntities(config.crops, config.image)), *scoring]]
+    cut = Step("cut", lambda: CutEntities(config.crops, config.image))
+    return [*listed, [cut, toyland("score")] if on_toyland else [cut]]
 
 
 # Imported where they are built: transformers and Toyland are loaded by the workers that need them.
 
 
-def _model_step(name: str, stage: str, config: Model, device: str) -> Step:
+def _model_step(config: Curation, name: str, stage: str) -> Step:
     def build() -> Stage:
         from datamodules.curation import models
 
-        return getattr(models, stage)(config, device)
+        return getattr(models, stage)(options, config.device)
 
-    return Step(name, build, config.batch_size, config.pool)
+    options = getattr(config, name)
+    return Step(name, build, options.batch_size, options.pool)
 
 
-def _toyland(config: Curation) -> Any:
-    from datamodules.curation.toyland import GroundTruth
+def _toyland_step(config: Curation, name: str) -> Step:
+    def build() -> Stage:
+        from datamodules.curation.toyland import GroundTruth
 
-    return GroundTruth(config.toyland, config.seed)
+        return getattr(GroundTruth(config.toyland, config.seed), name)
+
+    return Step(name, build)
 
 
 class Worker:

@@ -11,7 +11,7 @@ from scipy import ndimage
 from datamodules.curation.config import Toyland
 from datamodules.curation.rows import Batch, Row, decode_grey, encode_grey, row_image
 from datamodules.errors import SampleError
-from datamodules.toyland.language import caption
+from datamodules.toyland import language
 from datamodules.toyland.samples import sample_generator
 from datamodules.toyland.scene import Rendered, Scene, render, sample_scene
 
@@ -22,24 +22,24 @@ HEAT_SIDE, BLUR, NOISE, SPECKS = 64, 0.02, 0.05, 2
 
 
 class GroundTruth:
-    """Each method is a stage (datamodules/curation/rows.py)."""
+    """The methods `caption`, `entities`, `masks` and `score` are stages (datamodules/curation/rows.py)."""
 
     def __init__(self, config: Toyland, seed: int):
         self.config, self.seed = config, seed
 
-    def captions(self, batch: Batch) -> Batch:
+    def caption(self, batch: Batch) -> Batch:
         """`caption` without looks, as the constructed set has them. Raises SampleError `not_toyland`."""
         return [row | {"caption": self._caption(row)} for row in batch]
 
-    def answers(self, batch: Batch) -> Batch:
+    def entities(self, batch: Batch) -> Batch:
         """`answer`: the subjects' kinds, as a language model lists them."""
         return [row | {"answer": ", ".join(kinds(self.scene(row)))} for row in batch]
 
-    def heat(self, batch: Batch) -> Batch:
+    def masks(self, batch: Batch) -> Batch:
         """`heat` of each entity, from its true mask."""
         return [row | {"entities": self._heat(row)} for row in batch]
 
-    def scores(self, batch: Batch) -> Batch:
+    def score(self, batch: Batch) -> Batch:
         """`iou` of each entity: its recovered mask against the true one, intersection over union (0 … 1)."""
         return [row | {"entities": self._scores(row)} for row in batch]
 
@@ -60,7 +60,7 @@ class GroundTruth:
         if difference > LARGEST_DIFFERENCE:
             detail = f"{difference:.0f} of 255 from scene {row['key']} of '{self.config.split}'; is toyland.* right?"
             raise SampleError("not_toyland", row["shard"], row["key"], detail)
-        return caption(scene, rng, told=False, with_article=bool(rng.random() < 0.5))
+        return language.caption(scene, rng, told=False, with_article=bool(rng.random() < 0.5))
 
     def _heat(self, row: Row) -> list[dict]:
         scene, rng, listed = self.scene(row), self.random(row, "heat"), []

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from datamodules.errors import DataError, SampleError
 from datamodules.folder_lock import held
 from datamodules.processes import ordered_map
-from datamodules.shards import ShardWriter
+from datamodules.shard_writer import ShardWriter
 from datamodules.sources.converter import ConversionConfig, Converted, Converter
 from datamodules.sources.files import Record
 from kosmosg.files import write_json

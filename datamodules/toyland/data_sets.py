@@ -19,7 +19,7 @@ from datamodules.errors import DataError
 from datamodules.images import encode_png
 from datamodules.processes import interrupts_held_back
 from datamodules.sample import SCHEMA_VERSION
-from datamodules.shards import ShardWriter
+from datamodules.shard_writer import ShardWriter
 from datamodules.toyland import samples
 from datamodules.toyland.config import ToylandData
 from kosmosg.files import write_bytes

@@ -11,7 +11,8 @@ from datamodules.cached_latents import CachedLatentsConfig, latents_files, laten
 from datamodules.errors import DataError, ShardError
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.sample import EditSample
-from datamodules.shards import ShardWriter, list_shards
+from datamodules.shard_writer import ShardWriter
+from datamodules.shards import list_shards
 from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder

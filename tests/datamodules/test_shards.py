@@ -14,7 +14,8 @@ import webdataset
 from datamodules.errors import DataError, SampleError, ShardError
 from datamodules.images import Limits, load
 from datamodules.sample import TextSample, decode
-from datamodules.shards import LISTING, ShardWriter, find_tars, index_shards, list_shards, save_listing
+from datamodules.shard_writer import ShardWriter
+from datamodules.shards import LISTING, find_tars, index_shards, list_shards, save_listing
 from datamodules.tar import OpenFiles, Tar, read_shard
 from tests.datamodules import worlds
 
@@ -129,6 +130,7 @@ def test_what_the_listing_does_not_know_is_named(tmp_path):
         (bytes(10_240), "holds no samples"),
         (gzip.compress(bytes(10_240)), "is compressed"),
     ],
+    ids=["noise", "no bytes", "zeros", "compressed"],
 )
 def test_what_is_no_tar_cannot_be_indexed(tmp_path, content, message):
     (tmp_path / "a.tar").write_bytes(content)

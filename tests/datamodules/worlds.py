@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
-from datamodules.shards import ShardWriter, find_tars, index_shards, write_listing
+from datamodules.shard_writer import ShardWriter
+from datamodules.shards import find_tars, index_shards, write_listing
 from kosmosg.image_processing import ClipImageTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
-from datamodules.shards import ShardWriter
+from datamodules.shard_writer import ShardWriter
 from tests import tiny
 
 STAGES = ("language_modelling", "alignment", "instruction_tuning")

@@ -147,5 +147,5 @@ def test_without_ray_installed_the_extra_is_named(toyland, tmp_path, capsys, mon
 def test_images_of_another_toyland_fail(toyland):
     truth = GroundTruth(Toyland(), seed=0)
     rows = [new_row("s", key) | {"image": encode_png(render(Scene(())).image)} for key in ("000000001", "x")]
-    failed = [attempt("caption", truth.captions, [row])[0]["dropped"] for row in rows]
+    failed = [attempt("caption", truth.caption, [row])[0]["dropped"] for row in rows]
     assert [drop["reason"] for drop in failed] == ["not_toyland"] * 2

@@ -19,7 +19,8 @@ from datamodules.checks.check import CheckConfig, check
 from datamodules.errors import DataError
 from datamodules.images import load
 from datamodules.sample import Sample, decode
-from datamodules.shards import ShardWriter, list_shards
+from datamodules.shard_writer import ShardWriter
+from datamodules.shards import list_shards
 from datamodules.sources import CONVERTERS, conversion
 from datamodules.tar import read_shard
 from kosmosg.config import ConfigError, load_config
