@@ -256,7 +256,8 @@ def write_listing(folder: Path, records: Sequence[dict], replaces: str = "") -> 
     listing, names = folder / LISTING, {record["name"] for record in records}
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # several sets may lie in one folder
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # several sets may lie in one folder
         kept = read_listing(str(listing)) if listing.exists() else []
         kept = [one for one in kept if one["name"] not in names and not (replaces and fnmatch(one["name"], replaces))]
         save_listing(listing, [*kept, *records])

@@ -237,24 +237,25 @@ def read_shard(path: str | Path, limits: Limits | None = None) -> Iterator[tuple
 
 
 def find_samples(tar: Tar) -> Iterator[Group | SampleError]:
-    """The samples of a tar, at the end the error that it breaks off with. Raises ShardError as `read_shard`."""
+    """The samples of a tar, at the end the error that it breaks off with. Raises ShardError as `read_shard`, which names
+    the tar's `name`."""
     found = 0
     try:
         if tar.files.read(tar.path, 0, 2) == GZIP:
-            raise ShardError(f"'{tar.path}' is compressed, and only plain tars are read; decompress it.")
+            raise ShardError(f"'{tar.name}' is compressed, and only plain tars are read; decompress it.")
         for group in tar.groups():
             found += 1
             yield group
     except SampleError as error:
         if not found:
             raise ShardError(
-                f"'{tar.path}' is not a readable tar ({error.detail}); replace it or leave it out."
+                f"'{tar.name}' is not a readable tar ({error.detail}); replace it or leave it out."
             ) from error
         yield error
     except OSError as error:
-        raise ShardError(f"'{tar.path}' cannot be read: {error}.") from error
+        raise ShardError(f"'{tar.name}' cannot be read: {error}.") from error
     if not found:
-        raise ShardError(f"'{tar.path}' holds no samples; replace it or leave it out.")
+        raise ShardError(f"'{tar.name}' holds no samples; replace it or leave it out.")
 
 
 def read_entry(read: Read, position: int) -> Entry | None:

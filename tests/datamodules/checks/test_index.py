@@ -5,17 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import cli
 from datamodules.remote import RemoteConfig
 from datamodules.shards import LISTING, list_shards
 from kosmosg.cli import main
 from tests.datamodules import worlds
 from tests.datamodules.test_reader import SAMPLES, SHARDS, Server, server  # noqa: F401 - a fixture
-
-
-@pytest.fixture(autouse=True)
-def data_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kosmosg.cli.command_modules", lambda: [("data", cli)], raising=False)
 
 
 def index(*arguments: object) -> int:
