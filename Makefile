@@ -18,7 +18,7 @@ resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; 
 
 help:
 	@echo "make setup          virtual environment in .venv with the pinned packages"
-	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones)"
+	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones; JOBS=2 at a time)"
 	@echo "make toyland        set up and run the whole paper in miniature"
 	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
@@ -34,8 +34,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
+# Each worker has a thread of its own: more threads than cores would wait for each other.
+JOBS ?= 2
+test: export OMP_NUM_THREADS := 1
 test: setup
-	$(RUN) -m pytest $(if $(filter 0,$(SLOW)),,--slow)
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile $(if $(filter 0,$(SLOW)),,--slow)
 
 toyland: export HF_HUB_OFFLINE := 1
 toyland: setup

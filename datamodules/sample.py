@@ -265,7 +265,9 @@ class _Decoder:
         count = record.get("pairs", 1)
         if not isinstance(count, int) or not 1 <= count <= MOST_PAIRS:
             raise self.error("invalid_field", f"pairs is {count!r:.60}, it must be a number in 1 … {MOST_PAIRS}")
-        more = [(self.image(f"{i}.source.png"), self.image(f"{i}.target.png")) for i in range(1, count)]
+        more: list[tuple[SampleImage, SampleImage]] = [
+            (self.image(f"{i}.source.png"), self.image(f"{i}.target.png")) for i in range(1, count)
+        ]
         return EditSample(caption, instruction, self.image("source.png"), self.image("target.png"), more=more)
 
     def image_sample(self, record: dict) -> ImageSample:

@@ -237,8 +237,7 @@ def read_shard(path: str | Path, limits: Limits | None = None) -> Iterator[tuple
 
 
 def find_samples(tar: Tar) -> Iterator[Group | SampleError]:
-    """The samples of a tar, at the end the error that it breaks off with. Raises ShardError as `read_shard`, which names
-    the tar's `name`."""
+    """The samples of a tar, at the end the error that it breaks off with. Raises ShardError as `read_shard`."""
     found = 0
     try:
         if tar.files.read(tar.path, 0, 2) == GZIP:
