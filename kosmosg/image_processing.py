@@ -132,7 +132,7 @@ def rgb(image: Image.Image, turn: bool = True) -> Image.Image:
             image.info["transparency"] = tuple(value >> 8 for value in colour)
         elif image.mode == "L" and isinstance(colour, int):
             image = image.copy()
-            image.info["transparency"] = scaled_key(np.unique(image), colour)
+            image.info["transparency"] = scaled_key(np.unique(np.asarray(image)), colour)
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -142,7 +142,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             raise ValueError(f"torch_dtype={dtype!r} is not allowed; allowed: a torch.dtype, as torch.float16.")
         if not Path(folder).is_dir():  # diffusers' own download refuses parts whose classes are of another package
             chosen = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-            folder = snapshot_download(str(folder), ignore_patterns=PICKLES, **chosen)
+            folder = snapshot_download(str(folder), ignore_patterns=list(PICKLES), **chosen)
         image_decoder = image_decoder or decoder_of_run(folder)
         whole = (Path(folder) / MODEL_INDEX).is_file()
         folder = Path(folder) if whole else find_model(folder)
