@@ -223,7 +223,7 @@ def peer_readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
 def read_by_webdataset(folder: Path) -> Iterator[dict[str, Any]]:
     """Its pipeline with a shuffle of shards and a buffer of 1,000 samples."""
     files = [str(path) for path in find_tars(str(folder))]
-    stream = WebDataset(files, shardshuffle=len(files), seed=0).shuffle(1000)
+    stream: Any = WebDataset(files, shardshuffle=len(files), seed=0).shuffle(1000)
     while True:
         yield from stream
 
