@@ -226,7 +226,7 @@ def read_shard(path: str | Path, limits: Limits | None = None) -> Iterator[tuple
     header is one such sample.
 
     Raises:
-        ShardError: the file cannot be read, is no tar, or holds no sample.
+        ShardError: the file cannot be read, is no tar, or is longer than an empty tar and holds no sample.
     """
     tar = Tar(path, OpenFiles())
     for group in find_samples(tar):
@@ -237,8 +237,8 @@ def read_shard(path: str | Path, limits: Limits | None = None) -> Iterator[tuple
 
 
 def find_samples(tar: Tar) -> Iterator[Group | SampleError]:
-    """The samples of a tar, at the end the error that it breaks off with. Raises ShardError as `read_shard`, which names
-    the tar's `name`."""
+    """The samples of a tar, at the end the error that it breaks off with. Raises ShardError as `read_shard`, by the
+    tar's `name`."""
     found = 0
     try:
         if tar.files.read(tar.path, 0, 2) == GZIP:
@@ -254,7 +254,7 @@ def find_samples(tar: Tar) -> Iterator[Group | SampleError]:
         yield error
     except OSError as error:
         raise ShardError(f"'{tar.name}' cannot be read: {error}.") from error
-    if not found:
+    if not found and tar.size > tarfile.RECORDSIZE:
         raise ShardError(f"'{tar.name}' holds no samples; replace it or leave it out.")
 
 
