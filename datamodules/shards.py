@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from functools import cache
 from glob import escape, glob
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 from webdataset.shardlists import expand_urls
@@ -27,6 +28,7 @@ from kosmosg.files import write_text
 LISTING = "shards.json"
 VERSION = 1
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+WEB = ("http", "https")
 WILD = re.compile(r"[*?\[]")
 
 
@@ -79,7 +81,7 @@ def list_shards(pattern: str, remote: RemoteConfig | None = None) -> ShardList:
     if pattern.endswith(".json"):
         records = read_listing(given, store)
         folder, names = given.rpartition("/")[0], [record["name"] for record in records]
-        urls = [name if SCHEME.match(name) else os.path.join(folder, name) for name in names]
+        urls = [name if SCHEME.match(name) else os.path.join(folder, _quoted(name, store)) for name in names]
         store = store or (open_store(urls[0], remote) if urls else None)
         for url in urls:
             scheme = SCHEME.match(url)
@@ -93,7 +95,8 @@ def list_shards(pattern: str, remote: RemoteConfig | None = None) -> ShardList:
         urls, records = _remote(pattern, store) if store is not None else _local(pattern)
     if not records:
         raise ShardError(f"no shard at '{pattern}'. {'' if store else what_is_there(pattern)}".rstrip())
-    kept = sorted(dict(zip(urls, records, strict=True)).items())
+    plain = unquote if store is not None and store.protocol in WEB else str  # the same order in every place
+    kept = sorted(dict(zip(urls, records, strict=True)).items(), key=lambda item: plain(item[0]))
     if not sum(record["samples"] for _, record in kept):
         raise ShardError(f"'{pattern}' names {len(kept)} shards without a sample.")
     return ShardList(pattern, [url for url, _ in kept], [record for _, record in kept], store)
@@ -199,9 +202,10 @@ def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
     urls, records = [], []
     folders: dict[str, dict[str, dict]] = {}
     for url in expand_urls(pattern):
-        address, _, query = url.partition("?") if store.protocol in ("http", "https") else (url, "", "")
+        address, _, query = url.partition("?") if store.protocol in WEB else (url, "", "")
         if address.endswith(".tar"):
             folder, _, name = address.rpartition("/")
+            name = unquote(name) if store.protocol in WEB else name
         else:
             folder, name = address.rstrip("/"), "*.tar"
         if WILD.search(folder):
@@ -213,9 +217,14 @@ def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
         for one in found:
             if one not in listed:
                 raise ShardError(f"'{url}' is not listed in '{folder}/{LISTING}'. {_remedy(pattern)}")
-            urls.append(f"{folder}/{one}" + (f"?{query}" if query else ""))
+            urls.append(f"{folder}/{_quoted(one, store)}" + (f"?{query}" if query else ""))
             records.append(listed[one])
     return urls, records
+
+
+def _quoted(name: str, store: Store | None) -> str:
+    """A listed name as it stands in a URL of the web, where a blank, `%` or `#` would end it or mean something else."""
+    return quote(name) if store is not None and store.protocol in WEB else name
 
 
 def read_listing(listing: str, store: Store | None = None) -> list[dict]:
