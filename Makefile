@@ -34,11 +34,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-# Each worker has a thread of its own: more threads than cores would wait for each other.
+# Parity alone in one process, which counts that every recorded output was compared, and with the threads it was recorded
+# with. Of the rest, each worker has one thread: more threads than cores would wait for each other.
 JOBS ?= 2
-test: export OMP_NUM_THREADS := 1
+PYTEST := $(RUN) -m pytest $(if $(filter 0,$(SLOW)),,--slow)
 test: setup
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile $(if $(filter 0,$(SLOW)),,--slow)
+	$(PYTEST) tests/parity
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --ignore tests/parity
 
 toyland: export HF_HUB_OFFLINE := 1
 toyland: setup

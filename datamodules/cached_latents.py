@@ -81,7 +81,7 @@ class CachedLatents:
     def __init__(self, shards: ShardList, identity: str):
         self.files = []
         for path, file, header in latents_files(shards, identity):
-            if read_header(file) != header:
+            if int(header["samples"]) and read_header(file) != header:
                 others = sorted(other.name for other in path.parent.glob(f"{path.name}.latents-*"))
                 raise ShardError(
                     f"'{path}' has no cached latents of this VAE, crop and precision and of its present samples; "
@@ -150,6 +150,8 @@ def write_latents(config: CachedLatentsConfig) -> Counter[str]:
     decoder.to("cuda" if torch.cuda.is_available() else "cpu")
     counts, failed = Counter(), []
     for path, file, header in track(latents_files(list_shards(config.shards), identity), "shards"):
+        if not int(header["samples"]):
+            continue
         with open(path, "rb") as shard:
             if not _lock(shard) or read_header(file) == header:
                 counts["skipped"] += 1

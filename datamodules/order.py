@@ -65,13 +65,13 @@ class Mixture:
     def __init__(
         self, seed: int, weights: Sequence[int], lanes: int, lane_rows: int, rows_per_turn: int = 1, repeats: int = 1
     ):
-        if not weights or min(weights) < 1 or sum(weights) * repeats > LARGEST_BLOCK:
-            raise ValueError(
-                f"weights {list(weights)} must be positive integers, their sum at most {LARGEST_BLOCK // repeats}; "
-                "leave out a source that is not wanted."
-            )
-        common = math.gcd(*weights)
+        common = math.gcd(*weights) or 1
         self.seed, self.weights = seed, tuple(weight // common for weight in weights)
+        if not weights or min(weights) < 1 or sum(self.weights) * repeats > LARGEST_BLOCK:
+            raise ValueError(
+                f"weights {list(weights)} must be positive integers, their sum (without a common factor) at most "
+                f"{LARGEST_BLOCK // repeats}; leave out a source that is not wanted."
+            )
         self.lanes, self.lane_rows, self.rows_per_turn = lanes, lane_rows, rows_per_turn
         self.turns = [weight * repeats for weight in self.weights]
         self._sources = np.repeat(np.arange(len(weights)), self.turns)

@@ -3,6 +3,7 @@
 What is kept of a block is where its samples lie, 48 bytes each; their content is read when it is asked for.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
@@ -17,6 +18,8 @@ from datamodules.remote import Spool
 from datamodules.sample import CaptionSample, Sample, decode
 from datamodules.shards import ShardList
 from datamodules.tar import GZIP, Group, OpenFiles, Tar
+
+logger = logging.getLogger(__name__)
 
 KEPT_EPOCHS = 3
 
@@ -56,7 +59,8 @@ class SampleReader:
         """Sample `number` of a lane, images still encoded.
 
         Args:
-            attempt: above 0, the sample so many places further in the same block, in place of an unusable one.
+            attempt: above 0, the sample so many places further, in place of an unusable one: in the same block, and
+                when all of that were tried, in the next.
 
         Raises:
             SampleError: it cannot be used.
@@ -84,6 +88,10 @@ class SampleReader:
     def locate(self, lane: int, number: int, attempt: int = 0) -> Located:
         """Where a sample is. Raises ShardError: a shard is not the one that was listed."""
         block, place = self.order(lane, number)
+        while attempt >= len(block) and not self.order.one_block:
+            attempt -= len(block)
+            number += len(block) - place
+            block, place = self.order(lane, number)
         rows = self._rows(lane, block)
         shard, inside, begin, end, text, size = rows[(place + attempt) % len(rows)].tolist()
         return Located(shard, inside, Group(begin, end, text, size) if begin >= 0 else None)
@@ -148,6 +156,13 @@ class SampleReader:
                 at, groups = 0, self._tar(shard).groups()
             for group in islice(groups, begin - at, end - at):
                 found.append(group)
+            if end == self.shards.samples[shard] and shard not in self._longer and next(groups, None) is not None:
+                self._longer.add(shard)
+                logger.warning(
+                    "'%s' holds more than the %d samples that are listed, and the others are not read; list it again "
+                    "with `kosmosg data index` after deleting its record and its _stats.json",
+                    self.shards.urls[shard], end,
+                )  # fmt: skip
         except SampleError as error:
             self._lost[shard] = error.reason, f"{error.key}: {error.detail}"
         except OSError as error:
@@ -180,6 +195,7 @@ class SampleReader:
     def _forget(self) -> None:
         self._files = OpenFiles()
         self._tars: OrderedDict[int, Tar] = OrderedDict()
+        self._longer: set[int] = set()
         self._lost: dict[int, tuple[str, str]] = {}
         self._all: np.ndarray | None = None
         self._blocks: dict[Any, tuple[tuple[int, ...], np.ndarray]] = {}

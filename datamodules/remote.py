@@ -4,6 +4,7 @@ Only protocols that the configuration names are opened, and of these only stores
 (`a::b`) are never among them. Each process opens its own connections, so forked and spawned workers share none.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 STORES = ("s3", "gs", "az", "abfs", "hf", "oss", "https", "http", "memory")
 LONGEST_PAUSE = 30.0
 YOUNG = 60  # seconds
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 LARGEST_LISTING = 256 * 1024 * 1024
 
 
@@ -96,6 +98,7 @@ class Store:
         Raises:
             FileNotFoundError: it is absent.
             OSError: the store does not give it, also when asked again, or it has more bytes.
+            ShardError: the disk is full or read-only.
         """
         system, options = self.filesystem, {}
         if isinstance(system, AsyncFileSystem):
@@ -108,6 +111,8 @@ class Store:
             except (FileNotFoundError, PermissionError, ImportError, _TooLargeError):
                 raise
             except Exception as error:  # each store's library has errors of its own
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    raise ShardError(_no_room(path.parent, error)) from error
                 if attempt == self.config.retries:
                     raise OSError(f"{url}: {type(error).__name__}: {error}") from error
                 logger.info("%s: %s: %s; trying again in %.1f s", url, type(error).__name__, error, pause)
@@ -120,6 +125,10 @@ class Store:
         if self._process != os.getpid():
             try:
                 options = self.config.options.get(self.protocol, {})
+                if self.protocol in ("http", "https"):  # aiohttp itself would end a request after five minutes
+                    from aiohttp import ClientTimeout
+
+                    options = {"client_kwargs": {"timeout": ClientTimeout(total=self.config.timeout)}} | options
                 self._system = fsspec.filesystem(self.protocol, skip_instance_cache=True, **options)
             except ImportError as error:
                 raise ShardError(f"URLs of '{self.protocol}' need another package: {error}.") from error
@@ -128,6 +137,13 @@ class Store:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_process": -1, "_system": None}
+
+
+def _no_room(folder: Path, error: OSError) -> str:
+    return (
+        f"shards cannot be written to '{folder}': {error}. data.remote.spool_folder must be a folder that can be "
+        "written to, with room for 2 × data.window shards of each lane and source."
+    )
 
 
 class _TooLargeError(OSError):
@@ -159,7 +175,11 @@ class Spool:
         self._forget()
 
     def want(self, numbers: Iterable[int]) -> list[Path]:
-        """Begin to fetch these shards, in this order; delete all others and return where they were."""
+        """Begin to fetch these shards, in this order; delete all others and return where they were.
+
+        Raises:
+            ShardError: the spool folder cannot be written to.
+        """
         self._open()
         assert self._pool is not None and self._folder is not None
         wanted = dict.fromkeys(numbers)
@@ -172,7 +192,7 @@ class Spool:
         return deleted
 
     def path(self, number: int) -> Path:
-        """Where a wanted shard is, once it is. Raises OSError: it could not be fetched."""
+        """Where a wanted shard is, once it is. Raises OSError: it could not be fetched. Raises ShardError as `get`."""
         return self._fetched[number][1].result()
 
     def _fetch(self, number: int, path: Path) -> Path:
@@ -193,10 +213,13 @@ class Spool:
             return
         self._forget()
         root = Path(self.store.config.spool_folder).expanduser()
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(root)
-        self._folder = Path(tempfile.mkdtemp(dir=root))
-        self._lock = _locked(self._folder)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(root)
+            self._folder = Path(tempfile.mkdtemp(dir=root))
+            self._lock = _locked(self._folder)
+        except OSError as error:
+            raise ShardError(_no_room(root, error)) from error
         # Runs in workers, too, where atexit's functions do not.
         Finalize(self, shutil.rmtree, (self._folder,), {"ignore_errors": True}, exitpriority=1)
         self._pool, self._process = ThreadPoolExecutor(self.store.config.connections), os.getpid()

@@ -7,6 +7,7 @@ The same samples give the same bytes, whoever writes them and when.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -15,11 +16,12 @@ from webdataset.writer import TarWriter
 
 from datamodules.errors import DataError
 from datamodules.sample import Sample
-from datamodules.shards import WILD, write_listing
+from datamodules.shards import write_listing
 from datamodules.tar import split_name
 from kosmosg.files import flush
 
 TEMPORARY_SUFFIX = ".partial"
+NOT_IN_PREFIX = re.compile(r"[*?\[{}|:]")  # what a pattern of shards reads otherwise
 
 
 class ShardWriter:
@@ -45,8 +47,8 @@ class ShardWriter:
     ):
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1.")
-        if not prefix or Path(prefix).name != prefix or WILD.search(prefix):
-            raise ValueError(f"prefix '{prefix}' must be a plain file name without folders and wildcards.")
+        if not prefix or Path(prefix).name != prefix or NOT_IN_PREFIX.search(prefix):
+            raise ValueError(f"prefix '{prefix}' must be a plain file name, without / * ? [ {{ }} | : .")
         self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
         there = sorted(path.name for path in self.folder.glob(f"{prefix}-*.tar"))
@@ -96,7 +98,7 @@ class ShardWriter:
             self._close_shard()
         if not self.shards:
             raise DataError(f"no sample was written to '{self.folder}/{self.prefix}-*.tar'; an empty set is an error.")
-        return write_listing(self.folder, self.shards, replaces=f"{self.prefix}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")
+        return write_listing(self.folder, self.shards, re.compile(rf"{re.escape(self.prefix)}-\d{{6}}\.tar").fullmatch)
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -9,24 +9,31 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
-from glob import glob
+from functools import cache
+from glob import escape, glob
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 from webdataset.shardlists import expand_urls
 
 from datamodules.errors import ShardError
 from datamodules.remote import RemoteConfig, Store
-from datamodules.tar import OpenFiles, Tar, find_samples
+from datamodules.tar import BLOCK, OpenFiles, Tar, find_samples
 from kosmosg.files import write_text
 
 LISTING = "shards.json"
 VERSION = 1
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+WEB = ("http", "https")
 WILD = re.compile(r"[*?\[]")
+
+
+class ListingError(ShardError):
+    """What should be a listing is none."""
 
 
 class ShardList:
@@ -69,18 +76,27 @@ def list_shards(pattern: str, remote: RemoteConfig | None = None) -> ShardList:
     Raises:
         ShardError: a protocol that is not allowed, nothing is there, or shards and `shards.json` disagree.
     """
-    remote = remote or RemoteConfig()
+    remote, given = remote or RemoteConfig(), os.path.expanduser(pattern)
     store = open_store(pattern, remote)
     if pattern.endswith(".json"):
-        records = read_listing(pattern, store)
-        folder, names = pattern.rpartition("/")[0], [record["name"] for record in records]
-        urls = [name if SCHEME.match(name) else os.path.join(folder, name) for name in names]
+        records = read_listing(given, store)
+        folder, names = given.rpartition("/")[0], [record["name"] for record in records]
+        urls = [name if SCHEME.match(name) else os.path.join(folder, _quoted(name, store)) for name in names]
         store = store or (open_store(urls[0], remote) if urls else None)
+        for url in urls:
+            scheme = SCHEME.match(url)
+            if (scheme and scheme[1]) != (store and store.protocol):
+                raise ShardError(
+                    f"'{pattern}' lists shards of several places, '{urls[0]}' and '{url}'; one is allowed."
+                )
+            if store is None and not os.path.isfile(url):
+                raise ShardError(f"'{url}' is listed in '{pattern}' but is missing. {what_is_there(url)}")
     else:
         urls, records = _remote(pattern, store) if store is not None else _local(pattern)
     if not records:
         raise ShardError(f"no shard at '{pattern}'. {'' if store else what_is_there(pattern)}".rstrip())
-    kept = sorted(dict(zip(urls, records, strict=True)).items())
+    plain = unquote if store is not None and store.protocol in WEB else str  # the same order in every place
+    kept = sorted(dict(zip(urls, records, strict=True)).items(), key=lambda item: plain(item[0]))
     if not sum(record["samples"] for _, record in kept):
         raise ShardError(f"'{pattern}' names {len(kept)} shards without a sample.")
     return ShardList(pattern, [url for url, _ in kept], [record for _, record in kept], store)
@@ -95,18 +111,53 @@ def find_tars(pattern: str) -> list[Path]:
     if SCHEME.match(pattern) or "|" in pattern:
         raise ShardError(f"'{pattern}' is not a local path.")
     found: set[Path] = set()
-    for name in expand_urls(pattern):
-        if Path(name).is_dir():
+    for name in _names(pattern):
+        if os.path.isdir(name):
             paths = [path for path in Path(name).iterdir() if path.suffix == ".tar" and not path.name.startswith(".")]
         else:
-            paths = [Path(path) for path in (glob(name, recursive=True) if WILD.search(name) else [name])]
-            paths = [path for path in paths if path.is_file()]
+            paths = [Path(path) for path in ([name] if os.path.lexists(name) else glob(name, recursive=True))]
+        paths = [path for path in paths if path.is_file()]
         if not paths:
             raise ShardError(f"no shard at '{name}' (pattern '{pattern}'). {what_is_there(name)}")
         found.update(paths)
     if not found:
         raise ShardError("the pattern of shards is empty; give a path, a folder, a glob or a brace list.")
-    return sorted(found)
+    return sorted(found, key=lambda path: path.parts)  # comparing paths takes five times as long
+
+
+def find_listed(pattern: str) -> dict[Path, dict]:
+    """Records of all shards that a local pattern names and that a `shards.json` beside them lists, also of those that
+    are missing. Raises ShardError: a listing is none."""
+    found: dict[Path, dict] = {}
+
+    @cache
+    def records(folder: Path) -> dict[str, dict]:
+        listing = folder / LISTING
+        return {record["name"]: record for record in (read_listing(str(listing)) if listing.is_file() else [])}
+
+    for name in _names(pattern):
+        folder, last = os.path.split(name)
+        if os.path.isdir(name):
+            folders, last = [Path(name)], "*"
+        elif os.path.lexists(name):
+            found |= {Path(name): record for record in [records(Path(folder)).get(last)] if record}
+            continue
+        else:
+            folders = [Path(listing).parent for listing in glob(os.path.join(folder, LISTING), recursive=True)]
+        for beside in folders:
+            found |= {beside / one: record for one, record in records(beside).items() if fnmatch(one, last)}
+    return found
+
+
+def _names(pattern: str) -> list[str]:
+    """Paths and globs of a brace list. What exists under a name is meant by it, whatever characters it has."""
+    pattern = os.path.expanduser(pattern)
+    if os.path.lexists(pattern):
+        return [pattern]
+    folder, last = os.path.split(pattern)
+    if os.path.isdir(folder):
+        return [os.path.join(escape(folder) if WILD.search(name) else folder, name) for name in expand_urls(last)]
+    return expand_urls(pattern)
 
 
 def what_is_there(name: str) -> str:
@@ -132,35 +183,29 @@ def open_store(pattern: str, remote: RemoteConfig) -> Store | None:
 
 
 def _local(pattern: str) -> tuple[list[str], list[dict]]:
-    urls, records = [], []
-    folders: dict[Path, dict[str, dict]] = {}
-    for path in find_tars(pattern):
-        folder = path.parent
-        if folder not in folders:
-            folders[folder] = {record["name"]: record for record in read_listing(str(folder / LISTING))}
-        record = folders[folder].get(path.name)
-        if record is None:
-            raise ShardError(f"'{path}' is not listed in '{folder / LISTING}'. {_remedy(pattern)}")
-        urls.append(str(path))
-        records.append(record)
-    for folder, listed in folders.items():
-        here = Path(pattern) == folder
-        for name in listed.keys() - {Path(url).name for url in urls}:
-            if (here or fnmatch(str(folder / name), str(Path(pattern)))) and not (folder / name).is_file():
-                raise ShardError(
-                    f"'{folder / name}' is listed in '{folder / LISTING}' but is missing (pattern '{pattern}'). "
-                    f"{what_is_there(str(folder / name))}"
-                )
-    return urls, records
+    found, listed = find_tars(pattern), find_listed(pattern)
+    for path in found:
+        if path not in listed:
+            listing = path.parent / LISTING
+            read_listing(str(listing))  # raises where there is none
+            raise ShardError(f"'{path}' is not listed in '{listing}'. {_remedy(pattern)}")
+    for path in sorted(listed.keys() - set(found)):
+        if not path.is_file():
+            raise ShardError(
+                f"'{path}' is listed in '{path.parent / LISTING}' but is missing (pattern '{pattern}'). "
+                f"{what_is_there(str(path))}"
+            )
+    return [str(path) for path in found], [listed[path] for path in found]
 
 
 def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
     urls, records = [], []
     folders: dict[str, dict[str, dict]] = {}
     for url in expand_urls(pattern):
-        address, _, query = url.partition("?") if store.protocol in ("http", "https") else (url, "", "")
+        address, _, query = url.partition("?") if store.protocol in WEB else (url, "", "")
         if address.endswith(".tar"):
             folder, _, name = address.rpartition("/")
+            name = unquote(name) if store.protocol in WEB else name
         else:
             folder, name = address.rstrip("/"), "*.tar"
         if WILD.search(folder):
@@ -172,13 +217,23 @@ def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
         for one in found:
             if one not in listed:
                 raise ShardError(f"'{url}' is not listed in '{folder}/{LISTING}'. {_remedy(pattern)}")
-            urls.append(f"{folder}/{one}" + (f"?{query}" if query else ""))
+            urls.append(f"{folder}/{_quoted(one, store)}" + (f"?{query}" if query else ""))
             records.append(listed[one])
     return urls, records
 
 
+def _quoted(name: str, store: Store | None) -> str:
+    """A listed name as it stands in a URL of the web, where a blank, `%` or `#` would end it or mean something else."""
+    return quote(name) if store is not None and store.protocol in WEB else name
+
+
 def read_listing(listing: str, store: Store | None = None) -> list[dict]:
-    """Records of a listing. Raises ShardError: it is absent, or none."""
+    """Records of a listing.
+
+    Raises:
+        ShardError: it is absent, or of a newer version.
+        ListingError: it is no listing.
+    """
     try:
         content = Path(listing).read_bytes() if store is None else store.whole(listing)
     except FileNotFoundError:
@@ -188,17 +243,33 @@ def read_listing(listing: str, store: Store | None = None) -> list[dict]:
         raise ShardError(f"'{listing}' cannot be read: {error}.") from error
     try:
         found = json.loads(content)
-        records = found["shards"]
-        if found.get("version", VERSION) > VERSION:
-            raise ValueError(f"version {found['version']}; this software reads up to {VERSION}")
-        for record in records:
-            counts = record["samples"], record["bytes"]
-            if not isinstance(record["name"], str) or not all(isinstance(n, int) and n >= 0 for n in counts):
-                raise ValueError(f"{record!r:.100}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ShardError(f"'{listing}' is not a list of shards ({error!r:.200}); write it again. "
-                         f"{_remedy(listing.rpartition('/')[0])}") from error  # fmt: skip
+        version, records = found.get("version", VERSION), found["shards"]
+        wrong = _wrong(records) if type(version) is int else f"version is {version!r:.100}; it must be int"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        version, wrong = VERSION, f"{error!r:.200}"
+    if type(version) is int and version > VERSION:
+        raise ShardError(f"'{listing}' has version {version}; this software reads up to {VERSION}. Update it.")
+    if wrong:
+        raise ListingError(f"'{listing}' is not a list of shards: {wrong}. {_remedy(listing.rpartition('/')[0])}")
     return records
+
+
+def _wrong(records: list[dict]) -> str:
+    """What is not as a listing has it, "" if nothing."""
+    names: set[str] = set()
+    for number, record in enumerate(records):
+        for key, kind in (("name", str), ("samples", int), ("bytes", int), ("sha256", str)):
+            if key not in record and key != "sha256":
+                return f"shard {number} has no '{key}'"
+            if key in record and type(record[key]) is not kind:
+                return f"{key} of shard {number} is {record[key]!r:.100}; it must be {kind.__name__}"
+        name, samples, size = record["name"], record["samples"], record["bytes"]
+        if not name or "\0" in name or name in names:
+            return f"name of shard {number} is {name!r:.100}; it must be a path or a URL that is not listed yet"
+        if not 0 <= samples <= size // BLOCK:
+            return f"samples of '{name}' is {samples}; {size} bytes hold 0 … {max(size, 0) // BLOCK}"
+        names.add(name)
+    return ""
 
 
 def _remedy(pattern: str) -> str:
@@ -228,7 +299,7 @@ def index_shard(url: str, store: Store | None = None, known: dict | None = None)
     if known is not None and known["bytes"] == size:
         return known | {"name": name}
     count = _counted_by_img2dataset(f"{address.removesuffix('.tar')}_stats.json{mark}{query}", store)
-    if count is None or size is None:
+    if count is None or size is None or not 0 <= count <= size // BLOCK:
         with store.local(url) if store is not None else nullcontext(Path(url)) as path:
             size = path.stat().st_size
             count = sum(1 for _ in find_samples(Tar(path, OpenFiles(), name)))
@@ -246,20 +317,21 @@ def _size(url: str, store: Store | None) -> int | None:
 def _counted_by_img2dataset(stats: str, store: Store | None) -> int | None:
     try:
         content = Path(stats).read_bytes() if store is None else store.whole(stats)
-        return int(json.loads(content)["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        count = json.loads(content)["successes"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return count if type(count) is int else None
 
 
-def write_listing(folder: Path, records: Sequence[dict], replaces: str = "") -> Path:
-    """Add records to a folder's `shards.json`; records of names that match `replaces` are dropped. Returns its path."""
+def write_listing(folder: Path, records: Sequence[dict], replaces: Callable[[str], object] | None = None) -> Path:
+    """Add records to a folder's `shards.json`, whose path is returned; drop those whose name `replaces` is true of."""
     listing, names = folder / LISTING, {record["name"] for record in records}
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # several sets may lie in one folder
         kept = read_listing(str(listing)) if listing.exists() else []
-        kept = [one for one in kept if one["name"] not in names and not (replaces and fnmatch(one["name"], replaces))]
+        kept = [one for one in kept if one["name"] not in names and not (replaces and replaces(one["name"]))]
         save_listing(listing, [*kept, *records])
     finally:
         os.close(descriptor)

@@ -226,7 +226,7 @@ def read_shard(path: str | Path, limits: Limits | None = None) -> Iterator[tuple
     header is one such sample.
 
     Raises:
-        ShardError: the file cannot be read, is no tar, or holds no sample.
+        ShardError: the file cannot be read, is no tar, or is longer than an empty tar and holds no sample.
     """
     tar = Tar(path, OpenFiles())
     for group in find_samples(tar):
@@ -253,7 +253,7 @@ def find_samples(tar: Tar) -> Iterator[Group | SampleError]:
         yield error
     except OSError as error:
         raise ShardError(f"'{tar.name}' cannot be read: {error}.") from error
-    if not found:
+    if not found and tar.size > tarfile.RECORDSIZE:
         raise ShardError(f"'{tar.name}' holds no samples; replace it or leave it out.")
 
 

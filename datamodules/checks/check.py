@@ -2,11 +2,11 @@
 
 import hashlib
 import random
+import tarfile
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from functools import lru_cache, partial
 from math import exp, lgamma
 from pathlib import Path
@@ -20,7 +20,7 @@ from datamodules.images import Limits, load
 from datamodules.order import Block, Mixture, SampleOrder, shuffled
 from datamodules.processes import ordered_map
 from datamodules.sample import SCHEMA_VERSION, CaptionSample, InterleavedSample, Sample, TextSample, decode
-from datamodules.shards import LISTING, find_tars, read_listing
+from datamodules.shards import find_listed, find_tars, read_listing
 from datamodules.tar import GZIP, OpenFiles, Tar
 
 EXAMPLES = 5  # unusable samples of each reason that are named
@@ -150,19 +150,11 @@ def check(pattern: str, config: CheckConfig) -> Findings:
 
 def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
     """Shards that are there, and the records of these and of missing ones, as far as they are listed."""
-    given = Path(pattern)
-    paths = [] if given.suffix == ".json" else find_tars(pattern)
-    listings = {path.parent / LISTING for path in paths} if paths else {given}
-    listed = {
-        listing.parent / record["name"]: record
-        for listing in listings
-        if not paths or listing.is_file()
-        for record in read_listing(str(listing))
-    }
-    if not paths:
+    if pattern.endswith(".json"):
+        listing = Path(pattern).expanduser()
+        listed = {listing.parent / record["name"]: record for record in read_listing(str(listing))}
         return sorted(path for path in listed if path.is_file()), listed
-    wanted = set(paths).union(path for path in listed if path.parent == given or fnmatch(str(path), str(given)))
-    return paths, {path: record for path, record in listed.items() if path in wanted}
+    return find_tars(pattern), find_listed(pattern)
 
 
 def _check_shard(task: tuple[Path, dict | None], config: CheckConfig, tokenizer: str | None, unit: str) -> Findings:
@@ -197,7 +189,10 @@ def _check_shard(task: tuple[Path, dict | None], config: CheckConfig, tokenizer:
     except OSError as error:
         lost = SampleError("unreachable_shard", path.name, "", str(error))
     read = found.samples
-    size = listed["samples"] if listed else read + (lost is not None or not read)
+    if listed and read > listed["samples"]:
+        found.changed = [path.name]
+    empty = lost is None and found.bytes <= tarfile.RECORDSIZE
+    size = listed["samples"] if listed else read + (lost is not None or not (read or empty))
     if size > read:
         lost = lost or SampleError("truncated_tar", path.name, "", f"ends after {read} samples")
         found.drop(lost, size - read)

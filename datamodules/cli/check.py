@@ -48,13 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not 0 <= arguments.max_bad_share <= 1:
         raise ValueError(f"--max-bad-share is {arguments.max_bad_share}; allowed: 0 … 1")
-    for name in ("processes", "batch"):
+    for name in ("processes", "batch", "lanes", "window"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name} is {value}; allowed: at least 1")
     if arguments.sheet and arguments.sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet is '{arguments.sheet}'; allowed: a file that ends in .png")
     if arguments.kind not in (None, *KINDS):
         raise ValueError(f"--kind is '{arguments.kind}'; allowed: {', '.join(KINDS)}")
+    if arguments.sheet:
+        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
     reading = DataConfig(**{name: getattr(arguments, name) for name in ("lanes", "window") if getattr(arguments, name)})
     config = CheckConfig(arguments.kind, arguments.captions_only, not arguments.no_checksums, arguments.tokenizer,
                          arguments.processes)  # fmt: skip
@@ -89,7 +91,7 @@ def show(record: dict, console: "Console") -> None:
     for name, why in shards["unreadable"].items():
         say(f"unreadable: {name}: {why}")
     for name in shards["changed"]:
-        say(f"changed since it was listed: {name}")
+        say(f"not as it is listed (size, checksum or samples): {name}")
     if record["dropped"]:
         table = Table("dropped", "samples", "for example", **PLAIN)
         for reason, count in record["dropped"].items():

@@ -11,7 +11,9 @@ store's credentials and options from the environment.
 """
 
 import argparse
+import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 
@@ -29,7 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from datamodules.errors import ShardError, printable
     from datamodules.remote import RemoteConfig
-    from datamodules.shards import LISTING, index_shard, read_listing, save_listing, write_listing
+    from datamodules.shards import (
+        LISTING,
+        ListingError,
+        find_listed,
+        index_shard,
+        read_listing,
+        save_listing,
+        write_listing,
+    )
 
     pattern, output = arguments.shards, arguments.output
     if output is not None and output.suffix != ".json":
@@ -39,12 +49,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"'{pattern}' is in a store, where nothing is written; set --output FILE.json")
     unfinished = [output.with_name(f"{output.name}.unfinished")] if output else []
     listings = {output} if output else {Path(url).parent / LISTING for url in urls}
-    known = {
-        str(listing.parent / record["name"]) if output is None else record["name"]: record
-        for listing in (*unfinished, *listings)
-        if listing.is_file()
-        for record in read_listing(str(listing))
-    }
+    known: dict[str, dict] = {}
+    for listing in (*unfinished, *sorted(listings)):
+        folder = listing.parent if listing.exists() else next(one for one in listing.parents if one.exists())
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"'{folder}' cannot be written to; set --output FILE.json in a folder that can")
+        try:
+            listed = read_listing(str(listing)) if listing.exists() else []
+        except ListingError as error:
+            damaged = listing.replace(listing.with_name(f"{listing.name}.damaged"))
+            print(printable(f"kept as '{damaged}' and written anew: {error}"), file=sys.stderr)
+            continue
+        known |= {str(listing.parent / one["name"]) if output is None else one["name"]: one for one in listed}
+    replaced = {str(path.absolute()) for path in find_listed(pattern)} if output is None else set()
     records: dict[str, dict] = {}
     failed: dict[str, Exception] = {}
 
@@ -59,10 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
         if output is not None:
             save_listing(output if complete else unfinished[0], [record | {"name": url} for url, record in done])
             return
-        replaced = ("*" if Path(pattern).is_dir() else Path(pattern).name) if complete else ""
+        by_folder = defaultdict(list)
+        for url, record in done:
+            by_folder[Path(url).parent].append(record)
         for listing in listings:
             folder = listing.parent
-            write_listing(folder, [record for url, record in done if Path(url).parent == folder], replaced)
+            write_listing(folder, by_folder[folder], lambda name: complete and str(folder / name) in replaced)  # noqa: B023
 
     pool = ThreadPoolExecutor(RemoteConfig().connections)
     try:

@@ -1,6 +1,7 @@
 """Cached latents: what the VAE would give, of this VAE, crop and precision alone, and no target is decoded for them."""
 
 import fcntl
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.sample import EditSample
 from datamodules.shard_writer import ShardWriter
 from datamodules.shards import list_shards
+from kosmosg.cli import main as kosmosg
 from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
@@ -152,3 +154,13 @@ def test_samples_of_several_targets_are_refused(tmp_path: Path, settings: Cached
     settings.shards = str(tmp_path / "pairs")
     with pytest.raises(DataError, match=r"2 target images.*pairs=apart"):
         write_latents(settings)
+
+
+def test_an_empty_shard_needs_no_latents(
+    shards: str, settings: CachedLatentsConfig, decoder: ImageDecoder, tiny_tokenizer: Path
+) -> None:
+    (Path(shards).parent / "train-000009.tar").write_bytes(bytes(tarfile.RECORDSIZE))
+    assert kosmosg(["data", "index", str(Path(shards).parent)]) == 0
+    assert write_latents(settings) == {"written": 2, "samples": SAMPLES, "unusable": 0}
+    batch = data(shards, tiny_tokenizer, identity_of(decoder)).train_dataset[range(SAMPLES)]
+    assert decoder.are_moments(batch.targets)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec
 import pytest
@@ -22,7 +23,7 @@ from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import Source
 from datamodules.errors import DataError, ShardError
 from datamodules.mixture import BatchPositions
-from datamodules.remote import STORES, RemoteConfig
+from datamodules.remote import STORES, RemoteConfig, Store
 from datamodules.shards import LISTING, list_shards
 from tests.conftest import REPOSITORY
 from tests.datamodules import worlds
@@ -44,7 +45,7 @@ class Server:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         self.requests.append(request.path)
-        number, file = self.requests.count(request.path), self.folder / request.path.lstrip("/")
+        number, file = self.requests.count(request.path), self.folder / unquote(request.path.lstrip("/"))
         if self.fails(request.path, number):
             return request.send_error(503)
         if not file.is_file():
@@ -214,6 +215,60 @@ def test_bad_samples_are_replaced_inside_their_block(tmp_path, make):
     assert seen == {key for key, members in groups if not members["txt"]}
 
 
+def test_a_block_without_a_usable_sample_is_replaced_by_the_next(tmp_path, make):
+    """Shards of one sample and windows of one shard: a block is one sample."""
+    samples = worlds.captions(40)
+    folder = Path(worlds.write(tmp_path, "c", samples, per_shard=1)).parent
+    broken = [folder / f"c-{number:06d}.tar" for number in (3, 4, 20)]
+    for path in broken:
+        path.write_bytes(path.read_bytes().replace(b"a small dog", b"\xff small dog"))
+    module = make(str(folder), lanes=2, window=1, block=1)
+    batches = [module.train_dataset[range(begin, begin + 4)] for begin in range(0, 40, 4)]
+    read = Counter(name.partition("/")[2] for batch in batches for name in batch.report.samples)
+    assert {key for key in read} == {sample.key for number, sample in enumerate(samples) if number not in (3, 4, 20)}
+    assert {error.reason for batch in batches for error in batch.report.errors} == {"not_utf8"}
+
+
+def test_a_spool_folder_that_cannot_be_written_stops_the_run(server, make, remote, tmp_path):
+    (tmp_path / "file").write_text("")
+    remote.spool_folder = str(tmp_path / "file" / "spool")
+    with pytest.raises(ShardError, match=r"data\.remote\.spool_folder must be a folder"):
+        read(make(server.address, remote=remote), range(4))
+
+
+def test_a_full_disk_stops_the_run(server, make, remote):
+    """A shard without room is no shard that is missing: its samples must not be dropped."""
+    module = make(server.address, remote=remote)
+    store = module.train_dataset.builders[0].source.spool.store
+    with pytest.raises(ShardError, match=r"No space left on device.*data\.remote\.spool_folder"):
+        store.get(f"{server.address}/captions-000000.tar", Path("/dev/full"))
+
+
+def test_names_on_the_web_are_quoted(server, make, remote, tmp_path):
+    for number, name in enumerate(("a b.tar", "50%20.tar", "a#b.tar", "ü.tar")):
+        (server.folder / f"captions-{number:06d}.tar").rename(server.folder / name)
+        listing = server.folder / LISTING
+        listing.write_text(listing.read_text().replace(f"captions-{number:06d}.tar", name))
+    ours, reference = make(server.address, remote=remote), make(str(server.folder))
+    for begin in range(0, SAMPLES, 20):
+        assert read(ours, range(begin, begin + 20)) == read(reference, range(begin, begin + 20))
+    assert len(list_shards(f"{server.address}/a%20b.tar", remote)) == 10
+
+
+def test_a_request_may_take_as_long_as_it_is_told(remote):
+    """aiohttp's own limit is five minutes."""
+    assert Store("http", remote).filesystem.client_kwargs["timeout"].total == remote.timeout
+
+
+def test_a_shard_of_more_samples_than_listed_is_named(tmp_path, make, caplog):
+    pattern = worlds.write(tmp_path, "c", worlds.captions(40), per_shard=10)
+    listing = tmp_path / LISTING
+    listing.write_text(listing.read_text().replace('"samples": 10', '"samples": 7', 1))
+    module = make(pattern)
+    assert len({key for key in read(module, range(74))}) == 37
+    assert "c-000000.tar' holds more than the 7 samples that are listed" in caplog.text
+
+
 def test_a_local_shard_that_goes_away_is_counted(tmp_path, make):
     module = make(worlds.write(tmp_path, "captions", worlds.captions(40)))
     (tmp_path / "captions-000002.tar").unlink()
@@ -276,7 +331,7 @@ def test_nothing_but_what_is_allowed_is_opened(tmp_path, pattern):
     with pytest.raises(ShardError, match="not a local path"):
         list_shards(pattern.format(marker=marker), RemoteConfig(["memory", "https"]))
     listing = tmp_path / "listing.json"
-    listing.write_text(json.dumps({"shards": [{"name": pattern.format(marker=marker), "samples": 1, "bytes": 1}]}))
+    listing.write_text(json.dumps({"shards": [{"name": pattern.format(marker=marker), "samples": 1, "bytes": 512}]}))
     with pytest.raises(ShardError, match=r"not a local path"):
         list_shards(str(listing), RemoteConfig(["memory", "https"]))
     assert not marker.exists()

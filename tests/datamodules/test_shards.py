@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import webdataset
 
 from datamodules.errors import DataError, SampleError, ShardError
 from datamodules.images import Limits, load
+from datamodules.remote import RemoteConfig
 from datamodules.sample import TextSample, decode
 from datamodules.shard_writer import ShardWriter
 from datamodules.shards import LISTING, find_tars, index_shards, list_shards, save_listing
 from datamodules.tar import OpenFiles, Tar, read_shard
+from kosmosg.cli import main
 from tests.datamodules import worlds
 
 
@@ -71,6 +74,8 @@ def test_the_writer_refuses_what_would_not_be_read_back(tmp_path):
         writer.write(TextSample("a"), "x.y")
     with pytest.raises(DataError, match="no sample"), ShardWriter(tmp_path, "text"):
         pass
+    with pytest.raises(ValueError, match="plain file name"):
+        ShardWriter(tmp_path, "te{x,t}")
     worlds.write(tmp_path, "text", worlds.texts(1))
     with pytest.raises(FileExistsError, match="already holds 1 shards"):
         ShardWriter(tmp_path, "text")
@@ -127,7 +132,7 @@ def test_what_the_listing_does_not_know_is_named(tmp_path):
     [
         (bytes(range(256)) * 60, "not a readable tar"),
         (b"", "not a readable tar"),
-        (bytes(10_240), "holds no samples"),
+        (bytes(20_480), "holds no samples"),
         (gzip.compress(bytes(10_240)), "is compressed"),
     ],
     ids=["noise", "no bytes", "zeros", "compressed"],
@@ -136,6 +141,87 @@ def test_what_is_no_tar_cannot_be_indexed(tmp_path, content, message):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(ShardError, match=message):
         list(index_shards([str(tmp_path / "a.tar")]))
+
+
+def test_an_empty_tar_is_listed_without_samples(tmp_path):
+    """img2dataset leaves one where every download of a shard failed."""
+    (tmp_path / "a.tar").write_bytes(bytes(tarfile.RECORDSIZE))
+    assert list(index_shards([str(tmp_path / "a.tar")])) == [{"name": "a.tar", "samples": 0, "bytes": 10_240}]
+
+
+@pytest.mark.parametrize(
+    "stats", ['{"successes": -5}', '{"successes": Infinity}', "[" * 100_000, '{"successes": 1000000000}', "{}"]
+)
+def test_counts_that_cannot_be_are_not_believed(tmp_path, stats):
+    worlds.write_members(tmp_path / "a.tar", [(str(i), {"txt": b"a dog"}) for i in range(4)], listed=False)
+    (tmp_path / "a_stats.json").write_text(stats)
+    assert [record["samples"] for record in index_shards([str(tmp_path / "a.tar")])] == [4]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["{a,b}", "{a,b}/x-*.tar", "*/x-*.tar", "**/*.tar", "b/**/x-*.tar", "b/shards.json", "b", "b/x-00000?.tar"],
+)
+def test_a_listed_shard_that_is_missing_is_named_whatever_the_pattern(tmp_path, pattern):
+    for folder in ("a", "b"):
+        worlds.write(tmp_path / folder, "x", worlds.texts(20))
+    assert list_shards(str(tmp_path / pattern)).samples.sum() in (20, 40)
+    (tmp_path / "b" / "x-000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"b/x-000001\.tar' is listed in .* but is missing"):
+        list_shards(str(tmp_path / pattern))
+
+
+@pytest.mark.parametrize("name", ["sp ace", "ü文", "a[1]", "50%20", "a#b", "a{b,c}", "st*r"])
+def test_a_folder_is_taken_by_its_name_whatever_is_in_it(tmp_path, monkeypatch, name):
+    worlds.write(tmp_path / name, "x", worlds.texts(10))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for pattern in ("", "/x-*.tar", "/x-{000000..000001}.tar", "/x-00000{0,1}.tar", "/shards.json"):
+        for folder in (name, f"./{name}", f"~/{name}", str(tmp_path / name)):
+            assert list_shards(folder + pattern).samples.tolist() == [8, 2]
+    assert list_shards(f"{name}/x-000001.tar").samples.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"samples": -3}, "samples of 'x-000000.tar' is -3; 10240 bytes hold 0 … 20"),
+        ({"samples": 10**30}, "10240 bytes hold 0 … 20"),
+        ({"samples": True}, "samples of shard 0 is True"),
+        ({"bytes": "10240"}, "bytes of shard 0 is '10240'"),
+        ({"sha256": None}, "sha256 of shard 0 is None"),
+        ({"name": "x-000001.tar"}, "name of shard 1 is 'x-000001.tar'"),
+        ({"name": ""}, "name of shard 0 is ''"),
+    ],
+)
+def test_a_listing_edited_by_hand_is_refused_and_written_anew_by_index(tmp_path, change, message, capsys):
+    worlds.write(tmp_path, "x", worlds.texts(10))
+    listing = tmp_path / LISTING
+    content = json.loads(listing.read_text())
+    content["shards"][0] |= change
+    listing.write_text(json.dumps(content))
+    for pattern in (tmp_path, listing):
+        with pytest.raises(ShardError, match=re.escape(message)):
+            list_shards(str(pattern))
+    assert main(["data", "index", str(tmp_path)]) == 0
+    assert message in capsys.readouterr().err and (tmp_path / "shards.json.damaged").is_file()
+    assert list_shards(str(tmp_path)).samples.tolist() == [8, 2]
+
+
+def test_a_listing_of_a_newer_version_is_not_written_over(tmp_path):
+    worlds.write(tmp_path, "x", worlds.texts(10))
+    (tmp_path / LISTING).write_text('{"version": 9, "shards": []}')
+    assert main(["data", "index", str(tmp_path)]) == 2
+    assert json.loads((tmp_path / LISTING).read_text())["version"] == 9
+
+
+def test_a_listing_names_shards_of_one_place(tmp_path):
+    worlds.write(tmp_path, "x", worlds.texts(10))
+    listing = json.loads((tmp_path / LISTING).read_text())
+    listing["shards"][1]["name"] = "http://example.org/a.tar"
+    (tmp_path / "list.json").write_text(json.dumps(listing))
+    with pytest.raises(ShardError, match="of several places"):
+        list_shards(str(tmp_path / "list.json"), RemoteConfig(["http"]))
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes = b"x") -> None:

@@ -115,10 +115,12 @@ def test_shards_are_held_against_their_listing(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "t-000001.tar").write_bytes(content)
     (tmp_path / "t-000002.tar").unlink()
     monkeypatch.chdir(tmp_path)
-    for given in (pattern, "./t-*.tar", str(tmp_path), str(tmp_path / LISTING)):
+    for given in (pattern, "./t-*.tar", "{t,t}-*.tar", str(tmp_path), str(tmp_path / LISTING)):
         found = check(given, CheckConfig(processes=1)).record()
         assert found["shards"]["changed"] == ["t-000001.tar"] and found["dropped"] == {"missing_shard": 4}
     listing = tmp_path / LISTING
+    listing.write_text(listing.read_text().replace('"samples": 8', '"samples": 5', 1))  # a sound shard that holds more
+    assert check(pattern, CheckConfig(processes=1)).changed == ["t-000000.tar", "t-000001.tar"]
     listing.write_text(listing.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(DataError, match="version 9"):
         check(pattern, CheckConfig(processes=1))
@@ -230,7 +232,7 @@ def test_what_a_sample_says_does_not_steer_the_terminal(tmp_path: Path, capsys: 
         (["check", "a.tar", "--sheet", "a.jpg"], "ends in .png"),
         (["check", "a.tar", "--max-bad-share", "2"], "allowed: 0 … 1"),
         (["check", "a.tar", "--kind", "video"], "allowed: text, caption"),
-        (["check", "a.tar", "--lanes", "-1"], "must be at least 1"),
+        (["check", "a.tar", "--lanes", "0"], "--lanes is 0; allowed: at least 1"),
         (["convert", "text", "absent", "out"], "no file or folder 'absent'"),
         (["convert", "tsv", "absent", "out"], "'rows' has no value"),
         (["convert", "text", "absent", "out", "colunm=a"], "Did you mean"),
