@@ -194,6 +194,7 @@ def test_the_three_datamodules_read_it(world, tiny_tokenizer):
     ]  # fmt: skip
     for stage in stages:
         stage.setup()
+        stage.measure()
         batch = stage.train_dataset[range(24)]
         assert len(batch) == 24 and not batch.report.errors
         assert (batch.prompt.images is None) == isinstance(stage, AlignmentData)
@@ -242,7 +243,7 @@ def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors and "continues with" in errors
     while group_lives(process.pid):
         assert time.monotonic() < deadline, "processes are left behind"
@@ -256,7 +257,7 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block()
     begun, taken, passed = threading.Event(), threading.Event(), []
 
     def take():
-        begun.wait(timeout=10)
+        begun.wait(timeout=60)
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         taken.set()
 
@@ -266,7 +267,7 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block()
     try:
         with pytest.raises(KeyboardInterrupt), data_sets.interrupts_held_back():
             begun.set()
-            assert taken.wait(timeout=10)
+            assert taken.wait(timeout=60)
             passed.append(sum(range(1000)))
         assert passed and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
