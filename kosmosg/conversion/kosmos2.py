@@ -86,22 +86,25 @@ def convert_kosmos2(name: str | Path, target: Path, dtype: str | None, keep_grou
         raise ConversionError(f"'{folder / CONFIG_FILE}': no MLLM can be built of it: {error}") from error
     require_exact("mllm", model, weights, named=kosmos2_name)
     require_usable(weights)
+    left_out = tied_head(files)
     if (kept := len(tokenizer)) < (rows := sizes["vocab_size"]):
         weights = Weights.of(folder, partial(first_rows, open_all, kept))
         model = build("mllm", {**sizes, "vocab_size": kept})
+        left_out.append(f"rows {kept:,} to {rows - 1:,} of '{EMBEDDING}' (grounding)")
     decided = {f"mllm.{key}": f"{sizes[key]}, from {CONFIG_FILE}" for key in ("heads", "dropout")}
     decided["vision.heads"] = f"{sizes['vision_config']['num_attention_heads']}, from {CONFIG_FILE}"
     header = Header("cfg", {}, decided)
     record = {
         **describe(files, "stage1", header, {"mllm": PlannedPart(model, weights, "checkpoint")}, dtype),
-        "left_out": [f"rows {kept:,} to {rows - 1:,} of '{EMBEDDING}' (grounding)"] if kept < rows else [],
+        "left_out": left_out,
         "vocabulary": len(tokenizer),
         "decoder": None,
         "header": {"flavour": header.flavour, "values": header.values},
         "pipeline": False,
         "origin": ORIGIN,
     }
-    record["source"]["file"] = f"{name}: {record['source']['file']}"
+    shown = folder.resolve().name if Path(name).is_dir() else name
+    record["source"]["file"] = f"{shown}: {record['source']['file']}"
     with replaced(target) as temporary:
         write_part(temporary / "mllm", model, weights, DTYPES.get(str(dtype)))
         tokenizer.save_pretrained(temporary / "tokenizer")
@@ -233,7 +236,7 @@ def stated_ids(folder: Path) -> dict[str, int]:
 def safetensors_files(folder: Path) -> list[Path]:
     """Raises ConversionError: no weights, or pickled ones alone."""
     files = weight_files(folder)
-    if files and files[0].suffix == ".safetensors":
+    if files and all(file.suffix == ".safetensors" for file in files):
         return files
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise ConversionError(
@@ -244,27 +247,35 @@ def safetensors_files(folder: Path) -> list[Path]:
     raise ConversionError(f"'{folder}' has a {CONFIG_FILE} but neither model.safetensors nor its index.")
 
 
-def open_kosmos2(files: list[Path]) -> dict[str, Tensor]:
-    """Mapped tensors by our names.
-
-    Raises:
-        ConversionError: an unknown name, one in two files, or an output matrix that is not the embedding.
-    """
+def open_files(files: list[Path]) -> dict[str, Tensor]:
+    """Mapped tensors by Kosmos-2's names. Raises ConversionError: a damaged file, or a name in two files."""
     found: dict[str, Tensor] = {}
     for file in files:
         opened = open_weights(file)
         if twice := sorted(found.keys() & opened.keys()):
             raise ConversionError(f"'{file}' holds '{twice[0]}', which another file of the folder holds too.")
         found |= opened
-    head, embedding = found.pop(HEAD, None), found.get(EMBEDDING)
-    if head is not None and (embedding is None or head.shape != embedding.shape or not equal(head, embedding)):
+    return found
+
+
+def tied_head(files: list[Path]) -> list[str]:
+    """The output matrix's name where it is saved. Raises ConversionError: it is not the embedding."""
+    found = open_files(files)
+    head, embedding = found.get(HEAD), found[EMBEDDING]
+    if head is not None and (head.shape != embedding.shape or not equal(head, embedding)):
         raise ConversionError(f"'{files[0].parent}': '{HEAD}' differs from '{EMBEDDING}', but the model ties them.")
-    named = {name: kosmos2_place(name) for name in found}
+    return [] if head is None else [HEAD]
+
+
+def open_kosmos2(files: list[Path]) -> dict[str, Tensor]:
+    """Mapped tensors by our names, without the output matrix. Raises ConversionError: also an unknown name."""
+    found = open_files(files)
+    named = {name: kosmos2_place(name) for name in found if name != HEAD}
     if unknown := sorted(name for name, ours in named.items() if ours is None):
         raise ConversionError(
             f"'{files[0].parent}': {len(unknown)} names are not those of a Kosmos-2, as {unknown[:NAMED]}."
         )
-    return {str(named[name]): tensor for name, tensor in found.items()}
+    return {str(ours): found[name] for name, ours in named.items()}
 
 
 def kosmos2_place(name: str) -> str | None:

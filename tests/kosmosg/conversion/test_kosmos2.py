@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration, Kosmos2Processor
+from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig, Kosmos2VisionConfig
 
 from kosmosg.cli import main
 from kosmosg.conversion import ConversionError, convert_checkpoint, export_checkpoint, inspect_model
@@ -58,14 +59,15 @@ def prompts(mllm: MLLM, folder) -> PromptBatch:
     return encoder.collate([encoder(parse_prompt(*prompt)) for prompt in zip(PROMPTS, images, strict=True)])
 
 
-def test_the_same_bits(source, converted):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits(dtype, source, converted):
     # Both call the same attention; transformers' "eager" one multiplies in another order and differs by 1e-6.
-    theirs = Kosmos2ForConditionalGeneration.from_pretrained(source, attn_implementation="sdpa").eval()
-    ours = MLLM.from_pretrained(converted / "mllm").eval()
+    theirs = Kosmos2ForConditionalGeneration.from_pretrained(source, attn_implementation="sdpa", dtype=dtype)
+    theirs, ours = theirs.eval(), MLLM.from_pretrained(converted / "mllm", torch_dtype=dtype).eval()
     batch = prompts(ours, converted)
     with torch.no_grad():
         expected = theirs(
-            pixel_values=batch.images,
+            pixel_values=batch.images.to(dtype),
             input_ids=batch.ids,
             attention_mask=(~batch.padding).long(),
             image_embeds_position_mask=batch.image_mask.long(),
@@ -131,6 +133,9 @@ def test_the_command(source, converted, tmp_path, capsys, monkeypatch):
     convert_checkpoint(tmp_path / "stage1.pt", tmp_path / "again", **files)
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "plain")
     assert main(["convert", str(source), "lm"]) == 2 and "exists" in capsys.readouterr().err
+    assert main(["convert", str(source), "kept", "--keep-grounding"]) == 0
+    with pytest.raises(ConversionError, match="keeps grounding tokens, which the released code has no ids for"):
+        export_checkpoint("kept", "kept.pt")
 
 
 def test_shards_and_a_hub_id(source, tiny_tokenizer, tmp_path, monkeypatch):
@@ -271,14 +276,22 @@ def test_what_does_not_fit_is_refused(case, source, tmp_path):
     assert str(folder) in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["kosmos2"]
 
 
-def test_special_ids_of_older_files(source, tmp_path):
-    """transformers 4 stated the added ids in tokenizer_config.json."""
+def test_older_files(source, tmp_path):
+    """Without defaults in config.json, with the tied matrix, and with the added ids in tokenizer_config.json."""
     folder = shutil.copytree(source, tmp_path / "kosmos2")
+    config = json.loads((folder / "config.json").read_text())
+    for part, legacy in (("text_config", Kosmos2TextConfig()), ("vision_config", Kosmos2VisionConfig())):
+        config[part] = {k: v for k, v in config[part].items() if k == "model_type" or getattr(legacy, k) != v}
+        config[part] |= {"bad_words_ids": None, "return_dict": True, "top_k": 50, "torch_dtype": None}
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True, "torch_dtype": "float32"}))
+    tensors(lambda state: state.update({HEAD: state[EMBEDDING].clone()}))(folder)
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     (folder / "tokenizer.json").unlink()
     decoder = {str(token["id"]): {"content": token["content"]} for token in added}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
-    convert_checkpoint(folder, tmp_path / "out")
+    assert HEAD in convert_checkpoint(folder, tmp_path / "out")["left_out"]
+    convert_checkpoint(source, tmp_path / "today")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "today")
     decoder["1"], decoder["2"] = decoder["2"], decoder["1"]
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     with pytest.raises(ConversionError, match=r"2 ids of its tokenizer files .*'<pad>' is 2, expected 1"):
