@@ -5,6 +5,7 @@ four symbols precede the pieces and six follow them. The ids of all special symb
 """
 
 import io
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from transformers import FeatureExtractionMixin
 
 SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
 DICTIONARY_FILE = "dict.txt"
+ADDED_FILE = "added_symbols.txt"  # where there are any; one symbol a line
 LEADING_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 TRAILING_SYMBOLS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
-SENTENCEPIECE_CONTROLS = 3  # <unk>, <s> and </s> of SentencePiece itself, which the dictionary leaves out
+SENTENCEPIECE_CONTROLS = ("<unk>", "<s>", "</s>")  # SentencePiece's own first pieces; the dictionary leaves them out
 WORD_BOUNDARY = "▁"
 
 
@@ -27,13 +29,14 @@ class Tokenizer(FeatureExtractionMixin):
     Args:
         sentencepiece_model: a SentencePiece model file.
         dictionary: text file, one `piece count` per line; the first line gets id 4.
+        added: symbols that follow all others, as Kosmos-2's for grounding; text is never encoded as one.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: no SentencePiece model, a dictionary line without a count, or a piece listed twice.
     """
 
-    def __init__(self, sentencepiece_model: Path, dictionary: Path):
+    def __init__(self, sentencepiece_model: Path, dictionary: Path, added: Sequence[str] = ()):
         for path in (sentencepiece_model, dictionary):
             if not Path(path).is_file():
                 raise FileNotFoundError(
@@ -50,7 +53,8 @@ class Tokenizer(FeatureExtractionMixin):
         if not content or not self.processor.get_piece_size():  # an empty file loads without an error
             raise ValueError(f"'{sentencepiece_model}' is empty, damaged or no SentencePiece model; copy it again.")
         pieces = dictionary_pieces(self.dictionary.decode("utf-8"), dictionary)
-        self.symbols = [*LEADING_SYMBOLS, *pieces, *TRAILING_SYMBOLS]
+        self.added = list(added)
+        self.symbols = [*LEADING_SYMBOLS, *pieces, *TRAILING_SYMBOLS, *self.added]
         self.index = {symbol: i for i, symbol in enumerate(self.symbols)}
         if len(self.index) != len(self.symbols):
             seen: set[str] = set()
@@ -94,7 +98,33 @@ class Tokenizer(FeatureExtractionMixin):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Read the folder that `save_pretrained` writes."""
-        return cls(Path(folder) / SENTENCEPIECE_FILE, Path(folder) / DICTIONARY_FILE)
+        file = Path(folder) / ADDED_FILE
+        added = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
+        return cls(Path(folder) / SENTENCEPIECE_FILE, Path(folder) / DICTIONARY_FILE, added)
+
+    @classmethod
+    def from_sentencepiece(cls, content: bytes, added: Sequence[str] = ()) -> "Tokenizer":
+        """A tokenizer whose dictionary is the pieces in their own order: the id of a piece is its place + 1.
+
+        Args:
+            content: of a SentencePiece model file.
+
+        Raises:
+            ValueError: no SentencePiece model, or one that does not begin with `<unk>`, `<s>` and `</s>`.
+        """
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise ValueError("it is damaged or no SentencePiece model; copy it again.") from error
+        names = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+        first, pieces = tuple(names[: len(SENTENCEPIECE_CONTROLS)]), names[len(SENTENCEPIECE_CONTROLS) :]
+        if first != SENTENCEPIECE_CONTROLS:
+            raise ValueError(f"its first pieces are {first}; allowed: {SENTENCEPIECE_CONTROLS}.")
+        with tempfile.TemporaryDirectory() as folder:
+            model, dictionary = Path(folder) / SENTENCEPIECE_FILE, Path(folder) / DICTIONARY_FILE
+            model.write_bytes(content)
+            dictionary.write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+            return cls(model, dictionary, added)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write both files into `folder`."""
@@ -102,6 +132,8 @@ class Tokenizer(FeatureExtractionMixin):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SENTENCEPIECE_FILE).write_bytes(self.processor.serialized_model_proto())
         (folder / DICTIONARY_FILE).write_bytes(self.dictionary)
+        if self.added:
+            (folder / ADDED_FILE).write_text("".join(f"{symbol}\n" for symbol in self.added), encoding="utf-8")
 
     @classmethod
     def train(
@@ -123,7 +155,7 @@ class Tokenizer(FeatureExtractionMixin):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
-            vocab_size=pieces + SENTENCEPIECE_CONTROLS,
+            vocab_size=pieces + len(SENTENCEPIECE_CONTROLS),
             model_type="unigram",
             character_coverage=1.0,
             normalization_rule_name=normalization,
@@ -131,13 +163,9 @@ class Tokenizer(FeatureExtractionMixin):
             num_threads=1,  # sums of floats depend on how they are divided among threads
             minloglevel=2,
         )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-        names = [processor.id_to_piece(i) for i in range(SENTENCEPIECE_CONTROLS, processor.get_piece_size())]
-        (folder / DICTIONARY_FILE).write_text("".join(f"{name} 1\n" for name in names), encoding="utf-8")
-        return cls.from_pretrained(folder)
+        tokenizer = cls.from_sentencepiece(model.getvalue())
+        tokenizer.save_pretrained(folder)
+        return tokenizer
 
 
 def dictionary_pieces(text: str, path: Path) -> list[str]:

@@ -12,10 +12,12 @@ import yaml
 import train
 from callbacks.checkpoint import StepCheckpoint
 from kosmosg.config import load_config, written_config
+from kosmosg.conversion import convert_checkpoint
 from kosmosg.models.kosmosg import KosmosG
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.checkpointing import CheckpointWriteError, read_shapes, write_checkpoint
 from lightning_modules.run_folder import RunFolder
+from tests import tiny
 from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
 
@@ -117,6 +119,22 @@ def test_stages_follow_each_other(configs: dict[str, Path], tmp_path: Path) -> N
     assert any("decoder.layers" in name for name in changed)
     assert any("vision" in name and "layers.1" in name for name in changed)
     assert not any("vision" in name and "layers.0" in name for name in changed)
+
+
+@pytest.mark.parametrize("keep_grounding", [False, True])
+def test_stages_2_and_3_start_from_a_kosmos_2(
+    keep_grounding: bool, configs: dict[str, Path], tmp_path: Path, tiny_tokenizer: Path
+) -> None:
+    source, lm = tiny.write_kosmos2(tmp_path / "kosmos2", tiny_tokenizer), tmp_path / "lm"
+    convert_checkpoint(source, lm, keep_grounding=keep_grounding)
+    given = [f"model.tokenizer={lm / 'tokenizer'}", "trainer.max_steps=2"]
+    assert run(configs["alignment"], f"init_from={lm}", *given) == 0
+    second = tmp_path / "alignment"
+    for name, tensor in part(lm, "mllm", "").items():
+        assert torch.equal(tensor, part(second, "mllm")[name]), f"{name} is not the converted one"
+    assert run(configs["instruction_tuning"], f"init_from={second}", *given) == 0
+    direct = (f"init_from={lm}", f"run={tmp_path / 'direct'}", "recipe.new_aligner=true")
+    assert run(configs["instruction_tuning"], *direct, *given) == 0
 
 
 def test_checkpoint_holds_only_what_trains(configs: dict[str, Path], tmp_path: Path) -> None:

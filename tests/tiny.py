@@ -142,3 +142,48 @@ def clip_tokenizer() -> CLIPTokenizer:
     letters = [chr(code) for code in range(33, 127)]
     names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=QUERIES)
+
+
+def write_kosmos2(folder: Path, tokenizer: Path, **saving) -> Path:
+    """A Kosmos-2 folder as transformers writes it, of `mllm_sizes` and four patches; no weight has a neutral value.
+
+    Args:
+        saving: options of save_pretrained, as max_shard_size.
+    """
+    import shutil
+
+    from transformers import (
+        CLIPImageProcessorPil,
+        Kosmos2Config,
+        Kosmos2ForConditionalGeneration,
+        Kosmos2Processor,
+        XLMRobertaTokenizer,
+    )
+
+    from kosmosg.tokenizer import SENTENCEPIECE_FILE
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tokenizer / SENTENCEPIECE_FILE, folder)
+    images = CLIPImageProcessorPil(size=(IMAGE_SIZE, IMAGE_SIZE), crop_size=IMAGE_SIZE)
+    words = XLMRobertaTokenizer.from_pretrained(str(folder))
+    Kosmos2Processor(images, words, num_patch_index_tokens=4).save_pretrained(folder)
+    sizes = mllm_sizes()
+    config = Kosmos2Config(
+        text_config={
+            "vocab_size": len(words),
+            "embed_dim": sizes["width"],
+            "layers": sizes["layers"],
+            "attention_heads": sizes["heads"],
+            "ffn_dim": sizes["ffn_width"],
+        },
+        vision_config=sizes["vision_config"],
+        latent_query_num=sizes["image_tokens"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Kosmos2ForConditionalGeneration(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder, **saving)
+    return folder

@@ -1,11 +1,11 @@
-"""Released checkpoints ↔ model folders: what `kosmosg convert`, `export` and `inspect` do.
+"""Released checkpoints and Kosmos-2 ↔ model folders: what `kosmosg convert`, `export` and `inspect` do.
 
 reader.py      a file of torch.save as data alone
 names.py       released names ↔ ours, and state dicts renamed by them
 weights.py     the tensors of a part, mapped from their file
 checkpoint.py  a released checkpoint: stage, header, parts, sizes
 parts.py       the parts of a model folder, built without memory; stable_diffusion.py those of the image decoder
-convert.py     → a model folder
+convert.py     → a model folder; kosmos2.py from Kosmos-2 as transformers keeps it
 export.py      → a released checkpoint again
 record.py      what is said of a conversion, and what a folder or file holds
 """

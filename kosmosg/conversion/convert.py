@@ -6,7 +6,8 @@ aligner_decoder/ text_encoder/                      stage 2
 unet/ vae/ scheduler/ model_index.json pipeline.py  final, or with the decoder's
 conversion.json README.md                           what was done; a model card
 
-The image tower of a public CLIP (`ViT-L-14`, a plain state dict) becomes a folder of transformers' CLIPVisionModel.
+The image tower of a public CLIP (`ViT-L-14`, a plain state dict) becomes a folder of transformers' CLIPVisionModel;
+a Kosmos-2 folder, a model folder after stage 1 (kosmos2.py).
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import diffusers
 from torch import Tensor
 
 from kosmosg.conversion.checkpoint import Checkpoint, Header, aligner_sizes, mllm_sizes, shape, vision_sizes
+from kosmosg.conversion.kosmos2 import convert_kosmos2, is_kosmos2
 from kosmosg.conversion.names import EMBEDDING, convert_public_vision
 from kosmosg.conversion.parts import OURS, PIPELINE, RECORD, build, require_exact, require_free, write_part
 from kosmosg.conversion.reader import ConversionError, read_data
@@ -48,17 +50,19 @@ def convert_checkpoint(
     dtype: str | None = None,
     vision_heads: int | None = None,
     aligner_heads: int | None = None,
+    keep_grounding: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `folder` and return what conversion.json records.
 
     Args:
         checkpoint: a released checkpoint; or the state dict of a public CLIP, whose image tower becomes a
-            CLIPVisionModel folder.
+            CLIPVisionModel folder; or a folder or hub id of a Kosmos-2 in transformers' format.
         decoder: Stable Diffusion folder or hub id: configurations, noise schedule, and weights that are lacking.
         spm, dictionary: the released SentencePiece model and dictionary; by default those beside the checkpoint.
         dtype: float32, float16 or bfloat16; as in the checkpoint if not given.
         vision_heads, aligner_heads: by default width / 64.
+        keep_grounding: keep Kosmos-2's grounding tokens.
         overwrite: replace a model folder.
 
     Raises:
@@ -72,12 +76,15 @@ def convert_checkpoint(
         raise ConversionError(f"'{target}' is a file; name the folder to write.")
     inputs = [path, *(Path(given) for given in (decoder, spm, dictionary) if given is not None)]
     require_free(target, overwrite, inputs)
+    flags = {"--decoder": decoder, "--spm": spm, "--dict": dictionary, "--aligner-heads": aligner_heads}
+    if is_kosmos2(checkpoint):
+        require_unset(
+            f"'{path}' is no checkpoint file but a folder or hub id", {**flags, "--vision-heads": vision_heads}
+        )
+        return convert_kosmos2(checkpoint, target, dtype, keep_grounding)
+    require_unset(f"'{path}' is a file and no Kosmos-2", {"--keep-grounding": keep_grounding or None})
     if is_public_clip(data := read_data(path)):
-        flags = {"--decoder": decoder, "--spm": spm, "--dict": dictionary, "--aligner-heads": aligner_heads}
-        if given := [flag for flag, value in flags.items() if value is not None]:
-            raise ConversionError(
-                f"'{path}' holds a public CLIP's weights, for which {', '.join(given)} means nothing."
-            )
+        require_unset(f"'{path}' holds a public CLIP's weights", flags)
         return convert_clip(path, data, target, dtype, vision_heads)
     del data  # and its mapping
     source = Checkpoint.read(path)
@@ -90,7 +97,7 @@ def convert_checkpoint(
     parts |= plan_stable_diffusion(source, stable_diffusion, parts)
     scheduler = stable_diffusion.scheduler() if "unet" in parts else None
     record = {
-        **describe(path, source.stage, source.header, parts, dtype),
+        **describe([path], source.stage, source.header, parts, dtype),
         "left_out": source.left_out,
         "vocabulary": len(tokenizer),
         "decoder": compare_decoder(stable_diffusion, parts),
@@ -119,12 +126,18 @@ def convert_clip(path: Path, data: Mapping, target: Path, dtype: str | None, hea
     weights, header = Weights.of(path, tower), Header("cfg", {})
     model = build("vision", vision_sizes(weights.shapes, header, heads))
     require_exact("vision", model, weights)
-    record = describe(path, "clip", header, {"vision": PlannedPart(model, weights, "checkpoint")}, dtype)
+    record = describe([path], "clip", header, {"vision": PlannedPart(model, weights, "checkpoint")}, dtype)
     record["left_out"] = sorted(name for name in data if not name.startswith("visual.") or name == "visual.proj")
     with replaced(target) as temporary:
         write_part(temporary, model, weights, DTYPES.get(str(dtype)))
         write_json(temporary / RECORD, record)
     return record
+
+
+def require_unset(what: str, flags: Mapping[str, Any]) -> None:
+    """Raises ConversionError: a flag is given that means nothing for the source."""
+    if given := [flag for flag, value in flags.items() if value is not None]:
+        raise ConversionError(f"{what}, for which {', '.join(given)} means nothing.")
 
 
 def is_public_clip(data: Any) -> bool:

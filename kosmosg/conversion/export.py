@@ -19,6 +19,7 @@ from kosmosg.models.aligner import LinearAligner
 from kosmosg.models.mllm import MAX_TOKENS
 from kosmosg.models.positions import XPOS_DECAY
 from kosmosg.models.storage import CONFIG_FILE, find_model
+from kosmosg.tokenizer import ADDED_FILE
 
 # What a released checkpoint of each stage carries.
 CARRIED = {
@@ -49,6 +50,8 @@ def export_checkpoint(folder: str | Path, file: str | Path, *, overwrite: bool =
     parts = {part: exported(part, folder) for part, folder in there.items() if part in CARRIED[stage]}
     configs = {part: read_json(there[part] / CONFIG_FILE) for part in parts}
     require_computable(configs["mllm"])
+    if (model / "tokenizer" / ADDED_FILE).is_file():
+        raise ConversionError(f"'{model}' keeps grounding tokens, which the released code has no ids for.")
     state = released_state(parts, configs["mllm"])
     headers = released_headers(model, configs)
     with replaced(target) as temporary:

@@ -1,6 +1,7 @@
 """Each part of a model folder: its class, built without memory to compare names and shapes; configuration; folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,25 @@ def expected_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {current_name(part, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def require_exact(part: str, model: nn.Module, weights: Weights, hint: str = "") -> None:
+def require_exact(
+    part: str, model: nn.Module, weights: Weights, hint: str = "", named: Callable[[str], str] | None = None
+) -> None:
     """Refuse weights whose names or shapes are not exactly the model's.
 
     Args:
         hint: what to do about it.
+        named: a tensor's name in the source, if not that of released checkpoints.
 
     Raises:
         ConversionError: names the first few tensors that are missing, left over or of another shape.
     """
     expected, found = expected_shapes(part, model), weights.shapes
+    quoted = partial(shown, part) if named is None else lambda name: f"'{named(name)}'"
     wrong = {
-        "missing": [shown(part, name) for name in expected if name not in found],
-        "left over": [shown(part, name) for name in found if name not in expected],
+        "missing": [quoted(name) for name in expected if name not in found],
+        "left over": [quoted(name) for name in found if name not in expected],
         "of another shape": [
-            f"{shown(part, name)} {list(found[name])} for {list(size)}"
+            f"{quoted(name)} {list(found[name])} for {list(size)}"
             for name, size in expected.items()
             if found.get(name, size) != size
         ],

@@ -10,10 +10,11 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 from torch import Tensor
@@ -143,6 +144,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConversionError(f"'{file}' holds {type(values).__name__} at its top; it must be an object.")
     return values
+
+
+def find_folder(name: str | Path, patterns: Sequence[str], what: str) -> Path:
+    """A folder, or what a hub id's files of these patterns were fetched to. Raises ConversionError: it is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors are among them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(f"{what} '{name}' is no folder, and was not fetched from the hub: {reason}") from error
 
 
 def require_no_torchscript(path: Path) -> None:

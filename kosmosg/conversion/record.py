@@ -5,7 +5,7 @@ No weights are read: shapes stand in headers.
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ Converted from `{file}` ({bytes:,} bytes, SHA-256 `{sha256}`) by `kosmosg conver
 {use}
 ```
 
-The licence of these weights is that of the released checkpoint{decoder}; the conversion adds no terms of its own.
+The licence of these weights is that of {origin}{decoder}; the conversion adds no terms of its own.
 """
 
 
@@ -89,6 +89,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             for name, part in record["parts"].items()
         ),
         use=USE[record["pipeline"]],
+        origin=record.get("origin", "the released checkpoint"),
         decoder=f", and that of {decoder['name']} for what was taken from it" if taken else "",
         **record["source"],
     )
@@ -119,13 +120,16 @@ def part_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def describe(
-    path: Path, kind: str, header: Header, parts: Mapping[str, PlannedPart], dtype: str | None
+    files: Sequence[Path], kind: str, header: Header, parts: Mapping[str, PlannedPart], dtype: str | None
 ) -> dict[str, Any]:
-    """What every conversion records."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    """What every conversion records; the digest is that of the files one after another."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    names, size = ", ".join(path.name for path in files), sum(path.stat().st_size for path in files)
     return {
-        "source": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256},
+        "source": {"file": names, "bytes": size, "sha256": digest.hexdigest()},
         "kind": kind,
         "dtype": dtype,
         "parts": {

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
-from kosmosg.conversion.reader import ConversionError, read_json
+from kosmosg.conversion.reader import ConversionError, find_folder, read_json
 from kosmosg.conversion.stable_diffusion_v1_5 import CONFIGS
 from kosmosg.conversion.weights import Weights, folder_weights
 from kosmosg.models.storage import CONFIG_FILE
@@ -44,15 +43,7 @@ class StableDiffusion:
         """
         if name is None:
             return cls(None, None)
-        folder = Path(name)
-        if not folder.is_dir():
-            try:
-                folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=DOWNLOADED))
-            except (OSError, ValueError) as error:  # huggingface_hub's own errors are among them
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ConversionError(
-                    f"--decoder '{name}' is no folder, and was not fetched from the hub: {reason}"
-                ) from error
+        folder = find_folder(name, DOWNLOADED, "--decoder")
         absent = [part for part in NEEDED if not (folder / part).is_dir()]
         if absent:
             raise ConversionError(f"--decoder '{name}' is no Stable Diffusion folder: {', '.join(absent)} missing.")

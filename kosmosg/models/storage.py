@@ -104,12 +104,16 @@ def check_weights(
     broken = [
         name
         for name, tensor in network.state_dict().items()
-        if tensor.is_floating_point() and not tensor.is_meta
-        # The sum reads each weight once and copies none; it is not finite if a weight is not, or if it overflows.
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all()
+        if tensor.is_floating_point() and not tensor.is_meta and not is_finite(tensor)
     ]
     if broken:
         raise ValueError(f"'{folder}' has {len(broken)} weights with NaN or infinite values, as {broken[:3]}.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # The sum reads each weight once and copies none; it is not finite if a weight is not, or if it overflows.
+    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
 
 
 def saved_class(folder: Path) -> str | None:
