@@ -15,11 +15,10 @@ from torch import Tensor
 from benchmarks.convert_memory import write_tokenizer
 from kosmosg.batches import MicroBatch
 from kosmosg.config import ConfigError, load_config
-from kosmosg.conversion import stable_diffusion_v1_5
 from kosmosg.models.build import image_decoder_class
 from kosmosg.models.image_decoder import ImageDecoder, Parts
 from kosmosg.models.model_config import ModelConfig
-from kosmosg.models.stable_diffusion import CONFIG_FILES
+from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_1_5, config_file
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import StageModule
 from train import STAGES, stage_schema
@@ -102,10 +101,11 @@ class Setting:
         if not Path(model.tokenizer).is_dir():
             write_tokenizer(folder, config.vocabulary)
             model = replace(model, tokenizer=str(folder))
-        if model.image_decoder == stable_diffusion_v1_5.HUB_ID:
-            for part, file in CONFIG_FILES.items():
+        if model.image_decoder == STABLE_DIFFUSION_1_5:
+            for part in ("unet", "vae", "text_encoder", "scheduler"):
+                file = config_file(part)
                 (folder / file).parent.mkdir()
-                values = {**stable_diffusion_v1_5.CONFIGS[part], **config.decoder.get(part, {})}
+                values = {**CONFIGS[STABLE_DIFFUSION_1_5][part], **config.decoder.get(part, {})}
                 (folder / file).write_text(json.dumps(values))
             model = replace(model, image_decoder=str(folder))
         self.model, self.tokenizer = model, Tokenizer.from_pretrained(Path(model.tokenizer))

@@ -111,9 +111,7 @@ class ImageGrid(Callback):
         with torch.no_grad(), evaluating(module):
             batch = self.prompt.join(module.mllm.unconditional_prompt())
             conditions = module.model.condition(batch)
-        null = conditions.rows(slice(-1, None))
-        if self.sampler.decoder.spec.unconditional == "zeros":
-            null = null.zeros()
+        null = self.sampler.decoder.spec.null(conditions.rows(slice(-1, None)))
         return self._images(conditions.rows(slice(0, -1)), null)
 
     def _images(self, condition: Condition, unconditional: Condition) -> list[Image.Image]:

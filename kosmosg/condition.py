@@ -18,7 +18,7 @@ class ConditionSpec:
     Attributes:
         tokens: `Q`.
         width: `C`.
-        masked: whether the decoder reads a mask of the states that count.
+        masked: whether the decoder reads a mask of the states that count; a condition without one counts whole.
         pooled: `P`, or None for decoders without a pooled vector.
         unconditional: what classifier-free guidance steers away from: the condition of the unconditional prompt, or
             zeros.
@@ -30,13 +30,25 @@ class ConditionSpec:
     pooled: int | None = None
     unconditional: Literal["prompt", "zeros"] = "prompt"
 
+    def null(self, unconditional: "Condition") -> "Condition":
+        """The null condition, of the rows of the unconditional prompt's."""
+        if self.unconditional == "prompt":
+            return unconditional
+        return unconditional._map(torch.zeros_like)
+
 
 class Condition(NamedTuple):
-    """states B×Q×C; mask bool B×Q, True where a state counts, or None; pooled B×P or None."""
+    """states B×Q×C; mask bool B×Q, True where a state counts, or None where all do; pooled B×P or None."""
 
     states: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
+
+    def with_mask(self) -> "Condition":
+        """With a mask, of all states where there is none."""
+        if self.mask is not None:
+            return self
+        return self._replace(mask=torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device))
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> "Condition":
         """Some rows."""
@@ -72,10 +84,6 @@ class Condition(NamedTuple):
             None if column[0] is None else torch.cat(column) for column in zip(*conditions, strict=True)
         ]  # type: ignore[arg-type]
         return Condition(*columns)
-
-    def zeros(self) -> "Condition":
-        """A condition of one row that is zero everywhere, of this one's form."""
-        return self._map(lambda tensor: torch.zeros_like(tensor[:1]))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
         states, mask, pooled = self

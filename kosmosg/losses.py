@@ -44,6 +44,7 @@ def alignment_losses(
     hidden: Tensor,
     reconstruction: Tensor,
     *,
+    pooled: tuple[Tensor, Tensor] | None = None,
     padding: Tensor | None = None,
     variant: AlignmentVariant = "released",
 ) -> tuple[Tensor, Tensor]:
@@ -60,6 +61,8 @@ def alignment_losses(
         target: t, the CLIP text model's last hidden state, B×Q×C.
         hidden: s, B×L×D.
         reconstruction: N(M(s)), B×L×D.
+        pooled: M's pooled vector and the text model's, B×P both. Its error is a further term of L_mse, averaged as the
+            states' over its own elements.
         padding: bool B×L, True at padding; not needed by `released`.
 
     Raises:
@@ -70,18 +73,20 @@ def alignment_losses(
             f"the condition is {tuple(condition.shape)} but the text target {tuple(target.shape)}: M's num_queries and "
             "width must be those of Stable Diffusion's text encoder."
         )
-    mse = (condition.float() - target.float()).square()
+    pairs = [(condition, target), *([] if pooled is None else [pooled])]
+    errors = [(ours.float() - theirs.float()).square().flatten(1) for ours, theirs in pairs]
+    mse = torch.stack([error.mean() for error in errors]).sum()
     rec = (reconstruction.float() - hidden.float()).square()
     if variant == "released":
-        return mse.mean(), rec.mean() * (condition.shape[1] / hidden.shape[1])
+        return mse, rec.mean() * (condition.shape[1] / hidden.shape[1])
     if variant not in ("masked", "paper"):
         raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: 'released', 'masked', 'paper'.")
     if padding is None:
         raise ValueError(f"alignment_losses(variant={variant!r}) needs the padding mask of the prompts.")
     real = rec * ~padding[..., None]
     if variant == "paper":
-        return mse.sum(dim=(1, 2)).mean(), real.sum(dim=(1, 2)).mean()
-    return mse.mean(), (real.mean(dim=2).sum(dim=1) / (~padding).sum(dim=1)).mean()
+        return torch.stack([error.sum(dim=1).mean() for error in errors]).sum(), real.sum(dim=(1, 2)).mean()
+    return mse, (real.mean(dim=2).sum(dim=1) / (~padding).sum(dim=1)).mean()
 
 
 def diffusion_loss(
@@ -104,6 +109,13 @@ def diffusion_loss(
 TimestepWeighting = Literal["uniform", "sds", "velocity"]
 
 VELOCITY_CEILING = 25.0
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Literal["epsilon", "v_prediction"]) -> Tensor:
+    """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556) for each ᾱ_t: min(SNR, γ) / SNR for the error in ε, / (SNR + 1)
+    for that in v, with SNR = ᾱ_t / (1 − ᾱ_t). Either is min(SNR, γ) times the error in z_0."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
 
 
 def timestep_weights(alphas_cumprod: Tensor, weighting: TimestepWeighting) -> Tensor:

@@ -110,6 +110,11 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 f"the aligner's conditions are {aligner.config.width} wide but the U-Net reads "
                 f"{unet.config.cross_attention_dim}: the model was aligned with another Stable Diffusion."
             )
+        if unet is not None and unet.config.addition_embed_type is not None:
+            raise ValueError(
+                f"the U-Net has addition_embed_type={unet.config.addition_embed_type!r}, as Stable Diffusion XL's; "
+                "allowed: None, as those of 1.x and 2.x. DiffusionSampler (kosmosg.sampling) draws with the others."
+            )
         self.register_modules(mllm=mllm, aligner=aligner, tokenizer=tokenizer, unet=unet, vae=vae, scheduler=scheduler)
         self._null_condition: tuple[Any, Condition] | None = None
         self._drawing: Any = SimpleNamespace()  # the pipeline of the call in progress, or of the last one

@@ -73,6 +73,8 @@ SCHEDULERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
+# What diffusers' pipelines hold of the null condition and of the condition, one after the other.
+GUIDED = ("prompt_embeds", "add_text_embeds", "add_time_ids")
 LARGEST_SEED = 2**64 - 1
 
 
@@ -204,7 +206,8 @@ class DiffusionSampler:
         if fast_unguided_share and guidance_scale > 1:
             guided = round((1 - fast_unguided_share) * num_inference_steps)
             callback_on_step_end = Unguide(guided, callback_on_step_end)
-            callback_on_step_end_tensor_inputs = [*callback_on_step_end_tensor_inputs, "prompt_embeds"]
+            doubled = [name for name in GUIDED if name in self.pipeline._callback_tensor_inputs]
+            callback_on_step_end_tensor_inputs = [*callback_on_step_end_tensor_inputs, *doubled]
         prompts = len(condition.states)
         images = prompts * num_images_per_prompt
         self.pipeline.scheduler = self.scheduler(sampler)
@@ -264,7 +267,7 @@ class Unguide:
     def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step + 1 == self.guided:
             pipeline._guidance_scale = 0.0
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+            tensors |= {name: tensors[name].chunk(2)[-1] for name in GUIDED if name in tensors}
         return tensors if self.then is None else tensors | self.then(pipeline, step, timestep, tensors)
 
 

@@ -66,7 +66,7 @@ class AlignmentModule(StageModule):
     """See `AlignmentBatch`.
 
     Raises:
-        ValueError: M's queries or width are not the text model's length or width.
+        ValueError: M's queries, width or pooled width are not the text model's.
     """
 
     Recipe = AlignmentRecipe
@@ -87,6 +87,7 @@ class AlignmentModule(StageModule):
         for key, ours, theirs in (
             ("num_queries", aligner.config.num_queries, spec.tokens),
             ("width", aligner.config.width, spec.width),
+            ("pooled_width", getattr(aligner.config, "pooled_width", None), spec.pooled),
         ):
             if ours != theirs:
                 raise ValueError(
@@ -147,8 +148,11 @@ class AlignmentModule(StageModule):
             hidden, padding = self.mllm.hidden_states(prompt)
         condition = self.aligner(hidden, padding)
         reconstruction = self.aligner_decoder(condition, hidden.shape[1], None if variant == "released" else padding)
+        pooled = None
+        if condition.pooled is not None and target.pooled is not None:
+            pooled = condition.pooled, target.pooled
         return alignment_losses(
-            condition.states, target.states, hidden, reconstruction, padding=padding, variant=variant
+            condition.states, target.states, hidden, reconstruction, pooled=pooled, padding=padding, variant=variant
         )
 
     def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
@@ -167,7 +171,7 @@ class AlignmentModule(StageModule):
         decoder = self.image_decoder
         ids = torch.cat([batch.text_ids, decoder.tokenize([""])]).to(self.device)
         conditions = decoder.text_condition(ids)
-        return sample(conditions.rows(slice(0, -1)), conditions.rows(slice(-1, None)))
+        return sample(conditions.rows(slice(0, -1)), decoder.spec.null(conditions.rows(slice(-1, None))))
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
         """mllm/, aligner/, aligner_decoder/ and tokenizer/."""

@@ -54,6 +54,9 @@ class InstructionTuningRecipe:
     """low_discrepancy: spread evenly over each batch, for a steadier gradient of the same expectation."""
     timestep_weighting: TimestepWeighting = "uniform"
     """w(t) of eq. 8: 1 (the released code), 1 − ᾱ_t (DreamFusion's σ_t²), or 1/ᾱ_t, at most 25 (as v-prediction)."""
+    snr_gamma: float | None = None
+    """γ of min-SNR-γ, in place of timestep_weighting: w(t) = min(SNR, γ)/SNR, or /(SNR + 1) where the decoder predicts
+    the velocity; 5 is usual."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
     """Which part of the vision encoder trains."""
     length_buckets: int = 1
@@ -64,6 +67,13 @@ class InstructionTuningRecipe:
         for name in ("length_buckets", "timesteps_per_sample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ValueError(f"recipe.snr_gamma is {self.snr_gamma}; allowed: null, or above 0")
+        if self.snr_gamma is not None and self.timestep_weighting != "uniform":
+            raise ValueError(
+                f"recipe.snr_gamma is {self.snr_gamma} and recipe.timestep_weighting {self.timestep_weighting}; "
+                "allowed: snr_gamma with uniform alone"
+            )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"recipe.condition_dropout is {self.condition_dropout}; allowed: in [0, 1)")
 
@@ -72,7 +82,7 @@ class InstructionTuningModule(StageModule):
     """See `InstructionBatch`.
 
     Raises:
-        ValueError: M's condition is not of the image decoder's width.
+        ValueError: M's condition is not of the image decoder's widths, or the decoder does not have the weighting.
     """
 
     Recipe = InstructionTuningRecipe
@@ -88,11 +98,16 @@ class InstructionTuningModule(StageModule):
         seed: int,
     ):
         super().__init__(optimizer, seed)
-        if aligner.config.width != image_decoder.spec.width:
-            raise ValueError(
-                f"model.aligner.width is {aligner.config.width}, but model.image_decoder reads conditions of width "
-                f"{image_decoder.spec.width}"
-            )
+        spec = image_decoder.spec
+        for key, ours, theirs in (
+            ("width", aligner.config.width, spec.width),
+            ("pooled_width", getattr(aligner.config, "pooled_width", None), spec.pooled),
+        ):
+            if ours != theirs:
+                raise ValueError(f"model.aligner.{key} is {ours}, but model.image_decoder reads {theirs}")
+        image_decoder.loss_weights(
+            image_decoder.timesteps(torch.zeros(1)), recipe.timestep_weighting, recipe.snr_gamma
+        )  # refused here rather than in the first step
         self.mllm, self.aligner, self.image_decoder, self.recipe = mllm, aligner, image_decoder, recipe
         if recipe.trainable == "all":
             mllm.set_trainable(recipe.vision_training)
@@ -141,7 +156,7 @@ class InstructionTuningModule(StageModule):
         noisy = decoder.add_noise(latents, draws.noise, timesteps)
         prediction = decoder.predict(noisy, timesteps, read)
         target = decoder.training_target(latents, draws.noise, timesteps)
-        weights = decoder.loss_weights(timesteps, self.recipe.timestep_weighting)
+        weights = decoder.loss_weights(timesteps, self.recipe.timestep_weighting, self.recipe.snr_gamma)
         return diffusion_loss(prediction, target, weights, reduction="none")
 
     def conditions(self, prompt: PromptBatch) -> tuple[Condition, Condition]:
@@ -163,7 +178,7 @@ class InstructionTuningModule(StageModule):
             places = torch.tensor([row for bucket in buckets for row in bucket], device=prompt.ids.device).argsort()
             conditions = Condition.cat(parts).rows(places)
         if not with_null:
-            return conditions, conditions.zeros()
+            return conditions, self.image_decoder.spec.null(conditions.rows(slice(0, 1)))
         return conditions.rows(slice(0, rows)), conditions.rows(slice(rows, None))
 
     def _bucket_condition(self, prompt: PromptBatch, wants_image: bool) -> Condition:

@@ -1,15 +1,24 @@
 """Tiny random models in the real folder layouts, for tests: seconds to build, milliseconds to run."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 8
 QUERIES = 24
 CONDITION_WIDTH = 32
+POOLED_WIDTH = 10
 IMAGE_TOKENS = 4
 WIDTH = 32
 VOCABULARY_LIMIT = 200
@@ -86,50 +95,23 @@ def aligner_sizes() -> dict:
     }
 
 
-def write_stable_diffusion(folder: Path) -> Path:
-    """unet/ vae/ text_encoder/ tokenizer/ scheduler/ and model_index.json as diffusers writes them."""
+def write_stable_diffusion(
+    folder: Path, prediction_type: str = "epsilon", pad_token: str = "<|endoftext|>", **unet: Any
+) -> Path:
+    """unet/ vae/ text_encoder/ tokenizer/ scheduler/ and model_index.json as diffusers writes them.
+
+    Args:
+        unet: what differs from 1.5's.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        tokenizer = clip_tokenizer()
-        text = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=CONDITION_WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=QUERIES,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=LATENT_SIZE,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=CONDITION_WIDTH,
-            attention_head_dim=2,
-            norm_num_groups=8,
-        )
-        blocks = (8, 8, 8, 8)
-        vae = AutoencoderKL(
-            sample_size=IMAGE_SIZE,
-            block_out_channels=blocks,
-            down_block_types=("DownEncoderBlock2D",) * len(blocks),
-            up_block_types=("UpDecoderBlock2D",) * len(blocks),
-            layers_per_block=1,
-            norm_num_groups=4,
-        )
-        scheduler = DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        )
+        tokenizer = clip_tokenizer(pad_token)
         StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=CLIPTextModel(text),
+            unet=UNet2DConditionModel(**{**UNET, **unet}),
+            vae=autoencoder(),
+            text_encoder=CLIPTextModel(clip_text_config(tokenizer)),
             tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
+            scheduler=DPMSolverMultistepScheduler(**NOISE_SCHEDULE, prediction_type=prediction_type),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -137,11 +119,96 @@ def write_stable_diffusion(folder: Path) -> Path:
     return folder
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+NOISE_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+UNET: dict[str, Any] = {
+    "sample_size": LATENT_SIZE,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": CONDITION_WIDTH,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+
+
+def write_stable_diffusion_2(folder: Path, prediction_type: str) -> Path:
+    """2.1's differences: heads of one width, linear projections, "!" as padding, and perhaps the velocity."""
+    unet = {"attention_head_dim": (2, 4), "use_linear_projection": True}
+    return write_stable_diffusion(folder, prediction_type, "!", **unet)
+
+
+def write_stable_diffusion_xl(folder: Path, force_zeros_for_empty_prompt: bool = True) -> Path:
+    """Two text models of widths 12 and 20 with different padding, a pooled vector of 10."""
+    width, pooled, numbers = 12, POOLED_WIDTH, 8
+    unet = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": numbers,
+        "projection_class_embeddings_input_dim": pooled + 6 * numbers,
+        "transformer_layers_per_block": (2, 1),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        first, second = clip_tokenizer(), clip_tokenizer("!")
+        configs = [
+            clip_text_config(first, hidden_size=width),
+            clip_text_config(second, hidden_size=CONDITION_WIDTH - width, projection_dim=pooled, hidden_act="gelu"),
+        ]
+        StableDiffusionXLPipeline(
+            unet=UNet2DConditionModel(**{**UNET, **unet}),
+            vae=autoencoder(),
+            text_encoder=CLIPTextModel(configs[0]),
+            text_encoder_2=CLIPTextModelWithProjection(configs[1]),
+            tokenizer=first,
+            tokenizer_2=second,
+            scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE),
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        ).save_pretrained(folder)
+    return folder
+
+
+def clip_text_config(tokenizer: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": CONDITION_WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": QUERIES,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(**{**sizes, **changes})
+
+
+def autoencoder() -> AutoencoderKL:
+    blocks = (8, 8, 8, 8)
+    return AutoencoderKL(
+        sample_size=IMAGE_SIZE,
+        block_out_channels=blocks,
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """A CLIP tokenizer whose vocabulary is single letters, without merges."""
     letters = [chr(code) for code in range(33, 127)]
     names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=QUERIES)
+    return CLIPTokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=QUERIES, pad_token=pad_token
+    )
 
 
 def write_kosmos2(folder: Path, tokenizer: Path, **saving) -> Path:

@@ -16,8 +16,8 @@ from kosmosg.config import RUN_CONFIG
 from kosmosg.conversion.checkpoint import STAGES, Checkpoint, Header, stage_of
 from kosmosg.conversion.parts import DIFFUSERS, PIPELINE, RECORD, TRANSFORMERS, WEIGHTS
 from kosmosg.conversion.reader import read_json
-from kosmosg.conversion.stable_diffusion_v1_5 import HUB_ID
 from kosmosg.conversion.weights import Weights, required_weights
+from kosmosg.models.published import STABLE_DIFFUSION_1_5
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     """README.md of the folder."""
     decoder = record["decoder"]
     taken = any(part["from"] == "decoder" for part in record["parts"].values())
-    base = decoder and (HUB_ID if decoder["name"] == PUBLISHED else decoder["name"])
+    base = decoder and (STABLE_DIFFUSION_1_5 if decoder["name"] == PUBLISHED else decoder["name"])
     dtype = record["dtype"]
     return CARD.format(
         base=f"base_model: {base}\n" if base and not Path(base).is_dir() else "",

@@ -8,8 +8,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
 from kosmosg.conversion.reader import ConversionError, find_folder, read_json
-from kosmosg.conversion.stable_diffusion_v1_5 import CONFIGS
 from kosmosg.conversion.weights import Weights, folder_weights
+from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_1_5
 from kosmosg.models.storage import CONFIG_FILE
 from kosmosg.sampling import build_scheduler
 
@@ -51,7 +51,9 @@ class StableDiffusion:
 
     def config(self, part: str) -> dict[str, Any]:
         """Configuration of unet, vae or text_encoder."""
-        return dict(CONFIGS[part]) if self.folder is None else read_json(self.folder / part / CONFIG_FILE)
+        if self.folder is None:
+            return dict(CONFIGS[STABLE_DIFFUSION_1_5][part])
+        return read_json(self.folder / part / CONFIG_FILE)
 
     def weights(self, part: str) -> Weights | None:
         """Weights of unet, vae or text_encoder; None where there are none."""
@@ -62,7 +64,7 @@ class StableDiffusion:
         trained_with: Any
         try:
             if self.folder is None:
-                trained_with = DDIMScheduler.from_config(CONFIGS["scheduler"])
+                trained_with = DDIMScheduler.from_config(CONFIGS[STABLE_DIFFUSION_1_5]["scheduler"])
             else:
                 trained_with = DDIMScheduler.from_pretrained(self.folder, subfolder="scheduler")
         except (OSError, ValueError) as error:

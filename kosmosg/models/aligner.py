@@ -5,7 +5,8 @@ nothing unless told to; no dropout. N exists in stage 2 only (golden README, "Al
 encoder layers (Table 2, "12-Layers Decoder") what stands in their place is the last norm of the encoder alone.
 `LinearAligner` is what remains without AlignerNet.
 
-Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries of M, `C` condition width.
+Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries of M, `C` condition width, `P` width of a pooled
+vector.
 """
 
 from pathlib import Path
@@ -38,6 +39,8 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         encoder_layers: 0 leaves a decoder alone.
         num_queries: `Q`, the length of Stable Diffusion's text condition.
         max_positions: rows of the position table; the longest prompt has two fewer tokens.
+        pooled_width: `P`, of the pooled vector that some decoders read beside the states; it has a query of its own, as
+            CLIP's is read from a token of its own. None for no pooled vector.
     """
 
     config_name = "config.json"
@@ -53,15 +56,17 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         decoder_layers: int,
         num_queries: int,
         max_positions: int,
+        pooled_width: int | None = None,
     ):
         super().__init__()
         self.input_projection = nn.Linear(input_width, width)
         self.positions = nn.Embedding(max_positions, width)
         self.encoder = transformer_layers(encoder_layers, width, heads, ffn_width)
         self.encoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.queries = nn.Parameter(torch.randn(num_queries, width))
+        self.queries = nn.Parameter(torch.randn(num_queries + (pooled_width is not None), width))
         self.decoder = transformer_layers(decoder_layers, width, heads, ffn_width, cross_attention=True)
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.pooled_head = None if pooled_width is None else nn.Linear(width, pooled_width)
         if encoder_layers:
             magneto_scale(self.encoder, encoder_gain(encoder_layers, decoder_layers))
         magneto_scale(self.decoder, decoder_gain(decoder_layers))
@@ -82,7 +87,7 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         return self.encoder_norm(x)
 
     def forward(self, hidden: Tensor, padding: Tensor) -> Condition:
-        """Hidden B×L×D, padding bool B×L (True at padding) → condition, states B×Q×C.
+        """Hidden B×L×D, padding bool B×L (True at padding) → condition, states B×Q×C, pooled B×P.
 
         Raises:
             ValueError: the prompt is longer than the position table.
@@ -92,7 +97,10 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         x = self.queries.type_as(memory).expand(hidden.shape[0], -1, -1)
         for layer in self.decoder:
             x = layer(x, memory, memory_mask=memory_mask)
-        return Condition(self.decoder_norm(x))
+        x = self.decoder_norm(x)
+        if self.pooled_head is None:
+            return Condition(x)
+        return Condition(x[:, :-1], pooled=self.pooled_head(x[:, -1]))
 
 
 class LinearAligner(StrictWeights, ModelMixin, ConfigMixin):

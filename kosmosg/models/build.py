@@ -11,15 +11,18 @@ from kosmosg.models.aligner import Aligner, AlignerDecoder, AlignerEncoder, Line
 from kosmosg.models.image_decoder import ImageDecoder, Parts
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.model_config import ModelConfig, VisionConfig
+from kosmosg.models.published import CONFIGS
 from kosmosg.models.stable_diffusion import StableDiffusion
+from kosmosg.models.stable_diffusion_xl import StableDiffusionXL
 from kosmosg.models.storage import Part, find_model, load_network, load_part, require_class, require_same_config
 from kosmosg.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-5
 # By the name of diffusers' pipeline in model_index.json; the first reads folders without one.
-IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {"StableDiffusionPipeline": StableDiffusion}
-# Known without asking the hub, so that a dry run needs no network.
-HUB_IDS: dict[str, type[ImageDecoder]] = {"stable-diffusion-v1-5/stable-diffusion-v1-5": StableDiffusion}
+IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+}
 
 
 def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
@@ -28,10 +31,10 @@ def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
     Raises:
         ValueError: a pipeline without a class here.
     """
-    if str(source) in HUB_IDS:
-        return HUB_IDS[str(source)]
     name = next(iter(IMAGE_DECODERS))
-    if not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
+    if str(source) in CONFIGS:  # known without asking the hub, so that a dry run needs no network
+        name = CONFIGS[str(source)]["model_index"]["_class_name"]
+    elif not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
         with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
             index: dict = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
             name = index.get("_class_name")
@@ -93,6 +96,7 @@ def build_aligner(config: ModelConfig, init_from: str | Path | None = None) -> A
         "decoder_layers": aligner.decoder_layers,
         "num_queries": aligner.num_queries,
         "max_positions": aligner.max_positions,
+        "pooled_width": aligner.pooled_width,
     }
     return built(AlignerEncoder, arguments, init_from, "aligner")
 

@@ -125,12 +125,17 @@ class ImageDecoder(nn.Module):
     def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What `predict` should give: the noise for eq. 8."""
 
-    def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting) -> Tensor:
+    def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting, snr_gamma: float | None = None) -> Tensor:
         """w(t) of eq. 8, B.
+
+        Args:
+            snr_gamma: γ of min-SNR-γ, in place of a `weighting`.
 
         Raises:
             ValueError: a weighting that the decoder does not have.
         """
+        if snr_gamma is not None:
+            raise ValueError(f"recipe.snr_gamma={snr_gamma} is not defined for {type(self).__name__}.")
         if weighting != "uniform":
             raise ValueError(f"recipe.timestep_weighting={weighting!r} is not defined for {type(self).__name__}.")
         return torch.ones(len(timesteps), device=timesteps.device)
@@ -175,7 +180,7 @@ class ImageDecoder(nn.Module):
                 "must be the decoder's. Is it another image decoder than the model was aligned with?"
             )
         pooled = None if condition.pooled is None else condition.pooled.shape[-1]
-        if (condition.mask is not None, pooled) != (self.spec.masked, self.spec.pooled):
+        if (condition.mask is not None and not self.spec.masked) or pooled != self.spec.pooled:
             raise ValueError(
                 f"the condition has mask {condition.mask is not None} and a pooled vector of width {pooled}; "
                 f"{type(self).__name__} reads {self.spec.masked} and {self.spec.pooled}."

@@ -95,12 +95,18 @@ class AlignerConfig:
     """Length of the condition, Q: what the CLIP text model gives."""
     max_positions: int = 32768
     """Rows of the position table; prompts have two tokens fewer at most."""
+    pooled_width: int | None = None
+    """Width of a pooled vector beside the condition, where the image decoder reads one, as SDXL; not for linear."""
 
     def __post_init__(self) -> None:
         section = "model.aligner"
         require_positive(self, section, "width", "heads", "ffn_width", "decoder_layers", "num_queries", "max_positions")
         require_positive(self, section, "encoder_layers", least=0)
         require_heads(section, self.width, self.heads)
+        if self.pooled_width is not None:
+            require_positive(self, section, "pooled_width")
+            if self.kind == "linear":
+                raise ValueError(f"{section}.pooled_width={self.pooled_width} is not allowed for kind=linear.")
 
 
 @dataclass

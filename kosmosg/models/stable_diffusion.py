@@ -1,17 +1,18 @@
-"""Stable Diffusion 1.x as an image decoder (paper section 2.2): U-Net, VAE and CLIP text model from diffusers.
+"""Stable Diffusion 1.x and 2.x as an image decoder (paper section 2.2): U-Net, VAE and CLIP text model from diffusers.
 
-Notable: the text states are not masked. CLIP's padding is its end token and counts, as in Stable Diffusion itself.
+Notable: the U-Net predicts the noise, or with 2.1 at 768 pixels the velocity (Salimans and Ho 2022, arXiv 2202.00512);
+the scheduler's file says which. The text states are not masked: CLIP's padding counts, as in Stable Diffusion itself.
 Captions are cleaned as by the public CLIP tokenizer, which transformers' tokenizer does not do.
 
-Shapes: `B` batch, `H×W` image pixels, `h×w` latent pixels, `Q` condition tokens (77), `C` condition width (768).
+Shapes: `B` batch, `H×W` image pixels, `h×w` latent pixels, `Q` condition tokens (77), `C` condition width (768; in 2.x
+1024).
 """
 
 import html
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ftfy
 import torch
@@ -21,16 +22,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kosmosg.condition import Condition, ConditionSpec
-from kosmosg.losses import TimestepWeighting, timestep_weights
+from kosmosg.losses import TimestepWeighting, min_snr_weights, timestep_weights
 from kosmosg.models.image_decoder import ImageDecoder, Parts, with_values
+from kosmosg.models.published import decoder_configs
 from kosmosg.models.storage import load_network
 
-CONFIG_FILES = {
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-}
 DOWNSCALE = 8
 # Parts of diffusers' Stable Diffusion pipelines that prompt embeddings make needless.
 ABSENT_PARTS: dict[str, Any] = {
@@ -52,12 +48,17 @@ class EmbeddedStableDiffusion(StableDiffusionPipeline):
 class StableDiffusion(ImageDecoder):
     """See `ImageDecoder`. Methods that need a part that is None cannot be used.
 
+    Attributes:
+        text_models: classes of the text models, by part.
+
     Args:
-        scheduler: gives ᾱ_t and the number of training timesteps; it must be one for networks that predict noise.
+        scheduler: gives ᾱ_t, the number of training timesteps and what the U-Net predicts: the noise or the velocity.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it predicts something else.
     """
+
+    text_models: ClassVar[dict[str, Any]] = {"text_encoder": CLIPTextModel}
 
     def __init__(
         self,
@@ -68,11 +69,11 @@ class StableDiffusion(ImageDecoder):
         tokenizer: CLIPTokenizer | None = None,
     ):
         super().__init__()
-        prediction = None if scheduler is None else scheduler.config.get("prediction_type")
-        if scheduler is not None and prediction != "epsilon":
+        self.prediction: Any = None if scheduler is None else scheduler.config.get("prediction_type")
+        if scheduler is not None and self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"the image decoder's scheduler, a {type(scheduler).__name__}, has prediction_type={prediction!r}; "
-                "allowed: 'epsilon', as in Stable Diffusion 1.5, whose U-Net predicts the noise (eq. 8)."
+                f"the image decoder's scheduler, a {type(scheduler).__name__}, has prediction_type="
+                f"{self.prediction!r}; allowed: 'epsilon' (eq. 8) and 'v_prediction'."
             )
         self.unet: Any = unet
         self.vae: Any = vae
@@ -97,31 +98,24 @@ class StableDiffusion(ImageDecoder):
             networks["vae"] = load_network(AutoencoderKL, source, "vae", **options)
             networks["scheduler"] = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
         if parts != "images":
-            networks["text_encoder"] = load_network(CLIPTextModel, source, "text_encoder", dtype=torch_dtype)
-            networks["tokenizer"] = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+            for part, kind in cls.text_models.items():
+                networks[part] = load_network(kind, source, part, dtype=torch_dtype)
+                tokenizer = part.replace("text_encoder", "tokenizer")
+                networks[tokenizer] = CLIPTokenizer.from_pretrained(source, subfolder=tokenizer)
         return cls(**networks).freeze()
 
     @classmethod
     def from_config(cls, source: str | Path, parts: Parts = "all") -> "StableDiffusion":
-        from kosmosg.conversion import stable_diffusion_v1_5  # which needs the models
-
-        folder, networks = Path(source), {}
-        if folder.is_dir():
-            configs = {name: json.loads((folder / file).read_text()) for name, file in CONFIG_FILES.items()}
-        elif str(source) == stable_diffusion_v1_5.HUB_ID:
-            configs = stable_diffusion_v1_5.CONFIGS
-        else:
-            raise ValueError(
-                f"model.image_decoder is '{source}', whose sizes a dry run does not know; allowed: a folder, or "
-                f"'{stable_diffusion_v1_5.HUB_ID}'"
-            )
+        configs = decoder_configs(source, ("unet", "vae", "scheduler", *cls.text_models))
+        networks: dict[str, Any] = {}
         if parts != "text":
             networks["unet"] = UNet2DConditionModel.from_config(configs["unet"])
             networks["vae"] = AutoencoderKL.from_config(configs["vae"])
             with with_values():
                 networks["scheduler"] = DDPMScheduler.from_config(configs["scheduler"])
         if parts != "images":
-            networks["text_encoder"] = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
+            for part, kind in cls.text_models.items():
+                networks[part] = kind(CLIPTextConfig(**configs[part]))
         return cls(**networks).freeze()
 
     def clean(self, text: str) -> str:
@@ -202,16 +196,26 @@ class StableDiffusion(ImageDecoder):
         return self.schedule.add_noise(latents, noise, timesteps)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """ε_θ(z_t; C, t)."""
+        """ε_θ(z_t; C, t), or v_θ."""
         self.check(condition)
         dtype = self.unet.dtype
         return self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.states.to(dtype)).sample
 
     def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return noise
+        """ε, or v = sqrt(ᾱ_t) ε − sqrt(1 − ᾱ_t) z_0."""
+        return noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, timesteps)
 
-    def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting) -> Tensor:
-        return timestep_weights(self.schedule.alphas_cumprod.to(timesteps.device)[timesteps], weighting)
+    def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting, snr_gamma: float | None = None) -> Tensor:
+        """`timestep_weights` are defined for the error in ε alone, `min_snr_weights` for that in v too."""
+        alphas = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        if snr_gamma is not None:
+            return min_snr_weights(alphas, snr_gamma, self.prediction)
+        if weighting != "uniform" and self.prediction != "epsilon":
+            raise ValueError(
+                f"recipe.timestep_weighting={weighting!r} is not defined for an image decoder that predicts the "
+                "velocity; allowed: 'uniform', or recipe.snr_gamma."
+            )
+        return timestep_weights(alphas, weighting)
 
     def diffusers_pipeline(self) -> Any:
         # The scheduler is set at each call; this one is only in settings that diffusers does not find fault with.

@@ -48,6 +48,18 @@ def test_decoder_alone_masks_padding() -> None:
     assert not [name for name, _ in [*encoder.named_parameters(), *decoder.named_parameters()] if "encoder." in name]
 
 
+def test_the_pooled_vector_is_read_from_a_query_of_its_own(tmp_path: Path) -> None:
+    encoder = AlignerEncoder(tiny.WIDTH, num_queries=tiny.QUERIES, pooled_width=10, **tiny.aligner_sizes()).eval()
+    hidden, padding = torch.randn(2, 5, tiny.WIDTH), torch.zeros(2, 5, dtype=torch.bool)
+    condition = encoder(hidden, padding)
+    assert condition.states.shape == (2, tiny.QUERIES, tiny.CONDITION_WIDTH) and condition.pooled.shape == (2, 10)
+    condition.pooled.sum().backward()
+    assert encoder.queries.grad[-1].any() and not torch.equal(*condition.pooled)
+    encoder.save_pretrained(tmp_path)
+    read = load_aligner(tmp_path)(hidden, padding)
+    assert torch.equal(read.states, condition.states) and torch.equal(read.pooled, condition.pooled)
+
+
 def test_folders_are_read_by_their_kind(linear: LinearAligner, tiny_model: Path, tmp_path: Path) -> None:
     mllm, tokenizer = load_part(MLLM, tiny_model / "mllm"), Tokenizer.from_pretrained(tiny_model / "tokenizer")
     model = KosmosG(mllm, linear)

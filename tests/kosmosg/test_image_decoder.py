@@ -66,9 +66,9 @@ def test_errors(decoder):
     for given, told in (((-8, None), "height=-8"), ((None, 60), "width=60"), ((0, 64), "height=0")):
         with pytest.raises(ValueError, match=told):
             decoder.image_size(*given)
-    velocity = type(decoder.scheduler)(prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="'v_prediction'"):
-        StableDiffusion(decoder.unet, decoder.vae, velocity)
+    sample = type(decoder.scheduler)(prediction_type="sample")
+    with pytest.raises(ValueError, match=r"prediction_type='sample'; allowed: 'epsilon' .* and 'v_prediction'"):
+        StableDiffusion(decoder.unet, decoder.vae, sample)
 
 
 def test_text_side(tiny_stable_diffusion):

@@ -38,6 +38,12 @@ def test_alignment_variants():
     assert (mse.item(), rec.item()) == (1.0, 4.0 * 6 / 3)
     mse, rec = alignment_losses(condition, target, hidden, reconstruction, padding=padding, variant="paper")
     assert (mse.item(), rec.item()) == (6 * 4, 4.0 * 5 * (2 + 3) / 2)
+    pooled = torch.zeros(2, 10), torch.full((2, 10), 3.0)
+    for variant, expected in (("released", 1 + 9), ("masked", 1 + 9), ("paper", 6 * 4 + 10 * 9)):
+        mse, _ = alignment_losses(
+            condition, target, hidden, reconstruction, pooled=pooled, padding=padding, variant=variant
+        )
+        assert mse.item() == expected
 
 
 def test_alignment_errors():

@@ -161,13 +161,13 @@ class FlowDecoder(ImageDecoder):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         self.check(condition)
-        return self._denoiser(noisy, timesteps, *condition)
+        return self._denoiser(noisy, timesteps, *condition.with_mask())
 
     def diffusers_pipeline(self) -> FlowPipeline:
         return FlowPipeline(self._denoiser, self._autoencoder, self.scheduler)
 
     def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
-        return {"condition": condition, "unconditional": unconditional}
+        return {"condition": condition.with_mask(), "unconditional": unconditional.with_mask()}
 
     @property
     def denoiser(self) -> Any:
@@ -176,33 +176,6 @@ class FlowDecoder(ImageDecoder):
     @property
     def autoencoder(self) -> Any:
         return self._autoencoder
-
-
-class PooledAligner(nn.Module):
-    """M with what the decoder wants beside its states: a mask and a pooled vector, from a head of its own."""
-
-    def __init__(self, aligner: nn.Module):
-        super().__init__()
-        self.aligner, self.head = aligner, nn.Linear(tiny.CONDITION_WIDTH, POOLED)
-        self.config = aligner.config
-
-    def forward(self, hidden: Tensor, padding: Tensor) -> Condition:
-        states = self.aligner(hidden, padding).states
-        return Condition(states, torch.ones_like(states[..., 0], dtype=torch.bool), self.head(states.mean(1)))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        self.aligner.save_pretrained(folder)
-
-
-class FlowInstructionTuning(InstructionTuningModule):
-    """Stage 3 as it is, over the flow decoder."""
-
-    @classmethod
-    def build(cls, experiment, tokenizer, load_decoder=load_image_decoder) -> "FlowInstructionTuning":
-        aligner = PooledAligner(build_aligner(experiment.model))
-        mllm = build_mllm(experiment.model, tokenizer, experiment.init_from)
-        decoder = load_decoder(experiment.model.image_decoder, "images")
-        return cls(mllm, aligner, decoder, experiment.recipe, experiment.optimizer, experiment.seed)
 
 
 @dataclass
@@ -272,7 +245,7 @@ class ColourModule(StageModule):
     @classmethod
     def build(cls, experiment, tokenizer, load_decoder=load_image_decoder) -> "ColourModule":
         mllm = build_mllm(experiment.model, tokenizer, experiment.init_from)
-        aligner = PooledAligner(build_aligner(experiment.model))
+        aligner = build_aligner(experiment.model)
         decoder = load_decoder(experiment.model.image_decoder, "all")
         return cls(mllm, aligner, decoder, experiment.recipe, experiment.optimizer, experiment.seed)
 
@@ -324,13 +297,14 @@ def extended(configs: dict[str, Path], flow_folder: Path, monkeypatch: pytest.Mo
     """Files of the fourth stage and of stage 3, both over the flow decoder."""
     monkeypatch.setitem(IMAGE_DECODERS, "FlowPipeline", FlowDecoder)
     monkeypatch.setitem(train.STAGES, "colour", train.stage(ColourModule, ColourData))
-    instruction = train.STAGES["instruction_tuning"]
-    monkeypatch.setitem(train.STAGES, "flow", train.stage(FlowInstructionTuning, instruction.datamodule))
     files = {}
     for name, like in (("colour", "alignment"), ("flow", "instruction_tuning")):
         config = yaml.safe_load(configs[like].read_text())
-        config |= {"stage": name, "run": str(configs[like].parent / name)}
+        config |= {"stage": "colour" if name == "colour" else like, "run": str(configs[like].parent / name)}
         config["model"]["image_decoder"] = str(flow_folder)
+        config["model"]["aligner"]["pooled_width"] = POOLED
+        if name == "flow":
+            config["recipe"] = {"new_aligner": True}
         config["grids"] = {"every": 2, "prompts": 2, "steps": 2}
         files[name] = configs[like].with_name(f"{name}.yaml")
         files[name].write_text(yaml.safe_dump(config))
@@ -367,14 +341,14 @@ def test_gradient_reaches_every_part_of_the_condition(
     from kosmosg.tokenizer import Tokenizer
 
     experiment = load_config([str(extended["flow"])], train.stage_schema)
-    module = FlowInstructionTuning.build(experiment, Tokenizer.from_pretrained(tiny_tokenizer)).train()
+    module = InstructionTuningModule.build(experiment, Tokenizer.from_pretrained(tiny_tokenizer)).train()
     frozen = {name: value.clone() for name, value in module.image_decoder.state_dict().items()}
     batch = module.fake_batch(3, PromptShape(16, 1), tiny.IMAGE_SIZE)
     torch.manual_seed(0)
     draws = module.draws("train", batch)
     draws.dropout[:] = torch.tensor([0.0, 0.5, 0.5])  # the first one is replaced by zeros
     module.sample_losses(batch.prompt, batch.targets, draws, 0.1).mean().backward()
-    for name in ("aligner.head.weight", "aligner.aligner.queries", "mllm.decoder.embed_tokens.weight"):
+    for name in ("aligner.pooled_head.weight", "aligner.queries", "mllm.decoder.embed_tokens.weight"):
         assert module.get_parameter(name).grad.abs().sum() > 0, name
     assert all(torch.equal(value, frozen[name]) for name, value in module.image_decoder.state_dict().items())
     _, null = module.conditions(batch.prompt)
@@ -390,4 +364,7 @@ def test_unknown_image_decoder_is_refused(
 ) -> None:
     (flow_folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     assert run(extended["colour"]) == 2
-    assert "is a OtherPipeline; allowed: StableDiffusionPipeline, FlowPipeline" in capsys.readouterr().err
+    assert (
+        "is a OtherPipeline; allowed: StableDiffusionPipeline, StableDiffusionXLPipeline, FlowPipeline"
+        in capsys.readouterr().err
+    )

@@ -13,12 +13,12 @@ from transformers import CLIPTextModel
 
 from kosmosg.conversion import ConversionError, convert_checkpoint, weights
 from kosmosg.conversion.parts import build
-from kosmosg.conversion.stable_diffusion_v1_5 import CONFIGS
 from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
 from kosmosg.models.build import build_mllm
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.model_config import MLLMConfig, ModelConfig, VisionConfig
+from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_1_5
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from tests.kosmosg.conversion.conftest import weights_of
@@ -271,7 +271,9 @@ def test_decoder_gives_what_the_checkpoint_lacks(final, changed, tiny_stable_dif
 def test_published_configurations_are_stable_diffusion_v1_5():
     """Parameter counts of the golden README, "keys_full.json"."""
     counts = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
-    assert {part: sum(p.numel() for p in build(part, CONFIGS[part]).parameters()) for part in counts} == counts
+    assert {
+        part: sum(p.numel() for p in build(part, CONFIGS[STABLE_DIFFUSION_1_5][part]).parameters()) for part in counts
+    } == counts
 
 
 def test_a_decoder_on_the_hub(final, tiny_stable_diffusion, tmp_path, monkeypatch):

@@ -1,0 +1,207 @@
+"""Every family of image decoders beside diffusers' own pipeline, in stages 2 and 3, and at full size."""
+
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import compute_snr
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+import train
+from kosmosg.condition import Condition
+from kosmosg.conversion.parts import build
+from kosmosg.losses import diffusion_loss
+from kosmosg.models.build import load_image_decoder
+from kosmosg.models.image_decoder import ImageDecoder
+from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_2_1, STABLE_DIFFUSION_2_1_BASE, STABLE_DIFFUSION_XL
+from kosmosg.sampling import DiffusionSampler
+from tests import tiny
+from tests.test_train import losses, press_ctrl_c, run, weights
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "2.1-base": partial(tiny.write_stable_diffusion_2, prediction_type="epsilon"),
+    "2.1": partial(tiny.write_stable_diffusion_2, prediction_type="v_prediction"),
+    "xl": tiny.write_stable_diffusion_xl,
+}
+# Of the configuration, where it differs from Stable Diffusion 1.5's.
+KEYS = {"xl": [f"model.aligner.pooled_width={tiny.POOLED_WIDTH}"]}
+CAPTIONS = ["a red fish", "a cat"]
+TRACKED = {
+    "alignment": ("train/mse_loss", "train/rec_loss", "val/mse_loss"),
+    "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write(tmp_path_factory.mktemp("decoder")) for name, write in FAMILIES.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def decoder(family: str, folders: dict[str, Path]) -> ImageDecoder:
+    return load_image_decoder(folders[family])
+
+
+def captioned(decoder: ImageDecoder, captions: list[str]) -> Condition:
+    return decoder.text_condition(decoder.tokenize(captions))
+
+
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_captions_give_the_images_of_diffusers_own_pipeline(
+    guidance_scale: float, decoder: ImageDecoder, family: str, folders: dict[str, Path]
+) -> None:
+    """Bit for bit: the text anchor of stage 2, the null condition, sampling and decoding."""
+    sampler = DiffusionSampler(decoder)
+    theirs = DiffusionPipeline.from_pretrained(folders[family])
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = sampler.scheduler("dpm")
+    for name in ("unet", "vae"):  # the same tensors: CPU kernels may round by where weights lie in memory
+        loaded, ours = getattr(theirs, name).state_dict(), getattr(decoder, name)
+        assert all(torch.equal(value, loaded[key]) for key, value in ours.state_dict().items())
+        setattr(theirs, name, ours)
+    options = {"height": 64, "width": 96, "num_inference_steps": 3, "guidance_scale": guidance_scale}
+    seeds = [3, 4, 5, 6]
+    expected = theirs(
+        CAPTIONS,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+        **options,
+    ).images
+    null = decoder.spec.null(captioned(decoder, [""] * len(CAPTIONS)))
+    drawn = sampler(
+        captioned(decoder, CAPTIONS), null, num_images_per_prompt=2, seeds=seeds, output_type="np", **options
+    )
+    assert np.array_equal(drawn, expected) and not np.array_equal(drawn[0], drawn[2])
+
+
+def test_gradient_reaches_the_whole_condition_and_no_weight(decoder: ImageDecoder) -> None:
+    frozen = {name: value.clone() for name, value in decoder.state_dict().items()}
+    condition = captioned(decoder, CAPTIONS)
+    leaves = [part.requires_grad_() for part in (condition.states, condition.pooled) if part is not None]
+    images = torch.rand(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE) * 2 - 1
+    posterior, noise = torch.randn(2, 2, *decoder.latent_shape(images)).unbind(0)
+    latents, timesteps = decoder.latents(images, posterior), decoder.timesteps(torch.tensor([0.3, 0.7]))
+    prediction = decoder.predict(decoder.add_noise(latents, noise, timesteps), timesteps, condition)
+    diffusion_loss(prediction, decoder.training_target(latents, noise, timesteps)).backward()
+    assert all((leaf.grad.flatten(1).norm(dim=1) > 0).all() for leaf in leaves)
+    assert all(torch.equal(value, frozen[name]) for name, value in decoder.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
+
+
+def test_a_perfect_prediction_is_the_noise_and_the_latents(decoder: ImageDecoder) -> None:
+    """z_0 and ε follow from z_t and the training target, as the family's schedulers have it."""
+    latents, noise = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64).unbind(0)
+    timesteps = decoder.timesteps(torch.tensor([0.2, 0.8]))
+    noisy = decoder.add_noise(latents, noise, timesteps)
+    target = decoder.training_target(latents, noise, timesteps)
+    alphas = decoder.schedule.alphas_cumprod[timesteps].double()[:, None, None, None]
+    if decoder.prediction == "epsilon":
+        found = (noisy - (1 - alphas).sqrt() * target) / alphas.sqrt()
+    else:
+        found = alphas.sqrt() * noisy - (1 - alphas).sqrt() * target
+    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["2.1-base", "2.1"], indirect=True)
+def test_min_snr(decoder: ImageDecoder) -> None:
+    """As diffusers' training scripts weigh their losses with --snr_gamma."""
+    timesteps = torch.tensor([0, 300, 999])
+    snr = compute_snr(decoder.schedule, timesteps)
+    expected = snr.clamp(max=5.0) / (snr if decoder.prediction == "epsilon" else snr + 1)
+    torch.testing.assert_close(decoder.loss_weights(timesteps, "uniform", 5.0), expected)
+    if decoder.prediction == "v_prediction":
+        with pytest.raises(ValueError, match=r"timestep_weighting='sds' is not defined .* predicts the velocity"):
+            decoder.loss_weights(timesteps, "sds")
+
+
+@pytest.mark.parametrize("family", ["2.1", "xl"])  # predicting the noise, 2.1 trains as 1.5
+def test_stages_train_resume_and_dry_run(
+    family: str,
+    folders: dict[str, Path],
+    configs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Two steps of stage 2, then of stage 3 from what it wrote, each once whole and once stopped between."""
+    arguments = [f"model.image_decoder={folders[family]}", "trainer.max_steps=2", "trainer.checkpoint_every=1"]
+    arguments += ["grids={every: 2, prompts: 2, steps: 2}", *KEYS.get(family, [])]
+    for stage, tracked in TRACKED.items():
+        whole, stopped = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-stopped"
+        assert run(configs[stage], *arguments, f"run={whole}") == 0
+        assert (whole / "grids" / "step-00000002.png").is_file()
+        with monkeypatch.context() as patched:
+            press_ctrl_c(patched, after_step=1)
+            assert run(configs[stage], *arguments, f"run={stopped}") == 128 + signal.SIGINT
+        assert run(configs[stage], *arguments, f"run={stopped}") == 0
+        assert losses(stopped, tracked) == losses(whole, tracked) and len(losses(whole)) == 2
+        assert weights(stopped) == weights(whole)
+        capsys.readouterr()
+        assert run(configs[stage], *arguments, "dry_run=true") == 0
+        assert "fits" in capsys.readouterr().out
+        arguments.append(f"init_from={whole}")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (STABLE_DIFFUSION_2_1, {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}),
+        (STABLE_DIFFUSION_XL, {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480}),
+        (STABLE_DIFFUSION_2_1_BASE, {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}),
+    ],
+)
+def test_published_configurations_have_the_published_sizes(name: str, expected: dict[str, int]) -> None:
+    found = {part: build(part, CONFIGS[name][part]) for part in expected}
+    if name == STABLE_DIFFUSION_XL:
+        with torch.device("meta"):
+            second = CLIPTextModelWithProjection(CLIPTextConfig(**CONFIGS[name]["text_encoder_2"]))
+        assert sum(p.numel() for p in second.parameters()) == 694_659_840
+    assert {part: sum(p.numel() for p in network.parameters()) for part, network in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["recipe.snr_gamma=0"], "recipe.snr_gamma is 0.0; allowed: null, or above 0"),
+        (["recipe.snr_gamma=5", "recipe.timestep_weighting=sds"], "allowed: snr_gamma with uniform alone"),
+        (["recipe.timestep_weighting=velocity"], "is not defined for an image decoder that predicts the velocity"),
+    ],
+)
+def test_weightings_that_are_refused(
+    given: list[str], told: str, folders: dict[str, Path], configs: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    assert train.main([str(configs["instruction_tuning"]), f"model.image_decoder={folders['2.1']}", *given]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_xl_as_its_folder_has_the_null_condition_and_its_sizes(tmp_path: Path) -> None:
+    """Without force_zeros_for_empty_prompt the null condition is the unconditional prompt's; sizes are read."""
+    folder = tiny.write_stable_diffusion_xl(tmp_path, force_zeros_for_empty_prompt=False)
+    decoder = load_image_decoder(folder)
+    assert decoder.spec.unconditional == decoder.from_config(folder).spec.unconditional == "prompt"
+    assert decoder.spec == load_image_decoder(folder, "text").spec
+    condition, seen = captioned(decoder, ["a cat"]), []
+    decoder.unet.register_forward_pre_hook(lambda _, given, named: seen.append(named), with_kwargs=True)
+    decoder.predict(torch.zeros(1, 4, 8, 12), torch.tensor([5]), condition)
+    DiffusionSampler(decoder)(condition, condition, num_inference_steps=1, height=64, width=96, guidance_scale=1.0)
+    trained, sampled = (named["added_cond_kwargs"]["time_ids"] for named in seen)
+    assert trained.tolist() == sampled.tolist() == [[64, 96, 0, 0, 64, 96]]
+
+
+def test_a_pooled_vector_that_does_not_fit_is_named(
+    folders: dict[str, Path], configs: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    for stage in TRACKED:
+        assert run(configs[stage], f"model.image_decoder={folders['xl']}") == 2
+        assert "model.aligner.pooled_width is None, but" in capsys.readouterr().err
