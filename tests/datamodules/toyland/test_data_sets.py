@@ -238,7 +238,7 @@ def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path):
     folder, more = tmp_path / "toyland", "edit.train=3000"  # long enough to be met at work
     command = [sys.executable, "-m", "datamodules.toyland", *SMALL, f"output={folder}", "processes=2", more]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list((folder / "shards").glob(".edit.*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
