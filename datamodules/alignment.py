@@ -92,10 +92,33 @@ class ClipTokens:
             self._words[word] = row[: row.index(self.end_id)]
 
 
+class WholeCaptions:
+    """Captions → ids and true lengths, each tokenised as a whole, for text models whose words are not apart.
+
+    Args:
+        tokenize: pads and cuts to Q positions; may put an instruction before captions, which does not count.
+        clean: see `ClipTokens`.
+    """
+
+    def __init__(self, tokenize: TextTokenize, clean: Callable[[str], str] = str):
+        self.tokenize, self.clean = tokenize, clean
+        ids = tokenize(["", "a"])
+        self.pad_id = int(ids[0, -1])
+        self.before = int((ids[1] != self.pad_id).sum()) - 1  # "a" is one token; "" may have no instruction
+        self.room = ids.shape[1] - self.before - 1  # a row without padding may have been cut
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Ids B×Q, cut where a text is longer, and tokens of each text without those before it."""
+        ids = self.tokenize([self.clean(text) for text in texts])
+        return ids, ((ids != self.pad_id).sum(dim=1) - self.before).tolist()
+
+
 class CaptionRows(RowBuilder[CaptionRow]):
     """Builds `<s>caption` and CLIP ids, all of a batch at once."""
 
-    def __init__(self, source: SampleReader, tokenizer: Tokenizer, clip: ClipTokens, config: AlignmentDataConfig):
+    def __init__(
+        self, source: SampleReader, tokenizer: Tokenizer, clip: ClipTokens | WholeCaptions, config: AlignmentDataConfig
+    ):
         super().__init__("captions", source)
         self.tokenizer, self.clip, self.config = tokenizer, clip, config
 
@@ -143,6 +166,7 @@ class AlignmentData(MixtureDataModule):
         encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens.
         text_tokenize: clean captions → CLIP ids B×Q, padded and cut, e.g. `ImageDecoder.tokenize`.
         clean: applied to each caption before, e.g. `ImageDecoder.clean`.
+        words_apart: see `ImageDecoder`.
 
     Raises:
         ValueError: `max_clip_tokens` is more than the CLIP text model takes.
@@ -156,7 +180,7 @@ class AlignmentData(MixtureDataModule):
         cls, config: AlignmentDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
     ) -> "AlignmentData":
         assert decoder is not None
-        return cls(config, encoder, partial(decoder.tokenize, clean=False), decoder.clean)
+        return cls(config, encoder, partial(decoder.tokenize, clean=False), decoder.clean, decoder.words_apart)
 
     def __init__(
         self,
@@ -164,9 +188,11 @@ class AlignmentData(MixtureDataModule):
         encoder: PromptEncoder,
         text_tokenize: TextTokenize,
         clean: Callable[[str], str] = str,
+        words_apart: bool = True,
     ):
         super().__init__(config)
-        self.encoder, self.clip = encoder, ClipTokens(text_tokenize, clean)
+        self.encoder = encoder
+        self.clip = (ClipTokens if words_apart else WholeCaptions)(text_tokenize, clean)
         if config.max_clip_tokens > self.clip.room:
             raise ValueError(
                 f"max_clip_tokens={config.max_clip_tokens} but the CLIP text model takes {self.clip.room} beside start "

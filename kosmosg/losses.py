@@ -44,6 +44,7 @@ def alignment_losses(
     hidden: Tensor,
     reconstruction: Tensor,
     *,
+    mask: Tensor | None = None,
     pooled: tuple[Tensor, Tensor] | None = None,
     padding: Tensor | None = None,
     variant: AlignmentVariant = "released",
@@ -61,6 +62,8 @@ def alignment_losses(
         target: t, the CLIP text model's last hidden state, B×Q×C.
         hidden: s, B×L×D.
         reconstruction: N(M(s)), B×L×D.
+        mask: bool B×Q, of the target's states that count; all without it. L_mse of a caption is then the mean over the
+            elements of its own states, and captions count alike.
         pooled: M's pooled vector and the text model's, B×P both. Its error is a further term of L_mse, averaged as the
             states' over its own elements.
         padding: bool B×L, True at padding; not needed by `released`.
@@ -74,7 +77,11 @@ def alignment_losses(
             "width must be those of Stable Diffusion's text encoder."
         )
     pairs = [(condition, target), *([] if pooled is None else [pooled])]
-    errors = [(ours.float() - theirs.float()).square().flatten(1) for ours, theirs in pairs]
+    errors = [(ours.float() - theirs.float()).square() for ours, theirs in pairs]
+    if mask is not None:  # so that a mean over all states is one over those that count
+        share = 1.0 if variant == "paper" else mask.shape[1] / mask.sum(dim=1)[:, None, None]
+        errors[0] = errors[0] * mask[..., None] * share
+    errors = [error.flatten(1) for error in errors]
     mse = torch.stack([error.mean() for error in errors]).sum()
     rec = (reconstruction.float() - hidden.float()).square()
     if variant == "released":

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
@@ -126,16 +126,28 @@ def build_scheduler(sampler: str, trained_with: Any) -> Any:
 
     Args:
         sampler: see `scheduler_class`. Those of `SAMPLERS` are set as the released code's; the others take their
-            settings from `trained_with`.
+            settings from `trained_with`. Over flow matching there is "dpm" alone, as Sana ships it.
 
     Raises:
         ValueError: see `scheduler_class`.
     """
     kind: Any = scheduler_class(sampler)
+    config = trained_with.config
+    if is_flow(trained_with):
+        if sampler != "dpm":
+            raise ValueError(f"sampler={sampler!r} is not allowed for flow matching; allowed: dpm.")
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        return kind(num_train_timesteps=config.num_train_timesteps, **flow)
     if sampler not in SAMPLERS:
         return kind.from_config(trained_with.config)
     schedule = {name: trained_with.config[name] for name in NOISE_SCHEDULE if name in trained_with.config}
     return kind(**schedule, **SAMPLERS[sampler][1], steps_offset=STEPS_OFFSET)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether it samples from networks trained by flow matching."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 class DiffusionSampler:
@@ -203,6 +215,8 @@ class DiffusionSampler:
         self.decoder.check(condition)
         if not 0 <= fast_unguided_share <= 1:
             raise ValueError(f"fast_unguided_share={fast_unguided_share} is not allowed; allowed: 0 … 1.")
+        if fast_unguided_share and self.decoder.spec.masked:
+            raise ValueError("fast_unguided_share is not allowed for image decoders that read a mask; allowed: 0.")
         if fast_unguided_share and guidance_scale > 1:
             guided = round((1 - fast_unguided_share) * num_inference_steps)
             callback_on_step_end = Unguide(guided, callback_on_step_end)
@@ -215,6 +229,14 @@ class DiffusionSampler:
         placed = {"device": self.pipeline._execution_device, "dtype": self.decoder.denoiser.dtype}
         if len(unconditional.states) != prompts:
             unconditional = unconditional.repeat_interleave(prompts)
+        if self.decoder.spec.masked and num_images_per_prompt > 1:
+            # SanaPipeline repeats states image by image and masks prompt by prompt, so each would get another's mask.
+            condition, unconditional = (
+                given.repeat_interleave(num_images_per_prompt) for given in (condition, unconditional)
+            )
+            num_images_per_prompt = 1
+        # Not every family's pipeline has them.
+        more = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs}
         return self.pipeline(
             **self.decoder.pipeline_arguments(condition.to(**placed), unconditional.to(**placed)),
             num_images_per_prompt=num_images_per_prompt,
@@ -227,8 +249,8 @@ class DiffusionSampler:
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-            cross_attention_kwargs=cross_attention_kwargs,
             return_dict=False,
+            **more,
         )[0]
 
 

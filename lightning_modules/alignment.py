@@ -152,7 +152,14 @@ class AlignmentModule(StageModule):
         if condition.pooled is not None and target.pooled is not None:
             pooled = condition.pooled, target.pooled
         return alignment_losses(
-            condition.states, target.states, hidden, reconstruction, pooled=pooled, padding=padding, variant=variant
+            condition.states,
+            target.states,
+            hidden,
+            reconstruction,
+            mask=target.mask,
+            pooled=pooled,
+            padding=padding,
+            variant=variant,
         )
 
     def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:

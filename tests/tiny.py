@@ -3,16 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+)
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 8
@@ -171,6 +183,58 @@ def write_stable_diffusion_xl(folder: Path, force_zeros_for_empty_prompt: bool =
             scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE),
             force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
             add_watermarker=False,
+        ).save_pretrained(folder)
+    return folder
+
+
+def write_sana(folder: Path) -> Path:
+    """Latents 8×8×8 of 64 px; a Gemma whose words are those of `SENTENCES` and "unknown"."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        blocks = {"encoder": (8, 8, 8, 8), "decoder": (8, 8, 8, 8)}
+        sizes: dict[str, Any] = {}
+        for half, channels in blocks.items():
+            sizes |= {f"{half}_block_types": "ResBlock", f"{half}_block_out_channels": channels}
+            sizes |= {f"{half}_layers_per_block": (1,) * 4, f"{half}_qkv_multiscales": ((),) * 4}
+        vae = AutoencoderDC(latent_channels=8, scaling_factor=0.4, **sizes)
+        transformer = SanaTransformer2DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=CONDITION_WIDTH,
+            sample_size=LATENT_SIZE,
+            timestep_scale=0.5,
+        )
+        names = ["<pad>", "<bos>", "<unk>", *sorted({word for text in SENTENCES for word in text.lower().split()})]
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        words.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+        gemma = Gemma2Config(
+            vocab_size=len(names),
+            hidden_size=CONDITION_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            pad_token_id=0,
+            bos_token_id=1,
+        )
+        SanaPipeline(
+            tokenizer=PreTrainedTokenizerFast(
+                tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>"
+            ),
+            text_encoder=Gemma2Model(gemma),
+            vae=vae,
+            transformer=transformer,
+            scheduler=DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+            ),
         ).save_pretrained(folder)
     return folder
 

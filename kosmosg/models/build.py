@@ -12,6 +12,7 @@ from kosmosg.models.image_decoder import ImageDecoder, Parts
 from kosmosg.models.mllm import MLLM
 from kosmosg.models.model_config import ModelConfig, VisionConfig
 from kosmosg.models.published import CONFIGS
+from kosmosg.models.sana import Sana
 from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.models.stable_diffusion_xl import StableDiffusionXL
 from kosmosg.models.storage import Part, find_model, load_network, load_part, require_class, require_same_config
@@ -22,6 +23,7 @@ LAYER_NORM_EPS = 1e-5
 IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "SanaPipeline": Sana,
 }
 
 

@@ -11,7 +11,7 @@ Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens,
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class ImageDecoder(nn.Module):
 
     spec: ConditionSpec
     scheduler: Any
+    words_apart: ClassVar[bool] = True
+    """Whether a caption's ids are those of its words, each tokenised alone, as CLIP's."""
 
     @classmethod
     @abstractmethod

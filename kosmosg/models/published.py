@@ -10,6 +10,7 @@ STABLE_DIFFUSION_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 STABLE_DIFFUSION_2_1 = "stabilityai/stable-diffusion-2-1"
 STABLE_DIFFUSION_2_1_BASE = "stabilityai/stable-diffusion-2-1-base"
 STABLE_DIFFUSION_XL = "stabilityai/stable-diffusion-xl-base-1.0"
+SANA_512 = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
@@ -115,6 +116,25 @@ UNET_XL = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "use_linear_projection": True,
 }
+DC_AE_BLOCKS = [*["ResBlock"] * 3, *["EfficientViTBlock"] * 3]
+DC_AE = {
+    "_class_name": "AutoencoderDC",
+    "decoder_block_types": DC_AE_BLOCKS,
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+    "downsample_block_type": "conv",
+    "encoder_block_types": DC_AE_BLOCKS,
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "latent_channels": 32,
+    "scaling_factor": 0.41407,
+    "upsample_block_type": "interpolate",
+}
+SANA_SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     STABLE_DIFFUSION_1_5: {
         "model_index": {"_class_name": "StableDiffusionPipeline"},
@@ -144,6 +164,13 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder": TEXT_ENCODER,
         "text_encoder_2": TEXT_ENCODER_XL_2,
         "scheduler": {**SCHEDULER, "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"},
+    },
+    SANA_512: {
+        "model_index": {"_class_name": "SanaPipeline"},
+        "transformer": {"_class_name": "SanaTransformer2DModel", "sample_size": 16},  # else the class's defaults, 1.6B
+        "vae": DC_AE,
+        "text_encoder": {"model_type": "gemma2"},  # the class's defaults are Gemma 2 2B's
+        "scheduler": SANA_SCHEDULER,
     },
 }
 

@@ -46,6 +46,26 @@ def test_alignment_variants():
         assert mse.item() == expected
 
 
+def test_masked_states_of_the_target_do_not_count():
+    """L_mse is each caption's own mean; all-true masks change nothing; masked states get no gradient."""
+    condition, target = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 6, 4)
+    hidden = torch.zeros(2, 3, 5)
+    padding = torch.zeros(2, 3, dtype=torch.bool)
+    mask = torch.arange(6) < torch.tensor([[2], [5]])
+    errors = (condition - target).square()
+    own = [errors[0, :2], errors[1, :5]]
+    for variant in ("released", "masked", "paper"):
+        options = {"padding": padding, "variant": variant}
+        expected = torch.stack([part.sum() if variant == "paper" else part.mean() for part in own]).mean()
+        mse, _ = alignment_losses(condition, target, hidden, hidden, mask=mask, **options)
+        torch.testing.assert_close(mse, expected)
+        (gradient,) = torch.autograd.grad(mse, condition, retain_graph=True)
+        assert torch.equal(gradient.any(dim=2), mask)
+        whole, _ = alignment_losses(condition, target, hidden, hidden, mask=torch.ones_like(mask), **options)
+        plain, _ = alignment_losses(condition, target, hidden, hidden, **options)
+        assert torch.equal(whole, plain)
+
+
 def test_alignment_errors():
     tensors = torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)
     with pytest.raises(ValueError, match="'released', 'masked', 'paper'"):

@@ -19,6 +19,7 @@ from kosmosg.losses import diffusion_loss
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_2_1, STABLE_DIFFUSION_2_1_BASE, STABLE_DIFFUSION_XL
+from kosmosg.models.sana import INSTRUCTION, TOKENS, Sana
 from kosmosg.sampling import DiffusionSampler
 from tests import tiny
 from tests.test_train import losses, press_ctrl_c, run, weights
@@ -27,9 +28,10 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "2.1-base": partial(tiny.write_stable_diffusion_2, prediction_type="epsilon"),
     "2.1": partial(tiny.write_stable_diffusion_2, prediction_type="v_prediction"),
     "xl": tiny.write_stable_diffusion_xl,
+    "sana": tiny.write_sana,
 }
 # Of the configuration, where it differs from Stable Diffusion 1.5's.
-KEYS = {"xl": [f"model.aligner.pooled_width={tiny.POOLED_WIDTH}"]}
+KEYS = {"xl": [f"model.aligner.pooled_width={tiny.POOLED_WIDTH}"], "sana": [f"model.aligner.num_queries={TOKENS}"]}
 CAPTIONS = ["a red fish", "a cat"]
 TRACKED = {
     "alignment": ("train/mse_loss", "train/rec_loss", "val/mse_loss"),
@@ -56,6 +58,7 @@ def captioned(decoder: ImageDecoder, captions: list[str]) -> Condition:
     return decoder.text_condition(decoder.tokenize(captions))
 
 
+@pytest.mark.parametrize("family", ["2.1-base", "2.1", "xl"], indirect=True)
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
 def test_captions_give_the_images_of_diffusers_own_pipeline(
     guidance_scale: float, decoder: ImageDecoder, family: str, folders: dict[str, Path]
@@ -99,6 +102,66 @@ def test_gradient_reaches_the_whole_condition_and_no_weight(decoder: ImageDecode
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
 
 
+@pytest.mark.parametrize("family", ["sana"], indirect=True)
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+@pytest.mark.parametrize("sampler", ["dpm", None])
+def test_sana_gives_the_images_of_diffusers_own_pipeline(
+    guidance_scale: float, sampler: str | None, decoder: Sana, folders: dict[str, Path]
+) -> None:
+    """Bit for bit from the same embeddings, as are those of captions; the null condition's are padded more here."""
+    theirs = DiffusionPipeline.from_pretrained(folders["sana"])
+    theirs.set_progress_bar_config(disable=True)
+    theirs.vae, theirs.transformer = decoder.vae, decoder.transformer
+    given = theirs.encode_prompt(CAPTIONS, complex_human_instruction=INSTRUCTION.split("\n"))
+    (states, mask), (null_states, null_mask) = given[:2], given[2:]
+    condition, null = captioned(decoder, CAPTIONS), captioned(decoder, [""] * 2)
+    assert torch.equal(condition.states, states) and torch.equal(condition.mask, mask.bool())
+    assert torch.equal(null.mask, null_mask.bool()) and null.mask.sum() == 2
+    torch.testing.assert_close(null.states[null.mask], null_states[null.mask], rtol=0, atol=1e-6)
+    drawing = DiffusionSampler(decoder)
+    options = {"height": 64, "width": 96, "num_inference_steps": 3, "guidance_scale": guidance_scale}
+    expected = theirs(
+        prompt_embeds=states,
+        prompt_attention_mask=mask,
+        negative_prompt=None,
+        negative_prompt_embeds=null_states,
+        negative_prompt_attention_mask=null_mask,
+        use_resolution_binning=False,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 5)],
+        output_type="np",
+        **options,
+    ).images
+    conditions = Condition(states, mask.bool()), Condition(null_states, null_mask.bool())
+    options |= {"output_type": "np", "sampler": sampler}
+    assert np.array_equal(drawing(*conditions, seeds=[3, 5], **options), expected)
+    several = drawing(*conditions, seeds=[3, 4, 5, 6], num_images_per_prompt=2, **options)
+    np.testing.assert_allclose(several[::2], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sana"], indirect=True)
+def test_sana_is_told_time_and_velocity_as_its_scheduler_has_them(decoder: Sana) -> None:
+    uniform = torch.tensor([0.25, 0.75])
+    timesteps = decoder.timesteps(uniform)
+    assert timesteps.tolist() == [500.0, 900.0]  # shift 3
+    latents, noise = torch.randn(2, 2, 8, 8, 8).unbind(0)
+    noisy = decoder.add_noise(latents, noise, timesteps)
+    target = decoder.training_target(latents, noise, timesteps)
+    sigmas = torch.tensor([0.5, 0.9])[:, None, None, None]
+    torch.testing.assert_close(noisy - sigmas * target, latents)
+    seen = []
+    decoder.transformer.register_forward_pre_hook(lambda _, given, named: seen.append(named), with_kwargs=True)
+    condition = captioned(decoder, CAPTIONS)
+    decoder.predict(noisy, timesteps, condition)
+    assert seen[0]["timestep"].tolist() == [250.0, 450.0]  # timestep_scale 0.5
+    changed = condition._replace(states=condition.states + ~condition.mask[..., None])
+    assert torch.equal(*(decoder.predict(noisy, timesteps, given) for given in (condition, changed)))
+    with pytest.raises(ValueError, match="timestep_weighting='sds' is not defined for Sana"):
+        decoder.loss_weights(timesteps, "sds")
+    with pytest.raises(ValueError, match="sampler='ddim' is not allowed for flow matching"):
+        DiffusionSampler(decoder)(condition, condition, sampler="ddim")
+
+
+@pytest.mark.parametrize("family", ["2.1-base", "2.1", "xl"], indirect=True)
 def test_a_perfect_prediction_is_the_noise_and_the_latents(decoder: ImageDecoder) -> None:
     """z_0 and ε follow from z_t and the training target, as the family's schedulers have it."""
     latents, noise = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64).unbind(0)
@@ -125,7 +188,7 @@ def test_min_snr(decoder: ImageDecoder) -> None:
             decoder.loss_weights(timesteps, "sds")
 
 
-@pytest.mark.parametrize("family", ["2.1", "xl"])  # predicting the noise, 2.1 trains as 1.5
+@pytest.mark.parametrize("family", ["2.1", "xl", "sana"])  # predicting the noise, 2.1 trains as 1.5
 def test_stages_train_resume_and_dry_run(
     family: str,
     folders: dict[str, Path],

@@ -1,0 +1,224 @@
+"""Sana as an image decoder (Xie et al. 2024, arXiv 2410.10629): linear-attention transformer, DC-AE and Gemma 2.
+
+Notable: flow matching, z_σ = (1 − σ) z_0 + σ ε, whose prediction is ε − z_0; time is σ times the number of timesteps,
+shifted towards noise as the scheduler's file says. The autoencoder has no posterior, so latents are not drawn. The
+condition has a mask, and the null condition is the unconditional prompt's. As diffusers' pipeline does, Gemma reads an
+instruction before each caption but the empty one, and the denoiser the first state and the last 299.
+
+Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens (300), `C` condition width (2304).
+"""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+from torch import Tensor
+from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
+
+from kosmosg.condition import Condition, ConditionSpec
+from kosmosg.models.image_decoder import ImageDecoder, Parts, with_values
+from kosmosg.models.published import decoder_configs
+from kosmosg.models.storage import load_network
+
+TOKENS = 300
+INSTRUCTION = "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+SCHEDULERS = ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
+
+
+class Sana(ImageDecoder):
+    """See `ImageDecoder`. Methods that need a part that is None cannot be used."""
+
+    words_apart = False
+
+    def __init__(
+        self,
+        transformer: Any = None,
+        vae: Any = None,
+        scheduler: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+    ):
+        super().__init__()
+        self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        if tokenizer is not None:
+            tokenizer.padding_side = "right"
+        width = text_encoder.config.hidden_size if transformer is None else transformer.config.caption_channels
+        self.spec = ConditionSpec(TOKENS, width, masked=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, parts: Parts = "all", torch_dtype: torch.dtype = torch.float32, **options: Any
+    ) -> "Sana":
+        networks: dict[str, Any] = {}
+        options = {"dtype": torch_dtype, **options}
+        if parts != "text":
+            networks["transformer"] = load_network(SanaTransformer2DModel, source, "transformer", **options)
+            networks["vae"] = load_network(AutoencoderDC, source, "vae", **options)
+            networks["scheduler"] = flow_scheduler(DPMSOLVER.load_config(source, subfolder="scheduler"))
+        if parts != "images":
+            networks["text_encoder"] = load_network(Gemma2Model, source, "text_encoder", dtype=torch_dtype)
+            networks["tokenizer"] = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+        return cls(**networks).freeze()
+
+    @classmethod
+    def from_config(cls, source: str | Path, parts: Parts = "all") -> "Sana":
+        configs = decoder_configs(source, ("transformer", "vae", "scheduler", "text_encoder"))
+        networks: dict[str, Any] = {}
+        if parts != "text":
+            networks["transformer"] = SanaTransformer2DModel.from_config(configs["transformer"])
+            networks["vae"] = AutoencoderDC.from_config(configs["vae"])
+            with with_values():
+                networks["scheduler"] = flow_scheduler(configs["scheduler"])
+        if parts != "images":
+            networks["text_encoder"] = Gemma2Model(Gemma2Config(**configs["text_encoder"]))
+        return cls(**networks).freeze()
+
+    def clean(self, text: str) -> str:
+        return text.lower().strip()
+
+    def tokenize(self, texts: Sequence[str], *, truncation: bool = True, clean: bool = True) -> Tensor:
+        """Ids of the instruction and the caption."""
+        length = len(self.tokenizer.encode(INSTRUCTION)) + TOKENS - 2
+        if clean:
+            texts = [self.clean(text) for text in texts]
+        asked = [INSTRUCTION + text if text else text for text in texts]
+        ids = self.tokenizer(asked, padding="max_length", truncation=truncation, max_length=length).input_ids
+        for text, row in zip(texts, ids, strict=True):
+            if len(row) > length:
+                raise ValueError(f"the caption {text!r} is too long: with the instruction it has {len(row)} tokens.")
+        return torch.tensor(ids)
+
+    @torch.no_grad()
+    def text_condition(self, text_ids: Tensor) -> Condition:
+        """Gemma's last states after its final norm, and which of them are of tokens."""
+        mask = text_ids != (0 if self.tokenizer is None else self.tokenizer.pad_token_id)
+        states = self.text_encoder(input_ids=text_ids, attention_mask=mask.long()).last_hidden_state
+        kept = [0, *range(1 - TOKENS, 0)]
+        return Condition(states[:, kept], mask[:, kept])
+
+    @property
+    def downscale(self) -> int:
+        """H / h."""
+        return 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
+
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        own = self.transformer.config.sample_size * self.downscale
+        sides = own if height is None else height, own if width is None else width
+        if any(side < 1 or side % self.multiple for side in sides):
+            raise ValueError(
+                f"height={height} and width={width} are not allowed; allowed: positive multiples of {self.multiple}."
+            )
+        return sides
+
+    @property
+    def multiple(self) -> int:
+        """Of pixels: what the autoencoder divides evenly, and diffusers' pipeline takes."""
+        return max(32, self.downscale)
+
+    def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
+        factor = 1 if self.are_moments(targets) else self.downscale
+        height, width = targets.shape[-2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"target images are {(height, width)} but the autoencoder needs sides that are multiples of {factor}."
+            )
+        return self.vae.config.latent_channels, height // factor, width // factor
+
+    def are_moments(self, targets: Tensor) -> bool:
+        return targets.shape[1] == self.vae.config.latent_channels
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """The latents themselves, unscaled, B×c×h×w."""
+        self.latent_shape(images)
+        return self.vae.encode(images.to(self.vae.dtype)).latent
+
+    @torch.no_grad()
+    def latents(self, targets: Tensor, noise: Tensor) -> Tensor:
+        latents = targets if self.are_moments(targets) else self.moments(targets)
+        return latents.repeat_interleave(len(noise) // len(targets), 0) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """N·σ with σ = s u / (1 + (s − 1) u), the sigmas of the scheduler's shift s at even steps; float32."""
+        config = self.scheduler.config
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        return (config.num_train_timesteps * shift * uniform / (1 + (shift - 1) * uniform)).float()
+
+    def sigmas(self, timesteps: Tensor, latents: Tensor) -> Tensor:
+        """B×1×1×1."""
+        return (timesteps / self.scheduler.config.num_train_timesteps).to(latents.dtype)[:, None, None, None]
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        sigmas = self.sigmas(timesteps, latents)
+        return (1 - sigmas) * latents + sigmas * noise
+
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """ε − z_0."""
+        return noise - latents
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        self.check(condition)
+        states, mask, _ = condition.with_mask()
+        network, dtype = self.transformer, self.transformer.dtype
+        predicted = network(
+            noisy.to(dtype),
+            encoder_hidden_states=states.to(dtype),
+            encoder_attention_mask=mask,
+            timestep=timesteps * network.config.timestep_scale,
+            return_dict=False,
+        )[0].float()
+        # Networks that also learned a variance give it in further channels.
+        return predicted[:, : network.config.in_channels]
+
+    def diffusers_pipeline(self) -> Any:
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)  # replaced at each call
+        absent: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
+        return SanaPipeline(transformer=self.transformer, vae=self.vae, scheduler=scheduler, **absent)
+
+    def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
+        condition, unconditional = condition.with_mask(), unconditional.with_mask()
+        return {
+            "prompt_embeds": condition.states,
+            "prompt_attention_mask": condition.mask,
+            "negative_prompt": None,
+            "negative_prompt_embeds": unconditional.states,
+            "negative_prompt_attention_mask": unconditional.mask,
+            "use_resolution_binning": False,
+        }
+
+    @property
+    def autoencoder(self) -> AutoencoderDC:
+        return self.vae
+
+    @property
+    def denoiser(self) -> SanaTransformer2DModel:
+        return self.transformer
+
+
+DPMSOLVER: Any = diffusers.DPMSolverMultistepScheduler
+
+
+def flow_scheduler(config: Any) -> Any:
+    """The scheduler of a scheduler_config.json.
+
+    Raises:
+        ValueError: it is not one for flow matching.
+    """
+    name = config.get("_class_name")
+    flow = name == SCHEDULERS[1] or (config.get("use_flow_sigmas") and config["prediction_type"] == "flow_prediction")
+    if name not in SCHEDULERS or not flow:
+        raise ValueError(
+            f"the image decoder's scheduler is a {name} with use_flow_sigmas={config.get('use_flow_sigmas')} and "
+            f"prediction_type={config.get('prediction_type')!r}; allowed for Sana: {SCHEDULERS[1]}, or {SCHEDULERS[0]} "
+            "with True and 'flow_prediction'."
+        )
+    return getattr(diffusers, name).from_config(config)
