@@ -72,7 +72,7 @@ class Sana(ImageDecoder):
         if parts != "text":
             networks["transformer"] = SanaTransformer2DModel.from_config(configs["transformer"])
             networks["vae"] = AutoencoderDC.from_config(configs["vae"])
-            with with_values():
+            with with_values(), torch.device("cpu"):
                 networks["scheduler"] = flow_scheduler(configs["scheduler"])
         if parts != "images":
             networks["text_encoder"] = Gemma2Model(Gemma2Config(**configs["text_encoder"]))
