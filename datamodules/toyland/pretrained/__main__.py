@@ -50,7 +50,7 @@ class Recipe:
     """Where the drawn images are cached."""
     only: list[str] = field(default_factory=lambda: ["tokenizer", "vae", "clip", "dino", "fid", "unet"])
     """Models to train; unet needs vae and clip."""
-    pictures: int = 24_000
+    pictures: int = 40_000
     """Scenes in the pool."""
     pairs: int = 8_000
     """Subjects drawn twice, for dino."""
@@ -61,10 +61,10 @@ class Recipe:
     threads: int = 0
     """Threads to compute with; 0 takes all cores."""
     seed: int = 0
-    vae: Schedule = field(default_factory=lambda: Schedule(steps=3600, batch_size=16, lr=3e-3))
+    vae: Schedule = field(default_factory=lambda: Schedule(steps=5000, batch_size=16, lr=3e-3))
     decoder: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch_size=16, lr=2e-3))
     """The VAE's decoder alone, afterwards."""
-    clip: Schedule = field(default_factory=lambda: Schedule(steps=700, batch_size=128, lr=1e-3))
+    clip: Schedule = field(default_factory=lambda: Schedule(steps=8000, batch_size=64, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))
     unet: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch_size=64, lr=1.5e-3))
@@ -97,12 +97,12 @@ def main(arguments: list[str]) -> None:
     if missing("tokenizer", output / "tokenizer"):
         train_prompt_tokenizer(output / "tokenizer", sentences(8000, recipe.seed), recipe.vocabulary)
     if missing("vae", diffusion_folder / "vae"):
-        vae = stable_diffusion.train_autoencoder(pool(), **options("vae"))
-        stable_diffusion.train_decoder(vae, pool(), **options("decoder"))
+        vae = stable_diffusion.train_autoencoder(pool(), work / "vae.pt", **options("vae"))
+        stable_diffusion.train_decoder(vae, pool(), work / "decoder.pt", **options("decoder"))
         write(vae, diffusion_folder / "vae")
     if missing("clip", output / "clip"):
         tokenizer = train_clip_tokenizer(sentences(8000, recipe.seed), recipe.vocabulary, length=32)
-        model = encoders.train_clip(pool(), tokenizer, **options("clip"))
+        model = encoders.train_clip(pool(), tokenizer, work / "clip.pt", **options("clip"))
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
         write(model, output / "clip", tokenizer, processor)
     if missing("clip", diffusion_folder / "text_encoder"):
@@ -115,10 +115,10 @@ def main(arguments: list[str]) -> None:
     if missing("dino", output / "dino"):
         pairs = draw_pairs(work, recipe.pairs, recipe.seed)
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
-        write(encoders.train_dino(pairs, **options("dino")), output / "dino", processor)
+        write(encoders.train_dino(pairs, work / "dino.pt", **options("dino")), output / "dino", processor)
     if missing("fid", output / "fid"):
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
-        write(encoders.train_fid_network(pool(), **options("fid")), output / "fid", processor)
+        write(encoders.train_fid_network(pool(), work / "fid.pt", **options("fid")), output / "fid", processor)
     if missing("unet", diffusion_folder / "unet"):
         modules = {
             "vae": AutoencoderKL.from_pretrained(diffusion_folder / "vae", dtype=torch.float32),
@@ -127,9 +127,16 @@ def main(arguments: list[str]) -> None:
             ).eval(),
             "tokenizer": CLIPTokenizer.from_pretrained(diffusion_folder / "tokenizer"),
         }
-        unet = stable_diffusion.train_unet(pool(), **modules, weighting="uniform", **options("unet"))
         unet = stable_diffusion.train_unet(
-            pool(), **modules, weighting="velocity", unet=unet, **options("unet_velocity") | {"seed": recipe.seed + 1}
+            pool(), **modules, checkpoint=work / "unet.pt", weighting="uniform", **options("unet")
+        )
+        unet = stable_diffusion.train_unet(
+            pool(),
+            **modules,
+            checkpoint=work / "unet_velocity.pt",
+            weighting="velocity",
+            unet=unet,
+            **options("unet_velocity") | {"seed": recipe.seed + 1},
         )
         pipeline = StableDiffusionPipeline(
             **modules,

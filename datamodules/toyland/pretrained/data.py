@@ -17,10 +17,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from datamodules.toyland.brush import PATTERNS
+from datamodules.toyland.brush import HUES, MARKINGS, PATTERNS
 from datamodules.toyland.kinds import KINDS
-from datamodules.toyland.language import caption, document, sample_edit, story
-from datamodules.toyland.scene import Scene, Subject, render, sample_scene
+from datamodules.toyland.language import caption, document, noun_phrase, sample_edit, story
+from datamodules.toyland.scene import Scene, Subject, crop, render, sample_scene
 from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
 from kosmosg.files import replaced
 from kosmosg.tokenizer import Tokenizer as PromptTokenizer
@@ -29,22 +29,37 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 POOL_STREAM = 0x9A27
 """Keeps the pool's subjects apart from those of any data set, whose seeds are drawn elsewhere."""
 
+COLOURS = [*HUES, "white", "gray", "black"]
 LABELS = {
     "kind": list(KINDS),
+    "colour": COLOURS,
+    "pattern": list(PATTERNS),
+    "second colour": COLOURS,
+    "marking": list(MARKINGS),
     "setting": list(SETTINGS),
     "light": list(LIGHTS),
     "style": list(STYLES),
-    "pattern": list(PATTERNS),
 }
+LOOKS = 5
+"""The first of LABELS: what is to be seen of a subject, wherever it is."""
 
 
 @dataclass
 class Pool:
+    """Scenes, each with its first subject cut out in two ways."""
+
     images: Tensor
     """(N, 3, S, S) uint8"""
+    crops: Tensor
+    """(N, 2, 3, S, S) uint8: the subject on white, and with its background"""
     captions: list[str]
+    """Of the scenes."""
+    told: list[str]
+    """Of the subjects, looks included: "a red boot with yellow stripes"."""
     labels: Tensor
-    """(N, 5): index into each of LABELS for the scene's first subject"""
+    """(N, 8): index into each of LABELS, of the first subject and of the scene"""
+    subjects: Tensor
+    """(N,): how many subjects the scene shows"""
     tints: Tensor
     """(N, 6): body and second colour of the first subject, RGB in [0, 1]"""
 
@@ -57,26 +72,52 @@ def pixels(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1.0)
 
 
-def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, str, list[int], list[float]]:
+def augmented(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
+    """Each image mirrored or not, and moved by up to `shift` pixels; its border is continued."""
+    flip = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    size = images.shape[-1]
+    across, down = (torch.randint(-shift, shift + 1, (2, len(images), 1), generator=generator)
+                    + torch.arange(size)).clamp(0, size - 1)  # fmt: skip
+    rows = torch.arange(len(images))[:, None, None]
+    return images[rows, :, down[:, :, None], across[:, None]].permute(0, 3, 1, 2)
+
+
+def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, np.ndarray, str, str, list[int], int, list[float]]:
     rng = np.random.default_rng([seed, POOL_STREAM, number])
-    scene = sample_scene(rng)
+    crops = [None]
+    while None in crops:  # another scene where the subject is hidden
+        scene = sample_scene(rng)
+        shown = render(scene)
+        crops = [crop(shown, 0, white=white) for white in (True, False)]
     words = caption(scene, rng, told=bool(rng.random() < told), with_article=bool(rng.random() < 0.85))
-    first = scene.placed[0].subject
-    values = (first.kind, scene.setting, scene.light, scene.style, first.look.pattern)
+    first = scene.placed[0]
+    look = first.subject.look
+    if first.property in ("red", "purple"):
+        look = look.recolored(first.property)
+    values = (
+        first.subject.kind, look.body.word, look.pattern, look.second.word, look.marking,
+        scene.setting, scene.light, scene.style,
+    )  # fmt: skip
     labels = [names.index(value) for names, value in zip(LABELS.values(), values, strict=True)]
-    return np.asarray(render(scene).image), words, labels, [*first.look.body.rgb, *first.look.second.rgb]
+    looks = noun_phrase(first, told=True, suffixed=bool(rng.random() < 0.7))
+    tints = [*look.body.rgb, *look.second.rgb]
+    return np.asarray(shown.image), np.stack(crops), words, looks, labels, len(scene.placed), tints
 
 
 def draw_pool(folder: Path, count: int, seed: int, told: float) -> Pool:
     """`count` scenes, of whose captions the share `told` names looks; read from `folder` when they are there."""
-    path = folder / f"pool-{count}-{seed}-{told}.pt"
+    path = folder / f"scenes-{count}-{seed}-{told}.pt"
     if not path.exists():
         rows = _parallel(partial(_draw, seed=seed, told=told), count)
-        images, captions, labels, tints = zip(*rows, strict=True)
+        images, crops, captions, looks, labels, subjects, tints = zip(*rows, strict=True)
         content = {
             "images": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+            "crops": torch.from_numpy(np.stack(crops)).permute(0, 1, 4, 2, 3).contiguous(),
             "captions": list(captions),
+            "told": list(looks),
             "labels": torch.tensor(labels),
+            "subjects": torch.tensor(subjects),
             "tints": torch.tensor(tints, dtype=torch.float32),
         }
         _save(content, path)

@@ -4,6 +4,8 @@ CLIP's text and vision encoder are trained to find each other's captions and ima
 DINO-like ViT, which recognises a subject, and a classifier whose features serve FID.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from transformers import (
     ViTModel,
 )
 
-from datamodules.toyland.pretrained.data import LABELS, Pool, pixels
+from datamodules.toyland.language import article
+from datamodules.toyland.pretrained.data import LABELS, LOOKS, Pool, augmented, pixels
 from datamodules.toyland.pretrained.training import fit
 from datamodules.toyland.scene import SIZE
 
@@ -59,32 +62,80 @@ def normalized(images: Tensor) -> Tensor:
 
 
 def train_clip(
-    pool: Pool, tokenizer: CLIPTokenizer, *, steps: int, batch_size: int, lr: float, seed: int, name: str = "clip"
+    pool: Pool, tokenizer: CLIPTokenizer, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
 ) -> CLIPModel:
-    """InfoNCE in both directions between captions and images."""
+    """InfoNCE in both directions between captions and images, with every true pair of a batch as a positive.
+
+    One batch in four holds scenes. There the place tells most captions apart, and a CLIP that saw nothing else would
+    learn places alone; so the others hold subjects cut out of scenes. Half of those are of three kinds only, each told
+    with its looks, so that colours and patterns decide; the other half are of all kinds, and half of their captions
+    tell the kind alone. Linear heads, dropped afterwards, name what is told and what is seen.
+    """
     torch.manual_seed(seed)
     clip = build_clip(tokenizer)
+    groups = [len(names) for names in list(LABELS.values())[:LOOKS]]
+    width = clip.config.vision_config.hidden_size
+    seen, said = nn.Linear(2 * width, sum(groups)), nn.Linear(clip.config.text_config.hidden_size, sum(groups))
     draws = torch.Generator().manual_seed(seed)
-    length = tokenizer.model_max_length
-    ids = torch.tensor(tokenizer(pool.captions, padding="max_length", truncation=True, max_length=length).input_ids)
+
+    def encoded(texts: list[str]) -> Tensor:
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
+        return torch.tensor(ids)
+
+    scenes, told = encoded(pool.captions), encoded(pool.told)
+    bare = encoded([article(kind) for kind in LABELS["kind"]])
+    looks = pool.labels[:, :LOOKS]
+    of_kind = [torch.nonzero(looks[:, 0] == kind)[:, 0] for kind in range(groups[0])]
+
+    def names_loss(logits: Tensor, rows: Tensor) -> Tensor:
+        parts = logits.split(groups, dim=-1)
+        return sum(F.cross_entropy(part, looks[rows, i]) for i, part in enumerate(parts)) / len(parts)
 
     def loss(step: int):
-        rows = torch.randint(len(pool), (batch_size,), generator=draws)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = clip(input_ids=ids[rows], pixel_values=normalized(pool.images[rows]))
-        logits = output.logits_per_image.float()
-        # Two rows with one caption are no negatives of each other.
-        same = (ids[rows][:, None] == ids[rows][None]).all(-1) & ~torch.eye(batch_size, dtype=torch.bool)
-        logits = logits.masked_fill(same, -1e4)
-        target = torch.arange(batch_size)
-        hit = (logits.argmax(-1) == target).float().mean()
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, {"top-1": hit.item()}
+        if step % 4 == 0:
+            rows = torch.randint(len(pool), (batch_size,), generator=draws)
+            images, ids = pool.images[rows], scenes[rows]
+            match = (ids[:, None] == ids[None]).all(-1)
+        else:
+            if step % 2:
+                few = torch.randperm(len(of_kind), generator=draws)[:3]
+                choice = torch.cat([of_kind[kind] for kind in few])
+                rows = choice[torch.randint(len(choice), (batch_size,), generator=draws)]
+                tell = torch.ones(batch_size, dtype=torch.bool)
+            else:
+                rows = torch.randint(len(pool), (batch_size,), generator=draws)
+                tell = torch.rand(batch_size, generator=draws) < 0.5
+            images = pool.crops[rows, torch.randint(2, (batch_size,), generator=draws)]
+            ids = torch.where(tell[:, None], told[rows], bare[looks[rows, 0]])
+            # A caption of the kind alone is true of every image of that kind; one with looks, of those that look so.
+            match = (looks[rows, 0][:, None] == looks[rows, 0][None]) & (~tell | (ids[:, None] == ids[None]).all(-1))
+            match |= torch.eye(batch_size, dtype=torch.bool)
+        ids = ids[:, : int((ids == tokenizer.eos_token_id).int().argmax(-1).max()) + 1]
+        vision = clip.vision_model(pixel_values=normalized(augmented(images, draws)))
+        text = clip.text_model(input_ids=ids)
+        image_features = F.normalize(clip.visual_projection(vision.pooler_output), dim=-1)
+        text_features = F.normalize(clip.text_projection(text.pooler_output), dim=-1)
+        logits = clip.logit_scale.exp().clamp(max=100) * image_features @ text_features.T
+        # match[i, j]: caption j is true of image i. The truth of several is shared among them.
+        shared = match.float()
+        value = (
+            F.cross_entropy(logits, shared / shared.sum(1, keepdim=True))
+            + F.cross_entropy(logits.T, (shared / shared.sum(0)).T)
+        ) / 2
+        hit = match[torch.arange(batch_size), logits.argmax(-1)].float().mean().item()
+        figures = {"scenes" if step % 4 == 0 else "few kinds" if step % 2 else "all kinds": hit}
+        if step % 4:
+            tokens = torch.cat([vision.pooler_output, vision.last_hidden_state[:, 1:].mean(1)], dim=-1)
+            value = value + names_loss(seen(tokens), rows)
+            if step % 2:
+                value = value + 0.3 * names_loss(said(text.pooler_output), rows)
+        return value, figures
 
-    fit(name, [clip], loss, steps=steps, lr=lr, weight_decay=0.05, average=0.99)
+    fit(checkpoint, [clip, seen, said], loss, draws, steps=steps, lr=lr, weight_decay=0.05, average=0.999)
     return clip
 
 
-def train_dino(pairs: Tensor, *, steps: int, batch_size: int, lr: float, seed: int) -> ViTModel:
+def train_dino(pairs: Tensor, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int) -> ViTModel:
     """Self-supervised: two images of one subject, elsewhere and in another pose, are nearer than any other two.
 
     DINO proper reaches this by self-distillation over crops; a contrastive loss on the same CLS output trains in
@@ -108,19 +159,20 @@ def train_dino(pairs: Tensor, *, steps: int, batch_size: int, lr: float, seed: i
         both = pairs[rows].flatten(0, 1)
         flip = torch.rand(len(both), generator=draws) < 0.5
         both = torch.where(flip[:, None, None, None], both.flip(-1), both)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = vit(pixel_values=pixels(both)).last_hidden_state[:, 0].float()
+        features = vit(pixel_values=pixels(both)).last_hidden_state[:, 0]
         features = F.normalize(features, dim=-1).view(batch_size, 2, -1)
         logits = features[:, 0] @ features[:, 1].T / TEMPERATURE
         target = torch.arange(batch_size)
         hit = (logits.argmax(-1) == target).float().mean()
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, {"top-1": hit.item()}
 
-    fit("dino", [vit], loss, steps=steps, lr=lr, weight_decay=0.05, average=0.99)
+    fit(checkpoint, [vit], loss, draws, steps=steps, lr=lr, weight_decay=0.05, average=0.99)
     return vit
 
 
-def train_fid_network(pool: Pool, *, steps: int, batch_size: int, lr: float, seed: int) -> ResNetForImageClassification:
+def train_fid_network(
+    pool: Pool, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
+) -> ResNetForImageClassification:
     """A small ResNet that names kind, setting, light, style and pattern and measures colours, all from one feature."""
     torch.manual_seed(seed)
     groups = [len(names) for names in LABELS.values()]
@@ -145,5 +197,5 @@ def train_fid_network(pool: Pool, *, steps: int, batch_size: int, lr: float, see
         hit = (logits[0].argmax(-1) == pool.labels[rows, 0]).float().mean()
         return named + 5 * F.l1_loss(tints(feature), pool.tints[rows]), {"kind": hit.item()}
 
-    fit("fid", [network, tints], loss, steps=steps, lr=lr)
+    fit(checkpoint, [network, tints], loss, draws, steps=steps, lr=lr)
     return network

@@ -1,7 +1,9 @@
-"""Stable Diffusion in miniature: a VAE from 32 px to 8×8 latents of six channels, and a U-Net on them.
+"""Stable Diffusion in miniature: a VAE from 32 px to 8×8 latents of eight channels, and a U-Net on them.
 
 The U-Net predicts noise under the tiny CLIP's text, as SD v1.5 does.
 """
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ def build_autoencoder() -> AutoencoderKL:
     blocks = (32, 64, 64)
     return AutoencoderKL(
         sample_size=SIZE,
-        latent_channels=6,
+        latent_channels=8,
         block_out_channels=blocks,
         down_block_types=("DownEncoderBlock2D",) * len(blocks),
         up_block_types=("UpDecoderBlock2D",) * len(blocks),
@@ -39,31 +41,34 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[..., 1:, :] - images[..., :-1, :], images[..., :, 1:] - images[..., :, :-1]
 
 
-def train_autoencoder(pool: Pool, *, steps: int, batch_size: int, lr: float, seed: int) -> AutoencoderKL:
+def train_autoencoder(
+    pool: Pool, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
+) -> AutoencoderKL:
     """L1 on pixels and on edges, with a light pull of the latents towards a unit normal."""
     torch.manual_seed(seed)
-    vae = build_autoencoder()
+    vae = build_autoencoder().to(memory_format=torch.channels_last)
     draws = torch.Generator().manual_seed(seed)
 
     def loss(step: int):
         images = pixels(pool.images[torch.randint(len(pool), (batch_size,), generator=draws)])
-        with torch.autocast("cpu", torch.bfloat16):
-            moments = vae.quant_conv(vae.encoder(images)).float()
-            mean, logvar = moments.chunk(2, dim=1)
-            logvar = logvar.clamp(-30, 20)
-            latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
-            output = vae.decoder(vae.post_quant_conv(latents)).float()
+        moments = vae.quant_conv(vae.encoder(images.contiguous(memory_format=torch.channels_last)))
+        mean, logvar = moments.chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
+        output = vae.decoder(vae.post_quant_conv(latents))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error, psnr = reconstruction_error(output, images)
         return error + KL_WEIGHT * kl, {"psnr": psnr, "kl": kl.item()}
 
-    fit("vae", [vae], loss, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
-    spread = torch.cat([moments(vae, pool, start)[0] for start in range(0, 1024, 128)]).std()
+    fit(checkpoint, [vae], loss, draws, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
+    spread = torch.cat([moments(vae, pool, start)[0] for start in range(0, min(len(pool), 1024), 128)]).std()
     vae.register_to_config(scaling_factor=round(float(1 / spread), 5))
     return vae
 
 
-def train_decoder(vae: AutoencoderKL, pool: Pool, *, steps: int, batch_size: int, lr: float, seed: int) -> None:
+def train_decoder(
+    vae: AutoencoderKL, pool: Pool, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
+) -> None:
     """Go on with the decoder alone, as SD's own ft-MSE decoder was made: latents, and so the U-Net, stay as they are.
 
     Latents get a little more noise than their posterior has, because those that come from a U-Net are not exact.
@@ -79,13 +84,12 @@ def train_decoder(vae: AutoencoderKL, pool: Pool, *, steps: int, batch_size: int
     def loss(step: int):
         rows = torch.randint(len(pool), (batch_size,), generator=draws)
         latents = mean[rows] + spread[rows] * torch.randn((batch_size, *mean.shape[1:]), generator=draws)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = vae.decoder(vae.post_quant_conv(latents)).float()
+        output = vae.decoder(vae.post_quant_conv(latents))
         error, psnr = reconstruction_error(output, pixels(pool.images[rows]))
         return error, {"psnr": psnr}
 
     decoder = [vae.post_quant_conv, vae.decoder]
-    fit("decoder", decoder, loss, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
+    fit(checkpoint, decoder, loss, draws, steps=steps, lr=lr, weight_decay=0.0, average=0.995)
 
 
 def reconstruction_error(output: Tensor, images: Tensor) -> tuple[Tensor, float]:
@@ -131,6 +135,7 @@ def train_unet(
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
+    checkpoint: Path,
     *,
     weighting: TimestepWeighting,
     steps: int,
@@ -170,5 +175,5 @@ def train_unet(
         error = (unet(noisy, timesteps, condition).sample - noise).square().mean((1, 2, 3))
         return (weight[timesteps] * error).mean(), {"unweighted": error.mean().item()}
 
-    fit(f"unet, {weighting}", [unet], loss, steps=steps, lr=lr, average=0.998)
+    fit(checkpoint, [unet], loss, draws, steps=steps, lr=lr, average=0.998)
     return unet
