@@ -48,7 +48,7 @@ class Recipe:
     """Where the models are written; one that is there is not trained again."""
     work: str = "data/toyland/pretrained"
     """Where the drawn images are cached."""
-    only: list[str] = field(default_factory=lambda: ["tokenizer", "vae", "clip", "dino", "fid", "unet"])
+    only: list[str] = field(default_factory=lambda: ["tokenizer", "vae", "clip", "dino", "judge", "unet"])
     """Models to train; unet needs vae and clip."""
     pictures: int = 40_000
     """Scenes in the pool."""
@@ -66,15 +66,15 @@ class Recipe:
     """The VAE's decoder alone, afterwards."""
     clip: Schedule = field(default_factory=lambda: Schedule(steps=8000, batch_size=64, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
-    fid: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=64, lr=3e-3))
+    judge: Schedule = field(default_factory=lambda: Schedule(steps=6000, batch_size=96, lr=2e-3))
     unet: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch_size=64, lr=1.5e-3))
     """First as SD v1.5 was trained."""
     unet_velocity: Schedule = field(default_factory=lambda: Schedule(steps=5500, batch_size=32, lr=1e-3))
     """Then with the weight on strong noise."""
 
     def __post_init__(self):
-        if unknown := set(self.only) - {"tokenizer", "vae", "clip", "dino", "fid", "unet"}:
-            raise ValueError(f"only={sorted(unknown)} is unknown; allowed: tokenizer, vae, clip, dino, fid, unet")
+        if unknown := set(self.only) - {"tokenizer", "vae", "clip", "dino", "judge", "unet"}:
+            raise ValueError(f"only={sorted(unknown)} is unknown; allowed: tokenizer, vae, clip, dino, judge, unet")
 
 
 def main(arguments: list[str]) -> None:
@@ -116,9 +116,13 @@ def main(arguments: list[str]) -> None:
         pairs = draw_pairs(work, recipe.pairs, recipe.seed)
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
         write(encoders.train_dino(pairs, work / "dino.pt", **options("dino")), output / "dino", processor)
-    if missing("fid", output / "fid"):
-        processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
-        write(encoders.train_fid_network(pool(), work / "fid.pt", **options("fid")), output / "fid", processor)
+    if missing("judge", output / "judge"):
+        # Of scenes of its own, since it shall not know those that the other models learned from.
+        scenes = draw_pool(work, recipe.pictures, recipe.seed + 1, recipe.told)
+        judge = encoders.train_judge(
+            scenes, draw_pairs(work, recipe.pairs, recipe.seed + 1), work / "judge.pt", **options("judge")
+        )
+        write(judge, output / "judge", ViTImageProcessorPil(size={"height": 2 * SIZE, "width": 2 * SIZE}))
     if missing("unet", diffusion_folder / "unet"):
         modules = {
             "vae": AutoencoderKL.from_pretrained(diffusion_folder / "vae", dtype=torch.float32),

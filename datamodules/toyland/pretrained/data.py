@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from datamodules.toyland.brush import HUES, MARKINGS, PATTERNS
-from datamodules.toyland.kinds import KINDS
+from datamodules.toyland.kinds import ACCESSORIES, KINDS, PROPERTIES
 from datamodules.toyland.language import caption, document, noun_phrase, sample_edit, story
 from datamodules.toyland.scene import Scene, Subject, crop, render, sample_scene
 from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
@@ -39,6 +39,7 @@ LABELS = {
     "setting": list(SETTINGS),
     "light": list(LIGHTS),
     "style": list(STYLES),
+    "dress": ["", *ACCESSORIES, *PROPERTIES],
 }
 LOOKS = 5
 """The first of LABELS: what is to be seen of a subject, wherever it is."""
@@ -57,7 +58,7 @@ class Pool:
     told: list[str]
     """Of the subjects, looks included: "a red boot with yellow stripes"."""
     labels: Tensor
-    """(N, 8): index into each of LABELS, of the first subject and of the scene"""
+    """(N, 9): index into each of LABELS, of the first subject and of the scene"""
     subjects: Tensor
     """(N,): how many subjects the scene shows"""
     tints: Tensor
@@ -97,7 +98,7 @@ def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, np.ndarray, 
         look = look.recolored(first.property)
     values = (
         first.subject.kind, look.body.word, look.pattern, look.second.word, look.marking,
-        scene.setting, scene.light, scene.style,
+        scene.setting, scene.light, scene.style, first.accessory or first.property or "",
     )  # fmt: skip
     labels = [names.index(value) for names, value in zip(LABELS.values(), values, strict=True)]
     looks = noun_phrase(first, told=True, suffixed=bool(rng.random() < 0.7))
@@ -107,7 +108,7 @@ def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, np.ndarray, 
 
 def draw_pool(folder: Path, count: int, seed: int, told: float) -> Pool:
     """`count` scenes, of whose captions the share `told` names looks; read from `folder` when they are there."""
-    path = folder / f"scenes-{count}-{seed}-{told}.pt"
+    path = folder / f"pool-{count}-{seed}-{told}.pt"
     if not path.exists():
         rows = _parallel(partial(_draw, seed=seed, told=told), count)
         images, crops, captions, looks, labels, subjects, tints = zip(*rows, strict=True)

@@ -170,32 +170,66 @@ def train_dino(pairs: Tensor, checkpoint: Path, *, steps: int, batch_size: int, 
     return vit
 
 
-def train_fid_network(
-    pool: Pool, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
+def train_judge(
+    pool: Pool, pairs: Tensor, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
 ) -> ResNetForImageClassification:
-    """A small ResNet that names kind, setting, light, style and pattern and measures colours, all from one feature."""
+    """A small ResNet that names what is to be seen, measures colours and tells individuals apart, all from one feature.
+
+    A quarter of a batch are scenes of one subject, a quarter subjects cut out of scenes, half are pairs of images of
+    one subject, whose features shall be nearer than any other two. Its feature serves FID, too.
+    """
     torch.manual_seed(seed)
     groups = [len(names) for names in LABELS.values()]
     config = ResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 32, 48, 64],
+        embedding_size=32,
+        hidden_sizes=[32, 64, 96, 96],
         depths=[1, 1, 1, 1],
         layer_type="basic",
         num_labels=sum(groups),
-        id2label=dict(enumerate(f"{group}: {name or 'plain'}" for group, names in LABELS.items() for name in names)),
+        id2label=dict(enumerate(f"{group}: {name or 'none'}" for group, names in LABELS.items() for name in names)),
     )
     network = ResNetForImageClassification(config)
     # Dropped afterwards: it makes the feature see colour.
     tints = nn.Linear(config.hidden_sizes[-1], pool.tints.shape[1])
     draws = torch.Generator().manual_seed(seed)
+    alone = torch.nonzero(pool.subjects == 1)[:, 0]
+    quarter = batch_size // 4
+    of_scene = [name in ("setting", "light", "style") for name in LABELS]
 
     def loss(step: int):
-        rows = torch.randint(len(pool), (batch_size,), generator=draws)
-        feature = network.resnet(pixels(pool.images[rows])).pooler_output.flatten(1)
-        logits = network.classifier(feature).split(groups, dim=-1)
-        named = sum(F.cross_entropy(part, pool.labels[rows, i]) for i, part in enumerate(logits))
-        hit = (logits[0].argmax(-1) == pool.labels[rows, 0]).float().mean()
-        return named + 5 * F.l1_loss(tints(feature), pool.tints[rows]), {"kind": hit.item()}
+        scenes = alone[torch.randint(len(alone), (quarter,), generator=draws)]
+        cut = torch.randint(len(pool), (quarter,), generator=draws)
+        two = pairs[torch.randint(len(pairs), (quarter,), generator=draws)]
+        crops = pool.crops[cut, torch.randint(2, (quarter,), generator=draws)]
+        images = augmented(torch.cat([pool.images[scenes], crops, two[:, 0], two[:, 1]]), draws)
+        feature = network.resnet(judged(images)).pooler_output.flatten(1)
+        named, rows = feature[: 2 * quarter], torch.cat([scenes, cut])
+        logits = network.classifier(named).split(groups, dim=-1)
+        value = 5 * F.l1_loss(tints(named), pool.tints[rows])
+        for number, part in enumerate(logits):  # a crop tells nothing of its scene
+            count = quarter if of_scene[number] else 2 * quarter
+            value = value + F.cross_entropy(part[:count], pool.labels[rows[:count], number])
+        first, second = F.normalize(feature[2 * quarter :], dim=-1).chunk(2)
+        cosines, target = first @ second.T / TEMPERATURE, torch.arange(quarter)
+        value = value + F.cross_entropy(cosines, target) + F.cross_entropy(cosines.T, target)
+        hits = [(part[:quarter].argmax(-1) == pool.labels[scenes, i]).float().mean() for i, part in enumerate(logits)]
+        figures = {name: hit.item() for name, hit in zip(LABELS, hits, strict=True) if name in ("kind", "pattern")}
+        return value, figures | {"identity": (cosines.argmax(-1) == target).float().mean().item()}
 
-    fit(checkpoint, [network, tints], loss, draws, steps=steps, lr=lr)
-    return network
+    fit(checkpoint, [network, tints], loss, draws, steps=steps, lr=lr, average=0.998)
+    # The averaged weights need statistics of their own.
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    with torch.no_grad():
+        for start in range(0, 40 * batch_size, batch_size):
+            rows = alone[start : start + batch_size // 2]
+            network(judged(torch.cat([pool.images[rows], pool.crops[rows, start // batch_size % 2]])))
+    return network.eval()
+
+
+def judged(images: Tensor) -> Tensor:
+    """uint8 → the judge's input, twice as large: its first layers keep a quarter of the side."""
+    return F.interpolate(pixels(images), size=2 * SIZE, mode="bilinear")
