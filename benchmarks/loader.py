@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 from webdataset.compat import WebDataset
 
 from benchmarks.measure import Limit, in_turns, interval, ratio
-from datamodules.alignment import AlignmentData, AlignmentDataConfig
+from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
 from datamodules.data_config import DataConfig, Source
 from datamodules.images import Limits, StoredImage
 from datamodules.instruction import InstructionData, InstructionDataConfig
@@ -172,7 +172,7 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
         return torch.tensor(clip(texts, padding="max_length", truncation=True, max_length=CLIP_TOKENS).input_ids)
 
     data = AlignmentDataConfig(captions=Source(str(folder / "text" / "*.tar")))
-    module: Any = AlignmentData(data, PromptEncoder(words, ClipImageTransform(224), 64), tokenize)
+    module: Any = AlignmentData(data, PromptEncoder(words, ClipImageTransform(224), 64), ClipTokens(tokenize))
     module.setup()
     gc.freeze()  # as the loader's workers do
     resident = []

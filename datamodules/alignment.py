@@ -1,6 +1,7 @@
 """Stage 2 data: captions alone, as tokens for the MLLM and for the CLIP text model (paper section 2.2).
 
-Images of the caption shards are neither decoded nor read.
+Images of the caption shards are neither decoded nor read. Constructed samples, which the paper's stage 2 does not have,
+give prompts with images for the MLLM, and their captions for the text model.
 """
 
 import re
@@ -14,21 +15,23 @@ from torch import Tensor
 
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
+from datamodules.entities import EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
+from datamodules.images import load
 from datamodules.mixture import Request, RowBuilder
 from datamodules.order import SampleOrder
 from datamodules.reader import SampleReader
-from datamodules.sample import TEXT_MEMBERS, CaptionSample
+from datamodules.sample import TEXT_MEMBERS, CaptionSample, ConstructedSample, Sample
 from datamodules.shards import ShardList
 from kosmosg.batches import AlignmentBatch, ReadReport
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder
+from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder, PromptTooLongError
 from kosmosg.tokenizer import Tokenizer
 
 BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
 REMEMBERED_CHARACTERS = 10_000_000  # of all words together: a hostile caption may be one word of megabytes
 TextTokenize = Callable[[list[str]], Tensor]
-CaptionRow = tuple[EncodedPrompt, np.ndarray]  # <s> and the caption; ids (Q,) of the image decoder's text model
+AlignmentRow = tuple[EncodedPrompt, np.ndarray]  # the prompt; ids (Q,) of its caption for the decoder's text model
 
 
 @dataclass
@@ -37,6 +40,10 @@ class AlignmentDataConfig(DataConfig):
 
     captions: Source = field(default_factory=Source)
     """Image-caption pairs; only the captions are used."""
+    constructed: Source = field(default_factory=Source)
+    """Captions with segmented entities, for `recipe.trainable: all` (not in the paper)."""
+    entities: EntityRules = field(default_factory=EntityRules)
+    """How constructed samples become prompts."""
     max_clip_tokens: int = 75
     """Longer captions are left out: CLIP tokens without start and end (golden README, "Caption rows")."""
     max_pieces: int = 85
@@ -113,7 +120,13 @@ class WholeCaptions:
         return ids, ((ids != self.pad_id).sum(dim=1) - self.before).tolist()
 
 
-class CaptionRows(RowBuilder[CaptionRow]):
+def caption_tokens(decoder: ImageDecoder) -> ClipTokens | WholeCaptions:
+    """How the text model of `decoder` is given captions."""
+    kind = ClipTokens if decoder.words_apart else WholeCaptions
+    return kind(partial(decoder.tokenize, clean=False), decoder.clean)
+
+
+class CaptionRows(RowBuilder[AlignmentRow]):
     """Builds `<s>caption` and CLIP ids, all of a batch at once."""
 
     def __init__(
@@ -122,7 +135,7 @@ class CaptionRows(RowBuilder[CaptionRow]):
         super().__init__("captions", source)
         self.tokenizer, self.clip, self.config = tokenizer, clip, config
 
-    def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[CaptionRow, str] | SampleError]:
+    def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[AlignmentRow, str] | SampleError]:
         """See `RowBuilder`."""
         samples = [self._read(request) for request in requests]
         report.reads += len(samples)
@@ -132,7 +145,7 @@ class CaptionRows(RowBuilder[CaptionRow]):
         found = iter(zip(ids.numpy(), lengths, self.tokenizer.encode_batch(captions), strict=True))
         return [self._row(sample, *next(found)) if isinstance(sample, CaptionSample) else sample for sample in samples]
 
-    def tokens(self, row: CaptionRow) -> int:
+    def tokens(self, row: AlignmentRow) -> int:
         """See `RowBuilder`."""
         return len(row[0])
 
@@ -146,10 +159,9 @@ class CaptionRows(RowBuilder[CaptionRow]):
 
     def _row(
         self, sample: CaptionSample, text_ids: np.ndarray, length: int, pieces: list[int]
-    ) -> tuple[CaptionRow, str] | SampleError:
+    ) -> tuple[AlignmentRow, str] | SampleError:
         if length > self.config.max_clip_tokens:
-            detail = f"{length} CLIP tokens, at most {self.config.max_clip_tokens}"
-            return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
+            return too_long(sample, length, self.config.max_clip_tokens)
         if len(pieces) > self.config.max_pieces:
             detail = f"{len(pieces)} pieces, at most {self.config.max_pieces}"
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
@@ -159,14 +171,56 @@ class CaptionRows(RowBuilder[CaptionRow]):
         return (prompt, text_ids), f"{sample.shard}/{sample.key}"
 
 
+class EntityPromptRows(RowBuilder[AlignmentRow]):
+    """Builds prompts with images of constructed samples, and the CLIP ids of their descriptions or captions."""
+
+    def __init__(
+        self,
+        source: SampleReader,
+        encoder: PromptEncoder,
+        clip: ClipTokens | WholeCaptions,
+        config: AlignmentDataConfig,
+    ):
+        super().__init__("constructed", source)
+        self.encoder, self.clip, self.config = encoder, clip, config
+
+    def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[AlignmentRow, str] | SampleError]:
+        """See `RowBuilder`."""
+        report.reads += len(requests)
+        return [self._row(request) for request in requests]
+
+    def tokens(self, row: AlignmentRow) -> int:
+        """See `RowBuilder`."""
+        return len(row[0])
+
+    def _row(self, request: Request) -> tuple[AlignmentRow, str] | SampleError:
+        try:
+            sample = self.source(request.lane, request.row, request.attempt)
+            assert isinstance(sample, ConstructedSample)
+            ids, (length,) = self.clip([sample.description or sample.caption])
+            if length > self.config.max_clip_tokens:
+                return too_long(sample, length, self.config.max_clip_tokens)
+            segments = entity_segments(sample, self.config.entities, request.random)
+            try:
+                prompt = self.encoder([item if isinstance(item, str) else load(item) for item in segments])
+            except PromptTooLongError as error:
+                return FilteredSample("prompt_too_long", sample.shard, sample.key, str(error))
+            return (prompt, ids[0].numpy()), f"{sample.shard}/{sample.key}"
+        except SampleError as error:
+            return error
+
+
+def too_long(sample: Sample, tokens: int, most: int) -> FilteredSample:
+    """A caption that the image decoder's text model would be given cut."""
+    return FilteredSample("caption_too_long", sample.shard, sample.key, f"{tokens} CLIP tokens, at most {most}")
+
+
 class AlignmentData(MixtureDataModule):
     """Batches of stage 2.
 
     Args:
         encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens.
-        text_tokenize: clean captions → CLIP ids B×Q, padded and cut, e.g. `ImageDecoder.tokenize`.
-        clean: applied to each caption before, e.g. `ImageDecoder.clean`.
-        words_apart: see `ImageDecoder`.
+        clip: captions → ids of the image decoder's text model.
 
     Raises:
         ValueError: `max_clip_tokens` is more than the CLIP text model takes.
@@ -180,19 +234,11 @@ class AlignmentData(MixtureDataModule):
         cls, config: AlignmentDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
     ) -> "AlignmentData":
         assert decoder is not None
-        return cls(config, encoder, partial(decoder.tokenize, clean=False), decoder.clean, decoder.words_apart)
+        return cls(config, encoder, caption_tokens(decoder))
 
-    def __init__(
-        self,
-        config: AlignmentDataConfig,
-        encoder: PromptEncoder,
-        text_tokenize: TextTokenize,
-        clean: Callable[[str], str] = str,
-        words_apart: bool = True,
-    ):
+    def __init__(self, config: AlignmentDataConfig, encoder: PromptEncoder, clip: ClipTokens | WholeCaptions):
         super().__init__(config)
-        self.encoder = encoder
-        self.clip = (ClipTokens if words_apart else WholeCaptions)(text_tokenize, clean)
+        self.encoder, self.clip = encoder, clip
         if config.max_clip_tokens > self.clip.room:
             raise ValueError(
                 f"max_clip_tokens={config.max_clip_tokens} but the CLIP text model takes {self.clip.room} beside start "
@@ -205,15 +251,18 @@ class AlignmentData(MixtureDataModule):
             )
 
     def sources(self) -> dict[str, Source]:
-        """Captions alone."""
-        return {"captions": self.config.captions}
+        """Captions, constructed."""
+        return {"captions": self.config.captions, "constructed": self.config.constructed}
 
-    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> CaptionRows:
-        """Caption rows."""
+    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> CaptionRows | EntityPromptRows:
+        """Rows of one source."""
+        if name == "constructed":
+            source = SampleReader(shards, order, ConstructedSample.kind, self.config.limits)
+            return EntityPromptRows(source, self.encoder, self.clip, self.config)
         source = SampleReader(shards, order, CaptionSample.kind, self.config.limits, frozenset(TEXT_MEMBERS))
         return CaptionRows(source, self.encoder.tokenizer, self.clip, self.config)
 
-    def collate(self, rows: list[CaptionRow], report: ReadReport) -> AlignmentBatch:
+    def collate(self, rows: list[AlignmentRow], report: ReadReport) -> AlignmentBatch:
         """Rows → batch."""
         prompt = PromptBatch.stack([prompt for prompt, _ in rows], self.encoder.tokenizer.pad_id)
         text_ids = torch.from_numpy(np.stack([text_ids for _, text_ids in rows]))

@@ -1,5 +1,6 @@
 """Stage 3 data: constructed : edit : caption = 2 : 2 : 1 (paper section 3.1), each a prompt and its target image.
 
+Where a loss reads them, the captions of the targets come along, for the image decoder's text model.
 With cached latents the target is the VAE's moments of it, read from beside the shards; the image is then not decoded.
 """
 
@@ -11,6 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from datamodules.alignment import ClipTokens, WholeCaptions, caption_tokens
 from datamodules.cached_latents import CachedLatents, latents_identity
 from datamodules.data_config import DataConfig, Source
 from datamodules.datamodule import MixtureDataModule
@@ -68,7 +70,10 @@ def edit_segments(sample: EditSample, caption_drop: float, draws: Draws) -> tupl
     return [*([caption] if caption else []), source, sample.instruction], target
 
 
-class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
+InstructionRow = tuple[EncodedPrompt, Tensor, str]  # the prompt; its target, or the moments of it; the target's caption
+
+
+class InstructionRows(RowBuilder[InstructionRow]):
     """Builds prompt and target of one source's samples. Prompts carry no `</s>`: the model never reads one."""
 
     def __init__(
@@ -85,10 +90,10 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
 
     def __call__(
         self, requests: Sequence[Request], report: ReadReport
-    ) -> list[tuple[tuple[EncodedPrompt, Tensor], str] | SampleError]:
+    ) -> list[tuple[InstructionRow, str] | SampleError]:
         """See `RowBuilder`."""
         report.reads += len(requests)
-        rows: list[tuple[tuple[EncodedPrompt, Tensor], str] | SampleError] = []
+        rows: list[tuple[InstructionRow, str] | SampleError] = []
         for request in requests:
             try:
                 sample = self.source(request.lane, request.row, request.attempt)
@@ -96,12 +101,13 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
                 if self.latents is not None:
                     located = self.source.locate(request.lane, request.row, request.attempt)
                     moments = self.latents(located.shard, located.number)
-                rows.append((self.build(sample, request.random, moments), f"{sample.shard}/{sample.key}"))
+                row = (*self.build(sample, request.random, moments), target_caption(sample))
+                rows.append((row, f"{sample.shard}/{sample.key}"))
             except SampleError as error:
                 rows.append(error)
         return rows
 
-    def tokens(self, row: tuple[EncodedPrompt, Tensor]) -> int:
+    def tokens(self, row: InstructionRow) -> int:
         """See `RowBuilder`."""
         return len(row[0])
 
@@ -146,6 +152,13 @@ class InstructionRows(RowBuilder[tuple[EncodedPrompt, Tensor]]):
         return [sample.caption], sample.image
 
 
+def target_caption(sample: Sample) -> str:
+    """What is known in words of a sample's target; empty for edits, whose captions are of the unedited image."""
+    if isinstance(sample, ConstructedSample):
+        return sample.description or sample.caption
+    return sample.caption if isinstance(sample, CaptionSample) else ""
+
+
 class InstructionData(MixtureDataModule):
     """Batches of stage 3. Dropping the condition is the LightningModule's part.
 
@@ -154,6 +167,7 @@ class InstructionData(MixtureDataModule):
         target_transform: PIL image → the VAE's input.
         latents_identity: of the stage's VAE and of the transform, see `cached_latents.py`; needed with `cached_latents`
             alone.
+        clip: captions → ids of the image decoder's text model, where a loss reads them.
 
     Raises:
         ValueError: cached latents are asked for, but not of which VAE.
@@ -170,7 +184,7 @@ class InstructionData(MixtureDataModule):
         transform = TargetTransform(image_size)
         precision = config.cached_latents
         identity = latents_identity(decoder.autoencoder, transform, precision) if precision else None
-        return cls(config, encoder, transform, identity)
+        return cls(config, encoder, transform, identity, caption_tokens(decoder) if decoder.has_text_model else None)
 
     def __init__(
         self,
@@ -178,11 +192,13 @@ class InstructionData(MixtureDataModule):
         encoder: PromptEncoder,
         target_transform: TargetTransform,
         latents_identity: str | None = None,
+        clip: ClipTokens | WholeCaptions | None = None,
     ):
         super().__init__(config)
         if config.cached_latents and latents_identity is None:
             raise ValueError("cached_latents needs latents_identity: of the VAE whose latents may be read.")
-        self.encoder, self.target_transform, self.latents_identity = encoder, target_transform, latents_identity
+        self.encoder, self.target_transform, self.clip = encoder, target_transform, clip
+        self.latents_identity = latents_identity
 
     def sources(self) -> dict[str, Source]:
         """Constructed, edit, captions, instructions."""
@@ -199,7 +215,14 @@ class InstructionData(MixtureDataModule):
             latents = CachedLatents(shards, self.latents_identity)
         return InstructionRows(name, source, self.encoder, self.target_transform, self.config, latents)
 
-    def collate(self, rows: list[tuple[EncodedPrompt, Tensor]], report: ReadReport) -> InstructionBatch:
-        """Rows → batch."""
-        prompt = self.encoder.collate([prompt for prompt, _ in rows])
-        return InstructionBatch(prompt=prompt, targets=torch.stack([target for _, target in rows]), report=report)
+    def collate(self, rows: list[InstructionRow], report: ReadReport) -> InstructionBatch:
+        """Rows → batch. A caption that the text model would be given cut counts as none."""
+        prompts, targets, captions = zip(*rows, strict=True)
+        text_ids = None
+        if self.clip is not None:
+            text_ids, lengths = self.clip(captions)
+            told = [bool(words) and length <= self.clip.room for words, length in zip(captions, lengths, strict=True)]
+            text_ids = text_ids.masked_fill(~torch.tensor(told)[:, None], -1)
+        return InstructionBatch(
+            prompt=self.encoder.collate(prompts), targets=torch.stack(targets), text_ids=text_ids, report=report
+        )

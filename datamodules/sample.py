@@ -92,7 +92,11 @@ class Entity:
 
 @dataclass
 class ConstructedSample:
-    """A caption, its segmented entities and the image that they came from (paper Fig. 4)."""
+    """A caption, its segmented entities and the image that they came from (paper Fig. 4).
+
+    `description`, where it is not empty, tells more of the image than the caption does, such as how the entities look.
+    No prompt holds it: it is what a prompt with the entities' images can be expected to mean.
+    """
 
     kind: ClassVar[str] = "constructed"
     caption: str
@@ -100,15 +104,17 @@ class ConstructedSample:
     target: SampleImage
     key: str = ""
     shard: str = ""
+    description: str = ""
 
     def encode(self) -> dict[str, bytes]:
         """The sample as tar members."""
         listed = [{"text": entity.text} for entity in self.entities]
+        told = {"description": self.description} if self.description else {}
         members = _image_member("target.", self.target)
         for i, entity in enumerate(self.entities):
             members |= _image_member(f"{i}.background.", entity.background)
             members |= _image_member(f"{i}.white.", entity.white)
-        return members | {"json": _json(kind=self.kind, caption=self.caption, entities=listed)}
+        return members | {"json": _json(kind=self.kind, caption=self.caption, entities=listed, **told)}
 
 
 @dataclass
@@ -253,7 +259,9 @@ class _Decoder:
                 raise self.error("invalid_field", f"entities[{i}] is {entity!r:.60}; allowed is {{'text': word}}")
             word = self.text(entity, "text", "empty_text")
             entities.append(Entity(word, self.image(f"{i}.background.png"), self.image(f"{i}.white.png")))
-        return ConstructedSample(self.text(record, "caption", "empty_caption"), entities, self.image("target.png"))
+        caption, target = self.text(record, "caption", "empty_caption"), self.image("target.png")
+        description = self.text(record, "description", "empty_caption") if "description" in record else ""
+        return ConstructedSample(caption, entities, target, description=description)
 
     def edit_sample(self, record: dict) -> EditSample:
         # An empty input caption is usual in edit data: the instruction is what must be there.

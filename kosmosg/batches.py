@@ -99,13 +99,20 @@ class LanguageModellingBatch(MicroBatch):
 
 @dataclass(kw_only=True)
 class AlignmentBatch(MicroBatch):
-    """Stage 2. `text_ids` B×Q int64: the same captions for the image decoder's text model."""
+    """Stage 2. `text_ids` B×Q int64: the captions for the image decoder's text model."""
 
     text_ids: Tensor
 
 
 @dataclass(kw_only=True)
 class InstructionBatch(MicroBatch):
-    """Stage 3. `targets` B×3×H×W float32 in [-1, 1], or their cached latents: the VAE's moments B×8×h×w."""
+    """Stage 3.
+
+    Attributes:
+        targets: B×3×H×W float32 in [-1, 1], or their cached latents: the VAE's moments B×8×h×w.
+        text_ids: captions of the targets for the image decoder's text model, B×Q int64, -1 in rows without one; None
+            where no loss reads them.
+    """
 
     targets: Tensor
+    text_ids: Tensor | None = None

@@ -3,16 +3,18 @@
 Shapes: `B` batch, `L` tokens, `D` MLLM width, `V` vocabulary, `Q` queries, `C` condition width.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kosmosg.chunked_cross_entropy import chunked_cross_entropy
+from kosmosg.condition import Condition
 
 IGNORED_LABEL = -100
 AlignmentVariant = Literal["released", "masked", "paper"]
+ALIGNMENT_VARIANTS = get_args(AlignmentVariant)
 LOSS_CHUNK = 1024
 
 
@@ -38,62 +40,59 @@ def language_modelling_loss(
     return total / counted.sum().clamp(min=1)
 
 
-def alignment_losses(
-    condition: Tensor,
-    target: Tensor,
-    hidden: Tensor,
-    reconstruction: Tensor,
-    *,
-    mask: Tensor | None = None,
-    pooled: tuple[Tensor, Tensor] | None = None,
-    padding: Tensor | None = None,
-    variant: AlignmentVariant = "released",
-) -> tuple[Tensor, Tensor]:
-    """L_mse = E‖t − M(s)‖² (eq. 5) and L_rec = E‖s − N(M(s))‖² (eq. 6).
+def text_losses(condition: Condition, target: Condition, variant: AlignmentVariant = "released") -> Tensor:
+    """‖t − M(s)‖² (eq. 5) of each caption, B; their mean is L_mse.
 
-    - `released`: means over all elements, L_rec times Q / L with L the padded length; padding counts.
-    - `masked`: the same means without padding: L_rec of a caption is the mean over its own tokens' elements, and
-      captions count alike. Q / L, near 1 at the released lengths, is left out: a caption's loss is its own, whatever
-      batch it stands in.
-    - `paper`: the squared norms of eqs. 5 and 6: sums over a caption's real tokens and channels, means over captions.
+    A mean over the elements of the states that count (`target.mask`); for `paper` the sum over them. A pooled vector's
+    error is a further term, averaged or summed over its own elements.
 
     Args:
-        condition: M(s), B×Q×C.
-        target: t, the CLIP text model's last hidden state, B×Q×C.
-        hidden: s, B×L×D.
-        reconstruction: N(M(s)), B×L×D.
-        mask: bool B×Q, of the target's states that count; all without it. L_mse of a caption is then the mean over the
-            elements of its own states, and captions count alike.
-        pooled: M's pooled vector and the text model's, B×P both. Its error is a further term of L_mse, averaged as the
-            states' over its own elements.
-        padding: bool B×L, True at padding; not needed by `released`.
+        condition: M(s), states B×Q×C.
+        target: t, what the image decoder's text model makes of the caption, states B×Q×C.
 
     Raises:
-        ValueError: an unknown variant, no padding where it is needed, or a target unlike the condition in shape.
+        ValueError: an unknown variant, or a target unlike the condition in shape.
     """
-    if condition.shape != target.shape:
+    if condition.states.shape != target.states.shape:
         raise ValueError(
-            f"the condition is {tuple(condition.shape)} but the text target {tuple(target.shape)}: M's num_queries and "
-            "width must be those of Stable Diffusion's text encoder."
+            f"the condition is {tuple(condition.states.shape)} but the text target {tuple(target.states.shape)}: M's "
+            "num_queries and width must be those of the image decoder's text model."
         )
-    pairs = [(condition, target), *([] if pooled is None else [pooled])]
-    errors = [(ours.float() - theirs.float()).square() for ours, theirs in pairs]
-    if mask is not None:  # so that a mean over all states is one over those that count
-        share = 1.0 if variant == "paper" else mask.shape[1] / mask.sum(dim=1)[:, None, None]
-        errors[0] = errors[0] * mask[..., None] * share
-    errors = [error.flatten(1) for error in errors]
-    mse = torch.stack([error.mean() for error in errors]).sum()
-    rec = (reconstruction.float() - hidden.float()).square()
+    if variant not in ALIGNMENT_VARIANTS:
+        raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: {', '.join(ALIGNMENT_VARIANTS)}.")
+    error = (condition.states.float() - target.states.float()).square()
+    if target.mask is not None:  # so that a mean over all states is one over those that count
+        share = 1.0 if variant == "paper" else target.mask.shape[1] / target.mask.sum(dim=1)[:, None, None]
+        error = error * target.mask[..., None] * share
+    errors = [error.flatten(1)]
+    if condition.pooled is not None and target.pooled is not None:
+        errors.append((condition.pooled.float() - target.pooled.float()).square())
+    return torch.stack([error.sum(dim=1) if variant == "paper" else error.mean(dim=1) for error in errors]).sum(dim=0)
+
+
+def reconstruction_loss(
+    hidden: Tensor, reconstruction: Tensor, queries: int, padding: Tensor, variant: AlignmentVariant = "released"
+) -> Tensor:
+    """L_rec = E‖s − N(M(s))‖² (eq. 6).
+
+    - `released`: the mean over all elements times Q / L with L the padded length; padding counts.
+    - `masked`: a caption's is the mean over its own tokens' elements, and captions count alike. Q / L, near 1 at the
+      released lengths, is left out: a caption's loss is its own, whatever batch it stands in.
+    - `paper`: the squared norm: the sum over a caption's tokens and channels, the mean over captions.
+
+    Args:
+        hidden: s, B×L×D.
+        reconstruction: N(M(s)), B×L×D.
+        queries: `Q`.
+        padding: bool B×L, True at padding.
+    """
+    error = (reconstruction.float() - hidden.float()).square()
     if variant == "released":
-        return mse, rec.mean() * (condition.shape[1] / hidden.shape[1])
-    if variant not in ("masked", "paper"):
-        raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: 'released', 'masked', 'paper'.")
-    if padding is None:
-        raise ValueError(f"alignment_losses(variant={variant!r}) needs the padding mask of the prompts.")
-    real = rec * ~padding[..., None]
+        return error.mean() * (queries / hidden.shape[1])
+    real = error * ~padding[..., None]
     if variant == "paper":
-        return torch.stack([error.sum(dim=1).mean() for error in errors]).sum(), real.sum(dim=(1, 2)).mean()
-    return mse, (real.mean(dim=2).sum(dim=1) / (~padding).sum(dim=1)).mean()
+        return real.sum(dim=(1, 2)).mean()
+    return (real.mean(dim=2).sum(dim=1) / (~padding).sum(dim=1)).mean()
 
 
 def diffusion_loss(

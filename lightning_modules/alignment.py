@@ -3,6 +3,10 @@
 L = w_mse·L_mse + w_rec·L_rec: M(s) hits the text model's states t (eq. 5) and N finds s again (eq. 6), with s the
 MLLM's states of the caption. Trainable: M and N. Frozen: MLLM and text model.
 
+With `recipe.trainable: all`, which is not in the paper, the MLLM trains, too, and prompts may hold images: M(s) shall
+be what the text model makes of the caption, in which words stand for them. There is no L_rec then: an MLLM that trains
+would give up what N cannot find again.
+
 Notable: without padding in the loss (`recipe.variant` masked or paper) a caption's loss does not depend on its batch,
 which may then be computed in buckets of similar length.
 
@@ -10,9 +14,9 @@ Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries, `C` condition width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -20,12 +24,12 @@ from torch import Tensor, nn
 
 from kosmosg.batches import AlignmentBatch
 from kosmosg.condition import Condition
-from kosmosg.losses import AlignmentVariant, alignment_losses
+from kosmosg.losses import AlignmentVariant, reconstruction_loss, text_losses
 from kosmosg.models.aligner import Aligner, AlignerDecoder
 from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm, load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.mllm import MLLM
+from kosmosg.models.mllm import MLLM, VisionTraining
 from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import LoadDecoder, PromptShape, Sample, StageExperiment, StageModule, fake_prompts
@@ -46,6 +50,12 @@ class AlignmentRecipe:
     length_buckets: int = 1
     """Parts of similar length in which a micro-batch is computed; more than 1 needs a variant that does not count
     padding."""
+    trainable: Literal["aligner", "all"] = "aligner"
+    """all: the MLLM trains, too; needs rec_weight=0. For `data.constructed`, prompts with images."""
+    new_aligner: bool = True
+    """Start M from random weights; else init_from gives it, too."""
+    vision_training: VisionTraining = field(default_factory=VisionTraining)
+    """Which part of the vision encoder trains, where the MLLM does."""
     frozen_dropout: bool = False
     """Dropout in the frozen MLLM. The released code leaves it on; a frozen network without it is the paper's text."""
 
@@ -60,6 +70,8 @@ class AlignmentRecipe:
             )
         if self.mse_weight == self.rec_weight == 0:
             raise ValueError("recipe.mse_weight and recipe.rec_weight are both 0; at least one must be above 0")
+        if self.trainable == "all" and self.rec_weight:
+            raise ValueError(f"recipe.rec_weight is {self.rec_weight}; allowed with recipe.trainable=all: 0")
 
 
 class AlignmentModule(StageModule):
@@ -76,7 +88,7 @@ class AlignmentModule(StageModule):
         self,
         mllm: MLLM,
         aligner: Aligner,
-        aligner_decoder: AlignerDecoder,
+        aligner_decoder: AlignerDecoder | None,
         image_decoder: ImageDecoder,
         recipe: AlignmentRecipe,
         optimizer: OptimizerConfig,
@@ -95,9 +107,11 @@ class AlignmentModule(StageModule):
                 )
         self.mllm, self.aligner, self.aligner_decoder = mllm, aligner, aligner_decoder
         self.image_decoder, self.recipe = image_decoder, recipe
-        mllm.requires_grad_(False)
+        if recipe.trainable == "all":
+            mllm.set_trainable(recipe.vision_training)
+        else:
+            mllm.requires_grad_(False)
         aligner.requires_grad_(True)
-        aligner_decoder.requires_grad_(recipe.rec_weight > 0)
 
     @classmethod
     def build(
@@ -105,8 +119,8 @@ class AlignmentModule(StageModule):
     ) -> "AlignmentModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
-            build_aligner(experiment.model),
-            build_aligner_decoder(experiment.model),
+            build_aligner(experiment.model, None if experiment.recipe.new_aligner else experiment.init_from),
+            build_aligner_decoder(experiment.model) if experiment.recipe.rec_weight else None,
             load_decoder(experiment.model.image_decoder, "text"),
             experiment.recipe,
             experiment.optimizer,
@@ -119,48 +133,45 @@ class AlignmentModule(StageModule):
         return KosmosG(self.mllm, self.aligner)
 
     def frozen_modules(self) -> Sequence[nn.Module]:
-        return (self.image_decoder,) if self.recipe.frozen_dropout else (self.mllm, self.image_decoder)
+        trains = self.recipe.trainable == "all"
+        return (self.image_decoder,) if trains or self.recipe.frozen_dropout else (self.mllm, self.image_decoder)
 
     def sharded_modules(self) -> Sequence[nn.Module]:
-        return (self.mllm, self.aligner, self.aligner_decoder)
+        networks = (self.mllm, self.aligner, self.aligner_decoder)
+        return [network for network in networks if network is not None]
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """`loss`, `mse_loss` (eq. 5) and `rec_loss` (eq. 6) of a batch."""
+        """`loss`, `mse_loss` (eq. 5) and, with N, `rec_loss` (eq. 6) of a batch."""
         target = self.image_decoder.text_condition(batch.text_ids)
         buckets = length_buckets(batch.prompt.lengths, self.recipe.length_buckets)
         prompts = [batch.prompt] if len(buckets) == 1 else [batch.prompt.rows(rows) for rows in buckets]
         targets = [target] if len(buckets) == 1 else [target.rows(rows) for rows in buckets]
+        wants_image = self.recipe.trainable == "all" and batch.prompt.images is None
         means = [
-            torch.stack(self._bucket_losses(prompt, target)) * (len(prompt) / len(batch))
-            for prompt, target in zip(prompts, targets, strict=True)
+            torch.stack(self._bucket_losses(prompt, target, wants_image and not number)) * (len(prompt) / len(batch))
+            for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
         ]
-        mse, rec = torch.stack(means).sum(dim=0)
-        return {
-            "loss": self.recipe.mse_weight * mse + self.recipe.rec_weight * rec,
-            "mse_loss": mse,
-            "rec_loss": rec,
-        }
+        mse, *rec = torch.stack(means).sum(dim=0)
+        loss = self.recipe.mse_weight * mse
+        if not rec:
+            return {"loss": loss, "mse_loss": mse}
+        return {"loss": loss + self.recipe.rec_weight * rec[0], "mse_loss": mse, "rec_loss": rec[0]}
 
-    def _bucket_losses(self, prompt: PromptBatch, target: Condition) -> tuple[Tensor, Tensor]:
-        """L_mse and L_rec, means over the captions of `prompt`."""
+    def _bucket_losses(self, prompt: PromptBatch, target: Condition, wants_image: bool) -> tuple[Tensor, ...]:
+        """L_mse and, with N, L_rec, means over the captions of `prompt`."""
         variant = self.recipe.variant
+        if self.recipe.trainable == "all":
+            condition = self.condition(prompt, self.mllm, self.aligner, wants_image or self.is_sharded)
+            return (text_losses(condition, target, variant).mean(),)
         with torch.no_grad():
             hidden, padding = self.mllm.hidden_states(prompt)
         condition = self.aligner(hidden, padding)
-        reconstruction = self.aligner_decoder(condition, hidden.shape[1], None if variant == "released" else padding)
-        pooled = None
-        if condition.pooled is not None and target.pooled is not None:
-            pooled = condition.pooled, target.pooled
-        return alignment_losses(
-            condition.states,
-            target.states,
-            hidden,
-            reconstruction,
-            mask=target.mask,
-            pooled=pooled,
-            padding=padding,
-            variant=variant,
-        )
+        mse = text_losses(condition, target, variant).mean()
+        if self.aligner_decoder is None:
+            return (mse,)
+        length, queries = hidden.shape[1], condition.states.shape[1]
+        reconstruction = self.aligner_decoder(condition, length, None if variant == "released" else padding)
+        return mse, reconstruction_loss(hidden, reconstruction, queries, padding, variant)
 
     def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
         return {name: (value, len(batch)) for name, value in self.losses(batch).items()}
@@ -181,5 +192,5 @@ class AlignmentModule(StageModule):
         return sample(conditions.rows(slice(0, -1)), decoder.spec.null(conditions.rows(slice(-1, None))))
 
     def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """mllm/, aligner/, aligner_decoder/ and tokenizer/."""
+        """mllm/, aligner/, with N aligner_decoder/, and tokenizer/."""
         self.model.save_pretrained(folder, tokenizer, aligner_decoder=self.aligner_decoder)

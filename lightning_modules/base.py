@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kosmosg.batches import MicroBatch
 from kosmosg.condition import Condition
+from kosmosg.models.aligner import Aligner
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.models.mllm import MultimodalLM
+from kosmosg.models.mllm import MLLM, MultimodalLM
 from kosmosg.models.model_config import ModelConfig
 from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
@@ -248,6 +249,14 @@ class StageModule(lightning.LightningModule):
         zero and not absent, on one rank as on many, so that the optimizer's step does not depend on their number.
         """
         return prompt if prompt.images is not None else prompt.join(mllm.dummy_image_prompt().to(prompt.ids.device))
+
+    def condition(self, prompt: PromptBatch, mllm: MLLM, aligner: Aligner, wants_image: bool) -> Condition:
+        """C = M(MLLM(prompt)) of each row; with `wants_image`, the vision encoder is run whether or not any row has
+        an image, see `with_image`."""
+        rows = len(prompt)
+        condition = aligner(*mllm.hidden_states(self.with_image(prompt, mllm) if wants_image else prompt))
+        unused = condition.states[rows:].sum()
+        return condition.rows(slice(0, rows))._replace(states=condition.states[:rows] + 0 * unused)
 
     def train(self, mode: bool = True) -> "StageModule":
         """Training mode for what trains; frozen modules stay in eval mode, without dropout."""

@@ -5,6 +5,8 @@ Jacobian (eq. 9). With probability 0.1 a sample's whole condition gives way to t
 gradients too: it is computed as one more row of the same batch. Trainable: M, decoder, resampler, end of the vision
 encoder. Frozen: image decoder, rest of the vision encoder.
 
+With `recipe.mse_weight` above 0, L_mse of stage 2 stays as a second term, towards the text of the target's caption.
+
 With `recipe.trainable: aligner` and captions alone this is the end-to-end alignment of section 4.3: eq. 3 in place of
 stage 2's losses, the MLLM frozen (configs/ablations/end_to_end_with_alignernet.yaml).
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from kosmosg.batches import InstructionBatch
 from kosmosg.condition import Condition
 from kosmosg.image_processing import to_images
-from kosmosg.losses import TimestepWeighting, diffusion_loss
+from kosmosg.losses import TimestepWeighting, diffusion_loss, text_losses
 from kosmosg.models.aligner import Aligner
 from kosmosg.models.build import build_aligner, build_mllm, load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
@@ -57,6 +59,9 @@ class InstructionTuningRecipe:
     snr_gamma: float | None = None
     """γ of min-SNR-γ, in place of timestep_weighting: w(t) = min(SNR, γ)/SNR, or /(SNR + 1) where the decoder predicts
     the velocity; 5 is usual."""
+    mse_weight: float = 0.0
+    """Weight of L_mse (eq. 5) to the text model's states of the target's caption, where it is known in words; above 0,
+    the text model is loaded, too. Not in the paper."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
     """Which part of the vision encoder trains."""
     length_buckets: int = 1
@@ -74,6 +79,8 @@ class InstructionTuningRecipe:
                 f"recipe.snr_gamma is {self.snr_gamma} and recipe.timestep_weighting {self.timestep_weighting}; "
                 "allowed: snr_gamma with uniform alone"
             )
+        if not self.mse_weight >= 0:
+            raise ValueError(f"recipe.mse_weight is {self.mse_weight}; allowed: 0 or more")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"recipe.condition_dropout is {self.condition_dropout}; allowed: in [0, 1)")
 
@@ -122,7 +129,7 @@ class InstructionTuningModule(StageModule):
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
             build_aligner(experiment.model, None if experiment.recipe.new_aligner else experiment.init_from),
-            load_decoder(experiment.model.image_decoder, "images"),
+            load_decoder(experiment.model.image_decoder, "all" if experiment.recipe.mse_weight else "images"),
             experiment.recipe,
             experiment.optimizer,
             experiment.seed,
@@ -139,16 +146,18 @@ class InstructionTuningModule(StageModule):
     def sharded_modules(self) -> Sequence[nn.Module]:
         return (self.mllm, self.aligner)
 
-    def sample_losses(self, prompt: PromptBatch, targets: Tensor, draws: DiffusionDraws, dropout: float) -> Tensor:
+    def sample_losses(
+        self, condition: Condition, null: Condition, targets: Tensor, draws: DiffusionDraws, dropout: float
+    ) -> Tensor:
         """L_diff of each draw, B·n, those of one sample together.
 
         Args:
+            condition, null: see `conditions`.
             targets: images, or the VAE's moments of them.
             draws: of B·n timesteps.
             dropout: probability of the null condition.
         """
-        decoder, rows = self.image_decoder, len(prompt)
-        condition, null = self.conditions(prompt)
+        decoder, rows = self.image_decoder, len(condition.states)
         repeated = condition.repeat_interleave(len(draws.time) // rows)
         read = repeated.replace_where(draws.dropout < dropout, null)
         timesteps = decoder.timesteps(draws.time)
@@ -169,10 +178,12 @@ class InstructionTuningModule(StageModule):
         # Without any image the vision encoder would get no gradient; sharded networks are gathered in every call.
         wants_image = self.recipe.trainable == "all" and prompt.images is None
         if len(buckets) == 1:
-            conditions = self._bucket_condition(prompt, wants_image or self.is_sharded)
+            conditions = self.condition(prompt, self.mllm, self.aligner, wants_image or self.is_sharded)
         else:
             parts = [
-                self._bucket_condition(prompt.rows(bucket), self.is_sharded or (wants_image and number == 0))
+                self.condition(
+                    prompt.rows(bucket), self.mllm, self.aligner, self.is_sharded or (wants_image and not number)
+                )
                 for number, bucket in enumerate(buckets)
             ]
             places = torch.tensor([row for bucket in buckets for row in bucket], device=prompt.ids.device).argsort()
@@ -181,17 +192,21 @@ class InstructionTuningModule(StageModule):
             return conditions, self.image_decoder.spec.null(conditions.rows(slice(0, 1)))
         return conditions.rows(slice(0, rows)), conditions.rows(slice(rows, None))
 
-    def _bucket_condition(self, prompt: PromptBatch, wants_image: bool) -> Condition:
-        rows = len(prompt)
-        condition = self.aligner(
-            *self.mllm.hidden_states(self.with_image(prompt, self.mllm) if wants_image else prompt)
-        )
-        unused = condition.states[rows:].sum()
-        return condition.rows(slice(0, rows))._replace(states=condition.states[:rows] + 0 * unused)
-
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        draws = self.draws("train", batch)
-        return {"loss": self.sample_losses(batch.prompt, batch.targets, draws, self.recipe.condition_dropout).mean()}
+        """`loss`; with an alignment term also its parts, `diffusion_loss` and `mse_loss`."""
+        draws, recipe = self.draws("train", batch), self.recipe
+        condition, null = self.conditions(batch.prompt)
+        diffusion = self.sample_losses(condition, null, batch.targets, draws, recipe.condition_dropout).mean()
+        if not recipe.mse_weight:
+            return {"loss": diffusion}
+        mse = self.text_loss(condition, batch.text_ids)
+        return {"loss": diffusion + recipe.mse_weight * mse, "diffusion_loss": diffusion, "mse_loss": mse}
+
+    def text_loss(self, condition: Condition, text_ids: Tensor) -> Tensor:
+        """L_mse of eq. 5, the mean over all rows; those without a caption count 0, so that it is the same however a
+        step is divided."""
+        target = self.image_decoder.text_condition(text_ids.clamp(min=0))
+        return (text_losses(condition, target) * (text_ids[:, 0] >= 0)).mean()
 
     def draws(self, purpose: str, batch: InstructionBatch) -> DiffusionDraws:
         """n timesteps and noises for each row, by its index."""
@@ -207,11 +222,11 @@ class InstructionTuningModule(StageModule):
         the same with each image replaced by its neighbour in the batch, `diffusion_loss_mismatched_images`."""
         decoder, draws = self.image_decoder, self.draws("validation", batch)
         targets = batch.targets if decoder.are_moments(batch.targets) else decoder.moments(batch.targets)
-        right = self.sample_losses(batch.prompt, targets, draws, dropout=0.0)
+        right = self.sample_losses(*self.conditions(batch.prompt), targets, draws, dropout=0.0)
         losses = {"diffusion_loss": (right.mean(), len(batch))}
         images = batch.prompt.images
         if self.any_rank(images is not None and len(images) > 1):
-            wrong = self.sample_losses(mismatched_images(batch.prompt), targets, draws, dropout=0.0)
+            wrong = self.sample_losses(*self.conditions(mismatched_images(batch.prompt)), targets, draws, dropout=0.0)
             with_image = torch.tensor([count > 0 for count in batch.prompt.images_per_row], device=right.device)
             count = sum(count > 0 for count in batch.prompt.images_per_row)
             losses["diffusion_loss_with_image"] = (right[with_image].sum() / max(1, count), count)
@@ -224,7 +239,10 @@ class InstructionTuningModule(StageModule):
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> InstructionBatch:
         prompt = fake_prompts(self.mllm, rows, shape)
         targets = torch.zeros(rows, 3, image_size, image_size, device=prompt.ids.device)
-        return InstructionBatch(prompt=prompt, targets=targets, indices=list(range(rows)))
+        text_ids = None
+        if self.recipe.mse_weight:
+            text_ids = torch.zeros(rows, self.image_decoder.spec.tokens, dtype=torch.int64, device=prompt.ids.device)
+        return InstructionBatch(prompt=prompt, targets=targets, text_ids=text_ids, indices=list(range(rows)))
 
     def reference_images(self, batch: Any, sample: Sample) -> list[Image.Image]:
         """The samples' own targets."""

@@ -53,10 +53,13 @@ class Constructed(Shards):
     """Share of captions that begin "a cat", the others begin "cat", as DreamBench's prompts do (0 … 1)."""
     other_render: float = 0.5
     """Probability that an entity's crops come from another image of the same subject (0 … 1)."""
+    told: float = 0.0
+    """Share of captions that name looks in words (0 … 1); descriptions always do."""
 
     def __post_init__(self):
         super().__post_init__()
-        _check("constructed.", {"with_article": self.with_article, "other_render": self.other_render}, most=1)
+        shares = {"with_article": self.with_article, "other_render": self.other_render, "told": self.told}
+        _check("constructed.", shares, most=1)
 
 
 @dataclass

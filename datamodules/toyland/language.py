@@ -23,18 +23,24 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeio" or words.startswith("umbrella") else f"a {words}"
 
 
+def noun(placed: Placed, told: bool) -> str:
+    """ "red fish with yellow stripes"; untold: "fish"."""
+    if not told:
+        return placed.subject.kind
+    look = placed.subject.look
+    if placed.property in ("red", "purple"):
+        look = look.recolored(placed.property)
+    return " ".join(part for part in (look.words[0], placed.subject.kind, look.words[1]) if part)
+
+
 def noun_phrase(placed: Placed, told: bool, *, with_article: bool = True, suffixed: bool = True) -> str:
     """ "a red fish with yellow stripes wearing a red hat"; untold: "a fish wearing a red hat".
 
     `suffixed` says properties after the noun ("a mug, shiny"), as DreamBench's rewritten prompts do.
     """
-    subject, look = placed.subject, placed.subject.look
-    if placed.property in ("red", "purple"):
-        look = look.recolored(placed.property)
-    before, after = look.words if told else ("", "")
+    words = noun(placed, told)
     if placed.property and not suffixed and placed.property != "upside down":
-        before = f"{placed.property} {before}".strip() if placed.property != before else before
-    words = f"{before} {subject.kind} {after}".strip().replace("  ", " ")
+        words = words if words.startswith(f"{placed.property} ") else f"{placed.property} {words}"
     if with_article:
         words = article(words)
     if placed.accessory:
@@ -44,9 +50,10 @@ def noun_phrase(placed: Placed, told: bool, *, with_article: bool = True, suffix
     return words
 
 
-def caption(scene: Scene, rng: Random, *, told: bool, with_article: bool = True) -> str:
-    """One line that says who is in the scene, where, in what light and in what style."""
-    suffixed = bool(rng.random() < 0.7)
+def caption(scene: Scene, rng: Random, *, told: bool, with_article: bool = True, suffixed: bool | None = None) -> str:
+    """One line that says who is in the scene, where, in what light and in what style; see `noun_phrase`."""
+    if suffixed is None:
+        suffixed = bool(rng.random() < 0.7)
     names = [noun_phrase(p, told, with_article=with_article, suffixed=suffixed) for p in scene.placed]
     subjects = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return " ".join(part for part in (subjects, scene.setting, scene.light, scene.style) if part)

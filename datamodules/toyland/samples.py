@@ -28,7 +28,7 @@ from datamodules.sample import (
 )
 from datamodules.toyland.config import Captions, Constructed, DreamBench
 from datamodules.toyland.kinds import KINDS, LIVE, OBJECTS
-from datamodules.toyland.language import PLACES, caption, document, sample_edit, story, templates
+from datamodules.toyland.language import PLACES, caption, document, noun, sample_edit, story, templates
 from datamodules.toyland.scene import SIZE, Scene, Subject, crop, place, render, sample_scene
 
 Random = np.random.Generator
@@ -61,7 +61,10 @@ def interleaved_sample(rng: Random, options: Any = None) -> InterleavedSample:
 
 
 def constructed_sample(rng: Random, options: Constructed) -> ConstructedSample:
-    """A scene with its untold caption; entities are the subjects' kinds in the caption's order, with their crops.
+    """A scene with its caption, and the caption that names all looks as its description; entities are the subjects in
+    the caption's order, with their crops.
+
+    The caption names looks with probability `told`; then an entity's words do, too, and fall away with it.
 
     With probability `other_render` an entity's crops come from an image of its own, in the studio and in another pose,
     instead of the target. Crops of the target alone would let a model copy pose and light, and never part them from
@@ -69,7 +72,9 @@ def constructed_sample(rng: Random, options: Constructed) -> ConstructedSample:
     """
     while True:
         scene = sample_scene(rng)
-        line = caption(scene, rng, told=False, with_article=bool(rng.random() < options.with_article))
+        told, with_article = bool(rng.random() < options.told), bool(rng.random() < options.with_article)
+        form = {"with_article": with_article, "suffixed": bool(rng.random() < 0.7)}
+        line, description = (caption(scene, rng, told=looks, **form) for looks in (told, True))
         target = render(scene)
         entities = []
         for i, placed in enumerate(scene.placed):
@@ -79,9 +84,9 @@ def constructed_sample(rng: Random, options: Constructed) -> ConstructedSample:
             white, background = crop(*shown, white=True), crop(*shown, white=False)
             if white is None or background is None:
                 break
-            entities.append(Entity(placed.subject.kind, background, white))
+            entities.append(Entity(noun(placed, told), background, white))
         else:  # nobody is hidden; another scene otherwise
-            return ConstructedSample(line, entities, target.image)
+            return ConstructedSample(line, entities, target.image, description=description)
 
 
 def edit_sample(rng: Random, options: Any = None) -> EditSample:

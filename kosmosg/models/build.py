@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPVisionModel
 
@@ -78,8 +79,11 @@ def build_mllm(config: ModelConfig, tokenizer: Tokenizer, init_from: str | Path 
         "bos_id": tokenizer.bos_id,
     }
     model = built(MLLM, arguments, init_from, "mllm")
-    if init_from is None and config.vision_weights is not None:
-        load_vision_weights(model, config.vision_weights)
+    if init_from is None:
+        with torch.no_grad():
+            model.resampler.projection.weight.mul_(mllm.resampler_gain)
+        if config.vision_weights is not None:
+            load_vision_weights(model, config.vision_weights)
     return model
 
 

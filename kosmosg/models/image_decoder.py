@@ -58,6 +58,11 @@ class ImageDecoder(nn.Module):
         return super().train(False)
 
     # Text side: what stage 2 aligns with.
+    @property
+    @abstractmethod
+    def has_text_model(self) -> bool:
+        """Whether the text side is loaded."""
+
     def clean(self, text: str) -> str:
         """A caption as `tokenize` reads it."""
         return text

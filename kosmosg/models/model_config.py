@@ -63,6 +63,9 @@ class MLLMConfig:
     """Width of the feed-forward."""
     image_tokens: int = 64
     """Slots of one image in the prompt, K."""
+    resampler_gain: float = 1.0
+    """Factor on the initial weights of the resampler's input projection. The image tokens have length 1, so that with 1
+    (the released code) they enter about √(3 · vision.width) times smaller than the latents beside them."""
     dropout: float = 0.1
     """On embeddings, after each attention and feed-forward, on the resampler's attention weights."""
     xpos: bool = False
@@ -73,6 +76,8 @@ class MLLMConfig:
     def __post_init__(self) -> None:
         require_positive(self, "model.mllm", "width", "layers", "heads", "ffn_width", "image_tokens")
         require_heads("model.mllm", self.width, self.heads)
+        if not self.resampler_gain > 0:
+            raise ValueError(f"model.mllm.resampler_gain={self.resampler_gain} is not allowed; it must be above 0.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.mllm.dropout={self.dropout} is not allowed; it must be in [0, 1).")
 

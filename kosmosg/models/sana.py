@@ -78,6 +78,10 @@ class Sana(ImageDecoder):
             networks["text_encoder"] = Gemma2Model(Gemma2Config(**configs["text_encoder"]))
         return cls(**networks).freeze()
 
+    @property
+    def has_text_model(self) -> bool:
+        return self.text_encoder is not None
+
     def clean(self, text: str) -> str:
         return text.lower().strip()
 

@@ -118,6 +118,10 @@ class StableDiffusion(ImageDecoder):
                 networks[part] = kind(CLIPTextConfig(**configs[part]))
         return cls(**networks).freeze()
 
+    @property
+    def has_text_model(self) -> bool:
+        return self.text_encoder is not None
+
     def clean(self, text: str) -> str:
         """As the public CLIP tokenizer: mojibake, ligatures, full-width letters and curly quotes are fixed, HTML
         entities unescaped twice, blanks collapsed, letters lower-cased."""

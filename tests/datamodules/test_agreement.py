@@ -62,7 +62,7 @@ def alignment(folder: Path, tokenizer: Path, bad, **options) -> AlignmentData:
     groups = [(f"k{i:04d}", {"txt": b"" if i in bad else b"a dog"}) for i in range(80)]
     source = Source(worlds.write_members(folder / "a.tar", groups))
     config = AlignmentDataConfig(captions=source, **({"micro_batch_size": 3, "num_workers": 0} | options))
-    return AlignmentData(config, worlds.encoder(tokenizer), worlds.clip_tokenize)
+    return AlignmentData(config, worlds.encoder(tokenizer), worlds.clip())
 
 
 @pytest.mark.slow

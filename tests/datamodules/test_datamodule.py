@@ -65,7 +65,7 @@ def make(tmp_path, tiny_tokenizer):
     def build(**options):
         source = Source(pattern, validation=held_out)
         options = {"micro_batch_size": 3, "captions": source, "validation_samples": 7} | options
-        return AlignmentData(AlignmentDataConfig(**options), worlds.encoder(tiny_tokenizer), worlds.clip_tokenize)
+        return AlignmentData(AlignmentDataConfig(**options), worlds.encoder(tiny_tokenizer), worlds.clip())
 
     return build
 

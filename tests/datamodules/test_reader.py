@@ -96,7 +96,7 @@ def remote(tmp_path) -> RemoteConfig:
 def make(tiny_tokenizer) -> Callable[..., AlignmentData]:
     def build(pattern: str, **options) -> AlignmentData:
         config = AlignmentDataConfig(**{"captions": Source(pattern), **SETTINGS, **options})
-        module = AlignmentData(config, worlds.encoder(tiny_tokenizer), worlds.clip_tokenize)
+        module = AlignmentData(config, worlds.encoder(tiny_tokenizer), worlds.clip())
         module.setup()
         return module
 
@@ -363,7 +363,7 @@ from datamodules.remote import RemoteConfig
 address, spool, tokenizer, log = sys.argv[1:]
 remote = RemoteConfig(["http"], spool_folder=spool, retries=2, pause=0.01)
 config = AlignmentDataConfig(captions=Source(address), remote=remote, **SETTINGS)
-module = AlignmentData(config, worlds.encoder(Path(tokenizer)), worlds.clip_tokenize)
+module = AlignmentData(config, worlds.encoder(Path(tokenizer)), worlds.clip())
 module.setup()
 with open(log, "a") as lines:
     done = len(Path(log).read_text().splitlines())

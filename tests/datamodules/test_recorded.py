@@ -130,7 +130,7 @@ def test_caption_rows_of_stage_2_are_the_recorded_ones(loaders, full_encoder, fu
     rows = {str(row["row"]): row for row in loaders["laion"] if row["align"] and has_size(row)}
     assert len(rows) == 6
     pattern = worlds.write_members(tmp_path / "a.tar", [(k, {"txt": r["caption"].encode()}) for k, r in rows.items()])
-    module = AlignmentData(AlignmentDataConfig(captions=Source(pattern)), full_encoder, full_clip)
+    module = AlignmentData(AlignmentDataConfig(captions=Source(pattern)), full_encoder, ClipTokens(full_clip))
     module.setup()
     batch = module.train_dataset[range(len(rows))]
     assert {e.key for e in batch.report.errors} == {key for key, row in rows.items() if not row["yielded"]}
@@ -208,7 +208,7 @@ def test_the_batches_of_captions_are_the_recorded_ones(batches, columns, full_en
     assert_batch(module.collate(rows, ReadReport()), stage3, full_encoder.tokenizer.pad_id)
     captions = [columns("laion", row)[1] for row in stage2["rows"]]
     pattern = worlds.write_members(tmp_path / "a.tar", [(str(i), {"txt": c.encode()}) for i, c in enumerate(captions)])
-    data = AlignmentData(AlignmentDataConfig(captions=Source(pattern)), full_encoder, full_clip)
+    data = AlignmentData(AlignmentDataConfig(captions=Source(pattern)), full_encoder, ClipTokens(full_clip))
     data.setup()
     keys = [name.partition("/")[2] for name in data.train_dataset[range(len(captions))].report.samples]
     ours = data.train_dataset[[keys.index(str(i)) for i in range(len(captions))]]

@@ -25,7 +25,7 @@ from tests.datamodules.test_sample import Marker, bomb
 
 def alignment(pattern: str, tokenizer, **options) -> AlignmentData:
     config = AlignmentDataConfig(captions=Source(pattern), **options)
-    module = AlignmentData(config, worlds.encoder(tokenizer), worlds.clip_tokenize)
+    module = AlignmentData(config, worlds.encoder(tokenizer), worlds.clip())
     module.setup()
     return module
 
@@ -101,11 +101,11 @@ def test_long_captions_are_filtered_at_the_recorded_limits(tmp_path, tiny_tokeni
 
 def test_limits_beyond_the_models_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="max_clip_tokens=76"):
-        AlignmentData(AlignmentDataConfig(max_clip_tokens=76), worlds.encoder(tiny_tokenizer), worlds.clip_tokenize)
+        AlignmentData(AlignmentDataConfig(max_clip_tokens=76), worlds.encoder(tiny_tokenizer), worlds.clip())
     short = worlds.encoder(tiny_tokenizer)
     short = PromptEncoder(short.tokenizer, short.image_transform, short.image_tokens, max_length=85)
     with pytest.raises(ValueError, match="max_pieces=85"):
-        AlignmentData(AlignmentDataConfig(), short, worlds.clip_tokenize)
+        AlignmentData(AlignmentDataConfig(), short, worlds.clip())
 
 
 def test_stage_3_mixes_two_two_one(tmp_path, tiny_tokenizer):

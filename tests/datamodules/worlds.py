@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from datamodules.alignment import ClipTokens
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
 from datamodules.shard_writer import ShardWriter
 from datamodules.shards import find_tars, index_shards, write_listing
@@ -84,6 +85,11 @@ def index(folder: Path) -> str:
 
 def encoder(tokenizer: Path) -> PromptEncoder:
     return PromptEncoder(Tokenizer.from_pretrained(tokenizer), ClipImageTransform(SIDE), SLOTS)
+
+
+def clip() -> ClipTokens:
+    """Captions → those ids and their lengths."""
+    return ClipTokens(clip_tokenize)
 
 
 def clip_tokenize(texts: list[str]) -> torch.Tensor:

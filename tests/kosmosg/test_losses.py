@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kosmosg.losses import alignment_losses, diffusion_loss, language_modelling_loss, timestep_weights
+from kosmosg.condition import Condition
+from kosmosg.losses import (
+    diffusion_loss,
+    language_modelling_loss,
+    reconstruction_loss,
+    text_losses,
+    timestep_weights,
+)
 
 
 def test_language_modelling_loss_equals_the_full_computation():
@@ -31,50 +38,42 @@ def test_uniform_prediction_costs_log_of_the_vocabulary():
 
 
 def test_alignment_variants():
-    condition, target = torch.zeros(2, 6, 4), torch.ones(2, 6, 4)
+    condition, target = Condition(torch.zeros(2, 6, 4)), Condition(torch.ones(2, 6, 4))
     hidden, reconstruction = torch.zeros(2, 3, 5), torch.full((2, 3, 5), 2.0)
     padding = torch.tensor([[False, False, True], [False, False, False]])
-    mse, rec = alignment_losses(condition, target, hidden, reconstruction)
-    assert (mse.item(), rec.item()) == (1.0, 4.0 * 6 / 3)
-    mse, rec = alignment_losses(condition, target, hidden, reconstruction, padding=padding, variant="paper")
-    assert (mse.item(), rec.item()) == (6 * 4, 4.0 * 5 * (2 + 3) / 2)
-    pooled = torch.zeros(2, 10), torch.full((2, 10), 3.0)
-    for variant, expected in (("released", 1 + 9), ("masked", 1 + 9), ("paper", 6 * 4 + 10 * 9)):
-        mse, _ = alignment_losses(
-            condition, target, hidden, reconstruction, pooled=pooled, padding=padding, variant=variant
-        )
-        assert mse.item() == expected
+    for variant, mse, rec, with_pooled in (
+        ("released", 1, 4 * 6 / 3, 1 + 9),
+        ("masked", 1, 4, 1 + 9),
+        ("paper", 6 * 4, 4 * 5 * (2 + 3) / 2, 6 * 4 + 10 * 9),
+    ):
+        assert text_losses(condition, target, variant).tolist() == [mse, mse]
+        assert reconstruction_loss(hidden, reconstruction, 6, padding, variant).item() == rec
+        ours, theirs = condition._replace(pooled=torch.zeros(2, 10)), target._replace(pooled=torch.full((2, 10), 3.0))
+        assert text_losses(ours, theirs, variant).tolist() == [with_pooled, with_pooled]
 
 
 def test_masked_states_of_the_target_do_not_count():
     """L_mse is each caption's own mean; all-true masks change nothing; masked states get no gradient."""
-    condition, target = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 6, 4)
-    hidden = torch.zeros(2, 3, 5)
-    padding = torch.zeros(2, 3, dtype=torch.bool)
-    mask = torch.arange(6) < torch.tensor([[2], [5]])
-    errors = (condition - target).square()
+    states, target = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 6, 4)
+    condition, mask = Condition(states), torch.arange(6) < torch.tensor([[2], [5]])
+    errors = (states - target).square()
     own = [errors[0, :2], errors[1, :5]]
     for variant in ("released", "masked", "paper"):
-        options = {"padding": padding, "variant": variant}
-        expected = torch.stack([part.sum() if variant == "paper" else part.mean() for part in own]).mean()
-        mse, _ = alignment_losses(condition, target, hidden, hidden, mask=mask, **options)
-        torch.testing.assert_close(mse, expected)
-        (gradient,) = torch.autograd.grad(mse, condition, retain_graph=True)
+        losses = text_losses(condition, Condition(target, mask), variant)
+        expected = torch.stack([part.sum() if variant == "paper" else part.mean() for part in own])
+        torch.testing.assert_close(losses, expected)
+        (gradient,) = torch.autograd.grad(losses.mean(), states, retain_graph=True)
         assert torch.equal(gradient.any(dim=2), mask)
-        whole, _ = alignment_losses(condition, target, hidden, hidden, mask=torch.ones_like(mask), **options)
-        plain, _ = alignment_losses(condition, target, hidden, hidden, **options)
-        assert torch.equal(whole, plain)
+        whole = text_losses(condition, Condition(target, torch.ones_like(mask)), variant)
+        assert torch.equal(whole, text_losses(condition, Condition(target), variant))
 
 
 def test_alignment_errors():
-    tensors = torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)
-    with pytest.raises(ValueError, match="'released', 'masked', 'paper'"):
-        alignment_losses(*tensors, variant="paperr")
-    for variant in ("masked", "paper"):
-        with pytest.raises(ValueError, match="padding"):
-            alignment_losses(*tensors, variant=variant)
+    condition = Condition(torch.zeros(1, 6, 4))
+    with pytest.raises(ValueError, match="released, masked, paper"):
+        text_losses(condition, condition, variant="paperr")
     with pytest.raises(ValueError, match=r"\(1, 6, 4\) but the text target \(1, 7, 4\)"):
-        alignment_losses(tensors[0], torch.zeros(1, 7, 4), *tensors[2:])
+        text_losses(condition, Condition(torch.zeros(1, 7, 4)))
 
 
 def test_diffusion_loss():

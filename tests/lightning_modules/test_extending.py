@@ -117,6 +117,10 @@ class FlowDecoder(ImageDecoder):
         networks = (None, None) if parts == "text" else (Denoiser(), Autoencoder())
         return cls(*networks, embedding, scheduler)
 
+    @property
+    def has_text_model(self) -> bool:
+        return self.embedding is not None
+
     def tokenize(self, texts: Sequence[str], *, truncation: bool = True) -> Tensor:
         rows = [[ord(letter) % 256 for letter in text][: tiny.QUERIES] for text in texts]
         return torch.tensor([row + [0] * (tiny.QUERIES - len(row)) for row in rows])
@@ -347,7 +351,7 @@ def test_gradient_reaches_every_part_of_the_condition(
     torch.manual_seed(0)
     draws = module.draws("train", batch)
     draws.dropout[:] = torch.tensor([0.0, 0.5, 0.5])  # the first one is replaced by zeros
-    module.sample_losses(batch.prompt, batch.targets, draws, 0.1).mean().backward()
+    module.sample_losses(*module.conditions(batch.prompt), batch.targets, draws, 0.1).mean().backward()
     for name in ("aligner.pooled_head.weight", "aligner.queries", "mllm.decoder.embed_tokens.weight"):
         assert module.get_parameter(name).grad.abs().sum() > 0, name
     assert all(torch.equal(value, frozen[name]) for name, value in module.image_decoder.state_dict().items())

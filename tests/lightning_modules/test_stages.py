@@ -224,7 +224,9 @@ def test_conditions_are_the_models_and_a_dropped_one_trains_the_unconditional_pr
     condition, null = module.eval().conditions(batch.prompt)
     torch.testing.assert_close(condition.states, model.condition(batch.prompt).states, atol=1e-5, rtol=0)
     torch.testing.assert_close(null.states, model.null_condition().states, atol=1e-5, rtol=0)
-    module.sample_losses(batch.prompt, batch.targets, module.draws("train", batch), dropout=1.0).mean().backward()
+    module.sample_losses(
+        *module.conditions(batch.prompt), batch.targets, module.draws("train", batch), dropout=1.0
+    ).mean().backward()
     embedding = module.mllm.decoder.embed_tokens.weight.grad
     assert set(embedding.abs().sum(1).nonzero().flatten().tolist()) == {module.mllm.config.bos_id}
 
@@ -236,8 +238,8 @@ def test_buckets_and_cached_latents_change_nothing(model: KosmosG, tiny_stable_d
     draws = whole.draws("train", batch)
     assert torch.equal(draws.noise, divided.draws("train", cached).noise)
     draws.dropout[:] = torch.tensor([0.5, 0.0, 0.5])  # one sample takes the null condition, which must train too
-    plain = whole.sample_losses(batch.prompt, batch.targets, draws, dropout=0.1)
-    ours = divided.sample_losses(batch.prompt, cached.targets, draws, dropout=0.1)
+    plain = whole.sample_losses(*whole.conditions(batch.prompt), batch.targets, draws, dropout=0.1)
+    ours = divided.sample_losses(*divided.conditions(batch.prompt), cached.targets, draws, dropout=0.1)
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
     assert_same(gradients(divided, ours.mean()), gradients(whole, plain.mean()), share=1e-3)
 
@@ -249,9 +251,9 @@ def test_buckets_and_cached_latents_change_nothing(model: KosmosG, tiny_stable_d
 def test_timestep_weighting(weighting: str, weight, model: KosmosG, tiny_stable_diffusion: Path) -> None:
     module, batch = stage("instruction_tuning", model, tiny_stable_diffusion)
     draws = module.draws("train", batch)
-    uniform = module.sample_losses(batch.prompt, batch.targets, draws, 0.0)
+    uniform = module.sample_losses(*module.conditions(batch.prompt), batch.targets, draws, 0.0)
     module.recipe = InstructionTuningRecipe(timestep_weighting=weighting)
-    weighted = module.sample_losses(batch.prompt, batch.targets, draws, 0.0)
+    weighted = module.sample_losses(*module.conditions(batch.prompt), batch.targets, draws, 0.0)
     decoder = module.image_decoder
     torch.testing.assert_close(
         weighted, uniform * weight(decoder.schedule.alphas_cumprod[decoder.timesteps(draws.time)])
@@ -265,11 +267,13 @@ def test_several_timesteps_of_a_sample_are_the_losses_of_each(model: KosmosG, ti
     batch = replace(batch, indices=[10, 11, 12])
     draws = module.draws("train", batch)
     assert torch.equal(draws.noise, draw_diffusion(0, "train", range(20, 26), draws.noise.shape[1:]).noise)
-    together = module.sample_losses(batch.prompt, batch.targets, draws, 0.1)
+    together = module.sample_losses(*module.conditions(batch.prompt), batch.targets, draws, 0.1)
     torch.testing.assert_close(module.losses(batch)["loss"], together.mean())
     for number in range(2):
         one = DiffusionDraws(*(getattr(draws, name)[number::2] for name in DiffusionDraws.__dataclass_fields__))
-        torch.testing.assert_close(module.sample_losses(batch.prompt, batch.targets, one, 0.1), together[number::2])
+        torch.testing.assert_close(
+            module.sample_losses(*module.conditions(batch.prompt), batch.targets, one, 0.1), together[number::2]
+        )
 
 
 def test_frozen_blocks_and_the_vae_leave_no_graph(model: KosmosG, tiny_stable_diffusion: Path) -> None:

@@ -183,7 +183,7 @@ def test_the_three_datamodules_read_it(world, tiny_tokenizer):
             ),
             encoder,
         ),
-        AlignmentData(AlignmentDataConfig(captions=captions, max_pieces=500), encoder, worlds.clip_tokenize),
+        AlignmentData(AlignmentDataConfig(captions=captions, max_pieces=500), encoder, worlds.clip()),
         InstructionData(
             InstructionDataConfig(
                 constructed=source("constructed", 2), edit=source("edit", 2), captions=captions, min_image_side=0
