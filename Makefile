@@ -47,6 +47,7 @@ toyland: setup
 	$(call resumable,$(RUN) -m datamodules.toyland)
 	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
 
@@ -75,6 +76,7 @@ toyland-short: setup
 	$(call resumable,$(RUN) -m datamodules.toyland configs/toyland/data_short.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml configs/toyland/short.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml configs/toyland/short.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml configs/toyland/short.yaml)
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/short.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml)
 
