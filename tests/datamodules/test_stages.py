@@ -56,6 +56,41 @@ def test_stage_2_batches_are_what_the_prompt_encoder_makes(tmp_path, tiny_tokeni
     assert torch.equal(batch.text_ids, worlds.clip_tokenize(texts))
 
 
+def test_stage_2_reads_prompts_with_images_and_what_they_mean(tmp_path, tiny_tokenizer):
+    samples = worlds.constructed(6)
+    samples[2].description = "a red fish and a dog with spots"
+    pattern = worlds.write(tmp_path, "constructed", samples)
+    captions = Source(worlds.write(tmp_path, "captions", worlds.captions(6)))
+    config = AlignmentDataConfig(
+        captions=captions, constructed=Source(pattern, 2), entities=EntityRules(drop_probability=1.0), max_pieces=500
+    )
+    module = AlignmentData(config, worlds.encoder(tiny_tokenizer), worlds.clip())
+    module.setup()
+    batch = module.train_dataset[range(9)]
+    assert Counter(batch.report.sources) == {"captions": 3, "constructed": 6}
+    meant = {sample.key: getattr(sample, "description", "") or sample.caption for sample in samples}
+    meant |= {f"captions/{sample.key}": sample.caption for sample in worlds.captions(6)}
+    for row, (source, name) in enumerate(zip(batch.report.sources, batch.report.samples, strict=True)):
+        key = name.partition("/")[2]
+        text = meant[key if source == "constructed" else f"captions/{key}"]
+        assert torch.equal(batch.text_ids[row], worlds.clip_tokenize([text])[0])
+        assert batch.prompt.images_per_row[row] == (2 if source == "constructed" else 0)
+
+
+def test_stage_3_tells_the_captions_of_targets_where_a_loss_reads_them(tmp_path, tiny_tokenizer):
+    module = instruction(tmp_path, tiny_tokenizer)
+    assert module.train_dataset[range(5)].text_ids is None
+    module.clip = worlds.clip()
+    batch = module.train_dataset[range(10)]
+    known = {sample.key: sample.caption for sample in worlds.constructed(9)}
+    for row, (source, name) in enumerate(zip(batch.report.sources, batch.report.samples, strict=True)):
+        key = name.partition("/")[2]
+        if source == "edit":
+            assert (batch.text_ids[row] == -1).all()
+        elif source == "constructed":
+            assert torch.equal(batch.text_ids[row], worlds.clip_tokenize([known[key]])[0])
+
+
 def test_stage_2_never_looks_at_images(tmp_path, tiny_tokenizer):
     pattern = worlds.write_members(tmp_path / "a.tar", [("k", {"jpg": b"not an image", "txt": b"a dog"})])
     assert not alignment(pattern, tiny_tokenizer).train_dataset[[0]].report.errors

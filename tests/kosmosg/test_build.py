@@ -49,6 +49,18 @@ def test_weights_of_an_earlier_stage(config, tokenizer, tiny_model):
     assert undropped.config.dropout == undropped.decoder.dropout.p == undropped.resampler.attention.dropout == 0.0
 
 
+def test_the_resamplers_gain_is_on_initial_weights_alone(config, tokenizer, tiny_model):
+    def projection(gain, **options):
+        torch.manual_seed(0)
+        mllm = dataclasses.replace(config.mllm, resampler_gain=gain)
+        return build_mllm(dataclasses.replace(config, mllm=mllm), tokenizer, **options).resampler.projection
+
+    plain, larger = projection(1.0), projection(8.0)
+    assert torch.equal(larger.weight, 8 * plain.weight) and torch.equal(larger.bias, plain.bias)
+    read = (projection(gain, init_from=tiny_model).weight for gain in (1.0, 8.0))
+    assert torch.equal(*read)
+
+
 def test_another_model_is_refused_by_the_sizes_that_differ(config, tokenizer, tiny_model, tmp_path):
     wider = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, ffn_width=96, xpos=True))
     with pytest.raises(ValueError, match=r"ffn_width is 64 there and 96 .*xpos is False there and True"):

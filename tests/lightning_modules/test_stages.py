@@ -28,7 +28,16 @@ from tests import tiny
 LENGTHS = (4, 17, 6, 11, 5, 8)
 ROWS = ((14, 2), (4, 0), (9, 1))  # tokens and images
 OPTIMIZER = OptimizerConfig(lr=0.1, warmup_steps=0)
-CASES = ("language_modelling", "alignment", "instruction_tuning", "aligner_alone", "linear_alone")
+CASES = (
+    "language_modelling",
+    "alignment",
+    "image_alignment",
+    "instruction_tuning",
+    "aligned",
+    "aligner_alone",
+    "linear_alone",
+)
+MLLM_TRAINS = ("language_modelling", "image_alignment", "instruction_tuning", "aligned")
 
 
 @pytest.fixture
@@ -65,12 +74,14 @@ def alignment(model: KosmosG, stable_diffusion: Path, **recipe) -> AlignmentModu
     with torch.random.fork_rng():
         torch.manual_seed(5)
         decoder = AlignerDecoder(output_width=tiny.WIDTH, **tiny.aligner_sizes())
-    target = load_image_decoder(stable_diffusion, "text")
-    return AlignmentModule(model.mllm, model.aligner, decoder, target, AlignmentRecipe(**recipe), OPTIMIZER, 0).train()
+    target, chosen = load_image_decoder(stable_diffusion, "text"), AlignmentRecipe(**recipe)
+    decoder = decoder if chosen.rec_weight else None
+    return AlignmentModule(model.mllm, model.aligner, decoder, target, chosen, OPTIMIZER, 0).train()
 
 
 def instruction(model: KosmosG, stable_diffusion: Path, **recipe) -> InstructionTuningModule:
-    decoder, chosen = load_image_decoder(stable_diffusion, "images"), InstructionTuningRecipe(**recipe)
+    chosen = InstructionTuningRecipe(**recipe)
+    decoder = load_image_decoder(stable_diffusion, "all" if chosen.mse_weight else "images")
     return InstructionTuningModule(model.mllm, model.aligner, decoder, chosen, OPTIMIZER, 0).train()
 
 
@@ -84,11 +95,16 @@ def stage(case: str, model: KosmosG, stable_diffusion: Path) -> tuple[StageModul
     if case == "alignment":
         captions = prompts(model, tuple((length, 0) for length in LENGTHS))
         return alignment(model, stable_diffusion), AlignmentBatch(prompt=captions, text_ids=text_ids())
+    if case == "image_alignment":
+        module = alignment(model, stable_diffusion, trainable="all", rec_weight=0.0, variant="masked", length_buckets=2)
+        return module, AlignmentBatch(prompt=prompt, text_ids=text_ids()[: len(ROWS)], indices=indices)
     if case == "linear_alone":
         model.aligner = LinearAligner(input_width=tiny.WIDTH, width=tiny.CONDITION_WIDTH, num_queries=tiny.QUERIES)
-    recipe = {} if case == "instruction_tuning" else {"trainable": "aligner"}
+    recipe = {"instruction_tuning": {}, "aligned": {"mse_weight": 2.0}}.get(case, {"trainable": "aligner"})
+    told = text_ids()[: len(ROWS)]
+    told[1] = -1
     return instruction(model, stable_diffusion, **recipe), InstructionBatch(
-        prompt=prompt, targets=targets(), indices=indices
+        prompt=prompt, targets=targets(), text_ids=told if case == "aligned" else None, indices=indices
     )
 
 
@@ -98,7 +114,7 @@ def text_ids() -> Tensor:
 
 def should_train(case: str, name: str) -> bool:
     if name.startswith("mllm."):
-        if case not in ("language_modelling", "instruction_tuning"):
+        if case not in MLLM_TRAINS:
             return False
         return not name.startswith("mllm.vision.") or ".layers.1." in name or ".post_layernorm." in name
     return name.startswith(("aligner.", "aligner_decoder."))
@@ -144,7 +160,7 @@ def test_end_of_the_vision_encoder_that_trains(model: KosmosG, blocks: int) -> N
         model.mllm.set_trainable(VisionTraining(blocks=3))
 
 
-@pytest.mark.parametrize("case", ["language_modelling", "instruction_tuning"])
+@pytest.mark.parametrize("case", MLLM_TRAINS)
 def test_without_any_image_the_vision_encoder_has_a_gradient_of_zero(
     case: str, model: KosmosG, tiny_stable_diffusion: Path
 ) -> None:
@@ -214,6 +230,26 @@ def test_released_counts_padding_and_is_masked_but_for_a_factor_without_it(
     torch.testing.assert_close(masked["rec_loss"] * tiny.QUERIES / 7, released["rec_loss"])
     with pytest.raises(ConfigError, match=r"length_buckets is 2, but recipe\.variant=released"):
         load_config(["length_buckets=2"], AlignmentRecipe)
+
+
+def test_prompts_with_images_are_drawn_to_the_text_of_their_captions(
+    model: KosmosG, tiny_stable_diffusion: Path
+) -> None:
+    """Stage 2 with a training MLLM, and the same term in stage 3, where a row without a caption counts 0."""
+    module, batch = stage("image_alignment", model, tiny_stable_diffusion)
+    found = module.losses(batch)
+    target = module.image_decoder.text_condition(batch.text_ids).states
+    errors = (model.condition(batch.prompt).states - target).square().mean((1, 2))
+    torch.testing.assert_close(found["loss"], errors.mean())
+    assert set(found) == {"loss", "mse_loss"}
+    module, batch = stage("aligned", model, tiny_stable_diffusion)
+    found = module.losses(batch)
+    target = module.image_decoder.text_condition(batch.text_ids.clamp(min=0)).states
+    errors = (model.condition(batch.prompt).states - target).square().mean((1, 2))
+    torch.testing.assert_close(found["mse_loss"], (errors[0] + errors[2]) / 3)
+    torch.testing.assert_close(found["loss"], found["diffusion_loss"] + 2 * found["mse_loss"])
+    with pytest.raises(ConfigError, match=r"recipe\.rec_weight is 1\.0; allowed with recipe\.trainable=all: 0"):
+        load_config(["trainable=all"], AlignmentRecipe)
 
 
 # Stage 3.
