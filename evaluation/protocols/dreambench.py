@@ -1,6 +1,7 @@
 """DreamBench: subjects × templates, read from the folder that google/dreambooth publishes.
 
-`<folder>/<subject>/NN.jpg` (or .png). Which subjects, classes, templates and kept images there are is the protocol's
+`<folder>/<subject>/NN.jpg` (or .png); `<folder>/<subject>/others/`, where there is one, shows other individuals of the
+same kind. Which subjects, classes, templates and kept images there are is the protocol's
 data, or a JSON file of the same structure in the folder.
 """
 
@@ -13,6 +14,8 @@ from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Request,
 from kosmosg.prompt import PLACEHOLDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LOOKS = ("kind", "colour", "pattern")
+"""Label groups of subjects; each has a column."""
 
 
 class DreamBench:
@@ -46,6 +49,11 @@ class DreamBench:
             if subject.kind not in self.protocol.prompts:
                 kinds = ", ".join(sorted(self.protocol.prompts))
                 problems.append(f"subject '{name}' is of kind '{subject.kind}', but there are prompts for: {kinds}")
+            problems += [
+                f"subject '{name}' has a label of '{group}', but labels of subjects are of: {', '.join(LOOKS)}"
+                for group in subject.labels
+                if group not in LOOKS
+            ]
             if not (self.folder / name).is_dir():
                 problems.append(f"subject '{name}' has no folder")
             elif not (self.folder / name / subject.kept_image).is_file():
@@ -63,6 +71,10 @@ class DreamBench:
         """Every photo of the subject, by name."""
         return sorted(path for path in (self.folder / subject).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
+    def others(self, subject: str) -> tuple[Path, ...]:
+        """Portraits of other individuals of the same kind, by name; empty where there are none."""
+        return tuple(sorted((self.folder / subject / "others").glob("*.png")))
+
     def references(self, subject: str) -> tuple[Path, ...]:
         """What an image of the subject is compared with, by the protocol."""
         return (
@@ -71,10 +83,11 @@ class DreamBench:
             else tuple(self.real_images(subject))
         )
 
-    def templates(self, subject: str) -> list[tuple[str, str]]:
-        """(original, modified) templates of the subject's kind."""
+    def templates(self, subject: str) -> list[tuple[str, str, dict[str, str]]]:
+        """(original, modified, labels) of the templates of the subject's kind."""
         prompts = self.protocol.prompts[self.subjects[subject].kind]
-        return spread(list(zip(prompts.original, prompts.modified, strict=True)), self.protocol.max_templates)
+        labels = prompts.labels or [{} for _ in prompts.original]
+        return spread(list(zip(prompts.original, prompts.modified, labels, strict=True)), self.protocol.max_templates)
 
     def requests(self) -> list[Request]:
         """Subject by subject, template by template, repeat by repeat."""
@@ -83,7 +96,7 @@ class DreamBench:
         for name, subject in self.subjects.items():
             shown = PLACEHOLDER if self.protocol.fed == "image" else f"{subject.class_noun} {PLACEHOLDER}"
             inputs = (str(self.kept_image(name).relative_to(self.folder)),)
-            for original, modified in self.templates(name):
+            for original, modified, _ in self.templates(name):
                 number = len(requests) // repeats
                 requests += [
                     Request(
@@ -102,9 +115,17 @@ class DreamBench:
         """A made image with what it is compared with."""
         templates = self.templates(request.unit)
         place = request.index // self.protocol.images_per_prompt - self._first_prompt[request.unit]
-        given = self.kept_image(request.unit)
+        template, _, words = templates[place]
         return ScoredImage(
-            file, request.unit, request.text, self.references(request.unit), template=templates[place][0], given=given
+            file,
+            request.unit,
+            request.text,
+            self.references(request.unit),
+            template=template,
+            given=self.kept_image(request.unit),
+            others=self.others(request.unit),
+            labels=self.subjects[request.unit].labels | words,
+            words=words,
         )
 
     def copies_of_input(self) -> list[ScoredImage]:
@@ -119,12 +140,14 @@ class DreamBench:
                 others = tuple(reference for reference in self.references(name) if reference != file)
                 kept = self.kept_image(name)
                 if others:
-                    images.append(ScoredImage(file, name, "", others, given=kept if kept in others else None))
+                    given = None if file == kept else kept
+                    judged = {"others": self.others(name), "labels": self.subjects[name].labels}
+                    images.append(ScoredImage(file, name, "", others, given=given, **judged))
         return images
 
     def files(self) -> list[Path]:
         """Every file that a number depends on."""
-        return [path for name in self.subjects for path in self.real_images(name)]
+        return [path for name in self.subjects for path in (*self.real_images(name), *self.others(name))]
 
 
 def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProtocol:
@@ -144,11 +167,11 @@ def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProto
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         subjects = {
-            name: Subject(class_noun=subject["class"], kind=subject["kind"], kept_image=subject["kept_image"])
+            name: Subject(subject["class"], subject["kind"], subject["kept_image"], subject.get("labels", {}))
             for name, subject in facts["subjects"].items()
         }
         prompts = {
-            kind: Templates(original=lists["original"], modified=lists["modified"])
+            kind: Templates(lists["original"], lists["modified"], lists.get("labels", []))
             for kind, lists in facts["prompts"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:

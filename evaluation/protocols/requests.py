@@ -1,8 +1,8 @@
 """What is asked of a system (one image each), and what is scored."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -50,6 +50,9 @@ class ScoredImage:
         real: a photo of the data set, which FID resizes as its real side.
         template: of the prompt, with `{}` for the subject; empty where there is none.
         given: the input image that the system saw, of which it may be a copy.
+        others: portraits of other individuals of the same kind, of which none should be in the image.
+        labels: what a judge should see, by label group: of the subject, as the words change it.
+        words: what the prompt's words ask for, by label group.
     """
 
     file: Path
@@ -59,6 +62,9 @@ class ScoredImage:
     real: bool = False
     template: str = ""
     given: Path | None = None
+    others: tuple[Path, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:
