@@ -29,6 +29,7 @@ from datamodules.tar import read_shard
 from datamodules.toyland import data_sets
 from datamodules.toyland.__main__ import main
 from datamodules.toyland.config import Captions
+from datamodules.toyland.pretrained.data import LABELS, LOOKS
 from datamodules.toyland.scene import SIZE
 from evaluation.config import EvaluationConfig
 from evaluation.protocols.coco import Coco
@@ -212,7 +213,15 @@ def test_the_evaluation_reads_it(world):
     for name in dreambench.subjects:
         images = dreambench.real_images(name)
         assert dreambench.kept_image(name) == images[0] and len(images) == 4
-        assert len({np.asarray(Image.open(image)).tobytes() for image in images}) == 4
+        others = dreambench.others(name)
+        assert len({np.asarray(Image.open(image)).tobytes() for image in (*images, *others)}) == 4 + 7
+        assert dreambench.subjects[name].labels.keys() == {"kind", "colour", "pattern"}
+    for prompts in dreambench.protocol.prompts.values():
+        assert {group for labels in prompts.labels for group in labels} - {"colour"} == set(LABELS) - {
+            *list(LABELS)[:LOOKS]
+        }
+        known = [name in LABELS[group] for labels in prompts.labels for group, name in labels.items()]
+        assert len(prompts.labels) == 25 and all(known)
     coco = Coco(config.coco, world / "coco")
     assert len(coco.requests()) == len(coco.references()) == len(coco.held_out_images()) == 3
     assert not {image.file for image in coco.held_out_images()} & set(coco.references())
