@@ -253,6 +253,11 @@ def judge_notes(table: Table, scores: Sequence[Score]) -> list[str]:
             "Identity: the share of images that are nearer, by the judge's feature, to their own input image than to "
             f"the portraits of others of the same kind; chance is {sum(chances) / len(chances):.3g}."
         )
+    if pairs := dataset.pairs():
+        notes.append(
+            f"Two subjects: {len(pairs)} pairs, each slot's kind and identity in its half of the image. Swapped: both "
+            "halves show the other's kind; missing: a kind that neither half shows."
+        )
     return notes
 
 

@@ -138,7 +138,8 @@ def score_all(
             manifest = manifests[point.name, system.name]
             manifest.verify()
             images = [table.dataset.scored(r, manifest.image_file(r.index)) for r in table.requests]
-            scores += [replace(score, guidance_scale=point.scale) for score in scorer(system.name, images)[0]]
+            found = [score for score in scorer(system.name, images)[0] if score.table == table.name]
+            scores += [replace(score, guidance_scale=point.scale) for score in found]
     return scores, samples
 
 

@@ -50,14 +50,16 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
         assert list(row)[:8] == ["table", "system", "metric", "value", "low", "high", "n", "protocol"]
         assert list(row)[8:] == (["guidance_scale"] if row["table"] == "guidance" else [])
         assert row["low"] <= row["value"] <= row["high"]
-        name = "dreambench" if row["table"] == "guidance" else row["table"]
+        name = "dreambench" if row["table"] in ("guidance", "pairs") else row["table"]
         assert re.fullmatch(rf"{name}/toyland@3#[0-9a-f]{{8}}", row["protocol"])
     found = {(row["table"], row["system"], row["metric"]) for row in rows if row["table"] != "guidance"}
     of_all = ("dino", "clip_i", "near_copies", "kind", "colour", "identity")
     fidelity = {("dreambench", s, metric) for s in SYSTEMS for metric in of_all}
     told = {("dreambench", s, metric) for s in SYSTEMS - {"Real images"} for metric in ("clip_t", "words")}
     captions = {("coco", system, metric) for system in SYSTEMS - {"Copy of the input"} for metric in ("fid", "clip_t")}
-    assert found == fidelity | told | captions
+    drawn = SYSTEMS - {"Real images", "Copy of the input"}
+    pairs = {("pairs", s, metric) for s in drawn for metric in ("pair_kind", "pair_identity", "swapped", "missing")}
+    assert found == fidelity | told | captions | pairs
     copy = {row["metric"]: row["value"] for row in rows if row["system"] == "Copy of the input"}
     assert (
         copy["dino"] == pytest.approx(1)
@@ -92,6 +94,7 @@ def test_report_and_tables(finished: Path) -> None:
     tables = (finished / "results.md").read_text()
     for text in (report, tables):
         assert all(column in text for column in ("Kind ↑", "Colour ↑", "Identity ↑", "Words ↑")), "what was judged"
+        assert "Two subjects: 1 pairs" in text and "Swapped ↓" in text
         assert "Pattern ↑" not in text and "chance is 0.333" in text
         assert re.search(r"The judge on \d real images: kind \d\.\d\d, colour \d\.\d\d, identity \d\.\d\d\.", text)
     assert tables.index("KOSMOS-G after stage 3") < tables.index("# The paper's numbers") < tables.index("0.694")
@@ -287,9 +290,9 @@ def test_a_rival_with_our_images_has_our_scores(
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda lines: lines[1:], "1 of 9 images are missing, as index 0"),
+        (lambda lines: lines[1:], "1 of 10 images are missing, as index 0"),
         (lambda lines: [*lines, lines[0]], "index 0 is given twice"),
-        (lambda lines: [*lines, '{"index": 99, "file": "0.png"}'], "line 10 has index 99, which is no request's"),
+        (lambda lines: [*lines, '{"index": 99, "file": "0.png"}'], "line 11 has index 99, which is no request's"),
         (lambda lines: [lines[0].replace("0.png", "x.png"), *lines[1:]], "x.png' does not exist"),
         (lambda lines: ['{"index": 0, "file": "0.png", "prompt": "a cat"}', *lines[1:]], "index 0 is of 'a cat', but"),
         (lambda lines: ["[]", *lines[1:]], "line 1 is no object with index and file"),

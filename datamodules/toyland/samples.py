@@ -162,6 +162,9 @@ def dreambench_facts(labels: dict[str, dict[str, str]]) -> dict:
         }
         for name, known in labels.items()
     }
+    names = list(subjects)
+    # Each stands once at the left and once at the right, mostly beside one of another sort.
+    pairs = zip(names, [*names[len(names) // 2 :], *names[: len(names) // 2]], strict=True)
     prompts = {"object": templates(live=False), "live": templates(live=True)}
     live = sum(subject["kind"] == "live" for subject in subjects.values())
     return {
@@ -171,6 +174,11 @@ def dreambench_facts(labels: dict[str, dict[str, str]]) -> dict:
         "n_live": live,
         "prompts_per_subject": len(prompts["object"]["original"]),
         "prompts": prompts,
+        "pairs": {
+            "original": "a {} and a {} on the beach",
+            "modified": "{} and {} on the beach",
+            "subjects": [[a, b] for a, b in pairs if labels[a]["kind"] != labels[b]["kind"]],
+        },
         "placeholder": "'{}' in the original is the class word; '{}' in the modified prompt is '<i>'",
         "text_used_for_clip_t": "original prompt with the class word",
     }

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 FINGERPRINT_DIGITS = 8
 INCEPTION = "inception"
-LATER = ("upright", "judge", "labels")
+LATER = ("upright", "judge", "labels", "pairs")
 """Fields younger than numbers that were published. They are hashed only where they say something, so that a protocol
 that does without them keeps its fingerprint."""
 
@@ -166,6 +166,23 @@ class Templates:
 
 
 @dataclass
+class Pairs:
+    original: str = MISSING
+    """Fed to text-only systems; the two `{}` are the class words."""
+    modified: str = MISSING
+    """Fed to KOSMOS-G; the two `{}` are the images."""
+    subjects: list[list[str]] = field(default_factory=list)
+    """Folder names of each pair: left, right; of two kinds by their labels."""
+
+    def __post_init__(self) -> None:
+        for name in ("original", "modified"):
+            if getattr(self, name).count("{}") != 2:
+                raise ValueError(f"pairs.{name}={getattr(self, name)!r} must hold {{}} twice, where the subjects go.")
+        if wrong := [pair for pair in self.subjects if len(pair) != 2]:
+            raise ValueError(f"pairs.subjects has {wrong[0]}; each pair names two subjects.")
+
+
+@dataclass
 class Protocol:
     name: str = MISSING
     """Under which the numbers are published, for example dreambench/kosmosg."""
@@ -193,6 +210,8 @@ class DreamBenchProtocol(Protocol):
     """By folder name."""
     prompts: dict[str, Templates] = field(default_factory=dict)
     """By kind of subject."""
+    pairs: Pairs | None = None
+    """Images of two subjects, one input each, which the judge looks at half by half; drawn only where there is one."""
     max_subjects: int | None = None
     """Only this many, spread evenly over the list; for trials."""
     max_templates: int | None = None

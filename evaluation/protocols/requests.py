@@ -43,6 +43,15 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """What one half of an image of two subjects should show; see ScoredImage."""
+
+    kind: str
+    given: Path
+    others: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class ScoredImage:
     """An image file with the text and the reference images that it is compared with.
 
@@ -53,6 +62,7 @@ class ScoredImage:
         others: portraits of other individuals of the same kind, of which none should be in the image.
         labels: what a judge should see, by label group: of the subject, as the words change it.
         words: what the prompt's words ask for, by label group.
+        slots: of an image of two subjects: the left half's, the right half's.
     """
 
     file: Path
@@ -65,6 +75,7 @@ class ScoredImage:
     others: tuple[Path, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
+    slots: tuple[Slot, ...] = ()
 
 
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:

@@ -22,13 +22,23 @@ METRICS = {
     "pattern": "Pattern ↑",
     "identity": "Identity ↑",
     "words": "Words ↑",
+    "pair_kind": "Kind ↑",
+    "pair_identity": "Identity ↑",
+    "swapped": "Swapped ↓",
+    "missing": "Missing ↓",
     "fid": "FID ↓",
     "kid": "KID ↓",
 }
+PAIRS = "pairs"
 JUDGED = ("kind", "colour", "pattern", "identity", "words")
-DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "near_copies": 3, **dict.fromkeys(JUDGED, 2), "fid": 2, "kid": 5}
-TITLES = {"dreambench": "Subjects (DreamBench)", "coco": "Captions (MS-COCO)"}
-COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t", "near_copies", *JUDGED), "coco": ("fid", "kid", "clip_t")}
+TITLES = {"dreambench": "Subjects (DreamBench)", PAIRS: "Two subjects", "coco": "Captions (MS-COCO)"}
+COLUMNS = {
+    "dreambench": ("dino", "clip_i", "clip_t", "near_copies", *JUDGED),
+    PAIRS: ("pair_kind", "pair_identity", "swapped", "missing"),
+    "coco": ("fid", "kid", "clip_t"),
+}
+DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "near_copies": 3, "fid": 2, "kid": 5}
+DECIMALS |= dict.fromkeys((*JUDGED, *COLUMNS[PAIRS]), 2)
 OPTIONAL = ("kid", "near_copies", *JUDGED)
 """Columns that stand only where there are such scores."""
 
@@ -38,7 +48,7 @@ class Score:
     """One number of a table with its 95 % interval.
 
     Args:
-        table: dreambench, coco, or guidance: a point of the curve over guidance scales.
+        table: dreambench, pairs, coco, or guidance: a point of the curve over guidance scales.
         metric: of METRICS.
         n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocols.protocol.identity`.

@@ -21,9 +21,9 @@ from evaluation.protocols.requests import ScoredImage, read_image
 from evaluation.protocols.resizing import resize
 from evaluation.scores.bootstrap import fid_interval, kid_interval, mean_interval
 from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, JudgeEncoder, Remembered, feature_network
-from evaluation.scores.judge import Judge
+from evaluation.scores.judge import Judge, read_half
 from evaluation.scores.metrics import CosineMean, FeatureFID, FeatureKID
-from evaluation.scores.results import Score
+from evaluation.scores.results import COLUMNS, PAIRS, Score
 from kosmosg.files import write_text
 
 Features = Callable[[Sequence], Tensor]
@@ -80,7 +80,8 @@ def load_encoders(table: str, config: EvaluationConfig, sharing: Sharing) -> Enc
         encoders["dino"] = remembered("dino", dino.images, read)
         if protocol.judge is not None:
             judge = JudgeEncoder(protocol.judge, config.encoder_path(protocol.judge), device)
-            encoders["judge"] = Judge(remembered("judge", judge.images, read), judge.labels)
+            read_part = partial(read_half, upright=protocol.upright)
+            encoders["judge"] = Judge(remembered("judge", judge.images, read_part), judge.labels)
     else:
         fid = feature_network(protocol.fid, config.encoder_path(protocol.fid), device)
         encoders["fid_real"] = remembered("fid_real", fid.images, lambda file: resize(read(file), protocol.real_resize))
@@ -144,17 +145,19 @@ class Scorer:
                 value = float(found.mean())
             results.append((metric, value, compared, found))
         if encoders.judge is not None:
-            for metric, verdicts in encoders.judge.verdicts(images).items():
+            judged = encoders.judge.verdicts(images) | encoders.judge.pair_verdicts(images)
+            for metric, verdicts in judged.items():
                 right = torch.tensor([right for _, _, right in verdicts], dtype=torch.float64)
-                judged = [(image, against) for image, against, _ in verdicts]
-                results.append((metric, float(right.mean()), judged, right))
+                compared = [(image, against) for image, against, _ in verdicts]
+                results.append((metric, float(right.mean()), compared, right))
         for metric, value, compared, found in results:
             units = [image.unit for image, _ in compared]
             low, high = mean_interval(found, units, self.bootstrap.replicates, self.bootstrap.seed)
             interval = (max(0.0, low), max(0.0, high))  # clamped as the mean is
-            scores.append(self._score(system, metric, value, interval, len(compared)))
+            table = PAIRS if metric in COLUMNS[PAIRS] else self.table
+            scores.append(Score(table, system, metric, value, *interval, len(compared), self.protocol))
             samples += [
-                Sample(self.table, system, metric, image.unit, str(image.file), str(other), score, image.template)
+                Sample(table, system, metric, image.unit, str(image.file), str(other), score, image.template)
                 for (image, other), score in zip(compared, found.tolist(), strict=True)
             ]
         if self.real is not None:

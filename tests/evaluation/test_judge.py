@@ -5,17 +5,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import ResNetForImageClassification
 
 from evaluation.config import Bootstrap
 from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, identity
-from evaluation.protocols.requests import DataSetError, EvaluationError, ScoredImage, read_image
+from evaluation.protocols.requests import DataSetError, EvaluationError, ScoredImage, Slot, read_image
 from evaluation.reports.breakdown import SORT, breakdown, markdown, part_rows
 from evaluation.scores.encoders import JudgeEncoder
-from evaluation.scores.judge import Judge
+from evaluation.scores.judge import Judge, half, read_half
+from evaluation.scores.results import markdown as results_markdown
 from evaluation.scores.scoring import Encoders, Scorer
 
 BOOTSTRAP = Bootstrap(replicates=200)
@@ -84,6 +87,56 @@ def test_nearness_to_another_as_great_as_to_its_own_is_no_identity() -> None:
     assert judge().is_it(own, own, [other]) and not judge().is_it(own, own, [own])
 
 
+def test_halves_are_judged_by_hand() -> None:
+    """Two images of a cat and a dog: one as asked but with another cat, one with the two in each other's place."""
+    cat, other, dog = [2, 1, 0, 1, 1, 0, 1.0, 0.0], [2, 1, 0, 1, 1, 0, 0.2, 0.9], [1, 2, 0, 1, 1, 0, 0.9, 0.2]
+    seen = SEEN | {
+        half(A, 0): other,
+        half(A, 1): dog,
+        half(B, 0): dog,
+        half(B, 1): cat,
+        half(C, 0): cat,
+        half(C, 1): cat,
+    }
+    looking = Judge(lambda files: torch.tensor([seen[str(file)] for file in files]), LABELS)
+    slots = tuple(Slot(kind, Path("own"), (Path("other"),)) for kind in ("cat", "dog"))
+    ones = lambda items: torch.ones(len(items), 2)  # noqa: E731
+    pairs = [ScoredImage(file, "cat + dog", "", slots=slots) for file in (A, B, C)]
+    scores, samples = Scorer("dreambench", "p@1#0", Encoders(ones, ones, judge=looking), BOOTSTRAP)("S", pairs)
+    assert {(score.table, score.metric): (score.value, score.n) for score in scores} == {
+        ("pairs", "pair_kind"): (0.5, 6),
+        ("pairs", "pair_identity"): (pytest.approx(5 / 6), 6),
+        ("pairs", "swapped"): (pytest.approx(1 / 3), 3),
+        ("pairs", "missing"): (pytest.approx(1 / 3), 3),
+    }
+    assert [sample.score for sample in samples if sample.metric == "pair_kind"] == [1, 1, 0, 0, 1, 0]
+    assert "| System | Kind ↑ | Identity ↑ | Swapped ↓ | Missing ↓ | n |" in results_markdown(scores, [])
+
+
+def test_halves_are_cut_where_two_subjects_stand(tmp_path: Path) -> None:
+    pixels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
+    image = Image.fromarray(np.stack([pixels // 32, pixels % 32, 0 * pixels], axis=-1).astype(np.uint8))
+    image.save(tmp_path / "a.png")
+    left, right = (np.asarray(read_half(half(tmp_path / "a.png", slot))) for slot in (0, 1))
+    assert left.shape == right.shape == (16, 16, 3)
+    assert left[0, 0].tolist() == [13, 0, 0] and right[0, 0].tolist() == [13, 16, 0]
+    assert np.array_equal(read_half(tmp_path / "a.png"), image)
+
+
+def test_pairs_are_asked_for_after_all_else(dreambench_folder: Path) -> None:
+    assert all(len(request.inputs) == 1 for request in DreamBench(PROTOCOL, dreambench_folder).requests())
+    judged = replace(PROTOCOL, judge=Encoder("j"), images_per_prompt=2)
+    dataset = DreamBench(judged, dreambench_folder)
+    *single, pair, again = dataset.requests()
+    assert len(single) == 2 * 9 and (pair.index, again.index) == (18, 19) and pair.seed != again.seed
+    assert (pair.prompt, pair.text) == ("<i> and <i> in the snow", "a fish and a dog in the snow")
+    assert pair.inputs == ("fish/01.png", "dog/00.png") and pair.unit == "fish + dog"
+    image = dataset.scored(again, Path("x"))
+    assert [slot.kind for slot in image.slots] == ["fish", "dog"] and not image.references and not image.text
+    assert len(dataset.copies_of_input()) == len(single)
+    assert len(DreamBench(replace(judged, max_subjects=1), dreambench_folder).requests()) == 2 * 3
+
+
 def test_logits_and_features_are_the_classifiers(encoders_folder: Path, dreambench_folder: Path) -> None:
     folder = encoders_folder / "judge"
     encoder = JudgeEncoder(Encoder(str(folder)), folder, torch.device("cpu"))
@@ -114,6 +167,7 @@ def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, 
     folder = shutil.copytree(dreambench_folder, tmp_path / "dreambench")
     with_labels = identity(DreamBench(PROTOCOL, folder).protocol)
     facts = json.loads((folder / "dreambench.json").read_text())
+    del facts["pairs"]
     for owner in (*facts["subjects"].values(), *facts["prompts"].values()):
         owner.pop("labels", None)
     (folder / "dreambench.json").write_text(json.dumps(facts))
@@ -141,6 +195,14 @@ def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, 
         (
             lambda facts: facts["prompts"]["live"]["labels"].pop(),
             "prompts have 3 templates but 2 labels",
+        ),
+        (
+            lambda facts: facts["pairs"]["subjects"].append(["fish", "boat"]),
+            "the pair fish + boat is not of two subjects with labels of two kinds",
+        ),
+        (
+            lambda facts: facts["pairs"].update(modified="{} in the snow"),
+            "pairs.modified='{} in the snow' must hold {} twice",
         ),
     ],
 )

@@ -42,6 +42,11 @@ FACTS = {
             "labels": [{"setting": "in the snow"}, {"setting": "on the beach"}, {"colour": "red"}],
         },
     },
+    "pairs": {
+        "original": "a {} and a {} in the snow",
+        "modified": "{} and {} in the snow",
+        "subjects": [["fish", "dog"]],
+    },
 }
 
 

@@ -208,7 +208,9 @@ def test_the_evaluation_reads_it(world):
     )
     dreambench = DreamBench(config.dreambench, world / "dreambench")
     requests = dreambench.requests()
-    assert len(requests) == 3 * 25 and {request.unit for request in requests} == set(dreambench.subjects)
+    single = [request for request in requests if len(request.inputs) == 1]
+    assert len(single) == 3 * 25 and {request.unit for request in single} == set(dreambench.subjects)
+    assert len(requests) == 3 * 25 + 3
     assert [subject.kind for subject in dreambench.subjects.values()].count("live") == 1
     for name in dreambench.subjects:
         images = dreambench.real_images(name)
