@@ -83,6 +83,8 @@ class Judge:
         """By metric, of the images that it can be told of: kind, colour and pattern where there are such labels,
         `words` where the prompt asks for something, `identity` where other individuals are known."""
         images = [image for image in images if not image.slots]
+        if not images:
+            return {}
         known = [file for image in images for file in (image.given, *image.others) if file is not None]
         self.encode([*(image.file for image in images), *known])  # all at once; what follows asks for a few at a time
         found: dict[str, list[Verdict]] = {metric: [] for metric in (*LOOKS, "identity", "words")}
