@@ -15,6 +15,7 @@ from evaluation.images.provenance import hash_files, hash_json
 from evaluation.images.systems import (
     AFTER_STAGE_3,
     BEFORE_STAGE_3,
+    REAL_IMAGES,
     kosmosg_system,
     run_folders,
     run_system,
@@ -28,6 +29,7 @@ from evaluation.protocols.protocol import identity
 from evaluation.protocols.requests import EvaluationError, Request
 from evaluation.reports import guidance
 from evaluation.reports.guidance import protocol_at
+from evaluation.scores.results import JUDGED, Score
 from evaluation.scores.scoring import NEAR_COPY
 
 FOLDER_DIGITS = 8
@@ -87,7 +89,7 @@ class Evaluation:
         self.encoders = {
             f"{table.name}.{name}": hash_encoder(config.encoder_path(encoder))
             for table in self.tables
-            for name in ("clip", "dino", "fid")
+            for name in ("clip", "dino", "fid", "judge")
             if (encoder := getattr(table.dataset.protocol, name, None)) is not None
         }
 
@@ -137,8 +139,19 @@ class Evaluation:
         found = [table.dataset.subjects for table in self.tables if isinstance(table.dataset, DreamBench)]
         return {name: subject.kind for subjects in found for name, subject in subjects.items()}
 
-    def notes(self) -> list[str]:
-        """What a reader of the tables must know."""
+    def sorts(self) -> dict[str, str]:
+        """Of DreamBench's templates: the label groups that the words ask for, `colour + dress`; others are left out."""
+        found = [table.dataset.protocol.prompts for table in self.tables if isinstance(table.dataset, DreamBench)]
+        lists = [templates for prompts in found for templates in prompts.values()]
+        return {
+            original: " + ".join(labels)
+            for templates in lists
+            for original, labels in zip(templates.original, templates.labels, strict=False)
+            if labels
+        }
+
+    def notes(self, scores: Sequence[Score]) -> list[str]:
+        """What a reader of the tables must know; `scores` tell how far the judge is right on real images."""
         bootstrap = self.config.bootstrap
         notes = []
         for table in self.tables:
@@ -153,6 +166,7 @@ class Evaluation:
                     f"Near copies: the share of images whose DINO cosine with the input image is at least {NEAR_COPY}, "
                     "under every protocol. The row of real images tells how many other photos of a subject reach that."
                 )
+                notes += judge_notes(table, scores)
             else:
                 references = len(table.dataset.references())
                 notes.append(
@@ -218,6 +232,33 @@ def table_of(name: str, dataset: DreamBench | Coco, data: str | None = None) -> 
     """The table of a data set; `data` is the hash of its files where it is known."""
     data = data or hash_files(dataset.folder, dataset.files())
     return Table(name, dataset, identity(dataset.protocol), data, dataset.requests())
+
+
+def judge_notes(table: Table, scores: Sequence[Score]) -> list[str]:
+    """How far to trust the judge, and what chance gives; nothing where it judged nothing."""
+    dataset = table.dataset
+    assert isinstance(dataset, DreamBench)
+    if not any(score.metric in JUDGED for score in scores if score.table == table.name):
+        return []
+    real = [s for s in scores if (s.table, s.system) == (table.name, REAL_IMAGES) and s.metric in JUDGED]
+    notes = [
+        "Kind, colour, pattern: the share of images in which the judge, a network that no model looks through, sees "
+        "the subject's own, or what the words change it to. Words: all that the template asks for is seen."
+    ]
+    if real:
+        accuracy = ", ".join(f"{score.metric} {score.value:.2f}" for score in real)
+        notes.append(f"The judge on {max(score.n for score in real)} real images: {accuracy}.")
+    if chances := [1 / (1 + len(others)) for name in dataset.subjects if (others := dataset.others(name))]:
+        notes.append(
+            "Identity: the share of images that are nearer, by the judge's feature, to their own input image than to "
+            f"the portraits of others of the same kind; chance is {sum(chances) / len(chances):.3g}."
+        )
+    if pairs := dataset.pairs():
+        notes.append(
+            f"Two subjects: {len(pairs)} pairs, each slot's kind and identity in its half of the image. Swapped: both "
+            "halves show the other's kind; missing: a kind that neither half shows."
+        )
+    return notes
 
 
 def slug(name: str) -> str:

@@ -76,6 +76,9 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
     # Encoders first: weights that are not theirs must not come to light after hours of generation.
     sharing = Sharing(processes, output / ".features", config.encoder_batch_size, evaluation.console)
     encoders = {table.name: load_encoders(table.name, config, sharing) for table in evaluation.tables}
+    for table in evaluation.tables:
+        if (judge := encoders[table.name].judge) is not None and isinstance(table.dataset, DreamBench):
+            judge.require(table.dataset)
     output.mkdir(parents=True, exist_ok=True)
     manifests = generate_all(evaluation)
     grids = swap_grids(evaluation)
@@ -84,12 +87,12 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
         return []
     scores, samples = score_all(evaluation, encoders, manifests)
     sharing.dismiss()
-    parts = breakdown(samples, evaluation.kinds(), config.bootstrap)
+    parts = breakdown(samples, evaluation.kinds(), config.bootstrap, evaluation.sorts())
     write_samples(samples, output / "samples.csv", output)
     write_breakdown(parts, output / "breakdown.csv")
     write_results(scores, output / "results.json")
     sections = [*breakdown_markdown(parts), *guidance_markdown(scores)]
-    write_text(output / "results.md", markdown(scores, evaluation.notes(), sections))
+    write_text(output / "results.md", markdown(scores, evaluation.notes(scores), sections))
     provenance = provenance_of(evaluation, time.monotonic() - started)
     draw_pages(evaluation, manifests, grids, scores, parts, provenance)
     content = {"key": evaluation.key(), "written": provenance, "config": asdict(config)}
@@ -135,7 +138,8 @@ def score_all(
             manifest = manifests[point.name, system.name]
             manifest.verify()
             images = [table.dataset.scored(r, manifest.image_file(r.index)) for r in table.requests]
-            scores += [replace(score, guidance_scale=point.scale) for score in scorer(system.name, images)[0]]
+            found = [score for score in scorer(system.name, images)[0] if score.table == table.name]
+            scores += [replace(score, guidance_scale=point.scale) for score in found]
     return scores, samples
 
 

@@ -50,15 +50,22 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
         assert list(row)[:8] == ["table", "system", "metric", "value", "low", "high", "n", "protocol"]
         assert list(row)[8:] == (["guidance_scale"] if row["table"] == "guidance" else [])
         assert row["low"] <= row["value"] <= row["high"]
-        name = "dreambench" if row["table"] == "guidance" else row["table"]
-        assert re.fullmatch(rf"{name}/toyland@2#[0-9a-f]{{8}}", row["protocol"])
+        name = "dreambench" if row["table"] in ("guidance", "pairs") else row["table"]
+        assert re.fullmatch(rf"{name}/toyland@3#[0-9a-f]{{8}}", row["protocol"])
     found = {(row["table"], row["system"], row["metric"]) for row in rows if row["table"] != "guidance"}
-    fidelity = {("dreambench", s, metric) for s in SYSTEMS for metric in ("dino", "clip_i", "near_copies")}
-    told = {("dreambench", system, "clip_t") for system in SYSTEMS - {"Real images"}}
+    of_all = ("dino", "clip_i", "near_copies", "kind", "colour", "identity")
+    fidelity = {("dreambench", s, metric) for s in SYSTEMS for metric in of_all}
+    told = {("dreambench", s, metric) for s in SYSTEMS - {"Real images"} for metric in ("clip_t", "words")}
     captions = {("coco", system, metric) for system in SYSTEMS - {"Copy of the input"} for metric in ("fid", "clip_t")}
-    assert found == fidelity | told | captions
+    drawn = SYSTEMS - {"Real images", "Copy of the input"}
+    pairs = {("pairs", s, metric) for s in drawn for metric in ("pair_kind", "pair_identity", "swapped", "missing")}
+    assert found == fidelity | told | captions | pairs
     copy = {row["metric"]: row["value"] for row in rows if row["system"] == "Copy of the input"}
-    assert copy["dino"] == pytest.approx(1) and copy["clip_i"] == pytest.approx(1) and copy["near_copies"] == 1
+    assert (
+        copy["dino"] == pytest.approx(1)
+        and copy["clip_i"] == pytest.approx(1)
+        and copy["near_copies"] == copy["identity"] == 1
+    )
     assert {row["n"] for row in rows if row["table"] == "coco"} == {6}
 
 
@@ -85,6 +92,11 @@ def test_report_and_tables(finished: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:|#)', report), "the report must hold everything itself"
     assert "same prompt, another input image" in report and "Two input images" in report
     tables = (finished / "results.md").read_text()
+    for text in (report, tables):
+        assert all(column in text for column in ("Kind ↑", "Colour ↑", "Identity ↑", "Words ↑")), "what was judged"
+        assert "Two subjects: 1 pairs" in text and "Swapped ↓" in text
+        assert "Pattern ↑" not in text and "chance is 0.333" in text
+        assert re.search(r"The judge on \d real images: kind \d\.\d\d, colour \d\.\d\d, identity \d\.\d\d\.", text)
     assert tables.index("KOSMOS-G after stage 3") < tables.index("# The paper's numbers") < tables.index("0.694")
     assert {file.name for file in (finished / "sheets").iterdir()} == {
         "subjects.png",
@@ -103,9 +115,10 @@ def test_breakdown_is_of_the_samples(finished: Path) -> None:
     """Every part of every system that answers prompts; parts of one kind make up the whole."""
     with (finished / "breakdown.csv").open() as stream:
         parts = list(csv.DictReader(stream))
-    scores = {(row["system"], row["metric"]): row for row in json.loads((finished / "results.json").read_text())[:19]}
+    rows = json.loads((finished / "results.json").read_text())
+    scores = {(row["system"], row["metric"]): row for row in rows if row["table"] == "dreambench"}
     for by, count in (("kind", 2), ("subject", 3), ("template", 4)):
-        for metric in ("dino", "clip_i", "clip_t", "near_copies"):
+        for metric in ("dino", "clip_i", "clip_t", "near_copies", "identity"):
             own = [part for part in parts if (part["by"], part["metric"], part["system"]) == (by, metric, AFTER)]
             assert len(own) == count and all(float(p["low"]) <= float(p["value"]) <= float(p["high"]) for p in own)
             whole, n = scores[AFTER, metric], sum(int(part["n"]) for part in own)
@@ -113,7 +126,8 @@ def test_breakdown_is_of_the_samples(finished: Path) -> None:
             assert n == whole["n"] and max(0.0, mean) == pytest.approx(whole["value"], abs=1e-5)
     assert {part["system"] for part in parts} == SYSTEMS - {"Real images"}
     tables = (finished / "results.md").read_text()
-    assert "## By subject" in tables and "| a {} in the snow |" in tables
+    assert {part["part"] for part in parts if part["by"] == "words"} == {"setting", "colour"}
+    assert "## By what the words ask for" in tables and "## By subject" in tables and "| a {} in the snow |" in tables
 
 
 def test_curve_over_guidance(finished: Path) -> None:
@@ -276,9 +290,9 @@ def test_a_rival_with_our_images_has_our_scores(
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda lines: lines[1:], "1 of 9 images are missing, as index 0"),
+        (lambda lines: lines[1:], "1 of 10 images are missing, as index 0"),
         (lambda lines: [*lines, lines[0]], "index 0 is given twice"),
-        (lambda lines: [*lines, '{"index": 99, "file": "0.png"}'], "line 10 has index 99, which is no request's"),
+        (lambda lines: [*lines, '{"index": 99, "file": "0.png"}'], "line 11 has index 99, which is no request's"),
         (lambda lines: [lines[0].replace("0.png", "x.png"), *lines[1:]], "x.png' does not exist"),
         (lambda lines: ['{"index": 0, "file": "0.png", "prompt": "a cat"}', *lines[1:]], "index 0 is of 'a cat', but"),
         (lambda lines: ["[]", *lines[1:]], "line 1 is no object with index and file"),

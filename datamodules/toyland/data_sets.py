@@ -29,6 +29,8 @@ RECORD = "toyland.json"
 FOLDER = Path(__file__).parent
 NO_CONTENT = ("__init__.py", "__main__.py", "config.py")
 """Files here that no written byte depends on: the docstring, the command, and the settings, which `RECORD` holds."""
+LABELS = "labels"
+"""Beside the files of a subject: what a judge should see of it, which dreambench.json gathers."""
 CHUNK = 64
 """Samples that a process draws between two reports."""
 
@@ -98,16 +100,17 @@ class DataSet:
                     yield len(drawn)
 
     def _write_dreambench(self, folder: Path, draw: Draw) -> Iterator[int]:
-        names = samples.subject_names(self.options)
-        subjects = iter(names)
+        subjects = iter(samples.subject_names(self.options))
+        labels = {}
         for drawn in draw(self.chunks("subjects")):
             for members in drawn:
-                subject = folder / next(subjects)
-                subject.mkdir()
+                subject = next(subjects)
+                labels[subject] = json.loads(members.pop(LABELS))
+                (folder / subject / "others").mkdir(parents=True)
                 for name, content in members.items():
-                    (subject / name).write_bytes(content)
+                    (folder / subject / name).write_bytes(content)
             yield len(drawn)
-        (folder / "dreambench.json").write_bytes(_json(samples.dreambench_facts(names)))
+        (folder / "dreambench.json").write_bytes(_json(samples.dreambench_facts(labels)))
 
     def _write_coco(self, folder: Path, draw: Draw) -> Iterator[int]:
         (folder / "val2014").mkdir()
@@ -187,8 +190,8 @@ def _draw(chunk: Chunk, number: int) -> Members:
     rng = samples.sample_generator(chunk.seed, chunk.data_set, chunk.split, number)
     if chunk.data_set == "dreambench":
         kind = list(samples.subject_names(chunk.options).values())[number]
-        images = samples.subject_images(rng, kind, chunk.options.images)
-        return {f"{i:02d}.png": encode_png(image) for i, image in enumerate(images)}
+        images, labels = samples.subject_files(rng, kind, chunk.options.images)
+        return {name: encode_png(image) for name, image in images.items()} | {LABELS: _json(labels)}
     if chunk.data_set == "coco":
         image, line = samples.coco_image(rng, number)
         return {"png": encode_png(image), "txt": line.encode()}

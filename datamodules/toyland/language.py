@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from datamodules.toyland.brush import HUES
 from datamodules.toyland.kinds import ACCESSORIES, LIVE, OBJECTS, PROPERTIES
 from datamodules.toyland.scene import Placed, Scene, Subject, place, sample_scene
 from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
@@ -59,8 +60,9 @@ def caption(scene: Scene, rng: Random, *, told: bool, with_article: bool = True,
     return " ".join(part for part in (subjects, scene.setting, scene.light, scene.style) if part)
 
 
-def templates(live: bool) -> dict[str, list[str]]:
-    """The 25 templates of one sort of subject: `original` with the class word, `modified` as fed with an image."""
+def templates(live: bool) -> dict[str, list]:
+    """The 25 templates of one sort of subject: `original` with the class word, `modified` as fed with an image, and
+    `labels`: what a judge should see of the words, by label group."""
     places = [f"{{}} {tail}" for tail in PLACES + HOURS + MANNERS]
     if live:
         modified = places + [f"{{}} wearing {what}" for what in ACCESSORIES]
@@ -69,7 +71,13 @@ def templates(live: bool) -> dict[str, list[str]]:
         modified = places + [f"{{}}, {what}" for what in PROPERTIES]
         original = [f"a {template}" for template in places]
         original += [f"a {what} {{}}" if what != "upside down" else f"a {{}} {what}" for what in PROPERTIES]
-    return {"original": original, "modified": modified}
+    labels = [
+        {group: name} for group, names in (("setting", PLACES), ("light", HOURS), ("style", MANNERS)) for name in names
+    ]
+    labels += [
+        {"dress": what} | ({"colour": what} if what in HUES else {}) for what in (ACCESSORIES if live else PROPERTIES)
+    ]
+    return {"original": original, "modified": modified, "labels": labels}
 
 
 def template_scenes(subject: Subject, rng: Random) -> list[Scene]:

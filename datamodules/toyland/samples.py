@@ -4,8 +4,9 @@ Subjects are new in every sample, so no subject of one sample appears in another
 samples never name looks: there the image alone tells them, as in KOSMOS-G's prompts (paper section 2.3).
 
 The evaluation sets lie in the folders that `evaluation/` reads. DreamBench: `<subject>/00.png` is the kept image, the
-subject alone and large in the studio; the others show it in named settings. COCO: scenes with one caption each, every
-other one of which names looks.
+subject alone and large in the studio; the others show it in named settings; `<subject>/others/` holds such portraits of
+other individuals of its kind, and dreambench.json tells what a judge should see. COCO: scenes with one caption each,
+every other one of which names looks.
 """
 
 import zlib
@@ -34,6 +35,8 @@ from datamodules.toyland.scene import SIZE, Scene, Subject, crop, place, render,
 Random = np.random.Generator
 
 KEPT_IMAGE = "00.png"
+OTHERS = 7
+"""Other individuals of a subject's kind: whom an image shows is guessed right once in eight."""
 PORTRAIT_HALF = 0.4
 """Half side of the kept image's subject, in units of the image's side: as large as crops of entities show theirs."""
 
@@ -126,9 +129,7 @@ def subject_scenes(rng: Random, kind: str, images: int) -> list[Scene]:
     Settings alone: no style, light or dress, since they are photos of the subject as it is.
     """
     subject = Subject.sample(rng, kind)
-    (portrait,) = place(rng, [subject])
-    portrait = replace(portrait, x=0.5, y=0.5, half=PORTRAIT_HALF)
-    scenes = [Scene((portrait,), seed=int(rng.integers(2**31)))]
+    scenes = [portrait(rng, subject)]
     settings = list(rng.permutation(PLACES))
     for i in range(images - 1):
         setting = str(settings[i % len(settings)])
@@ -136,18 +137,39 @@ def subject_scenes(rng: Random, kind: str, images: int) -> list[Scene]:
     return scenes
 
 
-def subject_images(rng: Random, kind: str, images: int) -> list[Image.Image]:
-    """See `subject_scenes`."""
-    return [render(scene).image for scene in subject_scenes(rng, kind, images)]
+def portrait(rng: Random, subject: Subject) -> Scene:
+    """The subject alone and large in the studio."""
+    (placed,) = place(rng, [subject])
+    placed = replace(placed, x=0.5, y=0.5, half=PORTRAIT_HALF)
+    return Scene((placed,), seed=int(rng.integers(2**31)))
 
 
-def dreambench_facts(names: dict[str, str]) -> dict:
-    """dreambench.json: subjects and prompts in the structure of DreamBench's own facts. How many images a prompt gets
-    is the protocol's to say."""
+def subject_files(rng: Random, kind: str, images: int) -> tuple[dict[str, Image.Image], dict[str, str]]:
+    """A subject's images by file name, those of others of its kind among them, and its labels."""
+    scenes = subject_scenes(rng, kind, images)
+    others = [portrait(rng, Subject.sample(rng, kind)) for _ in range(OTHERS)]
+    look = scenes[0].placed[0].subject.look
+    named = [(f"{i:02d}.png", scene) for i, scene in enumerate(scenes)]
+    named += [(f"others/{i:02d}.png", scene) for i, scene in enumerate(others)]
+    labels = {"kind": kind, "colour": look.body.word, "pattern": look.pattern}
+    return {name: render(scene).image for name, scene in named}, labels
+
+
+def dreambench_facts(labels: dict[str, dict[str, str]]) -> dict:
+    """dreambench.json of the subjects' labels: subjects and prompts in the structure of DreamBench's own facts. How
+    many images a prompt gets is the protocol's to say."""
     subjects = {
-        name: {"class": kind, "kind": "live" if KINDS[kind].live else "object", "kept_image": KEPT_IMAGE}
-        for name, kind in names.items()
+        name: {
+            "class": known["kind"],
+            "kind": "live" if KINDS[known["kind"]].live else "object",
+            "kept_image": KEPT_IMAGE,
+            "labels": known,
+        }
+        for name, known in labels.items()
     }
+    names = list(subjects)
+    # Each stands once at the left and once at the right, mostly beside one of another sort.
+    pairs = zip(names, [*names[len(names) // 2 :], *names[: len(names) // 2]], strict=True)
     prompts = {"object": templates(live=False), "live": templates(live=True)}
     live = sum(subject["kind"] == "live" for subject in subjects.values())
     return {
@@ -157,6 +179,11 @@ def dreambench_facts(names: dict[str, str]) -> dict:
         "n_live": live,
         "prompts_per_subject": len(prompts["object"]["original"]),
         "prompts": prompts,
+        "pairs": {
+            "original": "a {} and a {} on the beach",
+            "modified": "{} and {} on the beach",
+            "subjects": [[a, b] for a, b in pairs if labels[a]["kind"] != labels[b]["kind"]],
+        },
         "placeholder": "'{}' in the original is the class word; '{}' in the modified prompt is '<i>'",
         "text_used_for_clip_t": "original prompt with the class word",
     }

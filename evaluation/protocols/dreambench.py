@@ -1,6 +1,7 @@
 """DreamBench: subjects × templates, read from the folder that google/dreambooth publishes.
 
-`<folder>/<subject>/NN.jpg` (or .png). Which subjects, classes, templates and kept images there are is the protocol's
+`<folder>/<subject>/NN.jpg` (or .png); `<folder>/<subject>/others/`, where there is one, shows other individuals of the
+same kind. Which subjects, classes, templates and kept images there are is the protocol's
 data, or a JSON file of the same structure in the folder.
 """
 
@@ -8,11 +9,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from evaluation.protocols.protocol import DreamBenchProtocol, Subject, Templates
-from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, image_seed, spread
+from evaluation.protocols.protocol import DreamBenchProtocol, Pairs, Subject, Templates
+from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, Slot, image_seed, spread
 from kosmosg.prompt import PLACEHOLDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LOOKS = ("kind", "colour", "pattern")
+"""Label groups of subjects; each has a column."""
 
 
 class DreamBench:
@@ -36,6 +39,7 @@ class DreamBench:
         for name in self.subjects:
             self._first_prompt[name] = prompts
             prompts += len(self.templates(name))
+        self._first_pair = prompts
 
     def check(self) -> None:
         """See the class for what is raised."""
@@ -46,11 +50,20 @@ class DreamBench:
             if subject.kind not in self.protocol.prompts:
                 kinds = ", ".join(sorted(self.protocol.prompts))
                 problems.append(f"subject '{name}' is of kind '{subject.kind}', but there are prompts for: {kinds}")
+            problems += [
+                f"subject '{name}' has a label of '{group}', but labels of subjects are of: {', '.join(LOOKS)}"
+                for group in subject.labels
+                if group not in LOOKS
+            ]
             if not (self.folder / name).is_dir():
                 problems.append(f"subject '{name}' has no folder")
             elif not (self.folder / name / subject.kept_image).is_file():
                 there = ", ".join(path.name for path in self.real_images(name)) or "none"
                 problems.append(f"subject '{name}' lacks its kept image {subject.kept_image} (there: {there})")
+        for pair in self.protocol.pairs.subjects if self.protocol.pairs is not None else []:
+            kinds = [self.protocol.subjects[name].labels.get("kind") for name in pair if name in self.protocol.subjects]
+            if len(set(kinds) - {None}) != 2:
+                problems.append(f"the pair {' + '.join(pair)} is not of two subjects with labels of two kinds")
         if problems:
             more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
             raise DataSetError(f"DreamBench at '{self.folder}': " + "; ".join(problems[:SHOWN_PROBLEMS]) + more + ".")
@@ -63,6 +76,10 @@ class DreamBench:
         """Every photo of the subject, by name."""
         return sorted(path for path in (self.folder / subject).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
+    def others(self, subject: str) -> tuple[Path, ...]:
+        """Portraits of other individuals of the same kind, by name; empty where there are none."""
+        return tuple(sorted((self.folder / subject / "others").glob("*.png")))
+
     def references(self, subject: str) -> tuple[Path, ...]:
         """What an image of the subject is compared with, by the protocol."""
         return (
@@ -71,45 +88,69 @@ class DreamBench:
             else tuple(self.real_images(subject))
         )
 
-    def templates(self, subject: str) -> list[tuple[str, str]]:
-        """(original, modified) templates of the subject's kind."""
+    def templates(self, subject: str) -> list[tuple[str, str, dict[str, str]]]:
+        """(original, modified, labels) of the templates of the subject's kind."""
         prompts = self.protocol.prompts[self.subjects[subject].kind]
-        return spread(list(zip(prompts.original, prompts.modified, strict=True)), self.protocol.max_templates)
+        labels = prompts.labels or [{} for _ in prompts.original]
+        return spread(list(zip(prompts.original, prompts.modified, labels, strict=True)), self.protocol.max_templates)
+
+    def pairs(self) -> list[list[str]]:
+        """The pairs that are drawn: those of the taken subjects, where there is a judge."""
+        pairs = self.protocol.pairs.subjects if self.protocol.pairs is not None and self.protocol.judge else []
+        return [pair for pair in pairs if self.subjects.keys() >= set(pair)]
 
     def requests(self) -> list[Request]:
-        """Subject by subject, template by template, repeat by repeat."""
-        requests: list[Request] = []
-        sampling, repeats = self.protocol.sampling, self.protocol.images_per_prompt
-        for name, subject in self.subjects.items():
-            shown = PLACEHOLDER if self.protocol.fed == "image" else f"{subject.class_noun} {PLACEHOLDER}"
-            inputs = (str(self.kept_image(name).relative_to(self.folder)),)
-            for original, modified in self.templates(name):
-                number = len(requests) // repeats
-                requests += [
-                    Request(
-                        index=number * repeats + repeat,
-                        prompt=modified.format(shown),
-                        text=original.format(subject.class_noun),
-                        inputs=inputs,
-                        seed=image_seed(sampling.seed, number, repeat, sampling.noise_period),
-                        unit=name,
-                    )
-                    for repeat in range(repeats)
-                ]
-        return requests
+        """Subject by subject, template by template, repeat by repeat; then the pairs."""
+        asked = [
+            ([name], original, modified) for name in self.subjects for original, modified, _ in self.templates(name)
+        ]
+        if (pairs := self.protocol.pairs) is not None:
+            asked += [(names, pairs.original, pairs.modified) for names in self.pairs()]
+        return [
+            self._request(number, repeat, *prompt)
+            for number, prompt in enumerate(asked)
+            for repeat in range(self.protocol.images_per_prompt)
+        ]
+
+    def _request(self, number: int, repeat: int, names: list[str], original: str, modified: str) -> Request:
+        nouns = [self.subjects[name].class_noun for name in names]
+        shown = [PLACEHOLDER if self.protocol.fed == "image" else f"{noun} {PLACEHOLDER}" for noun in nouns]
+        sampling = self.protocol.sampling
+        return Request(
+            index=number * self.protocol.images_per_prompt + repeat,
+            prompt=modified.format(*shown),
+            text=original.format(*nouns),
+            inputs=tuple(str(self.kept_image(name).relative_to(self.folder)) for name in names),
+            seed=image_seed(sampling.seed, number, repeat, sampling.noise_period),
+            unit=" + ".join(names),
+        )
 
     def scored(self, request: Request, file: Path) -> ScoredImage:
-        """A made image with what it is compared with."""
+        """A made image with what it is compared with; one of two subjects is for the judge alone."""
+        number = request.index // self.protocol.images_per_prompt
+        if number >= self._first_pair:
+            names = self.pairs()[number - self._first_pair]
+            slots = [Slot(self.subjects[n].labels["kind"], self.kept_image(n), self.others(n)) for n in names]
+            return ScoredImage(file, request.unit, "", slots=tuple(slots))
         templates = self.templates(request.unit)
-        place = request.index // self.protocol.images_per_prompt - self._first_prompt[request.unit]
-        given = self.kept_image(request.unit)
+        place = number - self._first_prompt[request.unit]
+        template, _, words = templates[place]
         return ScoredImage(
-            file, request.unit, request.text, self.references(request.unit), template=templates[place][0], given=given
+            file,
+            request.unit,
+            request.text,
+            self.references(request.unit),
+            template=template,
+            given=self.kept_image(request.unit),
+            others=self.others(request.unit),
+            labels=self.subjects[request.unit].labels | words,
+            words=words,
         )
 
     def copies_of_input(self) -> list[ScoredImage]:
         """The baseline that repeats its input whatever the prompt: how much of a score is mere copying."""
-        return [self.scored(request, self.folder / request.inputs[0]) for request in self.requests()]
+        single = self.requests()[: self._first_pair * self.protocol.images_per_prompt]
+        return [self.scored(request, self.folder / request.inputs[0]) for request in single]
 
     def other_real_images(self) -> list[ScoredImage]:
         """Real photos of each subject against its references, never a photo against itself."""
@@ -119,12 +160,14 @@ class DreamBench:
                 others = tuple(reference for reference in self.references(name) if reference != file)
                 kept = self.kept_image(name)
                 if others:
-                    images.append(ScoredImage(file, name, "", others, given=kept if kept in others else None))
+                    given = None if file == kept else kept
+                    judged = {"others": self.others(name), "labels": self.subjects[name].labels}
+                    images.append(ScoredImage(file, name, "", others, given=given, **judged))
         return images
 
     def files(self) -> list[Path]:
         """Every file that a number depends on."""
-        return [path for name in self.subjects for path in self.real_images(name)]
+        return [path for name in self.subjects for path in (*self.real_images(name), *self.others(name))]
 
 
 def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProtocol:
@@ -144,16 +187,17 @@ def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProto
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         subjects = {
-            name: Subject(class_noun=subject["class"], kind=subject["kind"], kept_image=subject["kept_image"])
+            name: Subject(subject["class"], subject["kind"], subject["kept_image"], subject.get("labels", {}))
             for name, subject in facts["subjects"].items()
         }
         prompts = {
-            kind: Templates(original=lists["original"], modified=lists["modified"])
+            kind: Templates(lists["original"], lists["modified"], lists.get("labels", []))
             for kind, lists in facts["prompts"].items()
         }
+        pairs = Pairs(**facts["pairs"]) if "pairs" in facts else protocol.pairs
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataSetError(
             f"'{file}' is not of DreamBench's structure (subjects: class, kind, kept_image; prompts by kind: original, "
             f"modified): {type(error).__name__}: {error}"
         ) from error
-    return replace(protocol, facts=None, subjects=subjects, prompts=prompts)
+    return replace(protocol, facts=None, subjects=subjects, prompts=prompts, pairs=pairs)

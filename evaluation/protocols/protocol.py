@@ -8,12 +8,15 @@ on the command line gives another protocol, `name@version#fingerprint`. What can
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
 FINGERPRINT_DIGITS = 8
 INCEPTION = "inception"
+LATER = ("upright", "judge", "labels", "pairs")
+"""Fields younger than numbers that were published. They are hashed only where they say something, so that a protocol
+that does without them keeps its fingerprint."""
 
 
 @dataclass
@@ -132,6 +135,8 @@ class Subject:
     """Which list of templates it takes: object or live."""
     kept_image: str = MISSING
     """File name of the one image that the model is given."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What the judge should see of it, by label group, as `{"kind": "cat", "colour": "red", "pattern": "stripes"}`."""
 
 
 @dataclass
@@ -140,6 +145,9 @@ class Templates:
     """Scored (CLIP-T) and fed to text-only systems; `{}` is the class word."""
     modified: list[str] = field(default_factory=list)
     """Fed to KOSMOS-G; `{}` is the image."""
+    labels: list[dict[str, str]] = field(default_factory=list)
+    """What the words of each template ask for, as `{"light": "at night"}`, before the subject's own label of that
+    group; empty, or as many as there are templates."""
 
     def __post_init__(self) -> None:
         if len(self.original) != len(self.modified):
@@ -147,9 +155,31 @@ class Templates:
                 f"prompts have {len(self.original)} original but {len(self.modified)} modified templates; each "
                 "template has both."
             )
+        if self.labels and len(self.labels) != len(self.original):
+            raise ValueError(
+                f"prompts have {len(self.original)} templates but {len(self.labels)} labels; each template has its "
+                "own, {} where its words ask for nothing that the judge knows."
+            )
         for template in (*self.original, *self.modified):
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must hold {{}} once, where the subject goes.")
+
+
+@dataclass
+class Pairs:
+    original: str = MISSING
+    """Fed to text-only systems; the two `{}` are the class words."""
+    modified: str = MISSING
+    """Fed to KOSMOS-G; the two `{}` are the images."""
+    subjects: list[list[str]] = field(default_factory=list)
+    """Folder names of each pair: left, right; of two kinds by their labels."""
+
+    def __post_init__(self) -> None:
+        for name in ("original", "modified"):
+            if getattr(self, name).count("{}") != 2:
+                raise ValueError(f"pairs.{name}={getattr(self, name)!r} must hold {{}} twice, where the subjects go.")
+        if wrong := [pair for pair in self.subjects if len(pair) != 2]:
+            raise ValueError(f"pairs.subjects has {wrong[0]}; each pair names two subjects.")
 
 
 @dataclass
@@ -180,12 +210,17 @@ class DreamBenchProtocol(Protocol):
     """By folder name."""
     prompts: dict[str, Templates] = field(default_factory=dict)
     """By kind of subject."""
+    pairs: Pairs | None = None
+    """Images of two subjects, one input each, which the judge looks at half by half; drawn only where there is one."""
     max_subjects: int | None = None
     """Only this many, spread evenly over the list; for trials."""
     max_templates: int | None = None
     """Only this many of each list, spread evenly; for trials."""
     dino: Encoder | None = None
     """CLS output; the mean of pair cosines, clamped at 0 after averaging."""
+    judge: Encoder | None = None
+    """Classifier that names what is to be seen and tells individuals apart, measured where the facts have labels; it
+    must not be a network that a model looks through, nor share its weights."""
 
     def __post_init__(self) -> None:
         _require_at_least("dreambench", "images_per_prompt", self.images_per_prompt, 1)
@@ -240,12 +275,13 @@ class CocoProtocol(Protocol):
 
 def identity(protocol: Protocol) -> str:
     """`name@version#fingerprint`: equal exactly where every field is equal."""
-    values = asdict(protocol)
-    if not protocol.upright:  # as before the field was there
-        del values["upright"]
-    written = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    written = json.dumps(asdict(protocol, dict_factory=_hashed), sort_keys=True, ensure_ascii=False)
     digest = hashlib.sha256(written.encode()).hexdigest()[:FINGERPRINT_DIGITS]
     return f"{protocol.name}@{protocol.version}#{digest}"
+
+
+def _hashed(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if value or name not in LATER}
 
 
 def _require_at_least(section: str, name: str, value: float, least: float) -> None:

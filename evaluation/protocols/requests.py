@@ -1,8 +1,8 @@
 """What is asked of a system (one image each), and what is scored."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -43,6 +43,15 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """What one half of an image of two subjects should show; see ScoredImage."""
+
+    kind: str
+    given: Path
+    others: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class ScoredImage:
     """An image file with the text and the reference images that it is compared with.
 
@@ -50,6 +59,10 @@ class ScoredImage:
         real: a photo of the data set, which FID resizes as its real side.
         template: of the prompt, with `{}` for the subject; empty where there is none.
         given: the input image that the system saw, of which it may be a copy.
+        others: portraits of other individuals of the same kind, of which none should be in the image.
+        labels: what a judge should see, by label group: of the subject, as the words change it.
+        words: what the prompt's words ask for, by label group.
+        slots: of an image of two subjects: the left half's, the right half's.
     """
 
     file: Path
@@ -59,6 +72,10 @@ class ScoredImage:
     real: bool = False
     template: str = ""
     given: Path | None = None
+    others: tuple[Path, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
+    slots: tuple[Slot, ...] = ()
 
 
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:

@@ -1,6 +1,6 @@
-"""Where a mean comes from: by kind of subject, by subject, by template; from the score of every sample.
+"""Where a mean comes from: by kind of subject, by subject, by template, by what the words ask for.
 
-Means are of pairs, as in the table, but not clamped at 0: one subject's may well lie below.
+Means are of the pairs in samples.csv, as in the table, but not clamped at 0: one subject's may well lie below.
 """
 
 import csv
@@ -14,14 +14,14 @@ import torch
 from evaluation.config import Bootstrap
 from evaluation.images.systems import AFTER_STAGE_3
 from evaluation.scores.bootstrap import mean_interval
-from evaluation.scores.results import COLUMNS, DECIMALS, METRICS, markdown_table
+from evaluation.scores.results import DECIMALS, METRICS, markdown_table, shown_columns
 from evaluation.scores.scoring import Sample
 from kosmosg.files import write_text
 
 TABLE = "dreambench"
-KIND, SUBJECT, TEMPLATE = "kind", "subject", "template"
-TITLES = {KIND: "Kinds of subject", SUBJECT: "Subjects", TEMPLATE: "Templates"}
-SORTED_BY = {KIND: None, SUBJECT: "dino", TEMPLATE: "clip_t"}
+KIND, SUBJECT, TEMPLATE, SORT = "kind", "subject", "template", "words"
+TITLES = {KIND: "Kinds of subject", SUBJECT: "Subjects", TEMPLATE: "Templates", SORT: "Words"}
+SORTED_BY = {KIND: None, SUBJECT: "dino", TEMPLATE: "clip_t", SORT: "words"}
 """Subjects are what fidelity fails on, templates what the text fails on: the worst stand first."""
 
 
@@ -30,7 +30,7 @@ class Part:
     """The mean over a part of a system's images, with its 95 % interval.
 
     Args:
-        by: kind, subject or template.
+        by: kind, subject, template or words.
         part: its name.
         low, high: over subjects; within one subject, over its templates.
         n: pairs that were averaged.
@@ -56,22 +56,28 @@ class Part:
         return f"{value} ({low}–{high})" if self.low >= 0 else f"{value} ({low} … {high})"
 
 
-def breakdown(samples: Sequence[Sample], kinds: Mapping[str, str], bootstrap: Bootstrap) -> list[Part]:
+def breakdown(
+    samples: Sequence[Sample], kinds: Mapping[str, str], bootstrap: Bootstrap, sorts: Mapping[str, str] | None = None
+) -> list[Part]:
     """Every part of every system that answers prompts.
 
     Args:
         kinds: of each subject: object or live.
+        sorts: of templates: what their words ask for.
     """
     groups: dict[tuple[str, str, str, str], tuple[list[float], list[str]]] = {}
     for sample in samples:
         if sample.table != TABLE or not sample.template:
             continue
-        subject = sample.unit
+        subject, sort = sample.unit, (sorts or {}).get(sample.template)
         for by, part, unit in (
             (KIND, kinds[subject], subject),
             (SUBJECT, subject, sample.template),
             (TEMPLATE, sample.template, subject),
+            (SORT, sort, subject),
         ):
+            if part is None:
+                continue
             scores, units = groups.setdefault((sample.system, by, part, sample.metric), ([], []))
             scores.append(sample.score)
             units.append(unit)
@@ -92,6 +98,11 @@ def write_breakdown(parts: Sequence[Part], file: Path) -> None:
         numbers = {name: f"{getattr(part, name):.6f}" for name in ("value", "low", "high")}
         writer.writerow({**asdict(part), **numbers})
     write_text(file, text.getvalue())
+
+
+def part_columns(parts: Sequence[Part]) -> list[str]:
+    """The metrics that parts are shown with."""
+    return shown_columns(TABLE, {part.metric for part in parts})
 
 
 def systems_of(parts: Sequence[Part]) -> list[str]:
@@ -122,7 +133,7 @@ def markdown(parts: Sequence[Part]) -> list[str]:
     shown = shown_system(parts)
     if shown is None:
         return []
-    metrics = COLUMNS[TABLE]
+    metrics = part_columns(parts)
     rows = [
         [system, name, *(found[metric].text() if metric in found else "–" for metric in metrics), count(found)]
         for system in systems_of(parts)
@@ -130,11 +141,17 @@ def markdown(parts: Sequence[Part]) -> list[str]:
     ]
     header = [METRICS[metric] for metric in metrics]
     lines = ["## By kind of subject", "", *markdown_table(["System", "Kind", *header, "n"], rows, texts=2)]
-    for by, title, order in ((SUBJECT, "By subject", "lowest DINO"), (TEMPLATE, "By template", "lowest CLIP-T")):
+    for by, title, order in (
+        (SUBJECT, "By subject", "lowest DINO"),
+        (TEMPLATE, "By template", "lowest CLIP-T"),
+        (SORT, "By what the words ask for", "lowest Words"),
+    ):
         rows = [
             [name, *(found[metric].text() if metric in found else "–" for metric in metrics), count(found)]
             for name, found in part_rows(parts, shown, by)
         ]
+        if not rows:
+            continue
         over = "its templates" if by == SUBJECT else "subjects"
         lines += [
             f"## {title}",

@@ -18,6 +18,7 @@ from evaluation.scores.bootstrap import paired_interval
 from evaluation.scores.results import (
     DECIMALS,
     METRICS,
+    PAIRS,
     TITLES,
     Score,
     cells,
@@ -93,6 +94,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def obstacles(first: Evaluated, other: Evaluated, table: str) -> list[str]:
     """Why the numbers of a table do not compare: keys of the protocol, data or encoders that differ. Empty: they do."""
+    table = "dreambench" if table == PAIRS else table  # whose data, protocol and encoders they are
     found = []
     if first.protocol(table) != other.protocol(table):
         found.append(f"protocol {first.protocol(table)} and {other.protocol(table)}")

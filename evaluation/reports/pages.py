@@ -60,7 +60,7 @@ def draw_pages(
         caption_systems=names if "coco" in tables else [],
         captions=caption_blocks(tables["coco"], manifests, names) if "coco" in tables else [],
         curves=charts([(title, Path(run)) for title, run in runs if run is not None]),
-        notes=evaluation.notes(),
+        notes=evaluation.notes(scores),
         provenance=provenance,
     )
     write_report(report, output / "report.html")

@@ -12,7 +12,7 @@ from PIL import Image
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 from evaluation.reports import breakdown, guidance, paper
 from evaluation.reports.breakdown import Part
-from evaluation.scores.results import COLUMNS, METRICS, TITLES, Score, columns, table_rows, tables_of
+from evaluation.scores.results import METRICS, TITLES, Score, columns, table_rows, tables_of
 from kosmosg.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -103,7 +103,7 @@ def write_report(report: Report, file: Path) -> None:
         guidance=[(METRICS[metric], svg) for metric, svg in guidance.charts(report.scores)],
         breakdowns=[(system, part_tables(report.parts, system)) for system in breakdown.systems_of(report.parts)],
         shown_system=breakdown.shown_system(report.parts),
-        part_columns=[METRICS[metric] for metric in COLUMNS[breakdown.TABLE]],
+        part_columns=[METRICS[metric] for metric in breakdown.part_columns(report.parts)],
         input_of={image.name: image for image in report.inputs},
         paper_dreambench=[(row.system, *row.values) for row in paper.DREAMBENCH],
         paper_coco=[(row.system, *row.values) for row in paper.COCO],
@@ -157,14 +157,15 @@ def chart_rows(scores: Sequence[Score], table: str) -> dict:
 
 
 def part_tables(parts: Sequence[Part], system: str) -> list[dict]:
-    """Kinds, subjects and templates of a system: title, and rows of (name, texts in the order of the columns, n)."""
-    tables = []
+    """Kinds, subjects, templates and words of a system: title, rows of (name, texts in the order of the columns, n)."""
+    tables, metrics = [], breakdown.part_columns(parts)
     for by, title in breakdown.TITLES.items():
         rows = [
-            (name, [found[m].text() if m in found else "–" for m in COLUMNS[breakdown.TABLE]], breakdown.count(found))
+            (name, [found[m].text() if m in found else "–" for m in metrics], breakdown.count(found))
             for name, found in breakdown.part_rows(parts, system, by)
         ]
-        tables.append({"by": by, "title": title, "rows": rows})
+        if rows:
+            tables.append({"by": by, "title": title, "rows": rows})
     return tables
 
 

@@ -15,7 +15,7 @@ from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import Evaluated, read_evaluations
 from evaluation.reports.paper import ALIGNMENT, CITATION, COCO, DREAMBENCH, Printed
 from evaluation.reports.seeds import seed_groups
-from evaluation.scores.results import DECIMALS, METRICS, OPTIONAL, Score, markdown_table, sizes, table_rows
+from evaluation.scores.results import COLUMNS, DECIMALS, METRICS, OPTIONAL, Score, markdown_table, sizes, table_rows
 from kosmosg.files import write_text
 
 PRINTED = f"As printed in {CITATION}"
@@ -48,7 +48,7 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
     """Table 1, left and right, and Table 2, as far as the evaluations have numbers for them."""
     plan = (
         ("table-1-dreambench", "Table 1, left: subjects (DreamBench)", "dreambench",
-         ("dino", "clip_i", "clip_t", "near_copies"), DREAMBENCH, None, "instruction_tuning"),
+         COLUMNS["dreambench"], DREAMBENCH, None, "instruction_tuning"),
         ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ("fid",), COCO, None,
          "instruction_tuning"),
         ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ("fid", "clip_t"), ALIGNMENT,

@@ -1,6 +1,7 @@
-"""The networks that look at images for the metrics: CLIP and DINO of transformers, and the feature networks of FID.
+"""The networks that look at images for the metrics: CLIP, DINO and the judge of transformers, and the feature networks
+of FID.
 
-Shapes: `N` images or texts, `F` features, `S` pixels.
+Shapes: `N` images or texts, `F` features, `L` logits, `S` pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
+    ResNetForImageClassification,
     ResNetModel,
     ViTModel,
 )
@@ -76,6 +78,27 @@ class ResNetFeatures:
     def images(self, images: list[Image.Image]) -> Tensor:
         """N images → N×F."""
         return self.model(pixel_values=self.preprocess(images).to(self.device)).pooler_output.flatten(1).cpu()
+
+
+class JudgeEncoder:
+    """Logits, then globally averaged features, of a classifier whose `id2label` reads `group: name`."""
+
+    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
+        self.model = load(ResNetForImageClassification, folder).to(device)
+        self.preprocess = preprocessing(encoder.preprocessing, folder)
+        self.device = device
+        names = [self.model.config.id2label[number] for number in range(self.model.config.num_labels)]
+        self.labels = tuple((group, name) for group, _, name in (label.partition(": ") for label in names))
+        if nameless := [label for label, (_, name) in zip(names, self.labels, strict=True) if not name]:
+            raise EvaluationError(
+                f"'{folder}' is no judge: its id2label has {nameless[0]!r}, where 'group: name' is expected."
+            )
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×(L+F)."""
+        features = self.model.resnet(self.preprocess(images).to(self.device)).pooler_output
+        return torch.cat([self.model.classifier(features), features.flatten(1)], dim=1).cpu()
 
 
 class InceptionFeatures:

@@ -1,7 +1,7 @@
 """Scores as results.json, results.md and a printed table; the paper's own numbers stand apart from ours."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,13 +17,29 @@ METRICS = {
     "clip_i": "CLIP-I ↑",
     "clip_t": "CLIP-T ↑",
     "near_copies": "Near copies",
+    "kind": "Kind ↑",
+    "colour": "Colour ↑",
+    "pattern": "Pattern ↑",
+    "identity": "Identity ↑",
+    "words": "Words ↑",
+    "pair_kind": "Kind ↑",
+    "pair_identity": "Identity ↑",
+    "swapped": "Swapped ↓",
+    "missing": "Missing ↓",
     "fid": "FID ↓",
     "kid": "KID ↓",
 }
+PAIRS = "pairs"
+JUDGED = ("kind", "colour", "pattern", "identity", "words")
+TITLES = {"dreambench": "Subjects (DreamBench)", PAIRS: "Two subjects", "coco": "Captions (MS-COCO)"}
+COLUMNS = {
+    "dreambench": ("dino", "clip_i", "clip_t", "near_copies", *JUDGED),
+    PAIRS: ("pair_kind", "pair_identity", "swapped", "missing"),
+    "coco": ("fid", "kid", "clip_t"),
+}
 DECIMALS = {"dino": 3, "clip_i": 3, "clip_t": 3, "near_copies": 3, "fid": 2, "kid": 5}
-TITLES = {"dreambench": "Subjects (DreamBench)", "coco": "Captions (MS-COCO)"}
-COLUMNS = {"dreambench": ("dino", "clip_i", "clip_t", "near_copies"), "coco": ("fid", "kid", "clip_t")}
-OPTIONAL = ("kid", "near_copies")
+DECIMALS |= dict.fromkeys((*JUDGED, *COLUMNS[PAIRS]), 2)
+OPTIONAL = ("kid", "near_copies", *JUDGED)
 """Columns that stand only where there are such scores."""
 
 
@@ -32,8 +48,8 @@ class Score:
     """One number of a table with its 95 % interval.
 
     Args:
-        table: dreambench, coco, or guidance: a point of the curve over guidance scales.
-        metric: dino, clip_i, clip_t, near_copies, fid or kid.
+        table: dreambench, pairs, coco, or guidance: a point of the curve over guidance scales.
+        metric: of METRICS.
         n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocols.protocol.identity`.
         experiment, stage, seed: of a system that is one of several runs, see `evaluation.images.generation.Variant`.
@@ -129,7 +145,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: 
 
 def columns(scores: Sequence[Score], table: str) -> list[str]:
     """The metrics of a table, optional ones where there are scores of them."""
-    found = {score.metric for score in scores if score.table == table}
+    return shown_columns(table, {score.metric for score in scores if score.table == table})
+
+
+def shown_columns(table: str, found: Collection[str]) -> list[str]:
+    """The metrics of a table, optional ones where they are `found`."""
     return [metric for metric in COLUMNS[table] if metric not in OPTIONAL or metric in found]
 
 
@@ -148,14 +168,15 @@ def print_results(scores: Sequence[Score], console: Console) -> None:
     for table in tables_of(scores):
         rows, metrics = table_rows(scores, table), columns(scores, table)
         protocol = next(iter(rows[0][1].values())).protocol
-        printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)", show_lines=True)
-        printed.add_column("System")
-        for metric in metrics:
-            printed.add_column(METRICS[metric], justify="right", no_wrap=True)
-        printed.add_column("n", justify="right", no_wrap=True)
-        for system, found in rows:
-            # Value and interval on two lines: the table then fits a terminal of 80 columns.
-            printed.add_row(
-                system, *(cell.replace(" (", "\n").rstrip(")") for cell in cells(found, metrics)), sizes(found)
-            )
-        console.print(printed)
+        judged = [metric for metric in metrics if metric in JUDGED]
+        # Value and interval on two lines, the judge's columns in a table of their own: each fits 80 columns.
+        for shown in filter(None, ([metric for metric in metrics if metric not in JUDGED], judged)):
+            printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)", show_lines=True)
+            printed.add_column("System")
+            for metric in shown:
+                printed.add_column(METRICS[metric], justify="right", no_wrap=True)
+            printed.add_column("n", justify="right", no_wrap=True)
+            for system, found in rows:
+                texts = [cell.replace(" (", "\n").rstrip(")") for cell in cells(found, shown)]
+                printed.add_row(system, *texts, sizes({m: found[m] for m in shown if m in found}))
+            console.print(printed)

@@ -20,9 +20,10 @@ from evaluation.protocols.protocol import KID
 from evaluation.protocols.requests import ScoredImage, read_image
 from evaluation.protocols.resizing import resize
 from evaluation.scores.bootstrap import fid_interval, kid_interval, mean_interval
-from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, Remembered, feature_network
+from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, JudgeEncoder, Remembered, feature_network
+from evaluation.scores.judge import Judge, read_half
 from evaluation.scores.metrics import CosineMean, FeatureFID, FeatureKID
-from evaluation.scores.results import Score
+from evaluation.scores.results import COLUMNS, PAIRS, Score
 from kosmosg.files import write_text
 
 Features = Callable[[Sequence], Tensor]
@@ -33,7 +34,7 @@ be configured, so that the rate means one thing; how many photos of a subject re
 
 @dataclass(frozen=True)
 class Sample:
-    """The score of one pair: an image against a reference image, its input image or a text."""
+    """The score of one pair: an image against a reference image, its input image, a text or labels."""
 
     table: str
     system: str
@@ -54,6 +55,7 @@ class Encoders:
     dino: Features | None = None
     fid_real: Features | None = None
     fid_generated: Features | None = None
+    judge: Judge | None = None
 
 
 def load_encoders(table: str, config: EvaluationConfig, sharing: Sharing) -> Encoders:
@@ -69,13 +71,17 @@ def load_encoders(table: str, config: EvaluationConfig, sharing: Sharing) -> Enc
         return Remembered(f"{table}.{name}", encode, sharing, read)
 
     clip = CLIPEncoder(protocol.clip, config.encoder_path(protocol.clip), device)
-    encoders = {
+    encoders: dict[str, Any] = {
         "clip_images": remembered("clip_images", clip.images, read),
         "clip_texts": remembered("clip_texts", clip.texts, str),
     }
     if table == "dreambench":
         dino = DinoEncoder(protocol.dino, config.encoder_path(protocol.dino), device)
         encoders["dino"] = remembered("dino", dino.images, read)
+        if protocol.judge is not None:
+            judge = JudgeEncoder(protocol.judge, config.encoder_path(protocol.judge), device)
+            read_part = partial(read_half, upright=protocol.upright)
+            encoders["judge"] = Judge(remembered("judge", judge.images, read_part), judge.labels)
     else:
         fid = feature_network(protocol.fid, config.encoder_path(protocol.fid), device)
         encoders["fid_real"] = remembered("fid_real", fid.images, lambda file: resize(read(file), protocol.real_resize))
@@ -88,6 +94,7 @@ def load_encoders(table: str, config: EvaluationConfig, sharing: Sharing) -> Enc
 def shared_encoders(encoders: Mapping[str, Encoders]) -> dict[str, Encode]:
     """Those of every table by name, for processes that serve."""
     found = [getattr(of_table, field.name) for of_table in encoders.values() for field in fields(of_table)]
+    found += [of_table.judge.encode for of_table in encoders.values() if of_table.judge is not None]
     return {encoder.name: encoder.batch for encoder in found if isinstance(encoder, Remembered)}
 
 
@@ -108,7 +115,8 @@ class Scorer:
     kid: KID | None = None
 
     def __call__(self, system: str, images: Sequence[ScoredImage]) -> tuple[list[Score], list[Sample]]:
-        """Every metric that the images allow: fidelity where they have references, CLIP-T where they have a text."""
+        """Every metric that the images allow: fidelity where they have references, CLIP-T where they have a
+        text, what the judge says where they have labels."""
         scores: list[Score] = []
         samples: list[Sample] = []
         pairs = [(image, reference) for image in images for reference in image.references]
@@ -121,6 +129,7 @@ class Scorer:
             ("clip_t", told, encoders.clip_images, encoders.clip_texts),
             ("near_copies", shown, encoders.dino, encoders.dino),
         ]
+        results: list[tuple[str, float, Sequence[tuple[ScoredImage, Any]], Tensor]] = []
         for metric, compared, left, right in plan:
             if not compared or left is None or right is None:
                 continue
@@ -134,12 +143,21 @@ class Scorer:
             if metric == "near_copies":
                 found = (found >= NEAR_COPY).double()
                 value = float(found.mean())
+            results.append((metric, value, compared, found))
+        if encoders.judge is not None:
+            judged = encoders.judge.verdicts(images) | encoders.judge.pair_verdicts(images)
+            for metric, verdicts in judged.items():
+                right = torch.tensor([right for _, _, right in verdicts], dtype=torch.float64)
+                compared = [(image, against) for image, against, _ in verdicts]
+                results.append((metric, float(right.mean()), compared, right))
+        for metric, value, compared, found in results:
             units = [image.unit for image, _ in compared]
             low, high = mean_interval(found, units, self.bootstrap.replicates, self.bootstrap.seed)
             interval = (max(0.0, low), max(0.0, high))  # clamped as the mean is
-            scores.append(self._score(system, metric, value, interval, len(compared)))
+            table = PAIRS if metric in COLUMNS[PAIRS] else self.table
+            scores.append(Score(table, system, metric, value, *interval, len(compared), self.protocol))
             samples += [
-                Sample(self.table, system, metric, image.unit, str(image.file), str(other), score, image.template)
+                Sample(table, system, metric, image.unit, str(image.file), str(other), score, image.template)
                 for (image, other), score in zip(compared, found.tolist(), strict=True)
             ]
         if self.real is not None:

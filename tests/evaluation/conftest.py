@@ -42,6 +42,7 @@ def arguments(
         f"models.after_stage_3={tiny_model}",
         f"dreambench.clip.weights={encoders_folder / 'clip'}",
         f"dreambench.dino.weights={encoders_folder / 'dino'}",
+        f"dreambench.judge.weights={encoders_folder / 'judge'}",
         f"coco.clip.weights={encoders_folder / 'clip'}",
         f"coco.fid.weights={encoders_folder / 'fid'}",
         "coco.captions=6",

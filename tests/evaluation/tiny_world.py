@@ -21,22 +21,31 @@ from tests import tiny
 
 SIDE = 64
 PHOTOS = 3
+OTHERS = 2
 CAPTIONED = 12
+JUDGED = ["kind: fish", "kind: dog", "colour: red", "colour: blue", "setting: in the snow", "setting: on the beach"]
 FACTS = {
     "subjects": {
-        "fish": {"class": "fish", "kind": "live", "kept_image": "01.png"},
-        "dog": {"class": "dog", "kind": "live", "kept_image": "00.png"},
+        "fish": {"class": "fish", "kind": "live", "kept_image": "01.png", "labels": {"kind": "fish", "colour": "blue"}},
+        "dog": {"class": "dog", "kind": "live", "kept_image": "00.png", "labels": {"kind": "dog", "colour": "red"}},
         "boat": {"class": "boat", "kind": "object", "kept_image": "00.png"},
     },
     "prompts": {
         "live": {
             "original": ["a {} in the snow", "a {} wearing a hat", "a red {}"],
             "modified": ["{} in the snow", "{} wearing a hat", "{}, red"],
+            "labels": [{"setting": "in the snow"}, {}, {"colour": "red"}],
         },
         "object": {
             "original": ["a {} in the snow", "a {} on the beach", "a red {}"],
             "modified": ["{} in the snow", "{} on the beach", "{}, red"],
+            "labels": [{"setting": "in the snow"}, {"setting": "on the beach"}, {"colour": "red"}],
         },
+    },
+    "pairs": {
+        "original": "a {} and a {} in the snow",
+        "modified": "{} and {} in the snow",
+        "subjects": [["fish", "dog"]],
     },
 }
 
@@ -52,6 +61,9 @@ def write_dreambench(folder: Path) -> Path:
         (folder / subject).mkdir(parents=True)
         for photo in range(PHOTOS):
             picture(10 * number + photo).save(folder / subject / f"{photo:02d}.png")
+        (folder / subject / "others").mkdir()
+        for other in range(OTHERS):
+            picture(50 + 10 * number + other).save(folder / subject / "others" / f"{other:02d}.png")
     (folder / "dreambench.json").write_text(json.dumps(FACTS))
     return folder
 
@@ -72,7 +84,7 @@ def write_coco(folder: Path) -> Path:
 
 
 def write_encoders(folder: Path) -> Path:
-    """clip/ dino/ fid/ as transformers writes them, with random weights."""
+    """clip/ dino/ fid/ judge/ as transformers writes them, with random weights."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -88,14 +100,15 @@ def write_encoders(folder: Path) -> Path:
         vision = {**sizes, "image_size": SIDE, "patch_size": 16}
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
         dino = ViTModel(ViTConfig(**sizes, image_size=SIDE, patch_size=16), add_pooling_layer=False)
-        fid = ResNetForImageClassification(
-            ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
-        )
+        resnet = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+        fid = ResNetForImageClassification(ResNetConfig(**resnet, num_labels=3))
+        judge = ResNetForImageClassification(ResNetConfig(**resnet, id2label=dict(enumerate(JUDGED))))
         clip.save_pretrained(folder / "clip")
         dino.save_pretrained(folder / "dino")
         fid.save_pretrained(folder / "fid")
+        judge.save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "clip")
     CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder / "clip")
-    for name in ("dino", "fid"):
+    for name in ("dino", "fid", "judge"):
         ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder / name)
     return folder

@@ -29,6 +29,7 @@ from datamodules.tar import read_shard
 from datamodules.toyland import data_sets
 from datamodules.toyland.__main__ import main
 from datamodules.toyland.config import Captions
+from datamodules.toyland.pretrained.data import LABELS, LOOKS
 from datamodules.toyland.scene import SIZE
 from evaluation.config import EvaluationConfig
 from evaluation.protocols.coco import Coco
@@ -207,12 +208,22 @@ def test_the_evaluation_reads_it(world):
     )
     dreambench = DreamBench(config.dreambench, world / "dreambench")
     requests = dreambench.requests()
-    assert len(requests) == 3 * 25 and {request.unit for request in requests} == set(dreambench.subjects)
+    single = [request for request in requests if len(request.inputs) == 1]
+    assert len(single) == 3 * 25 and {request.unit for request in single} == set(dreambench.subjects)
+    assert len(requests) == 3 * 25 + 3
     assert [subject.kind for subject in dreambench.subjects.values()].count("live") == 1
     for name in dreambench.subjects:
         images = dreambench.real_images(name)
         assert dreambench.kept_image(name) == images[0] and len(images) == 4
-        assert len({np.asarray(Image.open(image)).tobytes() for image in images}) == 4
+        others = dreambench.others(name)
+        assert len({np.asarray(Image.open(image)).tobytes() for image in (*images, *others)}) == 4 + 7
+        assert dreambench.subjects[name].labels.keys() == {"kind", "colour", "pattern"}
+    for prompts in dreambench.protocol.prompts.values():
+        assert {group for labels in prompts.labels for group in labels} - {"colour"} == set(LABELS) - {
+            *list(LABELS)[:LOOKS]
+        }
+        known = [name in LABELS[group] for labels in prompts.labels for group, name in labels.items()]
+        assert len(prompts.labels) == 25 and all(known)
     coco = Coco(config.coco, world / "coco")
     assert len(coco.requests()) == len(coco.references()) == len(coco.held_out_images()) == 3
     assert not {image.file for image in coco.held_out_images()} & set(coco.references())

@@ -1,0 +1,219 @@
+"""What the judge's columns say, against values computed by hand; labels that it does not know."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetForImageClassification
+
+from evaluation.config import Bootstrap
+from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, identity
+from evaluation.protocols.requests import DataSetError, EvaluationError, ScoredImage, Slot, read_image
+from evaluation.reports.breakdown import SORT, breakdown, markdown, part_rows
+from evaluation.scores.encoders import JudgeEncoder
+from evaluation.scores.judge import Judge, half, read_half
+from evaluation.scores.results import markdown as results_markdown
+from evaluation.scores.scoring import Encoders, Scorer
+
+BOOTSTRAP = Bootstrap(replicates=200)
+PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=1)
+LABELS = (
+    ("kind", "cat"),
+    ("kind", "dog"),
+    ("colour", "red"),
+    ("colour", "blue"),
+    ("light", "none"),
+    ("light", "night"),
+)
+SEEN = {  # image: logits by LABELS, then a feature of two numbers
+    "own": [2, 1, 0, 1, 1, 0, 1.0, 0.0],
+    "other": [2, 1, 0, 1, 1, 0, 0.0, 1.0],
+    "night": [2, 1, 0, 1, 0, 1, 0.9, 0.5],  # a blue cat at night, that cat
+    "day": [2, 1, 0, 1, 1, 0, 0.5, 0.9],  # a blue cat, another
+    "red": [1, 2, 1, 0, 1, 0, 9.0, 1.0],  # a red dog, and yet with that cat's feature
+}
+A, B, C = (Path(name) for name in ("night", "day", "red"))
+
+
+def judge() -> Judge:
+    return Judge(lambda files: torch.tensor([SEEN[str(file)] for file in files]), LABELS)
+
+
+def images() -> list[ScoredImage]:
+    cat = {"kind": "cat", "colour": "blue"}
+    shown = {"given": Path("own"), "others": (Path("other"),)}
+    at_night = {"labels": cat | {"light": "night"}, "words": {"light": "night"}, "template": "a {} at night"}
+    recoloured = {"colour": "red", "light": "none"}
+    return [
+        ScoredImage(A, "cat", "", **at_night, **shown),
+        ScoredImage(B, "cat", "", **at_night, **shown),
+        ScoredImage(C, "tom", "", labels=cat | recoloured, words=recoloured, template="a red {}", **shown),
+        ScoredImage(B, "tom", "", template="a {}"),  # nothing is known of what it should show
+    ]
+
+
+def test_values_by_hand() -> None:
+    zeros = lambda items: torch.ones(len(items), 2)  # noqa: E731
+    scores, samples = Scorer("dreambench", "p@1#0", Encoders(zeros, zeros, judge=judge()), BOOTSTRAP)("S", images())
+    found = {score.metric: (score.value, score.n) for score in scores}
+    assert found == {
+        "kind": (pytest.approx(2 / 3), 3),
+        "colour": (1.0, 3),  # the words' colour stands before the subject's
+        "identity": (pytest.approx(2 / 3), 3),
+        "words": (pytest.approx(2 / 3), 3),
+    }
+    words = [(sample.file, sample.against, sample.score) for sample in samples if sample.metric == "words"]
+    assert words == [("night", "light: night", 1), ("day", "light: night", 0), ("red", "colour: red, light: none", 1)]
+    identities = next(score for score in scores if score.metric == "identity")
+    assert (identities.low, identities.high) == (0.5, 1.0), "over subjects: the cat's half and tom's whole"
+    parts = breakdown(
+        samples, {"cat": "live", "tom": "live"}, BOOTSTRAP, {"a {} at night": "light", "a red {}": "colour"}
+    )
+    by_sort = {name: row["words"].value for name, row in part_rows(parts, "S", SORT)}
+    assert by_sort == {"light": 0.5, "colour": 1.0} and list(by_sort) == ["light", "colour"], "the worst first"
+    text = "\n".join(markdown(parts))
+    assert "| Identity ↑ | Words ↑ |" in text and "Pattern" not in text and "Near copies" not in text
+    assert "## By what the words ask for" in text
+
+
+def test_nearness_to_another_as_great_as_to_its_own_is_no_identity() -> None:
+    own, other = Path("own"), Path("other")
+    assert judge().is_it(own, own, [other]) and not judge().is_it(own, own, [own])
+
+
+def test_halves_are_judged_by_hand() -> None:
+    """Two images of a cat and a dog: one as asked but with another cat, one with the two in each other's place."""
+    cat, other, dog = [2, 1, 0, 1, 1, 0, 1.0, 0.0], [2, 1, 0, 1, 1, 0, 0.2, 0.9], [1, 2, 0, 1, 1, 0, 0.9, 0.2]
+    seen = SEEN | {
+        half(A, 0): other,
+        half(A, 1): dog,
+        half(B, 0): dog,
+        half(B, 1): cat,
+        half(C, 0): cat,
+        half(C, 1): cat,
+    }
+    looking = Judge(lambda files: torch.tensor([seen[str(file)] for file in files]), LABELS)
+    slots = tuple(Slot(kind, Path("own"), (Path("other"),)) for kind in ("cat", "dog"))
+    ones = lambda items: torch.ones(len(items), 2)  # noqa: E731
+    pairs = [ScoredImage(file, "cat + dog", "", slots=slots) for file in (A, B, C)]
+    scores, samples = Scorer("dreambench", "p@1#0", Encoders(ones, ones, judge=looking), BOOTSTRAP)("S", pairs)
+    assert {(score.table, score.metric): (score.value, score.n) for score in scores} == {
+        ("pairs", "pair_kind"): (0.5, 6),
+        ("pairs", "pair_identity"): (pytest.approx(5 / 6), 6),
+        ("pairs", "swapped"): (pytest.approx(1 / 3), 3),
+        ("pairs", "missing"): (pytest.approx(1 / 3), 3),
+    }
+    assert [sample.score for sample in samples if sample.metric == "pair_kind"] == [1, 1, 0, 0, 1, 0]
+    assert "| System | Kind ↑ | Identity ↑ | Swapped ↓ | Missing ↓ | n |" in results_markdown(scores, [])
+
+
+def test_halves_are_cut_where_two_subjects_stand(tmp_path: Path) -> None:
+    pixels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
+    image = Image.fromarray(np.stack([pixels // 32, pixels % 32, 0 * pixels], axis=-1).astype(np.uint8))
+    image.save(tmp_path / "a.png")
+    left, right = (np.asarray(read_half(half(tmp_path / "a.png", slot))) for slot in (0, 1))
+    assert left.shape == right.shape == (16, 16, 3)
+    assert left[0, 0].tolist() == [13, 0, 0] and right[0, 0].tolist() == [13, 16, 0]
+    assert np.array_equal(read_half(tmp_path / "a.png"), image)
+
+
+def test_pairs_are_asked_for_after_all_else(dreambench_folder: Path) -> None:
+    assert all(len(request.inputs) == 1 for request in DreamBench(PROTOCOL, dreambench_folder).requests())
+    judged = replace(PROTOCOL, judge=Encoder("j"), images_per_prompt=2)
+    dataset = DreamBench(judged, dreambench_folder)
+    *single, pair, again = dataset.requests()
+    assert len(single) == 2 * 9 and (pair.index, again.index) == (18, 19) and pair.seed != again.seed
+    assert (pair.prompt, pair.text) == ("<i> and <i> in the snow", "a fish and a dog in the snow")
+    assert pair.inputs == ("fish/01.png", "dog/00.png") and pair.unit == "fish + dog"
+    image = dataset.scored(again, Path("x"))
+    assert [slot.kind for slot in image.slots] == ["fish", "dog"] and not image.references and not image.text
+    assert len(dataset.copies_of_input()) == len(single)
+    assert len(DreamBench(replace(judged, max_subjects=1), dreambench_folder).requests()) == 2 * 3
+
+
+def test_logits_and_features_are_the_classifiers(encoders_folder: Path, dreambench_folder: Path) -> None:
+    folder = encoders_folder / "judge"
+    encoder = JudgeEncoder(Encoder(str(folder)), folder, torch.device("cpu"))
+    pixels = [read_image(dreambench_folder / "fish" / f"{photo:02d}.png") for photo in range(2)]
+    classifier = ResNetForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        inputs = encoder.preprocess(pixels)
+        logits, maps = classifier(inputs).logits, classifier.resnet(inputs).last_hidden_state
+    assert torch.allclose(encoder.images(pixels), torch.cat([logits, maps.mean((2, 3))], dim=1), atol=1e-6)
+    assert encoder.labels[:3] == (("kind", "fish"), ("kind", "dog"), ("colour", "red"))
+    with pytest.raises(EvaluationError, match="is no judge: its id2label has 'LABEL_0'"):
+        JudgeEncoder(Encoder(""), encoders_folder / "fid", torch.device("cpu"))
+
+
+def test_images_know_what_they_should_show(dreambench_folder: Path) -> None:
+    dataset = DreamBench(PROTOCOL, dreambench_folder)
+    found = [dataset.scored(request, Path("x")) for request in dataset.requests()]
+    assert [image.words for image in found[:3]] == [{"setting": "in the snow"}, {}, {"colour": "red"}]
+    assert found[0].labels == {"kind": "fish", "colour": "blue", "setting": "in the snow"}
+    assert found[2].labels == {"kind": "fish", "colour": "red"}
+    others = tuple(dreambench_folder / "fish" / "others" / name for name in ("00.png", "01.png"))
+    assert found[0].others == others and set(others) < set(dataset.files())
+    assert not {image.file for image in dataset.other_real_images()} & set(others)
+    assert all(image.labels == dataset.subjects[image.unit].labels for image in dataset.other_real_images())
+
+
+def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dreambench_folder, tmp_path / "dreambench")
+    with_labels = identity(DreamBench(PROTOCOL, folder).protocol)
+    facts = json.loads((folder / "dreambench.json").read_text())
+    del facts["pairs"]
+    for owner in (*facts["subjects"].values(), *facts["prompts"].values()):
+        owner.pop("labels", None)
+    (folder / "dreambench.json").write_text(json.dumps(facts))
+    without = DreamBench(PROTOCOL, folder).protocol
+    assert with_labels != identity(without) == "dreambench/tiny@1#546a423c"
+    assert identity(replace(without, judge=Encoder("j"))) != identity(without)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda facts: facts["subjects"]["dog"].update(labels={"kind": "wolf"}),
+            "subject 'dog' has the label 'kind: wolf', which the judge does not know; allowed names of kind: fish, dog",
+        ),
+        (
+            lambda facts: facts["prompts"]["live"]["labels"][1].update(dress="a hat"),
+            "template 'a {} wearing a hat' has the label 'dress: a hat', which the judge does not know; allowed "
+            "groups: kind, colour, setting",
+        ),
+        (
+            lambda facts: facts["subjects"]["dog"].update(labels={"shape": "round"}),
+            "subject 'dog' has a label of 'shape', but labels of subjects are of: kind, colour, pattern",
+        ),
+        (
+            lambda facts: facts["prompts"]["live"]["labels"].pop(),
+            "prompts have 3 templates but 2 labels",
+        ),
+        (
+            lambda facts: facts["pairs"]["subjects"].append(["fish", "boat"]),
+            "the pair fish + boat is not of two subjects with labels of two kinds",
+        ),
+        (
+            lambda facts: facts["pairs"].update(modified="{} in the snow"),
+            "pairs.modified='{} in the snow' must hold {} twice",
+        ),
+    ],
+)
+def test_unknown_labels_are_refused(
+    dreambench_folder: Path, encoders_folder: Path, tmp_path: Path, change, told: str
+) -> None:
+    folder = shutil.copytree(dreambench_folder, tmp_path / "dreambench")
+    facts = json.loads((folder / "dreambench.json").read_text())
+    change(facts)
+    (folder / "dreambench.json").write_text(json.dumps(facts))
+    encoder = JudgeEncoder(Encoder(""), encoders_folder / "judge", torch.device("cpu"))
+    with pytest.raises((DataSetError, EvaluationError)) as error:
+        Judge(encoder.images, encoder.labels).require(DreamBench(PROTOCOL, folder))
+    assert told in str(error.value)
