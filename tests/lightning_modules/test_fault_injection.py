@@ -197,7 +197,7 @@ def test_file_system_that_is_really_full(
     """The disk fills after step 3, and is freed after step 7 or when the run has ended: loud, nothing half-written, the
     same numbers."""
     stage, whole, mount = "alignment", tmp_path / "whole", tmp_path / "small"
-    finish(1, configs[stage], whole, "trainer.max_steps=12")
+    finish(1, configs[stage], whole, "trainer.max_steps=8")
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)], check=False).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
@@ -213,7 +213,7 @@ def test_file_system_that_is_really_full(
             filler.unlink()
         ended(self, trainer, *given)
 
-    again = training(configs[stage], run, "data.micro_batch_size=4", "trainer.max_steps=12")
+    again = training(configs[stage], run, "data.micro_batch_size=4", "trainer.max_steps=8")
     monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", fill)
     try:
         assert again() == (FINISHED if freed else 2)
