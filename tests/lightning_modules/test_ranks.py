@@ -162,7 +162,7 @@ def test_sharded_run_is_stopped_by_a_signal_to_either_rank_and_resumes_bit_for_b
     finish(2, configs[stage], whole, *options)
     arguments = ["data.micro_batch_size=2", "trainer.devices=2", *options]
     for told in (0, 1):
-        done = len(numbers(stopped, stage)) if told else 0
+        done = len(miniature.losses(stopped)) if told else 0
         children = start(2, training(configs[stage], stopped, *arguments), stopped.with_suffix(".log"))
         wait_for_rows(stopped, done + 1)
         os.kill(children[told], signal.SIGTERM)
