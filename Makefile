@@ -35,12 +35,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 # Parity alone in one process, which counts that every recorded output was compared, and with the threads it was recorded
-# with. Of the rest, each worker has one thread: more threads than cores would wait for each other.
+# with. Of the rest, each worker has one thread: more threads than cores would wait for each other. Workers take files
+# in the order of tests/conftest.py, the long ones first.
 JOBS ?= 2
 PYTEST := $(RUN) -m pytest $(if $(filter 0,$(SLOW)),,--slow)
 test: setup
 	$(PYTEST) tests/parity
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --ignore tests/parity
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/parity
 
 toyland: export HF_HUB_OFFLINE := 1
 toyland: setup

@@ -35,14 +35,13 @@ RELEASED_VOCABULARY = 64_007
 # The child reports on itself: what a parent sees of a child's peak starts with the parent's own.
 CHILD = """
 import sys
+import kosmosg.conversion
 from kosmosg.cli import main
-status = main(sys.argv[1:])
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+def peak(): return next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+libraries, status = peak(), main(sys.argv[1:])
+print(libraries, peak(), file=sys.stderr)
 sys.exit(status)
 """
-IDLE = (
-    "import kosmosg.conversion; " + "print(next(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"
-)
 
 
 @dataclass
@@ -64,15 +63,14 @@ def main(arguments: list[str]) -> int:
         if child.returncode:
             print(child.stderr, file=sys.stderr)
             return child.returncode
-        idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
         largest = max((Path(scratch) / "model").rglob("*.safetensors"), key=lambda file: file.stat().st_size)
-        peak = 1024 * int(child.stderr.split()[-1])
+        libraries, peak = (1024 * int(kilobytes) for kilobytes in child.stderr.split()[-2:])
         figures = {
             "checkpoint_bytes": checkpoint.stat().st_size,
             "largest_part": largest.parent.name,
             "largest_part_bytes": largest.stat().st_size,
             "peak_bytes": peak,
-            "libraries_bytes": 1024 * int(idle.stdout),
+            "libraries_bytes": libraries,
             "peak_by_largest_part": round(peak / largest.stat().st_size, 3),
             "seconds": round(seconds, 1),
         }

@@ -9,6 +9,24 @@ import torch
 from tests import tiny
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# They come first: of workers that take file after file, none is left alone with a long one at the end.
+LONG_FILES = (
+    "lightning_modules/test_ranks",
+    "test_train",
+    "datamodules/curation/test_curation",
+    "lightning_modules/test_image_decoders",
+    "lightning_modules/test_parallelize",
+    "lightning_modules/test_fault_injection",
+    "test_evaluate",
+    "test_benchmarks",
+    "datamodules/toyland/test_data_sets",
+    "datamodules/toyland/test_pretrained",
+    "kosmosg/conversion/test_convert",
+    "kosmosg/conversion/test_memory",
+    "lightning_modules/test_extending",
+    "test_ablations",
+    "kosmosg/test_wheel",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {REPOSITORY / "tests" / f"{name}.py": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="slow; run with --slow")

@@ -1,7 +1,6 @@
 """Ablations: every shipped file fits the full size and Toyland; what they need of the model trains, resumes, draws."""
 
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_aligner_decoder
 from kosmosg.pipeline import KosmosGPipeline
 from tests import tiny
-from tests.test_train import configs, losses, press_ctrl_c, run, shards, trainable_names, weights  # noqa: F401, fixtures
+from tests.lightning_modules.runs import back_to
+from tests.test_train import configs, losses, run, shards, trainable_names, weights  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent
 FOLDER = REPOSITORY / "configs" / "ablations"
@@ -109,28 +109,26 @@ def test_it_trains_goes_on_bit_for_bit_and_draws(
     tmp_path: Path,
     tiny_model: Path,
     tiny_stable_diffusion: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage, kind = MECHANISMS[name]
     captions = yaml.safe_load(configs["alignment"].read_text())["data"]["captions"]["validation"]
     arguments = [str(FOLDER / f"{name}.yaml"), f"runs={tmp_path}", "trainer.max_steps=2", "trainer.val_every=1"]
+    arguments += ["trainer.checkpoint_every=1"]
     arguments += [] if name == "without_stage_1" else [f"init_from={tiny_model}"]
     arguments += [f"data.captions.validation={captions}"] if stage == "instruction_tuning" else []
     assert run(configs[stage], *arguments) == 0
-    whole = tmp_path / "ablations" / name / f"{stage}-seed-0"
-    press_ctrl_c(monkeypatch, after_step=1)
-    stopped = tmp_path / "stopped"
-    assert run(configs[stage], *arguments, f"run={stopped}") == 128 + signal.SIGINT
-    monkeypatch.undo()
-    assert run(configs[stage], *arguments, f"run={stopped}") == 0
-    assert losses(stopped) == losses(whole) and weights(stopped) == weights(whole)
+    folder = tmp_path / "ablations" / name / f"{stage}-seed-0"
+    rows, whole = losses(folder), weights(folder)
+    back_to(folder, 1)
+    assert run(configs[stage], *arguments) == 0
+    assert losses(folder) == rows and weights(folder) == whole
 
-    trained = {key.split(".")[0] for key in trainable_names(whole)}
+    trained = {key.split(".")[0] for key in trainable_names(folder)}
     assert trained == ({"aligner"} if stage == "instruction_tuning" else {"aligner", "aligner_decoder"})
-    same = file_bytes(whole / "model" / "mllm") == file_bytes(tiny_model / "mllm")
+    same = file_bytes(folder / "model" / "mllm") == file_bytes(tiny_model / "mllm")
     assert same == (name != "without_stage_1"), "the MLLM is frozen, and of stage 1 where there was one"
 
-    pipe = KosmosGPipeline.from_pretrained(whole, image_decoder=tiny_stable_diffusion)
+    pipe = KosmosGPipeline.from_pretrained(folder, image_decoder=tiny_stable_diffusion)
     assert type(pipe.aligner).__name__ == kind
     drawn = pipe(["a red fish", "a small dog in the garden"], num_inference_steps=2, seeds=[0, 1]).images
     alone = pipe("a red fish", num_inference_steps=2, seeds=[0], output_type="np").images

@@ -18,7 +18,7 @@ def results(file: Path) -> list[dict]:
 @pytest.mark.slow
 def test_check_measures_all_parts_beside_their_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "results.jsonl"
-    assert main(["check", "size=tiny", "repetitions=1", f"output={file}"]) == 0
+    assert main(["check", "size=tiny", "repetitions=1", "warmup=0", f"output={file}"]) == 0
     found = results(file)
     assert [result["part"] for result in found] == [*STAGES, "sampling"]
     for result in found:
@@ -56,7 +56,7 @@ def test_part_that_fails_or_runs_over_is_reported_and_the_rest_goes_on(
 @pytest.mark.slow
 def test_released_ways_compute_the_same_loss(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    assert main(["released", "size=tiny", "repetitions=1", f"output={file}"]) == 0
+    assert main(["released", "size=tiny", "repetitions=1", "warmup=0", f"output={file}"]) == 0
     for stage in STAGES:
         found = [result for result in results(file) if result["part"] == stage]
         assert len(found) > 2 and all(result["seconds"] > 0 for result in found)

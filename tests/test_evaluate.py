@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import evaluate
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import *  # noqa: F403  the tiny world's fixtures
+from tests.lightning_modules.processes import start, wait
 
 SYSTEMS = {
     "Real images",
@@ -29,8 +31,17 @@ AFTER = "KOSMOS-G after stage 3"
 WHOLE = ["curve.guidance_scales=[4,1.5]", "curve.systems=[KOSMOS-G after stage 3]", "encoder_batch_size=4"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As forked processes have: the last bits of an image depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(one_thread: None, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "evaluation"
     assert evaluate.main([*arguments, *WHOLE, f"output={output}"]) == 0
     return output
@@ -179,21 +190,19 @@ def test_changed_protocol_starts_new_images_and_keeps_the_old(
 
 @pytest.mark.slow
 def test_killed_evaluation_goes_on_to_the_same_end(arguments: list[str], finished: Path, tmp_path: Path) -> None:
-    """Two processes of torchrun, one of which is killed, and the other does not wait for it; then two again."""
+    """Two processes, one of which is killed, and the other does not wait for it; then two of torchrun."""
     output = tmp_path / "evaluation"
-    script = ["evaluate.py", *arguments, *WHOLE, f"output={output}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
-    # The last bits of an image depend on the number of threads: the killed runs take as many as the whole one did.
-    options = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}}
-    total = len(images_of(finished))
-
-    process = subprocess.Popen(torchrun, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(output.rglob("images/[0-9]*.png"))) < total // 2:
+    command, total = [*arguments, *WHOLE, f"output={output}"], len(images_of(finished))
+    children, deadline = start(2, lambda: evaluate.main(command), tmp_path / "log"), time.monotonic() + 300
+    while len(list(output.rglob("images/[0-9]*.png"))) < total // 2:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    assert process.wait(60) != 0 and len(images_of(output)) < total
-    subprocess.run(torchrun, **options, check=True, stdout=subprocess.DEVNULL)
+    os.kill(children[0], signal.SIGKILL)
+    first, other = wait(children, kill_after=60)
+    assert first == -signal.SIGKILL and other not in (0, -signal.SIGKILL) and len(images_of(output)) < total
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "evaluate.py"]
+    options = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
+    subprocess.run([*torchrun, *command], check=True, **options)
     assert manifests_of(output) == manifests_of(finished)
     assert images_of(output) == images_of(finished)
     for file in ("results.json", "samples.csv", "breakdown.csv"):

@@ -24,8 +24,14 @@ def record_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StageModule, "training_step", record)
 
 
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return miniature.write_shards(tmp_path_factory.mktemp("shards"))
+
+
 @pytest.fixture
-def configs(tmp_path: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path) -> dict[str, Path]:
-    shards = miniature.write_shards(tmp_path / "shards")
+def configs(
+    tmp_path: Path, shards: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
+) -> dict[str, Path]:
     init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
     return miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)

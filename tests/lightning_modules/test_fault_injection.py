@@ -33,7 +33,7 @@ from tests.lightning_modules.runs import (
 )
 
 pytestmark = pytest.mark.slow
-STEPS_PER_FAULT = 8  # so many are planned for each fault, for the run must outlast them all
+STEPS_PER_FAULT = 8  # so many are planned for each fault, which takes about half: the run must outlast them all
 LIMIT_SECONDS = 100  # a run that was asked to stop and has not by then hangs; it takes a few on two free cores
 FINISHED, STOPPED = 0, 128 + signal.SIGTERM  # of the first rank, whose exit status is the run's
 
@@ -58,7 +58,7 @@ def is_over(child: int) -> bool:
 
 
 def length(faults: int) -> list[str]:
-    return [f"trainer.max_steps={STEPS_PER_FAULT * (faults + 1)}", "trainer.keep_checkpoints=2"]
+    return [f"trainer.max_steps={STEPS_PER_FAULT * faults}", "trainer.keep_checkpoints=2"]
 
 
 def entries(run: Path) -> dict[tuple[str, int, int], list[str]]:
@@ -140,7 +140,7 @@ def test_told_to_stop_at_random_moments(
     finish(2, configs[stage], stopped, *length(faults))
     assert_same(stopped, whole, stage)
     steps = [json.loads(line)["step"] for line in (stopped / "samples.0.jsonl").open()]
-    assert steps == list(range(STEPS_PER_FAULT * (faults + 1)))
+    assert steps == list(range(STEPS_PER_FAULT * faults))
 
 
 def test_launcher_told_to_stop_at_random_moments(faults: int, configs: dict[str, Path], tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_file_system_that_is_really_full(
     """The disk fills after step 3, and is freed after step 7 or when the run has ended: loud, nothing half-written, the
     same numbers."""
     stage, whole, mount = "alignment", tmp_path / "whole", tmp_path / "small"
-    finish(1, configs[stage], whole, "trainer.max_steps=12")
+    finish(1, configs[stage], whole, "trainer.max_steps=8")
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)], check=False).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
@@ -213,7 +213,7 @@ def test_file_system_that_is_really_full(
             filler.unlink()
         ended(self, trainer, *given)
 
-    again = training(configs[stage], run, "data.micro_batch_size=4", "trainer.max_steps=12")
+    again = training(configs[stage], run, "data.micro_batch_size=4", "trainer.max_steps=8")
     monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", fill)
     try:
         assert again() == (FINISHED if freed else 2)

@@ -101,7 +101,8 @@ def test_no_layer_of_a_stage_is_left_uncompiled(
     torch._dynamo.reset()
     monkeypatch.setattr(train, "apply_compile", partial(apply_compile, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
-        assert train.main([str(configs[stage]), "trainer.compile=true", "trainer.max_steps=8", *options]) == 0
+        steps = [f"trainer.{name}=8" for name in ("max_steps", "val_every", "checkpoint_every")]
+        assert train.main([str(configs[stage]), "trainer.compile=true", *steps, *options]) == 0
 
 
 @pytest.mark.parametrize(

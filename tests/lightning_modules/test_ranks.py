@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train
 from lightning_modules.base import StageModule
 from tests.lightning_modules import miniature
+from tests.lightning_modules.miniature import STAGES
 from tests.lightning_modules.processes import run_together, start, wait
 from tests.lightning_modules.runs import (
     FOUR_ROWS,
@@ -35,33 +36,30 @@ BUCKETED = {"language_modelling": [], "alignment": [], "instruction_tuning": ["r
 
 
 @pytest.mark.parametrize(
-    ("stage", "strategy"),
-    [
-        ("language_modelling", "ddp"),
-        ("language_modelling", "fsdp2"),
-        ("alignment", "fsdp2"),
-        ("instruction_tuning", "ddp"),
-        ("instruction_tuning", "fsdp2"),
-    ],
+    ("stage", "strategies"),
+    [("language_modelling", ["ddp", "fsdp2"]), ("alignment", ["fsdp2"]), ("instruction_tuning", ["ddp", "fsdp2"])],
+    ids=STAGES,
 )
-def test_two_ranks_equal_one(stage: str, strategy: str, configs: dict[str, Path], tmp_path: Path) -> None:
+def test_two_ranks_equal_one(stage: str, strategies: list[str], configs: dict[str, Path], tmp_path: Path) -> None:
     """Also the average of the weights, which is what is exported; sharded, layers are checkpointed."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    options = ["ema.decay=0.5", *BOTH[stage]]
+    one, before = tmp_path / "one", exported_before(configs[stage])
+    options = ["ema.decay=0.5", "trainer.checkpoint_every=4", *BOTH[stage]]
     finish(1, configs[stage], one, *options)
-    mode = "selective" if strategy == "fsdp2" else "none"
-    sharing = [f"trainer.strategy={strategy}", f"trainer.activation_checkpointing={mode}"]
-    finish(2, configs[stage], two, *options, *BUCKETED[stage], *sharing)
-    # Images are mismatched within each rank's rows, so that one loss is left out.
-    expected, found = numbers(one, stage), numbers(two, stage)
+    expected = numbers(one, stage)
     assert len(expected) == 4
-    for row, other in zip(expected, found, strict=True):
-        assert other[:-1] == pytest.approx(row[:-1], rel=1e-4)
-    before, tensors = exported_before(configs[stage]), exported(two)
-    for name, tensor in exported(one).items():
-        assert torch.allclose(tensors[name], tensor, atol=1e-3), name
-        if stage == "alignment" and name.startswith("mllm."):
-            assert torch.equal(tensors[name], before[name]), f"{name} is frozen but moved"
+    for strategy in strategies:
+        two = tmp_path / strategy
+        mode = "selective" if strategy == "fsdp2" else "none"
+        sharing = [f"trainer.strategy={strategy}", f"trainer.activation_checkpointing={mode}"]
+        finish(2, configs[stage], two, *options, *BUCKETED[stage], *sharing)
+        # Images are mismatched within each rank's rows, so that one loss is left out.
+        for row, other in zip(expected, numbers(two, stage), strict=True):
+            assert other[:-1] == pytest.approx(row[:-1], rel=1e-4), strategy
+        tensors = exported(two)
+        for name, tensor in exported(one).items():
+            assert torch.allclose(tensors[name], tensor, atol=1e-3), (strategy, name)
+            if stage == "alignment" and name.startswith("mllm."):
+                assert torch.equal(tensors[name], before[name]), f"{name} is frozen but moved"
 
 
 def exported_before(config: Path) -> dict[str, torch.Tensor]:
@@ -74,26 +72,27 @@ def exported_before(config: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(("sources", "mixed"), [(["data.text.weight=30"], True), (["data.captions.weight=0"], False)])
 def test_rank_or_step_without_an_image_is_the_same_step_on_two_ranks(
-    strategy: str, sources: list[str], mixed: bool, configs: dict[str, Path], tmp_path: Path, record_samples: None
+    sources: list[str], mixed: bool, configs: dict[str, Path], tmp_path: Path, record_samples: None
 ) -> None:
     """Gradients and shards of the vision encoder are exchanged by all ranks, also by one that read text alone. Where
     no rank has an image, one rank and two give the encoder the same zero gradient."""
-    stage = "language_modelling"
-    one, two = tmp_path / "one", tmp_path / "two"
+    stage, one = "language_modelling", tmp_path / "one"
+    options = [*sources, "trainer.checkpoint_every=4"]
     if not mixed:
-        sources = [*sources, "data.interleaved.weight=0", "data.captions.validation=''"]
-    finish(1, configs[stage], one, *sources)
-    finish(2, configs[stage], two, *sources, f"trainer.strategy={strategy}")
-    read = [json.loads(line)["samples"] for file in two.glob("samples.*.jsonl") for line in file.open()]
-    without = [all(Path(name).name.startswith("t") for name in names) for names in read]  # keys t0, t1, …: text
-    assert any(without) and all(without) != mixed
-    assert_same_losses(one, two)
-    tensors = exported(two)
-    for name, tensor in exported(one).items():
-        assert torch.allclose(tensors[name], tensor, atol=1e-3), name
+        options += ["data.interleaved.weight=0", "data.captions.validation=''"]
+    finish(1, configs[stage], one, *options)
+    for strategy in ("ddp", "fsdp2"):
+        two = tmp_path / strategy
+        finish(2, configs[stage], two, *options, f"trainer.strategy={strategy}")
+        read = [json.loads(line)["samples"] for file in two.glob("samples.*.jsonl") for line in file.open()]
+        without = [all(Path(name).name.startswith("t") for name in names) for names in read]  # keys t0, t1, …: text
+        assert any(without) and all(without) != mixed
+        assert_same_losses(one, two)
+        tensors = exported(two)
+        for name, tensor in exported(one).items():
+            assert torch.allclose(tensors[name], tensor, atol=1e-3), (strategy, name)
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
@@ -102,18 +101,19 @@ def assert_same_losses(one: Path, other: Path) -> None:
         assert [float(value) for value in theirs] == pytest.approx([float(value) for value in row], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["language_modelling", "alignment", "instruction_tuning"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_step_does_not_depend_on_how_it_is_divided(
     stage: str, configs: dict[str, Path], tmp_path: Path, record_samples: None
 ) -> None:
-    """One rank with one, two and four micro-batches; two ranks with two each under DDP."""
+    """One rank with one and four micro-batches; two ranks with two each under DDP."""
     whole = tmp_path / "whole"
-    finish(1, configs[stage], whole, *BOTH[stage])
-    for rows, ranks in ((2, 1), (1, 1), (1, 2)):
+    options = [*BOTH[stage], "trainer.checkpoint_every=4", "trainer.val_every=4"]
+    finish(1, configs[stage], whole, *options)
+    for rows, ranks in ((1, 1), (1, 2)):
         run = tmp_path / f"{rows}-{ranks}"
         sharing = [f"data.micro_batch_size={rows}", f"trainer.devices={ranks}", "trainer.strategy=auto"]
         sharing += ["trainer.strategy=ddp"] if ranks > 1 else []
-        arguments = [*BOTH[stage], *sharing]
+        arguments = [*options, *sharing]
         statuses = run_together(ranks, training(configs[stage], run, *arguments), run.with_suffix(".log"))
         assert statuses == [0] * ranks, output(run)
         assert samples(run) == samples(whole)
@@ -152,42 +152,43 @@ def test_other_global_batch_is_refused(configs: dict[str, Path], tmp_path: Path)
     assert "set trainer.global_batch_size=4" in output(run)
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_sharded_run_is_stopped_by_a_signal_to_one_rank_and_resumes_bit_for_bit(
-    told: int, configs: dict[str, Path], tmp_path: Path
+def test_sharded_run_is_stopped_by_a_signal_to_either_rank_and_resumes_bit_for_bit(
+    configs: dict[str, Path], tmp_path: Path
 ) -> None:
+    """First one rank is told to stop, then, in the resumed run, the other."""
     stage = "instruction_tuning"
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    finish(2, configs[stage], whole)
-    rows = ["data.micro_batch_size=2", "trainer.devices=2"]
-    children = start(2, training(configs[stage], stopped, *rows), stopped.with_suffix(".log"))
-    wait_for_rows(stopped, 1)
-    os.kill(children[told], signal.SIGTERM)
-    statuses = wait(children, kill_after=200)
-    if statuses[0] != 0:  # the signal came before the last step
-        assert statuses == [128 + signal.SIGTERM, 0], output(stopped)
+    options = ["trainer.max_steps=8", "trainer.val_every=8", "trainer.checkpoint_every=8"]
+    finish(2, configs[stage], whole, *options)
+    arguments = ["data.micro_batch_size=2", "trainer.devices=2", *options]
+    for told in (0, 1):
+        done = len(miniature.losses(stopped)) if told else 0
+        children = start(2, training(configs[stage], stopped, *arguments), stopped.with_suffix(".log"))
+        wait_for_rows(stopped, done + 1)
+        os.kill(children[told], signal.SIGTERM)
+        assert wait(children, kill_after=200) == [128 + signal.SIGTERM, 0], output(stopped)
         assert "Stopped and saved after step" in output(stopped)
-        finish(2, configs[stage], stopped)
+    finish(2, configs[stage], stopped, *options)
     assert numbers(stopped, stage) == numbers(whole, stage)
     tensors = exported(stopped)
     for name, tensor in exported(whole).items():
         assert torch.equal(tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    what: str, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The loss of one step, the gradient alone of the next."""
     stage, run = "alignment", tmp_path / "run"
     module = train.STAGES[stage].module
     losses_of = module.losses
 
     def spoil(self: StageModule, batch) -> dict[str, torch.Tensor]:
         losses = losses_of(self, batch)
-        if self.training and self.trainer.global_step in (1, 2) and self.trainer.global_rank == 1:
-            if what == "loss":
+        if self.training and self.trainer.global_rank == 1:
+            if self.trainer.global_step == 1:
                 losses["loss"] = losses["loss"] + float("inf")  # whose gradient is finite
-            else:
+            elif self.trainer.global_step == 2:
                 losses["loss"].register_hook(lambda gradient: gradient * float("nan"))
         return losses
 
@@ -197,8 +198,9 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert rows == [0, 1, 2, 2]
     skipped = [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in skipped] == [2, 3]
-    assert [found["loss_is_finite"] for found in skipped[0]["ranks"]] == [True, what == "gradient"]
-    assert all(len(found["samples"]) == 2 for found in skipped[0]["ranks"])
+    finite = [[found["loss_is_finite"] for found in entry["ranks"]] for entry in skipped]
+    assert finite == [[True, False], [True, True]]
+    assert all(len(found["samples"]) == 2 for entry in skipped for found in entry["ranks"])
     assert all(tensor.isfinite().all() for tensor in exported(run).values())
 
     aborted = tmp_path / "aborted"

@@ -3,9 +3,9 @@ import os
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_address():
-    """One Ray for all tests: it takes seconds to start."""
+    """One Ray for all tests of a file: it takes seconds to start, and some of a core while it runs."""
     if os.environ.get("CI") != "true":
         pytest.importorskip("ray", reason="the extra [curate] is not installed")
     import ray
