@@ -66,7 +66,7 @@ class Recipe:
     """The VAE's decoder alone, afterwards."""
     clip: Schedule = field(default_factory=lambda: Schedule(steps=8000, batch_size=64, lr=1e-3))
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
-    judge: Schedule = field(default_factory=lambda: Schedule(steps=6000, batch_size=96, lr=2e-3))
+    judge: Schedule = field(default_factory=lambda: Schedule(steps=5000, batch_size=96, lr=2e-3))
     unet: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch_size=64, lr=1.5e-3))
     """First as SD v1.5 was trained."""
     unet_velocity: Schedule = field(default_factory=lambda: Schedule(steps=4500, batch_size=32, lr=1e-3))
