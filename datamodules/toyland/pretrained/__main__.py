@@ -35,7 +35,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 @dataclass
 class Schedule:
     steps: int
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int
     """Images (for dino: pairs of images) per step."""
     lr: float
