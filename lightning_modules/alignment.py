@@ -37,6 +37,7 @@ from lightning_modules.length_buckets import length_buckets
 from lightning_modules.optimizer import OptimizerConfig
 
 CAPTION_TOKENS = 75
+PROMPT_TOKENS, PROMPT_IMAGES = 160, 2
 
 
 @dataclass
@@ -177,7 +178,9 @@ class AlignmentModule(StageModule):
         return {name: (value, len(batch)) for name, value in self.losses(batch).items()}
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
-        return PromptShape(CAPTION_TOKENS, 0)
+        constructed = experiment.data.constructed
+        with_images = bool(constructed.shards and constructed.weight)
+        return PromptShape(PROMPT_TOKENS, PROMPT_IMAGES) if with_images else PromptShape(CAPTION_TOKENS, 0)
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> AlignmentBatch:
         prompt = fake_prompts(self.mllm, rows, shape)
