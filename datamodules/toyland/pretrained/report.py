@@ -211,7 +211,8 @@ def main(arguments: list[str]) -> None:
         for name, figure in figures.items():
             print(f"{network:17} {name:48} {figure:.3f}")
     rounded = {network: {name: round(figure, 4) for name, figure in of.items()} for network, of in found.items()}
-    write_text(Path(options.output) / "report.json", json.dumps(rounded, indent=1) + "\n")
+    written = {"scenes": options.scenes, "seed": options.seed, **rounded}
+    write_text(Path(options.output) / "report.json", json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
