@@ -101,8 +101,7 @@ class InstructionRows(RowBuilder[InstructionRow]):
                 if self.latents is not None:
                     located = self.source.locate(request.lane, request.row, request.attempt)
                     moments = self.latents(located.shard, located.number)
-                row = (*self.build(sample, request.random, moments), target_caption(sample))
-                rows.append((row, f"{sample.shard}/{sample.key}"))
+                rows.append((self.build(sample, request.random, moments), f"{sample.shard}/{sample.key}"))
             except SampleError as error:
                 rows.append(error)
         return rows
@@ -111,8 +110,8 @@ class InstructionRows(RowBuilder[InstructionRow]):
         """See `RowBuilder`."""
         return len(row[0])
 
-    def build(self, sample: Sample, random: Random, moments: Tensor | None = None) -> tuple[EncodedPrompt, Tensor]:
-        """One sample → prompt and target (3,H,W), or `moments`, those of it.
+    def build(self, sample: Sample, random: Random, moments: Tensor | None = None) -> InstructionRow:
+        """One sample → prompt, target (3,H,W), or `moments`, those of it, and the target's caption.
 
         Raises:
             SampleError: an image cannot be decoded.
@@ -127,12 +126,12 @@ class InstructionRows(RowBuilder[InstructionRow]):
             detail = f"{len(prompt) - 1} pieces, at most {self.config.max_pieces}"
             raise FilteredSample("caption_too_long", sample.shard, sample.key, detail)
         if moments is not None:
-            return prompt, moments
+            return prompt, moments, target_caption(sample)
         if self.latents is not None:
             load(target)  # raises why its latents were not cached
             detail = "readable, but it was not when latents were cached; write them anew"
             raise SampleError("missing_latents", sample.shard, sample.key, detail)
-        return prompt, self.target_transform(load(target))
+        return prompt, self.target_transform(load(target)), target_caption(sample)
 
     def segments(self, sample: Sample, random: Draws) -> tuple[list[str | SampleImage], SampleImage]:
         """The prompt's segments and the target, images not yet decoded."""

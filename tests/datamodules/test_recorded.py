@@ -117,7 +117,7 @@ def test_caption_rows_of_stage_3_are_the_recorded_ones(loaders, full_encoder):
             continue
         segments, target = module_segments(module, sample)
         assert segments == row["text_transform_calls"] and target is sample.image and row["image_columns"] == [2]
-        prompt, _ = rows_of(module, "captions").build(sample, RecordedDraws(row["draws"]))
+        prompt, *_ = rows_of(module, "captions").build(sample, RecordedDraws(row["draws"]))
         assert [*prompt.ids.tolist(), module.encoder.tokenizer.eos_id] == row["tokens"]
         assert [*prompt.image_mask.int().tolist(), 0] == row["input_mask"]
 

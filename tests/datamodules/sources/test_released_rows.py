@@ -69,7 +69,7 @@ def test_recorded_draws_give_the_recorded_rows(name: str, golden: Path, loaders,
         segments, target = rows.segments(sample, draws)
         assert not draws.draws
         assert used(segments, target, table[record["row"]]) == record["image_columns"]
-        prompt, _ = rows.build(sample, RecordedDraws(record["draws"]))
+        prompt, *_ = rows.build(sample, RecordedDraws(record["draws"]))
         # The record has the document; what the model reads is all but its last token, </s>.
         assert prompt.ids.tolist() == record["tokens"][:-1]
         assert prompt.image_mask.int().tolist() == record["input_mask"][:-1]

@@ -1,5 +1,6 @@
 """The tiny pretrained models: the shipped ones are what they should be, and the recipe makes such ones."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
+from datamodules.toyland.pretrained import report
 from datamodules.toyland.pretrained.__main__ import WEIGHTS, main
 from datamodules.toyland.pretrained.data import draw_pool, sentences
 from datamodules.toyland.pretrained.encoders import normalized
@@ -89,6 +91,10 @@ def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
     capsys.readouterr()
     main(command)
     assert capsys.readouterr().out == ""
+    report.main([f"output={tmp_path / 'weights'}", f"work={tmp_path / 'work'}", "scenes=32"])
+    found, shipped = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "weights", WEIGHTS))
+    assert found.keys() == shipped.keys() and found["clip"].keys() == shipped["clip"].keys()
+    assert all(figure == figure for network in ("clip", "judge", "vae") for figure in found[network].values())
 
 
 def test_the_words_cover_every_kind_of_data():
