@@ -144,10 +144,7 @@ class Evaluation:
         found = [table.dataset.protocol.prompts for table in self.tables if isinstance(table.dataset, DreamBench)]
         lists = [templates for prompts in found for templates in prompts.values()]
         return {
-            original: " + ".join(labels)
-            for templates in lists
-            for original, labels in zip(templates.original, templates.labels, strict=False)
-            if labels
+            original: " + ".join(labels) for templates in lists for original, _, labels in templates.rows() if labels
         }
 
     def notes(self, scores: Sequence[Score]) -> list[str]:

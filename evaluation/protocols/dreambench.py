@@ -91,8 +91,7 @@ class DreamBench:
     def templates(self, subject: str) -> list[tuple[str, str, dict[str, str]]]:
         """(original, modified, labels) of the templates of the subject's kind."""
         prompts = self.protocol.prompts[self.subjects[subject].kind]
-        labels = prompts.labels or [{} for _ in prompts.original]
-        return spread(list(zip(prompts.original, prompts.modified, labels, strict=True)), self.protocol.max_templates)
+        return spread(prompts.rows(), self.protocol.max_templates)
 
     def pairs(self) -> list[list[str]]:
         """The pairs that are drawn: those of the taken subjects, where there is a judge."""

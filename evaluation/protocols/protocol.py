@@ -164,6 +164,10 @@ class Templates:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must hold {{}} once, where the subject goes.")
 
+    def rows(self) -> list[tuple[str, str, dict[str, str]]]:
+        """(original, modified, labels) of each template."""
+        return list(zip(self.original, self.modified, self.labels or [{} for _ in self.original], strict=True))
+
 
 @dataclass
 class Pairs:

@@ -129,10 +129,7 @@ class Judge:
             (f"subject '{name}'", subject.labels) for name, subject in dataset.subjects.items()
         ]
         for prompts in dataset.protocol.prompts.values():
-            told += [
-                (f"template '{template}'", labels)
-                for template, labels in zip(prompts.original, prompts.labels, strict=False)
-            ]
+            told += [(f"template '{template}'", labels) for template, _, labels in prompts.rows()]
         groups = self.groups()
         for owner, labels in told:
             for group, name in labels.items():

@@ -3,6 +3,7 @@
 They are written to datamodules/toyland/weights/, or to output=….
 """
 
+import hashlib
 import json
 import os
 
@@ -11,7 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; a mi
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class Recipe:
     pictures: int = 40_000
     """Scenes in the pool."""
     pairs: int = 8_000
-    """Subjects drawn twice, for dino."""
+    """Subjects drawn twice, for dino and judge."""
     told: float = 0.8
     """Share of captions that name looks in words: without them the U-Net has no direction to steer looks in."""
     vocabulary: int = 460
@@ -82,6 +83,13 @@ def main(arguments: list[str]) -> None:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     output, work = Path(recipe.output), Path(recipe.work)
+    settings = {k: v for k, v in asdict(recipe).items() if k not in ("output", "work", "only", "threads")}
+    # What was begun by another recipe is not gone on with.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+    def kept(model: str) -> Path:
+        return work / f"{model}-{digest}.pt"
+
     diffusion_folder = output / "stable-diffusion"
 
     def missing(model: str, folder: Path) -> bool:
@@ -97,12 +105,12 @@ def main(arguments: list[str]) -> None:
     if missing("tokenizer", output / "tokenizer"):
         train_prompt_tokenizer(output / "tokenizer", sentences(8000, recipe.seed), recipe.vocabulary)
     if missing("vae", diffusion_folder / "vae"):
-        vae = stable_diffusion.train_autoencoder(pool(), work / "vae.pt", **options("vae"))
-        stable_diffusion.train_decoder(vae, pool(), work / "decoder.pt", **options("decoder"))
+        vae = stable_diffusion.train_autoencoder(pool(), kept("vae"), **options("vae"))
+        stable_diffusion.train_decoder(vae, pool(), kept("decoder"), **options("decoder"))
         write(vae, diffusion_folder / "vae")
     if missing("clip", output / "clip"):
         tokenizer = train_clip_tokenizer(sentences(8000, recipe.seed), recipe.vocabulary, length=32)
-        model = encoders.train_clip(pool(), tokenizer, work / "clip.pt", **options("clip"))
+        model = encoders.train_clip(pool(), tokenizer, kept("clip"), **options("clip"))
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
         write(model, output / "clip", tokenizer, processor)
     if missing("clip", diffusion_folder / "text_encoder"):
@@ -115,12 +123,12 @@ def main(arguments: list[str]) -> None:
     if missing("dino", output / "dino"):
         pairs = draw_pairs(work, recipe.pairs, recipe.seed)
         processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
-        write(encoders.train_dino(pairs, work / "dino.pt", **options("dino")), output / "dino", processor)
+        write(encoders.train_dino(pairs, kept("dino"), **options("dino")), output / "dino", processor)
     if missing("judge", output / "judge"):
         # Of scenes of its own, since it shall not know those that the other models learned from.
         scenes = draw_pool(work, recipe.pictures, recipe.seed + 1, recipe.told)
         judge = encoders.train_judge(
-            scenes, draw_pairs(work, recipe.pairs, recipe.seed + 1), work / "judge.pt", **options("judge")
+            scenes, draw_pairs(work, recipe.pairs, recipe.seed + 1), kept("judge"), **options("judge")
         )
         write(judge, output / "judge", ViTImageProcessorPil(size={"height": 2 * SIZE, "width": 2 * SIZE}))
     if missing("unet", diffusion_folder / "unet"):
@@ -132,12 +140,12 @@ def main(arguments: list[str]) -> None:
             "tokenizer": CLIPTokenizer.from_pretrained(diffusion_folder / "tokenizer"),
         }
         unet = stable_diffusion.train_unet(
-            pool(), **modules, checkpoint=work / "unet.pt", weighting="uniform", **options("unet")
+            pool(), **modules, checkpoint=kept("unet"), weighting="uniform", **options("unet")
         )
         unet = stable_diffusion.train_unet(
             pool(),
             **modules,
-            checkpoint=work / "unet_velocity.pt",
+            checkpoint=kept("unet_velocity"),
             weighting="velocity",
             unet=unet,
             **options("unet_velocity") | {"seed": recipe.seed + 1},

@@ -1,7 +1,7 @@
 """The encoders in miniature: CLIP, which the MLLM sees with, and the evaluation networks.
 
 CLIP's text and vision encoder are trained to find each other's captions and images. The evaluation networks are a
-DINO-like ViT, which recognises a subject, and a classifier whose features serve FID.
+DINO-like ViT, which recognises a subject, and a judge, whose features serve FID, too.
 """
 
 from pathlib import Path
@@ -156,9 +156,7 @@ def train_dino(pairs: Tensor, checkpoint: Path, *, steps: int, batch_size: int, 
 
     def loss(step: int):
         rows = torch.randint(len(pairs), (batch_size,), generator=draws)
-        both = pairs[rows].flatten(0, 1)
-        flip = torch.rand(len(both), generator=draws) < 0.5
-        both = torch.where(flip[:, None, None, None], both.flip(-1), both)
+        both = augmented(pairs[rows].flatten(0, 1), draws, shift=0)
         features = vit(pixel_values=pixels(both)).last_hidden_state[:, 0]
         features = F.normalize(features, dim=-1).view(batch_size, 2, -1)
         logits = features[:, 0] @ features[:, 1].T / TEMPERATURE

@@ -74,11 +74,16 @@ def report(options: Options) -> dict[str, dict[str, float]]:
 
 def of_judge(judge: ResNetForImageClassification, images: Tensor, labels: Tensor) -> dict[str, float]:
     """By group of labels."""
-    logits = torch.cat([judge(judged(part)).logits for part in images.split(100)])
-    parts = logits.split([len(names) for names in LABELS.values()], dim=-1)
+    parts = answers(judge, images)
     return {
         name: share(part.argmax(-1) == labels[:, i]) for i, (name, part) in enumerate(zip(LABELS, parts, strict=True))
     }
+
+
+def answers(judge: ResNetForImageClassification, images: Tensor) -> tuple[Tensor, ...]:
+    """Logits of each group of labels."""
+    logits = torch.cat([judge(judged(part)).logits for part in images.split(100)])
+    return logits.split([len(names) for names in LABELS.values()], dim=-1)
 
 
 def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, alone: Tensor) -> dict[str, float]:
@@ -188,8 +193,7 @@ def text_to_image(folder: Path, judge: ResNetForImageClassification, options: Op
             for start in range(0, len(lines), 50)
         ]  # fmt: skip
         images = (torch.cat(arrays) * 255).round().to(torch.uint8)
-        logits = torch.cat([judge(judged(part)).logits for part in images.split(100)])
-        parts = logits.split([len(names) for names in LABELS.values()], dim=-1)
+        parts = answers(judge, images)
         right = parts[0].argmax(-1) == kinds
         figures[f"kind, {name}"] = share(right)
         if name == "told":

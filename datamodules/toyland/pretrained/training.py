@@ -32,13 +32,14 @@ def fit(
     """Train `modules` in place on `loss(step) -> (scalar, figures to print)`, whose randomness comes from `draws`.
 
     Args:
-        checkpoint: file to resume from, named after the model; it stays, so that a finished part is not trained twice.
+        checkpoint: file to resume from, of the same recipe, `model-….pt`; it stays, so that a finished part is not
+            trained twice.
         average: decay of a moving average of the weights, which replaces them at the end; 0 keeps the last.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    name = checkpoint.stem
+    name = checkpoint.stem.partition("-")[0]
     network = nn.ModuleList(modules)
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)

@@ -14,6 +14,7 @@ from datamodules.toyland.pretrained.__main__ import WEIGHTS, main
 from datamodules.toyland.pretrained.data import draw_pool, sentences
 from datamodules.toyland.pretrained.encoders import normalized
 from datamodules.toyland.pretrained.stable_diffusion import build_autoencoder, train_decoder
+from datamodules.toyland.pretrained.training import fit
 from datamodules.toyland.scene import SIZE
 from kosmosg.tokenizer import Tokenizer
 
@@ -100,3 +101,24 @@ def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
 def test_the_words_cover_every_kind_of_data():
     lines = " ".join(sentences(40, seed=1))
     assert "Look at this" in lines and "," in lines and "wearing" in lines
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.toyland.pretrained.training.SAVE_EVERY", 0.0)
+
+    def trained(checkpoint: Path, stop_at: int | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        network, draws = torch.nn.Linear(3, 1), torch.Generator().manual_seed(1)
+
+        def loss(step: int):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return network(torch.randn(4, 3, generator=draws)).square().mean(), {}
+
+        fit(checkpoint, [network], loss, draws, steps=9, lr=0.1, average=0.9)
+        return network.weight.detach()
+
+    whole = trained(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped.pt", stop_at=5)
+    assert torch.equal(trained(tmp_path / "stopped.pt"), whole)
