@@ -10,16 +10,19 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
+TOYLAND_RUNS ?= runs/toyland
+
 # A resumable command; says so, too, when it is stopped before it can say it itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test toyland toyland-table-2 toyland-short toyland-pretrained gpu-check lint clean-toyland
+.PHONY: help setup test toyland toyland-long toyland-table-2 toyland-short toyland-pretrained gpu-check lint clean-toyland
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup          virtual environment in .venv with the pinned packages"
 	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones; JOBS=2 at a time)"
 	@echo "make toyland        set up and run the whole paper in miniature"
+	@echo "make toyland-long   the same with four times the steps on prompts with images, into runs/toyland-long"
 	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-pretrained  train the tiny pretrained models anew, into runs/toyland-pretrained"
@@ -52,11 +55,22 @@ toyland: setup
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
 
+# Stages 1 and 2 are make toyland's own.
+LONG := configs/toyland/long.yaml
+LONG_EVALUATION := output=$(TOYLAND_RUNS)-long/evaluation models.after_stage_3=$(TOYLAND_RUNS)-long/instruction_tuning
+toyland-long: export HF_HUB_OFFLINE := 1
+toyland-long: setup
+	$(call resumable,$(RUN) -m datamodules.toyland)
+	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(LONG) init_from=$(TOYLAND_RUNS)/alignment)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(LONG))
+	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml $(LONG_EVALUATION))
+
 # The rows of Table 2: the stage whose file each one changes, and its file in configs/toyland/table_2/.
 TABLE_2 := alignment/alignernet_24_layers alignment/alignernet_12_layers alignment/decoder_12_layers \
            instruction_tuning/end_to_end_with_alignernet instruction_tuning/end_to_end_without_alignernet
 SEEDS ?= 0 1 2
-TOYLAND_RUNS ?= runs/toyland
 
 # Seed by seed, so that all rows are there after a third of the time.
 toyland-table-2: export HF_HUB_OFFLINE := 1
@@ -93,4 +107,4 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 clean-toyland:
-	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-short
+	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-long runs/toyland-short
