@@ -274,8 +274,9 @@ def rival(finished: Path, arguments: list[str], tmp_path: Path, capsys: pytest.C
             asked = json.loads(line)
             name = f"{asked['index']}.png"
             shutil.copy(own / "images" / f"{asked['index']:06d}.png", folder / table / name)
-            lines.append(json.dumps({"index": asked["index"], "file": name, "prompt": asked["text"]}))
-        (folder / table / "manifest.jsonl").write_text("\n".join(lines))
+            answer = {"index": asked["index"], "file": name, "prompt": asked["text"], "note": "one\u2028line"}
+            lines.append(json.dumps(answer, ensure_ascii=False))
+        (folder / table / "manifest.jsonl").write_text("\ufeff" + "\n".join(lines))  # as Windows' editors save it
     return folder
 
 
@@ -309,7 +310,7 @@ def test_a_rival_with_our_images_has_our_scores(
 )
 def test_a_rival_that_does_not_answer(rival: Path, arguments: list[str], tmp_path: Path, capsys, damage, told) -> None:
     manifest = rival / "dreambench" / "manifest.jsonl"
-    manifest.write_text("\n".join(damage(manifest.read_text().splitlines())))
+    manifest.write_text("\n".join(damage(manifest.read_text().split("\n"))))
     assert evaluate.main([*arguments, f"output={tmp_path / 'out'}", f"models.external.Rival={rival}"]) == 2
     assert told in capsys.readouterr().err
 

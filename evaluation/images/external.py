@@ -17,7 +17,7 @@ from evaluation.images.manifest import MANIFEST
 from evaluation.images.provenance import hash_files
 from evaluation.images.systems import TABLE_ORDER
 from evaluation.protocols.requests import SHOWN_PROBLEMS, EvaluationError, Request
-from kosmosg.files import write_text
+from kosmosg.files import decode_text, write_text
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,12 @@ def read_external(name: str, folder: Path, table: str, requests: Sequence[Reques
     wanted = {request.index: request for request in requests}
     files: dict[int, Path] = {}
     problems = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+    # Lines end at "\n" alone: a string of JSON may hold other line separators.
+    for number, line in enumerate(manifest.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
+            row = json.loads(decode_text(line))
             index, file = row["index"], manifest.parent / row["file"]
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"line {number} is no object with index and file ({type(error).__name__}: {error})")

@@ -48,7 +48,8 @@ def test_an_offline_run_holds_summary_table_and_artifact(output, monkeypatch, ag
     monkeypatch.setattr(wandb, "init", remember)
     track(Tracking(mode="offline", project="p"), output, SCORES, {"key": "k"})
     assert (seen["group"], seen["job_type"], seen["name"], seen["project"]) == ("evaluation", "evaluation", "run", "p")
-    assert agents in (None, seen["id"])
+    assert seen["id"] == (agents or (output / "wandb.id").read_text()), "a repeated evaluation is one run"
+    assert not list(output.rglob("wandb-metadata.json")), "it would tell the command line"
     assert seen["summary"]["coco/fid/KOSMOS-G after stage 3"] == 7.0
     assert list(output.glob(f"wandb/offline-run-*-{seen['id']}/*.wandb"))
     tables = list(output.glob("wandb/offline-run-*/files/media/table/scores*.json"))
