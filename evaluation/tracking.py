@@ -43,8 +43,8 @@ class Tracking:
 
 
 def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dict[str, Any]) -> None:
-    """Log the evaluation in `output`. The run is that of a sweep's agent, if one started this; else its id is random and
-    kept in the folder, so that a repeated evaluation is one run."""
+    """Log the evaluation in `output`. The run is that of a sweep's agent, if one started this; else its id is random
+    and kept in the folder, so that a repeated evaluation is one run."""
     if tracking.mode == "disabled":
         return
     try:
