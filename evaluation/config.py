@@ -24,7 +24,7 @@ class DataFolders:
 @dataclass
 class Models:
     image_decoder: str = MISSING
-    """Stable Diffusion folder or hub id: the text-only row, and the image decoder of both KOSMOS-G rows."""
+    """Diffusers folder or hub id: the text-only row, and the image decoder of both KOSMOS-G rows."""
     before_stage_3: str | None = None
     """Run or model folder of the alignment stage; null leaves the row out."""
     after_stage_3: str | None = None
