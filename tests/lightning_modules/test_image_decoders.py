@@ -239,6 +239,9 @@ def test_stages_train_resume_and_dry_run(
     assert kosmosg(["generate", str(folder), "a dog", "--steps", "2", "--output", str(tmp_path / "drawn")]) == 0
     with Image.open(tmp_path / "drawn" / "image-0.png") as image:
         assert image.size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    if family == "sana":
+        assert kosmosg(["generate", str(folder), "a dog", "--sampler", "ddim", "--output", str(tmp_path / "ddim")]) == 2
+        assert "sampler='ddim' is not allowed for flow matching" in capsys.readouterr().err
     assert train.main(["export", str(folder), f"output={tmp_path / 'model'}"]) == 0
     assert weights(tmp_path) == trained
     capsys.readouterr()
