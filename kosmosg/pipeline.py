@@ -168,7 +168,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     f"'{folder}' holds no {MODEL_INDEX} and no image decoder; name the one that the model was trained "
                     "with as image_decoder=."
                 )
-            pipeline = cls(**dict.fromkeys(DENOISERS) | model_parts(folder, dtype, options) | options)
+            absent: dict[str, Any] = dict.fromkeys(DENOISERS)
+            pipeline = cls(**absent | model_parts(folder, dtype, options) | options)
         else:
             try:
                 pipeline = super().from_pretrained(str(folder), dtype=dtype, **options)
@@ -216,7 +217,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     @property
     def decoder_class(self) -> type[ImageDecoder]:
         """What the project knows of the family."""
-        return IMAGE_DECODERS[self.config.family]
+        return IMAGE_DECODERS[self.config["family"]]
 
     @property
     def denoiser(self) -> Any:
@@ -434,7 +435,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def _decoder(self) -> ImageDecoder:
         """Of the parts that there are."""
         decoder = self.decoder_class(**{n: getattr(self, n) for n in (*self.decoder_class.networks, "scheduler")})
-        decoder.spec = replace(decoder.spec, unconditional=self.config.unconditional)
+        decoder.spec = replace(decoder.spec, unconditional=self.config["unconditional"])
         return decoder
 
     def _conditions(
@@ -452,7 +453,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def _null(self, unconditional: Condition) -> Condition:
         """The null condition, of the rows of the unconditional prompt's."""
         _, tokens, width = unconditional.states.shape
-        return ConditionSpec(tokens, width, unconditional=self.config.unconditional).null(unconditional)
+        return ConditionSpec(tokens, width, unconditional=self.config["unconditional"]).null(unconditional)
 
     def _negative(self, negative_prompt: str | Sequence[str] | None, count: int) -> Condition:
         """Of one row, or of B where each prompt has its own."""

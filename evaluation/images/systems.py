@@ -50,7 +50,8 @@ def text_system(weights: str, device: torch.device, acceleration: Acceleration |
         # In float32 whatever precision the files are stored in.
         pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **kind.unneeded).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        accelerate(*(getattr(pipeline, name) for name in kind.networks), acceleration or Acceleration())
+        denoiser, vae = (getattr(pipeline, name) for name in kind.networks)
+        accelerate(denoiser, vae, acceleration or Acceleration())
         trained_with = pipeline.scheduler
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:

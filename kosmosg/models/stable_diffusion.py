@@ -103,7 +103,7 @@ class StableDiffusion(ImageDecoder):
         return cls(**networks).freeze()
 
     @classmethod
-    def read_scheduler(cls, source: str | Path) -> DDPMScheduler:
+    def read_scheduler(cls, source: str | Path) -> Any:
         return DDPMScheduler.from_pretrained(source, subfolder="scheduler")
 
     @classmethod
