@@ -1,4 +1,4 @@
-"""Stage 2 data: captions alone, as tokens for the MLLM and for the CLIP text model (paper section 2.2).
+"""Stage 2 data: captions alone, as tokens for the MLLM and for the image decoder's text model (paper section 2.2).
 
 Images of the caption shards are neither decoded nor read. Constructed samples, which the paper's stage 2 does not have,
 give prompts with images for the MLLM, and their captions for the text model.
@@ -45,7 +45,8 @@ class AlignmentDataConfig(DataConfig):
     entities: EntityRules = field(default_factory=EntityRules)
     """How constructed samples become prompts."""
     max_clip_tokens: int = 75
-    """Longer captions are left out: CLIP tokens without start and end (released-code.md, "Caption rows")."""
+    """Longer captions are left out: tokens of the image decoder's text model, CLIP's without start and end
+    (released-code.md, "Caption rows"), others' without what stands before every caption."""
     max_pieces: int = 85
     """Longer captions are left out: SentencePiece pieces."""
 
@@ -109,9 +110,9 @@ class WholeCaptions:
 
     def __init__(self, tokenize: TextTokenize, clean: Callable[[str], str] = str):
         self.tokenize, self.clean = tokenize, clean
-        ids = tokenize(["", "a"])
+        ids = tokenize(["a", "7"])  # "" may have no instruction before it
         self.pad_id = int(ids[0, -1])
-        self.before = int((ids[1] != self.pad_id).sum()) - 1  # "a" is one token; "" may have no instruction
+        self.before = int((ids[0] != ids[1]).nonzero()[0])  # what unlike captions have in common
         self.room = ids.shape[1] - self.before - 1  # a row without padding may have been cut
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
@@ -127,7 +128,7 @@ def caption_tokens(decoder: ImageDecoder) -> ClipTokens | WholeCaptions:
 
 
 class CaptionRows(RowBuilder[AlignmentRow]):
-    """Builds `<s>caption` and CLIP ids, all of a batch at once."""
+    """Builds `<s>caption` and ids for the text model, all of a batch at once."""
 
     def __init__(
         self, source: SampleReader, tokenizer: Tokenizer, clip: ClipTokens | WholeCaptions, config: AlignmentDataConfig
@@ -172,7 +173,7 @@ class CaptionRows(RowBuilder[AlignmentRow]):
 
 
 class EntityPromptRows(RowBuilder[AlignmentRow]):
-    """Builds prompts with images of constructed samples, and the CLIP ids of their descriptions or captions."""
+    """Builds prompts with images of constructed samples, and the text model's ids of their descriptions or captions."""
 
     def __init__(
         self,
@@ -212,7 +213,7 @@ class EntityPromptRows(RowBuilder[AlignmentRow]):
 
 def too_long(sample: Sample, tokens: int, most: int) -> FilteredSample:
     """A caption that the image decoder's text model would be given cut."""
-    return FilteredSample("caption_too_long", sample.shard, sample.key, f"{tokens} CLIP tokens, at most {most}")
+    return FilteredSample("caption_too_long", sample.shard, sample.key, f"{tokens} tokens, at most {most}")
 
 
 class AlignmentData(MixtureDataModule):
@@ -223,7 +224,7 @@ class AlignmentData(MixtureDataModule):
         clip: captions → ids of the image decoder's text model.
 
     Raises:
-        ValueError: `max_clip_tokens` is more than the CLIP text model takes.
+        ValueError: `max_clip_tokens` is more than the text model takes.
     """
 
     Config = AlignmentDataConfig
@@ -241,8 +242,8 @@ class AlignmentData(MixtureDataModule):
         self.encoder, self.clip = encoder, clip
         if config.max_clip_tokens > self.clip.room:
             raise ValueError(
-                f"max_clip_tokens={config.max_clip_tokens} but the CLIP text model takes {self.clip.room} beside start "
-                "and end; lower data.max_clip_tokens."
+                f"max_clip_tokens={config.max_clip_tokens} but the image decoder's text model takes captions of at "
+                f"most {self.clip.room} tokens; lower data.max_clip_tokens."
             )
         if encoder.max_length is not None and encoder.max_length <= config.max_pieces:
             raise ValueError(

@@ -56,7 +56,7 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_model(folder: Path, tokenizer: Path) -> Path:
+def write_model(folder: Path, tokenizer: Path, **aligner_changes: Any) -> Path:
     """MLLM (width 32, 2 layers, 4 slots per image) and M (24 queries, width 32) with fixed random weights."""
     from kosmosg.models.aligner import AlignerEncoder
     from kosmosg.models.kosmosg import KosmosG
@@ -67,7 +67,7 @@ def write_model(folder: Path, tokenizer: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         mllm = MLLM(vocab_size=len(words), pad_id=words.pad_id, **mllm_sizes())
-        aligner = AlignerEncoder(input_width=WIDTH, num_queries=QUERIES, **aligner_sizes())
+        aligner = AlignerEncoder(input_width=WIDTH, num_queries=QUERIES, **{**aligner_sizes(), **aligner_changes})
         KosmosG(mllm, aligner).save_pretrained(folder, tokenizer=words)
     return folder
 

@@ -28,23 +28,28 @@ IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {
 }
 
 
-def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
-    """The class that reads a diffusers folder or hub id.
+def image_decoder_index(source: str | Path) -> dict[str, Any]:
+    """model_index.json of a diffusers folder or hub id, whose `_class_name` is a key of `IMAGE_DECODERS`.
 
     Raises:
         ValueError: a pipeline without a class here.
     """
-    name = next(iter(IMAGE_DECODERS))
+    index: dict[str, Any] = {}
     if str(source) in CONFIGS:  # known without asking the hub, so that a dry run needs no network
-        name = CONFIGS[str(source)]["model_index"]["_class_name"]
+        index = CONFIGS[str(source)]["model_index"]
     elif not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
         with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
-            index: dict = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
-            name = index.get("_class_name")
+            index = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
+    name = index.get("_class_name", next(iter(IMAGE_DECODERS)))
     name = name[-1] if isinstance(name, list) else name  # a list where the folder has code of its own, which is not run
     if name not in IMAGE_DECODERS:
         raise ValueError(f"model.image_decoder='{source}' is a {name}; allowed: {', '.join(IMAGE_DECODERS)}.")
-    return IMAGE_DECODERS[name]
+    return {**index, "_class_name": name}
+
+
+def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
+    """The class that reads a diffusers folder or hub id; errors as `image_decoder_index`."""
+    return IMAGE_DECODERS[image_decoder_index(source)["_class_name"]]
 
 
 def load_image_decoder(source: str | Path, parts: Parts = "all", **options: Any) -> ImageDecoder:
