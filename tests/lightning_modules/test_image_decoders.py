@@ -196,7 +196,7 @@ def test_stages_train_resume_and_dry_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """Two steps of stage 2, then of stage 3 from what it wrote; the second step of each once more, from the first."""
+    """Two steps of stage 2, then of stage 3 from what it wrote, and its second step once more, from the first."""
     arguments = [f"model.image_decoder={folders[family]}", "trainer.max_steps=2", "trainer.checkpoint_every=1"]
     arguments += ["grids={every: 2, prompts: 2, steps: 2}", *KEYS.get(family, [])]
     for stage, tracked in TRACKED.items():
@@ -204,10 +204,11 @@ def test_stages_train_resume_and_dry_run(
         assert run(configs[stage], *arguments, f"run={folder}") == 0
         assert (folder / "grids" / "step-00000002.png").is_file()
         rows, trained = losses(folder, tracked), weights(folder)
-        back_to(folder, 1)
-        assert run(configs[stage], *arguments, f"run={folder}") == 0
-        assert losses(folder, tracked) == rows and len(rows) == 2
-        assert weights(folder) == trained
+        if stage == "instruction_tuning":
+            back_to(folder, 1)
+            assert run(configs[stage], *arguments, f"run={folder}") == 0
+            assert losses(folder, tracked) == rows and weights(folder) == trained
+        assert len(rows) == 2
         capsys.readouterr()
         assert run(configs[stage], *arguments, "dry_run=true") == 0
         assert "fits" in capsys.readouterr().out
