@@ -10,17 +10,21 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
+TOYLAND_RUNS ?= runs/toyland
+
 # A resumable command; says so, too, when it is stopped before it can say it itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test parity tests-beside-parity toyland toyland-table-2 toyland-short toyland-pretrained gpu-check lint clean-toyland
+.PHONY: help setup test parity tests-beside-parity toyland toyland-long toyland-table-2 toyland-image-prompts toyland-short toyland-pretrained gpu-check lint clean-toyland
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup          virtual environment in .venv with the pinned packages"
 	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones; JOBS=2 at a time)"
 	@echo "make toyland        set up and run the whole paper in miniature"
+	@echo "make toyland-long   the same with four times the steps on prompts with images, into runs/toyland-long"
 	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
+	@echo "make toyland-image-prompts  what image prompts in alignment bring, at equal compute, three seeds"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-pretrained  train the tiny pretrained models anew, into runs/toyland-pretrained"
 	@echo "make gpu-check      every stage and sampling on one GPU, beside dry run and diffusers; under ten minutes"
@@ -57,11 +61,22 @@ toyland: setup
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
 
+# Stages 1 and 2 are make toyland's own.
+LONG := configs/toyland/long.yaml
+LONG_EVALUATION := output=$(TOYLAND_RUNS)-long/evaluation models.after_stage_3=$(TOYLAND_RUNS)-long/instruction_tuning
+toyland-long: export HF_HUB_OFFLINE := 1
+toyland-long: setup
+	$(call resumable,$(RUN) -m datamodules.toyland)
+	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(LONG) init_from=$(TOYLAND_RUNS)/alignment)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(LONG))
+	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml $(LONG_EVALUATION))
+
 # The rows of Table 2: the stage whose file each one changes, and its file in configs/toyland/table_2/.
 TABLE_2 := alignment/alignernet_24_layers alignment/alignernet_12_layers alignment/decoder_12_layers \
            instruction_tuning/end_to_end_with_alignernet instruction_tuning/end_to_end_without_alignernet
 SEEDS ?= 0 1 2
-TOYLAND_RUNS ?= runs/toyland
 
 # Seed by seed, so that all rows are there after a third of the time.
 toyland-table-2: export HF_HUB_OFFLINE := 1
@@ -72,6 +87,28 @@ toyland-table-2: setup
 
 define table_2_run
 	$(call resumable,$(RUN) train.py configs/toyland/$(patsubst %/,%,$(dir $(1))).yaml configs/toyland/table_2/$(notdir $(1)).yaml seed=$(2))
+
+endef
+
+# Two recipes at equal FLOPs, each half of make toyland's, from one stage 2: 680 steps of the paper's stage 3, or 400 steps
+# of image alignment and 300 of stage 3 with its term. EYES is what the MLLM sees with, a CLIP folder, and its name.
+EYES ?= datamodules/toyland/weights/clip
+EYES_NAME ?= eyes
+toyland-image-prompts: export HF_HUB_OFFLINE := 1
+toyland-image-prompts: setup
+	$(foreach seed,$(SEEDS),$(call image_prompts_run,$(TOYLAND_RUNS)/image_prompts/$(EYES_NAME)-$(seed),$(seed)))
+	$(call resumable,$(RUN) evaluate.py configs/toyland/image_prompts.yaml)
+
+HALF := configs/toyland/half.yaml
+define image_prompts_run
+	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml $(HALF) \
+	  runs=$(1) seed=$(2) model.vision_weights=$(EYES))
+	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml $(HALF) runs=$(1) seed=$(2))
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(HALF) runs=$(1) seed=$(2) \
+	  ablation=$(EYES_NAME)_paper init_from=$(1)/alignment run=$(1)/paper recipe.mse_weight=0 trainer.max_steps=680)
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(HALF) runs=$(1) seed=$(2))
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(HALF) runs=$(1) seed=$(2) \
+	  ablation=$(EYES_NAME)_image_prompts run=$(1)/image_prompts trainer.max_steps=300)
 
 endef
 
@@ -100,4 +137,4 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 clean-toyland:
-	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-short
+	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-long runs/toyland-short

@@ -10,7 +10,11 @@ one goes on where it was.
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
     python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: another protocol; force=true
     python evaluate.py tables runs/toyland/evaluation output=tables         # the paper's Tables 1 and 2
-    python evaluate.py requests configs/toyland/evaluation.yaml             # what a rival draws: models.external
+
+Another model's images, for which none of ours is needed; BENCHMARK is a file of configs/protocols/:
+
+    python evaluate.py requests dreambench/kosmosg data=dreambooth/dataset output=runs/theirs   # what it is to draw
+    python evaluate.py score dreambench/kosmosg images=theirs data=dreambooth/dataset output=runs/theirs
 """
 
 import os
@@ -20,6 +24,7 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: noth
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +40,7 @@ from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import compare
 from evaluation.reports.tables import write_tables
 from evaluation.run import evaluate
-from kosmosg.config import ConfigError, describe_schema, load_config, split_options
+from kosmosg.config import CONFIGS, ConfigError, describe_schema, load_config, split_options
 
 INTERRUPTED = 130
 
@@ -87,13 +92,53 @@ def tables_command(arguments: Sequence[str]) -> None:
 
 
 def requests_command(arguments: Sequence[str]) -> None:
-    """requests evaluation.yaml [more.yaml | key=value …]: what rivals are asked to draw, into <output>/requests/"""
+    """requests BENCHMARK data=FOLDER output=FOLDER, or requests evaluation.yaml [more.yaml | key=value …]: what other
+    models are asked to draw, into <output>/requests/"""
+    if arguments and not arguments[0].endswith(".yaml"):
+        arguments, _ = benchmark_arguments("requests", arguments)
     config = load_config(arguments, EvaluationConfig)
     for table, dataset in datasets(config):
         print(write_requests(table, dataset.requests(), Path(config.output) / "requests"))
 
 
-COMMANDS = {"compare": compare_command, "tables": tables_command, "requests": requests_command}
+def score_command(arguments: Sequence[str]) -> None:
+    """score BENCHMARK images=FOLDER data=FOLDER output=FOLDER [name=NAME] [key=value …]"""
+    config, options = benchmark_arguments("score", arguments, "images")
+    name = options["name"] or Path(options["images"]).resolve().name
+    evaluate(load_config([*config, f"models.external={json.dumps({name: options['images']})}"], EvaluationConfig))
+
+
+def benchmark_arguments(command: str, arguments: Sequence[str], *needed: str) -> tuple[list[str], dict[str, str]]:
+    """The arguments of an evaluation of BENCHMARK, and the command's own options.
+
+    Raises:
+        ConfigError: a benchmark that there is not, or an option that is missing.
+    """
+    benchmark, *rest = arguments or [""]
+    protocols = CONFIGS / "protocols"
+    file = protocols / f"{benchmark}.yaml"
+    if not file.is_file():
+        known = sorted(str(path.relative_to(protocols).with_suffix("")) for path in protocols.rglob("*.yaml"))
+        raise ConfigError(f"{command}: there is no benchmark {benchmark!r}; allowed: {', '.join(known)}.")
+    options, others = dict.fromkeys((*needed, "data", "output", "name"), ""), []
+    for argument in rest:
+        key, _, value = argument.partition("=")
+        if key in options:
+            options[key] = value
+        else:
+            others.append(argument)
+    if missing := [f"{key}=FOLDER" for key in (*needed, "data", "output") if not options[key]]:
+        raise ConfigError(f"{command} {benchmark} needs {', '.join(missing)}.")
+    table = benchmark.partition("/")[0]
+    return [str(file), f"data.{table}={options['data']}", f"output={options['output']}", *others], options
+
+
+COMMANDS = {
+    "compare": compare_command,
+    "tables": tables_command,
+    "requests": requests_command,
+    "score": score_command,
+}
 
 
 def quiet_libraries() -> None:

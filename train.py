@@ -7,7 +7,7 @@ checkpoints, logs, images and the finished model. The same command resumes an in
     python train.py configs/toyland/alignment.yaml configs/toyland/short.yaml trainer.max_steps=2
     torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml
     python train.py configs/instruction_tuning.yaml trainer.devices=8 dry_run=true
-    python train.py export runs/instruction_tuning output=models/step-40000 [step=40000] [weights=ema|raw]
+    python train.py export runs/instruction_tuning output=models/40000 [step=40000] [weights=ema|raw] [dtype=float16]
 """
 
 import os
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING
 from rich.console import Console
@@ -64,6 +65,7 @@ from lightning_modules.run_folder import RunFolder, RunFolderError
 from lightning_modules.step_guard import TooManySkippedStepsError
 from lightning_modules.trainer import TrainerConfig, batch_layout, build_trainer, configure_logging
 
+DTYPES = ("float32", "float16", "bfloat16")
 # What ends a run with a message and exit status 2.
 USER_ERRORS = (
     CheckpointDamagedError,
@@ -198,7 +200,12 @@ def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
 
 
 def export_model(
-    experiment: Any, run: RunFolder, checkpoint: Path | None, output: Path, average: bool | None = None
+    experiment: Any,
+    run: RunFolder,
+    checkpoint: Path | None,
+    output: Path,
+    average: bool | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> bool:
     """Write a checkpoint's model folder; whether it holds the average of the weights, by default as `ema` says.
 
@@ -214,22 +221,25 @@ def export_model(
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     load_weights(checkpoint, module, wanted)
-    module.save_model(output, tokenizer)
+    module.to(dtype).save_model(output, tokenizer)
     return wanted
 
 
 def export(arguments: Sequence[str]) -> str:
-    """RUN output=FOLDER [step=N] [weights=ema|raw]: a checkpoint to a model folder, while its run goes on or after it;
-    what was done, in a sentence. By default the last checkpoint and the run's own choice of weights.
+    """RUN output=FOLDER [step=N] [weights=ema|raw] [dtype=float16|bfloat16]: a checkpoint to a model folder, while its
+    run goes on or after it; what was done, in a sentence. By default the last checkpoint, the run's own choice of
+    weights, in float32.
 
     Raises:
         ConfigError: arguments that are missing, unknown or not allowed; no checkpoint.
         CheckpointDamagedError, CheckpointMismatchError: what the checkpoint holds is of no use.
     """
-    runs, options = split_options(arguments, {"output": None, "step": None, "weights": None})
-    step, weights = options["step"], options["weights"]
+    runs, options = split_options(arguments, {"output": None, "step": None, "weights": None, "dtype": "float32"})
+    step, weights, dtype = options["step"], options["weights"], options["dtype"]
     if len(runs) != 1 or options["output"] is None:
-        raise ConfigError("export takes a run folder and output=FOLDER; step=N and weights=ema or raw may be added.")
+        raise ConfigError("export takes a run folder and output=FOLDER; step=, weights= and dtype= may be added.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"export: dtype={dtype} is not allowed; allowed: {', '.join(DTYPES)}.")
     if weights not in (None, "ema", "raw") or not (step is None or step.isdecimal()):
         raise ConfigError(
             f"export: step={step} weights={weights} is not allowed; step is a number, weights ema or raw."
@@ -239,7 +249,8 @@ def export(arguments: Sequence[str]) -> str:
     if checkpoint is not None and checkpoint.is_dir():
         verify(checkpoint)
     output = Path(options["output"])
-    average = export_model(experiment, run, checkpoint, output, None if weights is None else weights == "ema")
+    wanted = None if weights is None else weights == "ema"
+    average = export_model(experiment, run, checkpoint, output, wanted, getattr(torch, dtype))
     return f"The {'average' if average else 'weights'} of '{checkpoint}' are the model in '{output}'."
 
 

@@ -2,9 +2,10 @@
 
 The released code pads to the longest row, computes the language model's head and drops it in stages 2 and 3, computes
 all layers again in the backward pass, encodes targets in every step and gives the null condition a pass of its own
-(golden README). Each habit is also left out alone. No script of stage 1 was released: its released way is the same
-documents, one to a row, with logits at all positions. Reentrant checkpoints, which cost the released code the gradient
-of CLIP's last block, are not imitated: they change the result, not the time. Dropout is off, so that losses are equal.
+(docs/released-code.md). Each habit is also left out alone. No script of stage 1 was released: its released way is the
+same documents, one to a row, with logits at all positions. Reentrant checkpoints, which cost the released code the
+gradient of CLIP's last block, are not imitated: they change the result, not the time. Dropout is off, so that losses
+are equal.
 """
 
 from collections.abc import Callable, Iterator

@@ -4,6 +4,7 @@ A row is a prompt. What it is compared with is the stage's own, see `StageModule
 every step, so that a change in an image is a change of the model.
 """
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,9 +46,11 @@ class GridConfig:
     """Of the starting noise; row r has seed + r."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("prompts", 1), ("steps", 1)):
+        for name, least in (("every", 0), ("prompts", 1), ("steps", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"grids.{name} is {getattr(self, name)}; allowed: {least} or more")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"grids.guidance_scale is {self.guidance_scale}; allowed: finite numbers")
 
 
 @dataclass

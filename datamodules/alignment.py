@@ -45,7 +45,7 @@ class AlignmentDataConfig(DataConfig):
     entities: EntityRules = field(default_factory=EntityRules)
     """How constructed samples become prompts."""
     max_clip_tokens: int = 75
-    """Longer captions are left out: CLIP tokens without start and end (golden README, "Caption rows")."""
+    """Longer captions are left out: CLIP tokens without start and end (released-code.md, "Caption rows")."""
     max_pieces: int = 85
     """Longer captions are left out: SentencePiece pieces."""
 

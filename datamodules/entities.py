@@ -1,6 +1,6 @@
 """Constructed samples as prompts: each entity's words in the caption are followed by its segmented image.
 
-Matching, order and draws are the released code's (golden README, "Open-images rows"), so that recorded draws give the
+Matching, order and draws are the released code's (released-code.md, "Open-images rows"), so recorded draws give the
 recorded tokens. The paper (section 3.1) drops the words of each entity by itself; that is the other `drop` rule.
 """
 

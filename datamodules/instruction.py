@@ -47,7 +47,7 @@ class InstructionDataConfig(DataConfig):
     edit_caption_drop: float = 0.5
     """Probability that the caption before the image to edit is emptied (0 … 1)."""
     min_image_side: int = 384
-    """Pixels; image-caption pairs with a smaller width or height are left out (golden README, "Caption rows")."""
+    """Pixels; image-caption pairs with a smaller width or height are left out (released-code.md, "Caption rows")."""
     max_pieces: int = 128
     """Longer captions of image-caption pairs are left out: SentencePiece pieces."""
     cached_latents: Literal["float32", "float16"] | None = None

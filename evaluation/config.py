@@ -23,8 +23,9 @@ class DataFolders:
 
 @dataclass
 class Models:
-    image_decoder: str = MISSING
-    """Stable Diffusion folder or hub id: the text-only row, and the image decoder of both KOSMOS-G rows."""
+    image_decoder: str | None = None
+    """Stable Diffusion folder or hub id: the text-only row, and the image decoder of all rows of KOSMOS-G; null: other
+    models' images alone are scored."""
     before_stage_3: str | None = None
     """Run or model folder of the alignment stage; null leaves the row out."""
     after_stage_3: str | None = None
@@ -33,7 +34,13 @@ class Models:
     """Run folders, or patterns as `runs/ablations/*/*` for all finished ones: a row each, named after the run's
     ablation and seed; tables gather the seeds."""
     external: dict[str, str] = field(default_factory=dict)
-    """Rivals by name: folders of images that they made for our requests, see evaluation/images/external.py."""
+    """Other models by name: folders of images that they made for our requests, see evaluation/images/external.py."""
+
+    def __post_init__(self) -> None:
+        if self.image_decoder is None:
+            for name in ("before_stage_3", "after_stage_3", "runs"):
+                if getattr(self, name):
+                    raise ValueError(f"models.{name} is not allowed without models.image_decoder, which it steers.")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evaluation.config import EvaluationConfig
-from evaluation.images.external import read_external
+from evaluation.images.external import External, read_external
 from evaluation.images.generation import System, generate
 from evaluation.images.manifest import Manifest
 from evaluation.images.provenance import hash_files, hash_json
@@ -25,7 +25,7 @@ from evaluation.images.weights import hash_encoder
 from evaluation.parallel.processes import Processes
 from evaluation.protocols.coco import Coco
 from evaluation.protocols.dreambench import DreamBench
-from evaluation.protocols.protocol import identity
+from evaluation.protocols.protocol import identity, task_of
 from evaluation.protocols.requests import EvaluationError, Request
 from evaluation.reports import guidance
 from evaluation.reports.guidance import protocol_at
@@ -44,6 +44,11 @@ class Table:
     protocol: str
     data: str
     requests: list[Request]
+
+    @property
+    def task(self) -> str:
+        """What rows are scored under that were not sampled by the protocol."""
+        return task_of(self.protocol)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Evaluation:
             (table.name, name): found
             for table in self.tables
             for name, folder in config.models.external.items()
-            if (found := read_external(name, Path(folder), table.name, table.requests)) is not None
+            if (found := self._external(name, Path(folder), table)) is not None
         }
         self.encoders = {
             f"{table.name}.{name}": hash_encoder(config.encoder_path(encoder))
@@ -194,8 +199,22 @@ class Evaluation:
                 found.append(Point(scale, table_of(guidance.TABLE, dataset, table.data), systems))
         return found
 
+    def rows(self, table: Table) -> list[str]:
+        """The models of a table: those that draw, then those whose images were given."""
+        return [system.name for system in self.systems] + [name for of, name in self.external if of == table.name]
+
+    def _external(self, name: str, folder: Path, table: Table) -> External | None:
+        size = table.dataset.protocol.sampling.image_size
+        return read_external(name, folder, table.name, table.requests, size, alone=len(self.tables) == 1)
+
     def _systems(self) -> list[System]:
         models, how = self.config.models, self.config.acceleration
+        if models.image_decoder is None:
+            if not models.external:
+                raise EvaluationError(
+                    "models is empty: set models.image_decoder, or models.external.NAME to a folder of images."
+                )
+            return []
         device = self.config.torch_device(self.processes.local_rank)
         systems = [stable_diffusion_system(models.image_decoder, device, how)]
         for name, folder in ((BEFORE_STAGE_3, models.before_stage_3), (AFTER_STAGE_3, models.after_stage_3)):

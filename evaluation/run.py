@@ -164,10 +164,11 @@ def score_table(
     scorer = Scorer(table.name, table.protocol, encoders, evaluation.config.bootstrap, real, kid)
     scores: list[Score] = []
     samples: list[Sample] = []
+    drawn = {system.name for system in evaluation.systems}
     for name, images in rows:
         if images:
             found = scorer(name, images)
-            scores += found[0]
+            scores += found[0] if name in drawn else [replace(score, protocol=table.task) for score in found[0]]
             samples += found[1]
     variants = {system.name: asdict(system.variant) for system in evaluation.systems if system.variant is not None}
     return [replace(score, **variants.get(score.system, {})) for score in scores], samples

@@ -4,9 +4,9 @@ Summary: `<table>/<metric>/<system>`. Table `scores`: the rows of results.json. 
 The results are written before; where no server answers, the run is logged offline for `wandb sync`.
 """
 
-import hashlib
 import logging
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import wandb
 
 from evaluation.scores.results import Score
+from kosmosg.files import write_text
 
 STORED = ("results.json", "results.md", "samples.csv", "breakdown.csv", "report.html", "provenance.json")
 AGENTS_RUN = "WANDB_RUN_ID"
@@ -42,8 +43,8 @@ class Tracking:
 
 
 def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dict[str, Any]) -> None:
-    """Log the evaluation in `output`. The run is that of a sweep's agent, if one started this; else its id is the
-    folder's, so that a repeated evaluation is one run."""
+    """Log the evaluation in `output`. The run is that of a sweep's agent, if one started this; else its id is random
+    and kept in the folder, so that a repeated evaluation is one run."""
     if tracking.mode == "disabled":
         return
     try:
@@ -79,12 +80,13 @@ def start(tracking: Tracking, output: Path, config: dict[str, Any], mode: Litera
         group=tracking.group or "evaluation",
         job_type="evaluation",
         name=tracking.name or resolved.parent.name,
-        id=os.environ.get(AGENTS_RUN) or hashlib.sha256(str(resolved).encode()).hexdigest()[:12],
+        id=os.environ.get(AGENTS_RUN) or run_id(output),
         dir=output,
         mode=mode,
         resume="allow",
         config=config,
         settings=wandb.Settings(
+            x_disable_meta=True,  # it would record the command line, and with it what the configuration hides
             console="off",
             silent=mode == "offline",
             init_timeout=tracking.timeout,
@@ -92,6 +94,14 @@ def start(tracking: Tracking, output: Path, config: dict[str, Any], mode: Litera
             finish_timeout=tracking.timeout,
         ),
     )
+
+
+def run_id(output: Path) -> str:
+    """The folder's id, made when it is first logged."""
+    file = output / "wandb.id"
+    if not file.is_file():
+        write_text(file, secrets.token_hex(6))
+    return file.read_text().strip()
 
 
 def summary_key(score: Score) -> str:

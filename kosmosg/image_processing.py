@@ -1,4 +1,4 @@
-"""PIL images to model inputs, as recorded from the released code (golden README, "Image preprocessing").
+"""PIL images to model inputs, as recorded from the released code (released-code.md, "Image preprocessing").
 
 Values are those of float64 arithmetic rounded once, at the end: that is how the released code computes its inputs.
 """

@@ -1,4 +1,4 @@
-"""Interleaved text and images as one sequence (paper section 2.1; golden README, "Sequence format").
+"""Interleaved text and images as one sequence (paper section 2.1; released-code.md, "Sequence format").
 
 `<s> text <image> token×K </image> text …`: the image tokens hold the id of `<image>` too and are marked by a mask.
 Users write a prompt as text with a `<i>` for each image, or as a list of strings and images.

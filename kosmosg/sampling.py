@@ -1,6 +1,6 @@
 """Conditions to images: diffusers' own pipeline of the image decoder, driven through prompt embeddings.
 
-Notable: no sampler of ours. The three schedulers are set as the released code's (golden README, "Evaluation"):
+Notable: no sampler of ours. The three schedulers are set as the released code's (released-code.md, "Evaluation"):
 DPM-Solver++ of order 2 ends at its smallest sigma, not at zero; DDIM and PNDM step from a leading spacing.
 
 Shapes: `B` conditions, `n` images for each.

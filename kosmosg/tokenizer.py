@@ -22,7 +22,7 @@ WORD_BOUNDARY = "▁"
 
 
 class Tokenizer(FeatureExtractionMixin):
-    """SentencePiece pieces looked up by string in a dictionary (golden README, "Vocabulary").
+    """SentencePiece pieces looked up by string in a dictionary (released-code.md, "Vocabulary").
 
     FeatureExtractionMixin lends nothing but its name, by which diffusers' pipelines know what they can save and load.
 

@@ -1,8 +1,8 @@
 """AdamW with linear warm-up and linear decay to zero (paper section 3.2), the same in all stages.
 
-Step n (from 1) uses the schedule's value at n − 1, so the first step has rate 0, as in the released code (golden
-README, "Optimiser"). Its Adam adds eps to sqrt(v) before the bias correction, PyTorch's after: that is PyTorch's with
-eps / sqrt(1 − β₂ᵗ), which is set before each step.
+Step n (from 1) uses the schedule's value at n − 1, so the first step has rate 0, as in the released code
+(released-code.md, "Optimiser"). Its Adam adds eps to sqrt(v) before the bias correction, PyTorch's after: that is
+PyTorch's with eps / sqrt(1 − β₂ᵗ), which is set before each step.
 """
 
 import math

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 from tests.conftest import REPOSITORY
@@ -62,7 +63,8 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
         assert list(row)[8:] == (["guidance_scale"] if row["table"] == "guidance" else [])
         assert row["low"] <= row["value"] <= row["high"]
         name = "dreambench" if row["table"] in ("guidance", "pairs") else row["table"]
-        assert re.fullmatch(rf"{name}/toyland@3#[0-9a-f]{{8}}", row["protocol"])
+        sampled = row["system"] not in ("Real images", "Copy of the input")
+        assert re.fullmatch(rf"{name}/toyland@4#[0-9a-f]{{8}}" + r"\+[0-9a-f]{8}" * sampled, row["protocol"])
     found = {(row["table"], row["system"], row["metric"]) for row in rows if row["table"] != "guidance"}
     of_all = ("dino", "clip_i", "near_copies", "kind", "colour", "identity")
     fidelity = {("dreambench", s, metric) for s in SYSTEMS for metric in of_all}
@@ -144,15 +146,14 @@ def test_breakdown_is_of_the_samples(finished: Path) -> None:
 def test_curve_over_guidance(finished: Path) -> None:
     """Two points under protocols of their own; the table's own scale is not made again."""
     rows = [row for row in json.loads((finished / "results.json").read_text()) if row["table"] == "guidance"]
-    own = next(row for row in json.loads((finished / "results.json").read_text()) if row["table"] == "dreambench")
     assert {(row["system"], row["guidance_scale"]) for row in rows} == {(AFTER, 1.5), (AFTER, 4.0)}
     by_scale = {row["guidance_scale"]: row["protocol"] for row in rows}
-    assert by_scale[4.0] == own["protocol"] != by_scale[1.5]
     table = {
         r["metric"]: r
         for r in json.loads((finished / "results.json").read_text())
         if r["system"] == AFTER and r["table"] == "dreambench"
     }
+    assert by_scale[4.0] == table["dino"]["protocol"] != by_scale[1.5]
     for row in rows:
         if row["guidance_scale"] == 4.0:
             assert {k: row[k] for k in ("value", "low", "high", "n")} == {
@@ -182,9 +183,10 @@ def test_changed_protocol_starts_new_images_and_keeps_the_old(
     output = tmp_path / "evaluation"
     shutil.copytree(finished, output)
     protocols = {row["protocol"] for row in json.loads((output / "results.json").read_text())}
+    task = {protocol for protocol in protocols if "+" not in protocol}
     assert evaluate.main([*arguments, f"output={output}", "coco=null", "dreambench.sampling.guidance_scale=2"]) == 0
     new = {row["protocol"] for row in json.loads((output / "results.json").read_text())}
-    assert len(new) == 1 and not new & protocols
+    assert len(new) == 2 and len(new & protocols) == 1 and new & protocols <= task
     assert images_of(finished).items() <= images_of(output).items()
 
 
@@ -274,8 +276,9 @@ def rival(finished: Path, arguments: list[str], tmp_path: Path, capsys: pytest.C
             asked = json.loads(line)
             name = f"{asked['index']}.png"
             shutil.copy(own / "images" / f"{asked['index']:06d}.png", folder / table / name)
-            lines.append(json.dumps({"index": asked["index"], "file": name, "prompt": asked["text"]}))
-        (folder / table / "manifest.jsonl").write_text("\n".join(lines))
+            answer = {"index": asked["index"], "file": name, "prompt": asked["text"], "note": "one\u2028line"}
+            lines.append(json.dumps(answer, ensure_ascii=False))
+        (folder / table / "manifest.jsonl").write_text("\ufeff" + "\n".join(lines))  # as Windows' editors save it
     return folder
 
 
@@ -287,13 +290,51 @@ def test_a_rival_with_our_images_has_our_scores(
     scores: dict[str, dict] = {}
     for row in json.loads((output / "results.json").read_text()):
         key = (row["table"], row["metric"])
-        scores.setdefault(row["system"], {})[key] = {k: v for k, v in row.items() if k != "system"}
+        scores.setdefault(row["system"], {})[key] = {k: v for k, v in row.items() if k not in ("system", "protocol")}
+        if row["system"] == "Rival":
+            assert "+" not in row["protocol"], "how it was sampled is not ours to say"
     assert scores["Rival"] == scores["KOSMOS-G after stage 3"]
     assert "Rival, coco" in (output / "report.html").read_text()
     before = (output / "results.json").read_bytes()
     shutil.copy(rival / "dreambench" / "0.png", rival / "dreambench" / "1.png")
     assert evaluate.main([*arguments, f"output={output}", f"models.external.Rival={rival}"]) == 0
     assert (output / "results.json").read_bytes() != before, "changed images are scored anew"
+
+
+def test_a_folder_of_images_is_scored_without_any_model(
+    finished: Path, rival: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Files named after the request; what is drawn here and there compares by the task."""
+    images, data = rival / "dreambench", dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    (images / "manifest.jsonl").unlink()
+    short = ["dreambench.max_subjects=4", "dreambench.max_templates=3", "dreambench.sampling.steps=3"]
+    short += [argument for argument in arguments if argument.startswith("dreambench.")]
+    command = ["score", "dreambench/toyland", f"images={images}", f"data={data['data.dreambench']}", "name=Theirs"]
+    output = tmp_path / "theirs"
+    assert evaluate.main([*command, f"output={output}", *short]) == 0
+    ours, theirs = (
+        {
+            (row["system"], row["metric"]): row["value"]
+            for row in json.loads((folder / "results.json").read_text())
+            if row["table"] == "dreambench"
+        }
+        for folder in (finished, output)
+    )
+    assert {system for system, _ in theirs} == {"Real images", "Copy of the input", "Theirs"}
+    for (system, metric), value in theirs.items():
+        expected = ours[AFTER if system == "Theirs" else system, metric]
+        assert value == pytest.approx(expected, abs=1e-6), (system, metric)  # other batches round otherwise
+    assert "Theirs" in (output / "report.html").read_text() and (output / "sheets" / "systems.png").is_file()
+    capsys.readouterr()
+    assert evaluate.main(["compare", str(finished), str(output)]) == 0, capsys.readouterr().err
+    Image.new("RGB", (31, 32)).save(images / "0.png")
+    for wrong, told in (
+        ([*command, f"output={output}", *short], "index 0: '" + str(images / "0.png") + "' has 31×32 pixels"),
+        (["score", "dreambench/toy"], "there is no benchmark 'dreambench/toy'; allowed: coco/kosmosg-cached, "),
+        (["score", "dreambench/toyland", "images=x"], "score dreambench/toyland needs data=FOLDER, output=FOLDER"),
+    ):
+        assert evaluate.main(wrong) == 2
+        assert told in capsys.readouterr().err
 
 
 DAMAGED_ANSWERS = [
@@ -308,7 +349,7 @@ DAMAGED_ANSWERS = [
 
 def test_a_rival_that_does_not_answer(rival: Path, arguments: list[str], tmp_path: Path, capsys) -> None:
     manifest = rival / "dreambench" / "manifest.jsonl"
-    lines = manifest.read_text().splitlines()
+    lines = manifest.read_text().split("\n")
     for damage, told in DAMAGED_ANSWERS:
         manifest.write_text("\n".join(damage(lines)))
         assert evaluate.main([*arguments, f"output={tmp_path / 'out'}", f"models.external.Rival={rival}"]) == 2

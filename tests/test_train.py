@@ -170,9 +170,15 @@ def test_export_writes_the_model_of_a_checkpoint(
 ) -> None:
     assert run(configs["alignment"], "ema.decay=0.5") == 0
     folder = tmp_path / "alignment"
-    for name, weights_of in (("last", ()), ("raw", ("weights=raw",)), ("early", ("step=2",))):
+    for name, weights_of in (
+        ("last", ()),
+        ("raw", ("weights=raw",)),
+        ("early", ("step=2",)),
+        ("half", ("dtype=float16",)),
+    ):
         assert train.main(["export", str(folder), f"output={tmp_path / name}", *weights_of]) == 0
-    exported = {name: part(tmp_path, "aligner", model=name) for name in ("last", "raw", "early")}
+    exported = {name: part(tmp_path, "aligner", model=name) for name in ("last", "raw", "early", "half")}
+    assert all(torch.equal(tensor.half(), exported["half"][name]) for name, tensor in exported["last"].items())
     assert all(torch.equal(tensor, exported["last"][name]) for name, tensor in part(folder, "aligner").items())
     changed = next(name for name in exported["last"] if name.endswith("fc1.weight"))
     assert not torch.equal(exported["last"][changed], exported["raw"][changed]), "the average is exported"
@@ -181,6 +187,7 @@ def test_export_writes_the_model_of_a_checkpoint(
     assert train.main(["export", str(folder), f"output={tmp_path / 'none'}", "step=2"]) == 2
     assert "state.json is missing" in capsys.readouterr().err
     assert train.main(["export", str(folder)]) == 2
+    assert train.main(["export", str(folder), f"output={tmp_path / 'none'}", "dtype=int8"]) == 2
 
 
 @pytest.mark.parametrize("step", [4, 6])

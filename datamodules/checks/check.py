@@ -26,7 +26,7 @@ from datamodules.tar import GZIP, OpenFiles, Tar
 EXAMPLES = 5  # unusable samples of each reason that are named
 DRAWN = 12  # usable samples of each kind that are kept to look at
 BATCHES = 32  # over which the shards in a batch are averaged
-# 75, 85 and 128 tokens and 384 pixels are limits of the released code (golden README, "Caption rows").
+# 75, 85 and 128 tokens and 384 pixels are limits of the released code (released-code.md, "Caption rows").
 TOKEN_EDGES = (0, 5, 10, 15, 20, 30, 40, 50, 60, 76, 86, 129, 257, 513, 1025, 2049, 8193)
 SIDE_EDGES = (0, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
 # By which a tokenizer is known: ours, and CLIP's of older and newer versions of transformers.

@@ -1,4 +1,4 @@
-"""The released code's own shards: tab-separated rows with base64 images (columns in the golden README).
+"""The released code's own shards: tab-separated rows with base64 images (columns in docs/released-code.md).
 
     openimage        caption, comma-separated tags, image, then for each tag: crop with background, crop on white
     instructpix2pix  caption, instruction, then pairs of images: before, after

@@ -1,22 +1,22 @@
 """A protocol is everything that makes a number: two numbers compare only where their protocols are equal.
 
-One YAML under `configs/protocols/` writes a protocol; every field below enters its fingerprint, so that a value changed
-on the command line gives another protocol, `name@version#fingerprint`. What cannot change a number but by rounding
-(where files lie, batch size, device) stands in `evaluation/config.py` instead.
+One YAML under `configs/protocols/` writes a protocol; every field below that is not at its default enters its identity,
+`name@version#task+sampling`, so that a value changed on the command line gives another protocol, and a new field leaves
+published ones alone. (A default is therefore never changed.) The first fingerprint is of what is asked and how it is
+scored, whoever made the images; the second of how ours are sampled. What cannot change a number but by rounding (where
+files lie, batch size, device) stands in `evaluation/config.py` instead.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from omegaconf import MISSING
 
 FINGERPRINT_DIGITS = 8
 INCEPTION = "inception"
-LATER = ("upright", "judge", "labels", "pairs")
-"""Fields younger than numbers that were published. They are hashed only where they say something, so that a protocol
-that does without them keeps its fingerprint."""
 
 
 @dataclass
@@ -278,14 +278,35 @@ class CocoProtocol(Protocol):
 
 
 def identity(protocol: Protocol) -> str:
-    """`name@version#fingerprint`: equal exactly where every field is equal."""
-    written = json.dumps(asdict(protocol, dict_factory=_hashed), sort_keys=True, ensure_ascii=False)
-    digest = hashlib.sha256(written.encode()).hexdigest()[:FINGERPRINT_DIGITS]
-    return f"{protocol.name}@{protocol.version}#{digest}"
+    """`name@version#task+sampling`: equal exactly where every field is equal."""
+    told = _told(protocol)
+    sampling = told.pop("sampling", {})
+    # The size of the images is part of what is asked.
+    task = told | {"image_size": protocol.sampling.image_size}
+    return f"{protocol.name}@{protocol.version}#{_fingerprint(task)}+{_fingerprint(sampling)}"
 
 
-def _hashed(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in fields if value or name not in LATER}
+def task_of(identity: str) -> str:
+    """`name@version#task`: what images of another model's, or photos, are scored under."""
+    return identity.partition("+")[0]
+
+
+def _told(value: Any) -> Any:
+    """Plain values, of dataclasses the fields that are not at their defaults."""
+    if is_dataclass(value):
+        return {f.name: _told(found) for f in fields(value) if (found := getattr(value, f.name)) != _default(f)}
+    if isinstance(value, dict):
+        return {key: _told(inner) for key, inner in value.items()}
+    return [_told(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _default(of: Any) -> Any:
+    return of.default if of.default_factory is NO_DEFAULT else of.default_factory()
+
+
+def _fingerprint(told: dict[str, Any]) -> str:
+    written = json.dumps(told, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(written.encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def _require_at_least(section: str, name: str, value: float, least: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kosmosg.image_processing import rgb
+from kosmosg.image_processing import FORMATS, rgb
 
 SHOWN_PROBLEMS = 10
 SEED_BYTES = 6  # seeds stay below 2**53, which JSON readers in other languages keep exactly
@@ -105,8 +105,8 @@ def read_image(file: Path | str, upright: bool = False) -> Image.Image:
         DataSetError: the file is no readable image; names it.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             image.load()  # before the file is closed
             return rgb(image, turn=upright)
-    except OSError as error:
+    except Exception as error:  # decoders of Pillow raise many kinds on damaged files
         raise DataSetError(f"'{file}' cannot be read as an image ({error}); restore it from the data set.") from error

@@ -1,6 +1,7 @@
 """Finished evaluations side by side, refused where their numbers do not compare: `evaluate.py compare A B …`.
 
-Two scores compare where protocol, data and encoders are the same. What differs is told key by key.
+Two scores compare where task, data and encoders are the same, and the sampling where both were sampled by a protocol.
+What differs is told key by key.
 """
 
 import csv
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.protocols.protocol import task_of
 from evaluation.protocols.requests import EvaluationError
 from evaluation.scores.bootstrap import paired_interval
 from evaluation.scores.results import (
@@ -24,6 +26,7 @@ from evaluation.scores.results import (
     cells,
     columns,
     markdown_table,
+    protocol_of,
     read_results,
     sizes,
     table_rows,
@@ -50,8 +53,8 @@ class Evaluated:
     provenance: dict[str, Any]
 
     def protocol(self, table: str) -> str | None:
-        """`evaluation.protocols.protocol.identity` of a table; None where it has no such table."""
-        return next((score.protocol for score in self.scores if score.table == table), None)
+        """See `protocol_of`."""
+        return protocol_of(self.scores, table)
 
     def samples(self) -> Samples:
         """(scores, units) of every pair by (table, system, metric)."""
@@ -96,8 +99,11 @@ def obstacles(first: Evaluated, other: Evaluated, table: str) -> list[str]:
     """Why the numbers of a table do not compare: keys of the protocol, data or encoders that differ. Empty: they do."""
     table = "dreambench" if table == PAIRS else table  # whose data, protocol and encoders they are
     found = []
-    if first.protocol(table) != other.protocol(table):
-        found.append(f"protocol {first.protocol(table)} and {other.protocol(table)}")
+    both = [first.protocol(table) or "", other.protocol(table) or ""]
+    if any(protocol == task_of(protocol) for protocol in both):
+        both = [task_of(protocol) for protocol in both]
+    if both[0] != both[1]:
+        found.append(f"protocol {both[0]} and {both[1]}")
         configs = (dict(flat(e.provenance.get("config", {}).get(table))) for e in (first, other))
         mine, theirs = configs
         keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from evaluation.images.external import External
 from evaluation.images.manifest import Manifest
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 from evaluation.plan import Evaluation, Table
@@ -17,7 +18,8 @@ from evaluation.scores.results import Score
 from kosmosg.files import replaced, write_text
 
 SHOWN_CAPTIONS, SHOWN_PROMPTS = 8, 3
-Manifests = dict[tuple[str, str], Manifest]
+Manifests = dict[tuple[str, str], Manifest | External]
+"""By table and model."""
 
 
 def draw_pages(
@@ -30,6 +32,7 @@ def draw_pages(
 ) -> None:
     """Write report.html and sheets/."""
     config, output = evaluation.config, evaluation.output
+    manifests = {**manifests, **evaluation.external}
     tables = {table.name: table for table in evaluation.tables}
     subjects, stages, inputs = [], None, []
     swap, pair = grids
@@ -43,7 +46,7 @@ def draw_pages(
         write_caption_sheet(evaluation, tables["coco"], manifests)
     for metric, svg in guidance.charts(scores):
         write_text(output / "sheets" / f"guidance_{metric}.svg", svg)
-    names = [system.name for system in evaluation.systems]
+    names = evaluation.rows(tables["coco"]) if "coco" in tables else []
     runs = [
         ("Stage 2, alignment", config.models.before_stage_3),
         ("Stage 3, instruction tuning", config.models.after_stage_3),
@@ -57,7 +60,7 @@ def draw_pages(
         swap=swap,
         pair=pair,
         pair_prompt=config.gallery.pair_prompt or "",
-        caption_systems=names if "coco" in tables else [],
+        caption_systems=names,
         captions=caption_blocks(tables["coco"], manifests, names) if "coco" in tables else [],
         curves=charts([(title, Path(run)) for title, run in runs if run is not None]),
         notes=evaluation.notes(scores),
@@ -104,8 +107,8 @@ def subject_blocks(evaluation: Evaluation, table: Table, manifests: Manifests) -
     for name in shown_subjects(dataset, gallery.subjects):
         requests = shown_requests(dataset, table.requests, name, gallery.templates)
         systems = [
-            (system.name, [manifests[table.name, system.name].image_file(request.index) for request in requests])
-            for system in evaluation.systems
+            (system, [manifests[table.name, system].image_file(request.index) for request in requests])
+            for system in evaluation.rows(table)
         ]
         prompts = [request.prompt for request in requests]
         blocks.append(SubjectBlock(name, dataset.subjects[name].class_noun, dataset.kept_image(name), prompts, systems))
@@ -160,7 +163,7 @@ def write_sheets(
     folder.mkdir(exist_ok=True)
     subjects = shown_subjects(dataset, gallery.subjects)
     prompts, requests = common_requests(dataset, table.requests, subjects, gallery.templates)
-    names = [system.name for system in evaluation.systems]
+    names = evaluation.rows(table)
     if prompts and AFTER_STAGE_3 in names:
         manifest = manifests[table.name, AFTER_STAGE_3]
         rows = [
@@ -198,8 +201,9 @@ def write_stage_sheets(folder: Path, stages: Grid | None, inputs: list[Input]) -
 def write_caption_sheet(evaluation: Evaluation, table: Table, manifests: Manifests) -> None:
     """sheets/captions.png: a caption a row, a system a column; of the runs of one experiment, the first."""
     shown: dict[str, str] = {}
-    for system in evaluation.systems:
-        shown.setdefault(system.name if system.variant is None else system.variant.experiment, system.name)
+    variants = {system.name: system.variant for system in evaluation.systems if system.variant is not None}
+    for name in evaluation.rows(table):
+        shown.setdefault(variants[name].experiment if name in variants else name, name)
     columns = {label.replace("_", " "): manifests[table.name, name] for label, name in shown.items()}
     rows = [
         [request.text, *(manifest.image_file(request.index) for manifest in columns.values())]

@@ -12,7 +12,7 @@ from PIL import Image
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 from evaluation.reports import breakdown, guidance, paper
 from evaluation.reports.breakdown import Part
-from evaluation.scores.results import METRICS, TITLES, Score, columns, table_rows, tables_of
+from evaluation.scores.results import METRICS, TITLES, Score, columns, protocol_of, table_rows, tables_of
 from kosmosg.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -150,7 +150,7 @@ def chart_rows(scores: Sequence[Score], table: str) -> dict:
         drawn.append((system, cells))
     return {
         "title": TITLES[table],
-        "protocol": next(iter(rows[0][1].values())).protocol,
+        "protocol": protocol_of(scores, table),
         "columns": [METRICS[metric] for metric in metrics],
         "rows": drawn,
     }

@@ -16,7 +16,7 @@ from evaluation.protocols.protocol import KID
 
 
 class CosineMean(Metric):
-    """Mean cosine of pairs, clamped at 0 after averaging: DINO, CLIP-I and CLIP-T (golden README, "Evaluation").
+    """Mean cosine of pairs, clamped at 0 after averaging: DINO, CLIP-I and CLIP-T (released-code.md, "Evaluation").
 
     The score of every pair is kept with its number, so that ranks that were given a pair twice count it once.
     """

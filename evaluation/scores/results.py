@@ -51,7 +51,7 @@ class Score:
         table: dreambench, pairs, coco, or guidance: a point of the curve over guidance scales.
         metric: of METRICS.
         n: pairs that were averaged; generated images, for FID and KID.
-        protocol: `evaluation.protocols.protocol.identity`.
+        protocol: `evaluation.protocols.protocol.identity`; `task_of` it where the images were not sampled by it.
         experiment, stage, seed: of a system that is one of several runs, see `evaluation.images.generation.Variant`.
         guidance_scale: of a point of the curve; elsewhere the protocol says it.
     """
@@ -108,13 +108,17 @@ def tables_of(scores: Sequence[Score]) -> list[str]:
     return [table for table in TITLES if any(score.table == table for score in scores)]
 
 
+def protocol_of(scores: Sequence[Score], table: str) -> str | None:
+    """Of a table: its task, and the sampling where a row was sampled by it; None without such a table."""
+    return max((score.protocol for score in scores if score.table == table), key=len, default=None)
+
+
 def markdown(scores: Sequence[Score], notes: Sequence[str], sections: Sequence[str] = ()) -> str:
     """results.md; the lines of further `sections` stand between our tables and the paper's."""
     lines = ["# Results", "", "Value (95 % interval) over n pairs; n images for FID and KID.", ""]
     for table in tables_of(scores):
         rows, metrics = table_rows(scores, table), columns(scores, table)
-        protocol = next(iter(rows[0][1].values())).protocol
-        lines += [f"## {TITLES[table]}", "", f"Protocol `{protocol}`.", ""]
+        lines += [f"## {TITLES[table]}", "", f"Protocol `{protocol_of(scores, table)}`.", ""]
         header = ["System", *(METRICS[metric] for metric in metrics), "n"]
         lines += markdown_table(header, [[system, *cells(found, metrics), sizes(found)] for system, found in rows])
     lines += [f"- {note}" for note in notes]
@@ -167,11 +171,12 @@ def print_results(scores: Sequence[Score], console: Console) -> None:
     """The tables on a terminal."""
     for table in tables_of(scores):
         rows, metrics = table_rows(scores, table), columns(scores, table)
-        protocol = next(iter(rows[0][1].values())).protocol
         judged = [metric for metric in metrics if metric in JUDGED]
         # Value and interval on two lines, the judge's columns in a table of their own: each fits 80 columns.
         for shown in filter(None, ([metric for metric in metrics if metric not in JUDGED], judged)):
-            printed = Table(title=TITLES[table], caption=f"{protocol}; value (95 % interval)", show_lines=True)
+            printed = Table(
+                title=TITLES[table], caption=f"{protocol_of(scores, table)}; value (95 % interval)", show_lines=True
+            )
             printed.add_column("System")
             for metric in shown:
                 printed.add_column(METRICS[metric], justify="right", no_wrap=True)

@@ -2,6 +2,9 @@
 
     kosmosg generate kosmos-g "<i> in the suit of <i>" --images dog.png hero.png --count 4
     kosmosg generate kosmos-g --manifest prompts.jsonl --output drawn
+    kosmosg generate toyland "<i> on the beach" --images datamodules/toyland/examples/boot.png
+
+`toyland` is the trained miniature in a clone of the repository; its images are 32 pixels wide.
 
 A line of the manifest, whose paths are relative to it; only the prompt is needed:
 
@@ -11,11 +14,14 @@ Image number k of a prompt has seed + k. The PNG files hold their parameters; th
 """
 
 import argparse
+from importlib import resources
 from pathlib import Path
+
+MINIATURE = "toyland"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="pipeline folder or hub id, or the folder of a training run")
+    parser.add_argument("model", help="pipeline folder or hub id, the folder of a training run, or toyland")
     parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
     parser.add_argument("--images", nargs="+", metavar="FILE", help="images of the placeholders, in order")
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help="a file of prompts instead of one")
@@ -48,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     from kosmosg import generation
     from kosmosg.sampling import check_numbers
 
+    if arguments.model == MINIATURE and not Path(MINIATURE).is_dir():
+        arguments.model, shipped = miniature()
+        arguments.image_decoder = arguments.image_decoder or shipped
     settings = generation.Settings(
         arguments.steps, arguments.guidance, arguments.sampler, arguments.height, arguments.width
     )
@@ -80,6 +89,22 @@ def run(arguments: argparse.Namespace) -> int:
         + (f"; {len(wrong)} lines were left out." if wrong else ".")
     )
     return 1 if wrong else 0
+
+
+def miniature() -> tuple[str, str]:
+    """The folders of the trained miniature and of its Stable Diffusion.
+
+    Raises:
+        ValueError: the package is installed without the rest of the repository.
+    """
+    try:
+        weights = Path(str(resources.files(f"datamodules.{MINIATURE}"))) / "weights"
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"'{MINIATURE}' is in a clone of the repository (there: pip install -e .); the installed package holds no "
+            "weights."
+        ) from error
+    return str(weights / "kosmosg"), str(weights / "stable-diffusion")
 
 
 def report(arguments: argparse.Namespace, wrong: list[str], good: int) -> None:

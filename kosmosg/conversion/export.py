@@ -110,7 +110,7 @@ def released_state(parts: Mapping[str, Weights], mllm: Mapping[str, Any]) -> dic
 
 
 def xpos_scale(head_width: int) -> Tensor:
-    """What the released code computes for xPos at construction and then does not read (golden README, "Positions")."""
+    """What the released code computes for xPos at construction and never reads (released-code.md, "Positions")."""
     return (torch.arange(0, head_width, 2) + XPOS_DECAY * head_width) / ((1 + XPOS_DECAY) * head_width)
 
 

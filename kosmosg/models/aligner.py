@@ -1,7 +1,7 @@
 """AlignerNet: M maps the MLLM's states into Stable Diffusion's text space, N maps back (paper section 2.2).
 
 Notable: learned queries enter the decoders, so lengths match whatever they are; M masks padded keys, N masks
-nothing unless told to; no dropout. N exists in stage 2 only (golden README, "AlignerNet M", "AlignerNet N"). Without
+nothing unless told to; no dropout. N exists in stage 2 only (released-code.md, "AlignerNet M", "AlignerNet N"). Without
 encoder layers (Table 2, "12-Layers Decoder") what stands in their place is the last norm of the encoder alone.
 `LinearAligner` is what remains without AlignerNet.
 

@@ -1,4 +1,4 @@
-"""The MAGNETO causal decoder over embeddings (paper section 2.1; golden README, "LM layers").
+"""The MAGNETO causal decoder over embeddings (paper section 2.1; released-code.md, "LM layers").
 
 Notable: no padding mask anywhere. Padding stands on the right, so causality keeps it from every real token.
 Documents packed into one row read each other unless they are told apart.

@@ -154,7 +154,7 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
         return self(batch), batch.padding
 
     def unconditional_prompt(self) -> PromptBatch:
-        """`<s>` alone (golden README, "Stage-3 loss")."""
+        """`<s>` alone (released-code.md, "Stage-3 loss")."""
         return PromptBatch.stack([EncodedPrompt([self.config.bos_id], None, [])], self.config.pad_id)
 
     def dummy_image_prompt(self) -> PromptBatch:

@@ -17,7 +17,7 @@ XPOS_TRAINED_LENGTH = 2048
 def sinusoidal_positions(
     padding: Tensor, width: int, pad_id: int, dtype: torch.dtype, documents: Tensor | None = None
 ) -> Tensor:
-    """Sinusoids B×L×D: first half sines, second half cosines; zero at padding (golden README, "Positions").
+    """Sinusoids B×L×D: first half sines, second half cosines; zero at padding (released-code.md, "Positions").
 
     Positions are counted over the real tokens. The first one has index `pad_id + 1`, because the table of the
     released code is indexed like a vocabulary whose padding row is zero.
@@ -47,7 +47,7 @@ class XPos:
 
     Rotation p · 10000^(-2i/d); decay ((2i + 0.4 d) / 1.4 d)^(n / 512), n counted from -ceil(L/2); queries times
     decay, keys divided by it. Beyond 2048 tokens queries also grow by ln p / ln 2048. The released training asks
-    for it by flag but never applies it (golden README, "Positions").
+    for it by flag but never applies it (released-code.md, "Positions").
     """
 
     def __init__(self, length: int, head_width: int, device: torch.device):

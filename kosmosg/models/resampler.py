@@ -1,7 +1,7 @@
 """The resampler: attentive pooling of image tokens into a fixed number of embeddings.
 
 Notable: one linear map and one cross-attention, with no norm, residual, feed-forward or stacking; the latents are
-keys too (golden README, "Resampler"; the paper calls it attentive pooling, section 2.1).
+keys too (released-code.md, "Resampler"; the paper calls it attentive pooling, section 2.1).
 """
 
 import math

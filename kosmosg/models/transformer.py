@@ -2,7 +2,7 @@
 
 Notable: sub-LN (pre-norm, plus a norm over the concatenated heads and one over the feed-forward width); biases
 everywhere; exact GELU in float32; the attention weights' dropout exists in the resampler alone, because the
-released code's fast attention kernel ignores it (golden README, "LM layers", "Dropout").
+released code's fast attention kernel ignores it (released-code.md, "LM layers", "Dropout").
 
 Shapes: `B` batch, `L` queries, `S` keys, `D` width.
 """
@@ -81,7 +81,7 @@ class FeedForward(nn.Module):
 class TransformerLayer(nn.Module):
     """LN → self-attention → residual; with `cross_attention`, LN → cross-attention → residual; LN → FFN → residual.
 
-    Cross-attention has no inner norm (golden README, "AlignerNet M").
+    Cross-attention has no inner norm (released-code.md, "AlignerNet M").
 
     Args:
         dropout: after the output projection of each attention and after fc2.
@@ -125,7 +125,7 @@ def transformer_layers(count: int, width: int, heads: int, ffn_width: int, **opt
 def magneto_scale(layers: nn.ModuleList, gain: float) -> None:
     """Multiply fc1, fc2 and self-attention's value and output projections, weights and biases, by `gain`.
 
-    Queries, keys and cross-attention keep PyTorch's initialisation (golden README, "Initialisation").
+    Queries, keys and cross-attention keep PyTorch's initialisation (released-code.md, "Initialisation").
     """
     layer: Any
     for layer in layers:

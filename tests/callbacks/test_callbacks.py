@@ -16,7 +16,7 @@ from rich.console import Console
 import train
 from callbacks.checkpoint import StepCheckpoint
 from callbacks.ema import WeightAverage
-from callbacks.image_grid import describe
+from callbacks.image_grid import GridConfig, describe
 from callbacks.metrics import MetricsFile, StepMetrics, read_rows
 from callbacks.progress import RunProgress
 from kosmosg.batches import MicroBatch
@@ -218,6 +218,12 @@ def test_grids_and_offline_wandb_without_secrets(
     written = [file for file in run.rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in written), "W&B's own log"
     assert not [file for file in written if any(word in file.read_bytes() for word in (b"hunter2", b"swordfish"))]
+
+
+@pytest.mark.parametrize("wrong", [{"guidance_scale": float("nan")}, {"seed": -1}, {"steps": 0}, {"every": -1}])
+def test_grids_that_cannot_be_drawn_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"grids.{next(iter(wrong))} is"):
+        GridConfig(**wrong)
 
 
 def test_a_folder_that_is_begun_again_is_another_wandb_run(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ COMPARED = {
     "input_mask", "image_columns", "input", "edit", "n_pairs", "drop_caption", "align", "width", "height", "spm_len",
     "clip_len", "clip_text",
 }  # fmt: skip
-# There is no language-modelling loss in stages 2 and 3, and the released code looks at none of these three (golden
-# README, "Loss masks"); the model has no chunk and segment embeddings.
+# There is no language-modelling loss in stages 2 and 3, and the released code looks at none of these three
+# (released-code.md, "Loss masks"); the model has no chunk and segment embeddings.
 NOT_PRODUCED = {"loss_mask", "chunk_tokens", "segment_tokens"}
 # In batches: `target` is `src_tokens` shifted and closed with </s>, for the loss that there is not.
 BATCH_COMPARED = {

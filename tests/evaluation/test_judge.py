@@ -172,7 +172,7 @@ def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, 
         owner.pop("labels", None)
     (folder / "dreambench.json").write_text(json.dumps(facts))
     without = DreamBench(PROTOCOL, folder).protocol
-    assert with_labels != identity(without) == "dreambench/tiny@1#546a423c"
+    assert with_labels != identity(without) == "dreambench/tiny@1#408cba0c+44136fa3"
     assert identity(replace(without, judge=Encoder("j"))) != identity(without)
 
 

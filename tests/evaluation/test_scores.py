@@ -150,7 +150,7 @@ def test_dino_is_the_class_token(encoders_folder: Path, dreambench_folder: Path)
 
 
 def test_stated_preprocessing_is_the_official_one() -> None:
-    """Shorter side 256 bicubic by PIL, centre crop 224, ImageNet statistics (golden README, "Evaluation")."""
+    """Shorter side 256 bicubic by PIL, centre crop 224, ImageNet statistics (released-code.md, "Evaluation")."""
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     image = tiny_world.picture(1).resize((400, 320), Image.Resampling.BICUBIC)
     pixels = preprocessing(Preprocessing(256, "bicubic", 224, mean, std), Path("unused"))([image])

@@ -25,8 +25,11 @@ def output(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_offline_run_of_a_sweep_holds_summary_table_and_artifact(output, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "agents1")
+@pytest.mark.parametrize("agents", [None, "agents1"], ids=["alone", "in a sweep"])
+def test_an_offline_run_holds_summary_table_and_artifact(output, monkeypatch, agents):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    if agents:
+        monkeypatch.setenv("WANDB_RUN_ID", agents)
     seen = {}
     init = wandb.init
 
@@ -45,7 +48,8 @@ def test_an_offline_run_of_a_sweep_holds_summary_table_and_artifact(output, monk
     monkeypatch.setattr(wandb, "init", remember)
     track(Tracking(mode="offline", project="p"), output, SCORES, {"key": "k"})
     assert (seen["group"], seen["job_type"], seen["name"], seen["project"]) == ("evaluation", "evaluation", "run", "p")
-    assert seen["id"] == "agents1"
+    assert seen["id"] == (agents or (output / "wandb.id").read_text()), "a repeated evaluation is one run"
+    assert not list(output.rglob("wandb-metadata.json")), "it would tell the command line"
     assert seen["summary"]["coco/fid/KOSMOS-G after stage 3"] == 7.0
     assert list(output.glob(f"wandb/offline-run-*-{seen['id']}/*.wandb"))
     tables = list(output.glob("wandb/offline-run-*/files/media/table/scores*.json"))
@@ -57,7 +61,6 @@ def test_an_unreachable_server_leaves_an_offline_run(output, monkeypatch, caplog
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
-    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -66,6 +66,8 @@ class Recipe:
     decoder: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch_size=16, lr=2e-3))
     """The VAE's decoder alone, afterwards."""
     clip: Schedule = field(default_factory=lambda: Schedule(steps=8000, batch_size=64, lr=1e-3))
+    clip_patterns: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch_size=64, lr=5e-4))
+    """Then with patterns told apart."""
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     judge: Schedule = field(default_factory=lambda: Schedule(steps=5000, batch_size=96, lr=2e-3))
     unet: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch_size=64, lr=1.5e-3))
@@ -111,6 +113,8 @@ def main(arguments: list[str]) -> None:
     if missing("clip", output / "clip"):
         tokenizer = train_clip_tokenizer(sentences(8000, recipe.seed), recipe.vocabulary, length=32)
         model = encoders.train_clip(pool(), tokenizer, kept("clip"), **options("clip"))
+        again = options("clip_patterns") | {"seed": recipe.seed + 1}
+        model = encoders.train_clip(pool(), tokenizer, kept("clip_patterns"), clip=model, **again)
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
         write(model, output / "clip", tokenizer, processor)
     if missing("clip", diffusion_folder / "text_encoder"):
@@ -130,7 +134,11 @@ def main(arguments: list[str]) -> None:
         judge = encoders.train_judge(
             scenes, draw_pairs(work, recipe.pairs, recipe.seed + 1), kept("judge"), **options("judge")
         )
-        write(judge, output / "judge", ViTImageProcessorPil(size={"height": 2 * SIZE, "width": 2 * SIZE}))
+        write(
+            judge,
+            output / "judge",
+            ViTImageProcessorPil(size={"height": encoders.JUDGED_SIZE, "width": encoders.JUDGED_SIZE}),
+        )
     if missing("unet", diffusion_folder / "unet"):
         modules = {
             "vae": AutoencoderKL.from_pretrained(diffusion_folder / "vae", dtype=torch.float32),

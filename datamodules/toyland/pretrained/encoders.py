@@ -21,12 +21,15 @@ from transformers import (
     ViTModel,
 )
 
+from datamodules.toyland.brush import PATTERNS
 from datamodules.toyland.language import article
 from datamodules.toyland.pretrained.data import LABELS, LOOKS, Pool, augmented, pixels
 from datamodules.toyland.pretrained.training import fit
 from datamodules.toyland.scene import SIZE
 
 TEMPERATURE = 0.1
+JUDGED_SIZE = 3 * SIZE
+PATTERN = list(LABELS).index("pattern")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -62,7 +65,15 @@ def normalized(images: Tensor) -> Tensor:
 
 
 def train_clip(
-    pool: Pool, tokenizer: CLIPTokenizer, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
+    pool: Pool,
+    tokenizer: CLIPTokenizer,
+    checkpoint: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    clip: CLIPModel | None = None,
 ) -> CLIPModel:
     """InfoNCE in both directions between captions and images, with every true pair of a batch as a positive.
 
@@ -70,9 +81,14 @@ def train_clip(
     learn places alone; so the others hold subjects cut out of scenes. Half of those are of three kinds only, each told
     with its looks, so that colours and patterns decide; the other half are of all kinds, and half of their captions
     tell the kind alone. Linear heads, dropped afterwards, name what is told and what is seen.
+
+    Args:
+        clip: go on with this one, for patterns: a subject is then also told from captions alike but for the pattern's
+            word, and all of the text's states, which a U-Net reads, shall tell the pattern.
     """
     torch.manual_seed(seed)
-    clip = build_clip(tokenizer)
+    patterns = clip is not None
+    clip = build_clip(tokenizer) if clip is None else clip.train()
     groups = [len(names) for names in list(LABELS.values())[:LOOKS]]
     width = clip.config.vision_config.hidden_size
     seen, said = nn.Linear(2 * width, sum(groups)), nn.Linear(clip.config.text_config.hidden_size, sum(groups))
@@ -85,11 +101,30 @@ def train_clip(
     scenes, told = encoded(pool.captions), encoded(pool.told)
     bare = encoded([article(kind) for kind in LABELS["kind"]])
     looks = pool.labels[:, :LOOKS]
-    of_kind = [torch.nonzero(looks[:, 0] == kind)[:, 0] for kind in range(groups[0])]
+    words = [word for word in PATTERNS.values() if word]
+    of_pattern = looks[:, PATTERN] - 1  # -1 is plain, of which nothing is told
+    usable = (of_pattern >= 0) | (not patterns)
+    of_kind = [torch.nonzero((looks[:, 0] == kind) & usable)[:, 0] for kind in range(groups[0])]
+    weights = [3 if patterns and name == "pattern" else 1 for name in list(LABELS)[:LOOKS]]
 
     def names_loss(logits: Tensor, rows: Tensor) -> Tensor:
-        parts = logits.split(groups, dim=-1)
-        return sum(F.cross_entropy(part, looks[rows, i]) for i, part in enumerate(parts)) / len(parts)
+        parts = zip(weights, logits.split(groups, dim=-1), strict=True)
+        return sum(weight * F.cross_entropy(part, looks[rows, i]) for i, (weight, part) in enumerate(parts)) / LOOKS
+
+    def pattern_loss(image_features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of naming the pattern by captions alike but for its word, and how often it is right."""
+        own = of_pattern[rows]
+        lines = [
+            pool.told[row].replace(words[right], word)
+            for row, right in zip(rows.tolist(), own.tolist(), strict=True)
+            for word in words
+        ]
+        ids = encoded(lines)
+        ids = ids[:, : int((ids == tokenizer.eos_token_id).int().argmax(-1).max()) + 1]
+        features = F.normalize(clip.text_projection(clip.text_model(input_ids=ids).pooler_output), dim=-1)
+        logits = torch.einsum("nd,npd->np", image_features, features.view(len(rows), len(words), -1))
+        logits = logits * clip.logit_scale.exp().clamp(max=100)
+        return F.cross_entropy(logits, own), (logits.argmax(-1) == own).float().mean()
 
     def loss(step: int):
         if step % 4 == 0:
@@ -129,6 +164,10 @@ def train_clip(
             value = value + names_loss(seen(tokens), rows)
             if step % 2:
                 value = value + 0.3 * names_loss(said(text.pooler_output), rows)
+            if step % 2 and patterns:
+                told_apart, right = pattern_loss(image_features, rows)
+                value = value + told_apart + names_loss(said(text.last_hidden_state.mean(1)), rows)
+                figures["pattern"] = right.item()
         return value, figures
 
     fit(checkpoint, [clip, seen, said], loss, draws, steps=steps, lr=lr, weight_decay=0.05, average=0.999)
@@ -179,8 +218,8 @@ def train_judge(
     torch.manual_seed(seed)
     groups = [len(names) for names in LABELS.values()]
     config = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96, 96],
+        embedding_size=24,
+        hidden_sizes=[24, 48, 96, 128],
         depths=[1, 1, 1, 1],
         layer_type="basic",
         num_labels=sum(groups),
@@ -206,7 +245,8 @@ def train_judge(
         value = 5 * F.l1_loss(tints(named), pool.tints[rows])
         for number, part in enumerate(logits):  # a crop tells nothing of its scene
             count = quarter if of_scene[number] else 2 * quarter
-            value = value + F.cross_entropy(part[:count], pool.labels[rows[:count], number])
+            weight = 3 if number == PATTERN else 1
+            value = value + weight * F.cross_entropy(part[:count], pool.labels[rows[:count], number])
         first, second = F.normalize(feature[2 * quarter :], dim=-1).chunk(2)
         cosines, target = first @ second.T / TEMPERATURE, torch.arange(quarter)
         value = value + F.cross_entropy(cosines, target) + F.cross_entropy(cosines.T, target)
@@ -229,5 +269,5 @@ def train_judge(
 
 
 def judged(images: Tensor) -> Tensor:
-    """uint8 → the judge's input, twice as large: its first layers keep a quarter of the side."""
-    return F.interpolate(pixels(images), size=2 * SIZE, mode="bilinear")
+    """uint8 → the judge's input, enlarged: its first layers keep a quarter of the side, and patterns are fine."""
+    return F.interpolate(pixels(images), size=JUDGED_SIZE, mode="bilinear")

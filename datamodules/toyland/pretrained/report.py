@@ -1,8 +1,10 @@
 """How well the tiny models see and draw, on scenes that none of them was trained on.
 
     python -m datamodules.toyland.pretrained.report output=runs/toyland-pretrained
+    python -m datamodules.toyland.pretrained.report model=runs/toyland/instruction_tuning
 
-Writes report.json beside the models. All figures are shares of right answers but for those that say otherwise.
+Writes report.json beside the models; of a trained `model` it prints what linear probes read from its states. All
+figures are shares of right answers but for those that say otherwise.
 """
 
 import json
@@ -14,16 +16,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
 from datamodules.toyland.kinds import KINDS
 from datamodules.toyland.language import PLACES, article
-from datamodules.toyland.pretrained.data import LABELS, Pool, draw_pool, pixels
+from datamodules.toyland.pretrained.data import LABELS, LOOKS, Pool, draw_pool, pixels
 from datamodules.toyland.pretrained.encoders import judged, normalized
 from datamodules.toyland.scene import Scene, Subject, place, render, sample_scene
 from kosmosg.config import load_config
 from kosmosg.files import write_text
+from kosmosg.pipeline import KosmosGPipeline
 
 GUIDANCE, STEPS = 4.0, 8
 
@@ -38,6 +42,8 @@ class Options:
     """Held-out scenes; half as many individuals are told apart, and as many pictures drawn from words."""
     seed: int = 100
     """Of the held-out scenes: another than any that trained."""
+    model: str | None = None
+    """A run folder: probe its states in place of the tiny models."""
 
 
 @torch.no_grad()
@@ -204,16 +210,66 @@ def text_to_image(folder: Path, judge: ResNetForImageClassification, options: Op
     return figures
 
 
+@torch.no_grad()
+def probes(options: Options) -> dict[str, dict[str, float]]:
+    """What a linear map reads of the subject's look from the states on the way of one image, by place.
+
+    The map is a ridge regression on the labels of twice as many crops on white; the prompt is the image alone.
+    """
+    assert options.model is not None
+    pipe = KosmosGPipeline.from_pretrained(options.model, str(Path(options.output) / "stable-diffusion"))
+    pools = [
+        draw_pool(Path(options.work), count, options.seed + offset, 0.8)
+        for offset, count in ((1, 2 * options.scenes), (0, options.scenes))
+    ]
+    found_at: dict[str, list[Tensor]] = {}
+    for pool in pools:
+        states: dict[str, list[Tensor]] = {}
+        for start in range(0, len(pool), 100):
+            crops = [Image.fromarray(array) for array in pool.crops[start : start + 100, 0].permute(0, 2, 3, 1).numpy()]
+            batch = pipe.encoder.collate([pipe.encoder([crop]) for crop in crops])
+            tower = pipe.mllm.vision(batch.images)
+            hidden, padding = pipe.mllm.hidden_states(batch)
+            found = {
+                "vision encoder": tower,
+                "resampler": pipe.mllm.resampler(tower),
+                "MLLM's image tokens": hidden[batch.image_mask].view(len(crops), -1, hidden.shape[-1]),
+                "M": pipe.aligner(hidden, padding).states,
+            }
+            for where, tensor in found.items():
+                states.setdefault(where, []).append(tensor.flatten(1))
+        for where, parts in states.items():
+            found_at.setdefault(where, []).append(torch.cat(parts).double())
+    known, met = (pool.labels[:, :LOOKS] for pool in pools)
+    return {where: read_linearly(*tensors, known, met) for where, tensors in found_at.items()}
+
+
+def read_linearly(known: Tensor, met: Tensor, labels: Tensor, asked: Tensor) -> dict[str, float]:
+    """By group of labels, how often ridge regression from `known`, N×F, is right on `met`."""
+    mean, spread = known.mean(0), known.std(0) + 1e-6
+    known, met = (known - mean) / spread, (met - mean) / spread
+    kernel = known @ known.T
+    solved = torch.linalg.cholesky(kernel + 0.1 * kernel.diagonal().mean() * torch.eye(len(known), dtype=known.dtype))
+    found = {}
+    for i, (group, names) in enumerate(list(LABELS.items())[:LOOKS]):
+        target = F.one_hot(labels[:, i], len(names)).double()
+        scores = met @ known.T @ torch.cholesky_solve(target - target.mean(0), solved) + target.mean(0)
+        found[group] = share(scores.argmax(-1) == asked[:, i])
+    return found
+
+
 def share(right: Tensor) -> float:
     return float(right.float().mean())
 
 
 def main(arguments: list[str]) -> None:
     options = load_config(arguments, Options)
-    found = report(options)
+    found = report(options) if options.model is None else probes(options)
     for network, figures in found.items():
         for name, figure in figures.items():
-            print(f"{network:17} {name:48} {figure:.3f}")
+            print(f"{network:20} {name:48} {figure:.3f}")
+    if options.model is not None:
+        return
     rounded = {network: {name: round(figure, 4) for name, figure in of.items()} for network, of in found.items()}
     written = {"scenes": options.scenes, "seed": options.seed, **rounded}
     write_text(Path(options.output) / "report.json", json.dumps(written, indent=1) + "\n")

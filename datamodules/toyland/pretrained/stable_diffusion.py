@@ -1,4 +1,4 @@
-"""Stable Diffusion in miniature: a VAE from 32 px to 8×8 latents of eight channels, and a U-Net on them.
+"""Stable Diffusion in miniature: a VAE from 32 px to 8×8 latents of sixteen channels, and a U-Net on them.
 
 The U-Net predicts noise under the tiny CLIP's text, as SD v1.5 does.
 """
@@ -27,7 +27,7 @@ def build_autoencoder() -> AutoencoderKL:
     blocks = (32, 64, 64)
     return AutoencoderKL(
         sample_size=SIZE,
-        latent_channels=8,
+        latent_channels=16,
         block_out_channels=blocks,
         down_block_types=("DownEncoderBlock2D",) * len(blocks),
         up_block_types=("UpDecoderBlock2D",) * len(blocks),

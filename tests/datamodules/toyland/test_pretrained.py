@@ -79,7 +79,7 @@ def test_the_decoder_trains_on_alone(tmp_path):
 
 @pytest.mark.slow
 def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
-    schedules = ("vae", "decoder", "clip", "dino", "judge", "unet", "unet_velocity")
+    schedules = ("vae", "decoder", "clip", "clip_patterns", "dino", "judge", "unet", "unet_velocity")
     command = [
         *(f"{schedule}.{short}" for schedule in schedules for short in ("steps=2", "batch_size=4")),
         "pictures=64",

@@ -269,7 +269,7 @@ def test_decoder_gives_what_the_checkpoint_lacks(final, changed, tiny_stable_dif
 
 
 def test_published_configurations_are_stable_diffusion_v1_5():
-    """Parameter counts of the golden README, "keys_full.json"."""
+    """Parameter counts of the released-code.md, "keys_full.json"."""
     counts = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
     assert {
         part: sum(p.numel() for p in build(part, CONFIGS[STABLE_DIFFUSION_1_5][part]).parameters()) for part in counts
