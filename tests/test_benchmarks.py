@@ -9,6 +9,13 @@ from benchmarks import check
 from benchmarks.__main__ import main, with_section
 
 STAGES = ("language_modelling", "alignment", "instruction_tuning")
+ONE_LAYER = [
+    "size=tiny",
+    "repetitions=1",
+    "warmup=0",
+    "model.mllm.layers=1",
+    *(f"model.{part}.{half}coder_layers=1" for part in ("aligner", "aligner_decoder") for half in ("en", "de")),
+]
 
 
 def results(file: Path) -> list[dict]:
@@ -18,7 +25,7 @@ def results(file: Path) -> list[dict]:
 @pytest.mark.slow
 def test_check_measures_all_parts_beside_their_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "results.jsonl"
-    assert main(["check", "size=tiny", "repetitions=1", "warmup=0", f"output={file}"]) == 0
+    assert main(["check", *ONE_LAYER, f"output={file}"]) == 0
     found = results(file)
     assert [result["part"] for result in found] == [*STAGES, "sampling"]
     for result in found:
@@ -40,15 +47,14 @@ def test_part_that_fails_or_runs_over_is_reported_and_the_rest_goes_on(
 
     monkeypatch.setattr(check, "size_up", out_of_memory)
     file = tmp_path / "results.jsonl"
-    assert main(["check", "alignment", "sampling", "size=tiny", "repetitions=1", f"output={file}"]) == 1
+    assert main(["check", "alignment", "sampling", *ONE_LAYER, f"output={file}"]) == 1
     assert [("problem" in result, result["part"]) for result in results(file)] == [
         (True, "alignment"),
         (False, "sampling"),
     ]
     monkeypatch.undo()
     file.unlink()
-    arguments = ["check", "alignment", "sampling", "size=tiny", "part_seconds=0.05", f"output={file}"]
-    assert main(arguments) == 1
+    assert main(["check", "alignment", "sampling", *ONE_LAYER, "part_seconds=0.05", f"output={file}"]) == 1
     assert all("OutOfTimeError" in result["problem"] for result in results(file))
     assert "CUDA out of memory" in capsys.readouterr().out
 
@@ -56,7 +62,7 @@ def test_part_that_fails_or_runs_over_is_reported_and_the_rest_goes_on(
 @pytest.mark.slow
 def test_released_ways_compute_the_same_loss(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    assert main(["released", "size=tiny", "repetitions=1", "warmup=0", f"output={file}"]) == 0
+    assert main(["released", *ONE_LAYER, f"output={file}"]) == 0
     for stage in STAGES:
         found = [result for result in results(file) if result["part"] == stage]
         assert len(found) > 2 and all(result["seconds"] > 0 for result in found)

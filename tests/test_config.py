@@ -87,11 +87,11 @@ def test_unknown_base_names_nearest(configs: Path) -> None:
         load_config([str(configs / "run.yaml")], Schema)
 
 
-@pytest.mark.parametrize("none", ["null", "None", "~"])
-def test_none(none: str) -> None:
-    config = load_config(["name=x", f"group={none}", f"vision={{a: [{none}, 1]}}"], Schema)
-    assert config.group is None
-    assert config.vision == {"a": [None, 1]}
+def test_none() -> None:
+    for none in ["null", "None", "~"]:
+        config = load_config(["name=x", f"group={none}", f"vision={{a: [{none}, 1]}}"], Schema)
+        assert config.group is None
+        assert config.vision == {"a": [None, 1]}
 
 
 def test_value_with_equals_sign_and_float_without_point() -> None:
@@ -99,9 +99,8 @@ def test_value_with_equals_sign_and_float_without_point() -> None:
     assert (config.name, config.optimizer.lr) == ("a=b", 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_mistakes_are_named() -> None:
+    for arguments, message in [
         (["name=x", "optimizer.lrr=1"], r"optimizer.lrr=1: Key 'lrr' not in 'Optimizer'. Did you mean: 'lr'\?"),
         (["name=x", "optimzer.lr=1"], r"Did you mean: 'optimizer'"),
         (["name=x", "optimizer.lr=fast"], r"optimizer.lr=fast: Value 'fast' .*optimizer.lr"),
@@ -116,11 +115,9 @@ def test_value_with_equals_sign_and_float_without_point() -> None:
         (["nonsense"], r"neither a YAML file, a run folder nor key=value"),
         (["no/such.yaml"], r"no configuration file 'no/such.yaml'"),
         ([], r"'name' has no value; set it in a YAML file or as name=…"),
-    ],
-)
-def test_mistakes_are_named(arguments: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_config(arguments, Schema)
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_config(arguments, Schema)
 
 
 def test_mistake_in_a_file_names_the_file(configs: Path) -> None:
@@ -129,11 +126,11 @@ def test_mistake_in_a_file_names_the_file(configs: Path) -> None:
         load_config([str(configs / "run.yaml")], Schema)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "!!python/object/apply:os.getcwd []\n"])
-def test_file_that_is_no_mapping(configs: Path, text: str) -> None:
-    (configs / "run.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.yaml"):
-        load_config([str(configs / "run.yaml")], Schema)
+def test_file_that_is_no_mapping(configs: Path) -> None:
+    for text in ["- a\n- b\n", "a: [1\n", "!!python/object/apply:os.getcwd []\n"]:
+        (configs / "run.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"run\.yaml"):
+            load_config([str(configs / "run.yaml")], Schema)
 
 
 def test_run_folder_and_its_file_are_arguments(configs: Path, tmp_path: Path) -> None:
@@ -190,12 +187,12 @@ class Run:
 TEXTS = ["0123", "1e-4", "no", "12:30", "a #b", "a: b", "[x", "0x10", "1_000", "null", "'a'", "~/x", "a=b"]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_text_is_kept_to_the_letter(text: str) -> None:
-    config = load_config([f"run={text}", f"colours.red={text}"], Run)
-    assert (config.run, config.colours) == (text, {"red": text})
-    if text != "null":
-        assert load_config([f"name={text}"], Run).name == text
+def test_text_is_kept_to_the_letter() -> None:
+    for text in TEXTS:
+        config = load_config([f"run={text}", f"colours.red={text}"], Run)
+        assert (config.run, config.colours) == (text, {"red": text})
+        if text != "null":
+            assert load_config([f"name={text}"], Run).name == text
 
 
 def test_unquoted_text_in_lists_and_files_is_kept_too(tmp_path: Path) -> None:
@@ -206,9 +203,8 @@ def test_unquoted_text_in_lists_and_files_is_kept_too(tmp_path: Path) -> None:
     assert config.colours == {"red": "1e3"}
 
 
-@pytest.mark.parametrize(
-    ("argument", "key", "value"),
-    [
+def test_values_are_read_as_the_schema_says() -> None:
+    for argument, key, value in [
         ("steps=010", "steps", 10),
         ("steps=1_000", "steps", 1000),
         ("share=1e-4", "share", 1e-4),
@@ -221,23 +217,26 @@ def test_unquoted_text_in_lists_and_files_is_kept_too(tmp_path: Path) -> None:
         ("run=None", "run", "None"),
         ("name=None", "name", None),
         ("name=null", "name", None),
-        ("sizes={width: 010, rate: 1e-3, on: true, word: no}", "sizes",
-         {"width": 10, "rate": 1e-3, "on": True, "word": "no"}),
+        (
+            "sizes={width: 010, rate: 1e-3, on: true, word: no}",
+            "sizes",
+            {"width": 10, "rate": 1e-3, "on": True, "word": "no"},
+        ),
         ("sizes.time=12:30", "sizes", {"time": "12:30"}),
         ("run=${name}s", "run", "Nones"),
-    ],
-)  # fmt: skip
-def test_values_are_read_as_the_schema_says(argument: str, key: str, value: Any) -> None:
-    found = getattr(load_config([argument], Run), key)
-    assert found == value and type(found) is type(value)
+    ]:
+        found = getattr(load_config([argument], Run), key)
+        assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("argument", ["steps=1e2", "steps=0x10", "steps=12:30", "steps=1.5", "on=maybe", "names=[~]"])
-def test_the_argument_at_fault_is_named(argument: str, configs: Path) -> None:
-    (configs / "run.yaml").write_text("steps: 3\non: true\nnames: [a]\n")
-    for arguments in ([str(configs / "run.yaml"), argument], [argument, str(configs / "run.yaml")]):
-        with pytest.raises(ConfigError, match=rf"^{argument.replace('[', '.').replace(']', '.')}: .*{argument[:2]}"):
-            load_config(arguments, lambda values: Run)
+def test_the_argument_at_fault_is_named(configs: Path) -> None:
+    for argument in ["steps=1e2", "steps=0x10", "steps=12:30", "steps=1.5", "on=maybe", "names=[~]"]:
+        (configs / "run.yaml").write_text("steps: 3\non: true\nnames: [a]\n")
+        for arguments in ([str(configs / "run.yaml"), argument], [argument, str(configs / "run.yaml")]):
+            with pytest.raises(
+                ConfigError, match=rf"^{argument.replace('[', '.').replace(']', '.')}: .*{argument[:2]}"
+            ):
+                load_config(arguments, lambda values: Run)
 
 
 def test_an_interpolation_at_fault_names_its_argument(configs: Path) -> None:
@@ -318,16 +317,16 @@ def test_the_environment_is_never_recorded(tmp_path: Path, monkeypatch: pytest.M
     assert "abc" not in (tmp_path / "instance.yaml").read_text()
 
 
-@pytest.mark.parametrize("old", configuration.RENAMED)
-def test_an_old_key_names_the_new_one(old: str, tmp_path: Path) -> None:
-    section, name = old.split(".")
-    (tmp_path / "old.yaml").write_text(f"{section}: {{{name}: 1}}\n")
-    kinds = [make_dataclass("T", [(key, int, 0)]) for key in (name, configuration.RENAMED[old].split(".")[1])]
-    with_old, with_new = (make_dataclass("S", [(section, kind, field(default_factory=kind))]) for kind in kinds)
-    for argument in (f"{old}=1", str(tmp_path / "old.yaml")):
-        with pytest.raises(ConfigError, match=f"^{argument}: '{old}' is now '{configuration.RENAMED[old]}'$"):
-            load_config([argument], with_new)
-        assert getattr(getattr(load_config([argument], with_old), section), name) == 1
+def test_an_old_key_names_the_new_one(tmp_path: Path) -> None:
+    for old in configuration.RENAMED:
+        section, name = old.split(".")
+        (tmp_path / "old.yaml").write_text(f"{section}: {{{name}: 1}}\n")
+        kinds = [make_dataclass("T", [(key, int, 0)]) for key in (name, configuration.RENAMED[old].split(".")[1])]
+        with_old, with_new = (make_dataclass("S", [(section, kind, field(default_factory=kind))]) for kind in kinds)
+        for argument in (f"{old}=1", str(tmp_path / "old.yaml")):
+            with pytest.raises(ConfigError, match=f"^{argument}: '{old}' is now '{configuration.RENAMED[old]}'$"):
+                load_config([argument], with_new)
+            assert getattr(getattr(load_config([argument], with_old), section), name) == 1
 
 
 def test_a_removed_key_says_what_to_do() -> None:

@@ -63,36 +63,32 @@ def commands(file: Path) -> list[tuple[dict[str, Any], list[str]]]:
     return found
 
 
-def names(files: list[Path]) -> list[str]:
-    return [str(file.relative_to(TRIAL.parent)) for file in files]
+def test_trials_of_the_agent_are_experiments() -> None:
+    for file in SWEEPS:
+        for settings, (program, *arguments) in commands(file):
+            assert program == "train.py"
+            experiment = load_config(arguments, train.stage_schema)
+            assert experiment.run == "runs/sweeps/s1/r1" and experiment.wandb.group == "sweep-s1"
+            for name, value in settings.items():
+                found: Any = experiment
+                for part in name.split("."):
+                    found = getattr(found, part)
+                assert found == value
+        assert yaml.safe_load(file.read_text())["metric"]["name"].startswith("val/")
 
 
-@pytest.mark.parametrize("file", SWEEPS, ids=names(SWEEPS))
-def test_trials_of_the_agent_are_experiments(file: Path) -> None:
-    for settings, (program, *arguments) in commands(file):
-        assert program == "train.py"
-        experiment = load_config(arguments, train.stage_schema)
-        assert experiment.run == "runs/sweeps/s1/r1" and experiment.wandb.group == "sweep-s1"
-        for name, value in settings.items():
-            found: Any = experiment
-            for part in name.split("."):
-                found = getattr(found, part)
-            assert found == value
-    assert yaml.safe_load(file.read_text())["metric"]["name"].startswith("val/")
-
-
-@pytest.mark.parametrize("file", EVALUATIONS, ids=names(EVALUATIONS))
-def test_trials_of_the_agent_are_evaluations(file: Path) -> None:
-    key, identities = "dreambench.sampling.guidance_scale", set()
-    for settings, (program, *arguments) in commands(file):
-        assert program == "evaluate.py"
-        config = load_config(arguments, EvaluationConfig)
-        assert config.output == "runs/sweeps/s1/r1" and config.wandb.group == "sweep-s1"
-        assert config.dreambench is not None and config.dreambench.sampling.guidance_scale == settings[key]
-        identities.add(identity(config.dreambench))
-    assert len(identities) > 3
-    optimised = yaml.safe_load(file.read_text())["metric"]["name"]
-    assert optimised == summary_key(Score("dreambench", AFTER_STAGE_3, "dino", 0, 0, 0, 1, "p"))
+def test_trials_of_the_agent_are_evaluations() -> None:
+    for file in EVALUATIONS:
+        key, identities = "dreambench.sampling.guidance_scale", set()
+        for settings, (program, *arguments) in commands(file):
+            assert program == "evaluate.py"
+            config = load_config(arguments, EvaluationConfig)
+            assert config.output == "runs/sweeps/s1/r1" and config.wandb.group == "sweep-s1"
+            assert config.dreambench is not None and config.dreambench.sampling.guidance_scale == settings[key]
+            identities.add(identity(config.dreambench))
+        assert len(identities) > 3
+        optimised = yaml.safe_load(file.read_text())["metric"]["name"]
+        assert optimised == summary_key(Score("dreambench", AFTER_STAGE_3, "dino", 0, 0, 0, 1, "p"))
 
 
 def test_a_trial_runs_and_its_folder_reads_back(

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,8 +42,34 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configs(
     tmp_path: Path, shards: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
 ) -> dict[str, Path]:
-    init_from = {"language_modelling": None, "alignment": tiny_model, "instruction_tuning": tiny_model}
+    init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
     return miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    shards: Path,
+    tiny_tokenizer: Path,
+    tiny_stable_diffusion: Path,
+    tiny_model: Path,
+) -> Callable[[str], Path]:
+    """The run folder of each stage after an uninterrupted run, to look at and to copy."""
+    folder, init_from = tmp_path_factory.mktemp("finished"), {"alignment": tiny_model, "instruction_tuning": tiny_model}
+    files = miniature.write_config(folder, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
+
+    @cache
+    def train_once(stage: str) -> Path:
+        assert run(files[stage]) == 0
+        return folder / stage
+
+    return train_once
+
+
+@pytest.fixture
+def copy(finished: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Of the finished run of stage 2, where `configs` has it."""
+    return Path(shutil.copytree(finished("alignment"), tmp_path / "alignment"))
 
 
 def run(file: Path, *arguments: str) -> int:
@@ -49,11 +78,13 @@ def run(file: Path, *arguments: str) -> int:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_trains_and_a_stopped_run_resumes_bit_for_bit(
-    stage: str, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    finished: Callable[[str], Path],
+    configs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(configs[stage], f"run={whole}") == 0
-
+    whole, stopped = finished(stage), tmp_path / "stopped"
     press_ctrl_c(monkeypatch, after_step=3)
     assert run(configs[stage], f"run={stopped}") == 128 + signal.SIGINT
     monkeypatch.undo()
@@ -77,40 +108,40 @@ def test_second_ctrl_c_stops_at_once(
     assert run(configs["alignment"]) == 0
 
 
-def test_killed_run_resumes_from_its_last_checkpoint(configs: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_run_resumes_from_its_last_checkpoint(
+    finished: Callable[[str], Path], configs: dict[str, Path], tmp_path: Path
+) -> None:
     stage = "instruction_tuning"
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(configs[stage], f"run={whole}") == 0
-    assert run(configs[stage], f"run={killed}") == 0
+    whole, killed = finished(stage), Path(shutil.copytree(finished(stage), tmp_path / "killed"))
     # As if killed in step 4: the log runs ahead of the checkpoint, and nothing of the end was written.
     (killed / "checkpoints" / "step-00000004").rename(killed / "checkpoints" / ".step-00000004")
     (killed / "finished.json").unlink()
+    shutil.rmtree(killed / "model")
     assert run(configs[stage], f"run={killed}") == 0
     assert losses(killed, LOSSES[stage]) == losses(whole, LOSSES[stage])
     assert weights(whole) == weights(killed)
 
 
-def test_finished_run_says_so(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(configs["alignment"]) == 0
-    folder = tmp_path / "alignment"
-    before, recorded = weights(folder), (folder / "config.yaml").read_text()
+def test_finished_run_says_so(configs: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture) -> None:
+    before, recorded = weights(copy), (copy / "config.yaml").read_text()
     assert run(configs["alignment"], "trainer.log_every=7") == 0
     assert "is finished" in capsys.readouterr().out
-    assert weights(folder) == before and (folder / "config.yaml").read_text() == recorded
-    assert (folder / "model" / "aligner_decoder" / "config.json").is_file()
-    assert KosmosG.from_pretrained(folder).null_condition().states.isfinite().all()
-    assert json.loads((folder / "versions.json").read_text())[0]["packages"]["torch"] == torch.__version__
+    assert weights(copy) == before and (copy / "config.yaml").read_text() == recorded
+    assert (copy / "model" / "aligner_decoder" / "config.json").is_file()
+    assert KosmosG.from_pretrained(copy).null_condition().states.isfinite().all()
+    assert json.loads((copy / "versions.json").read_text())[0]["packages"]["torch"] == torch.__version__
+    # What trains alone is in a checkpoint.
+    assert {name.split(".")[0] for name in trainable_names(copy)} == {"aligner", "aligner_decoder"}
     # The run folder is itself an argument, and reads back as the same configuration.
-    assert load_config([str(folder)], train.stage_schema) == load_config(
-        [str(configs["alignment"])], train.stage_schema
+    here = [f"run={copy}"]
+    assert load_config([str(copy), *here], train.stage_schema) == load_config(
+        [str(configs["alignment"]), *here], train.stage_schema
     )
 
 
-def test_stages_follow_each_other(configs: dict[str, Path], tmp_path: Path) -> None:
-    assert run(configs["language_modelling"], "trainer.max_steps=1") == 0
-    first = tmp_path / "language_modelling"
+def test_stages_follow_each_other(finished: Callable[[str], Path], configs: dict[str, Path], tmp_path: Path) -> None:
+    first, second = finished("language_modelling"), tmp_path / "alignment"
     assert run(configs["alignment"], f"init_from={first}", "trainer.max_steps=1") == 0
-    second = tmp_path / "alignment"
     for name, tensor in part(first, "mllm").items():
         assert torch.equal(tensor, part(second, "mllm")[name]), f"{name} changed although stage 2 freezes the MLLM"
     assert run(configs["instruction_tuning"], f"init_from={second}", "trainer.max_steps=2") == 0
@@ -127,19 +158,11 @@ def test_stages_2_and_3_start_from_a_kosmos_2(
 ) -> None:
     source, lm = tiny.write_kosmos2(tmp_path / "kosmos2", tiny_tokenizer), tmp_path / "lm"
     convert_checkpoint(source, lm, keep_grounding=keep_grounding)
-    given = [f"model.tokenizer={lm / 'tokenizer'}", "trainer.max_steps=2"]
-    assert run(configs["alignment"], f"init_from={lm}", *given) == 0
-    second = tmp_path / "alignment"
+    given = [f"init_from={lm}", f"model.tokenizer={lm / 'tokenizer'}", "trainer.max_steps=1"]
+    assert run(configs["alignment"], *given) == 0
     for name, tensor in part(lm, "mllm", "").items():
-        assert torch.equal(tensor, part(second, "mllm")[name]), f"{name} is not the converted one"
-    assert run(configs["instruction_tuning"], f"init_from={second}", *given) == 0
-    direct = (f"init_from={lm}", f"run={tmp_path / 'direct'}", "recipe.new_aligner=true")
-    assert run(configs["instruction_tuning"], *direct, *given) == 0
-
-
-def test_checkpoint_holds_only_what_trains(configs: dict[str, Path], tmp_path: Path) -> None:
-    assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    assert {name.split(".")[0] for name in trainable_names(tmp_path / "alignment")} == {"aligner", "aligner_decoder"}
+        assert torch.equal(tensor, part(tmp_path / "alignment", "mllm")[name]), f"{name} is not the converted one"
+    assert run(configs["instruction_tuning"], *given, "recipe.new_aligner=true") == 0
 
 
 def test_export_writes_the_model_of_a_checkpoint(
@@ -220,71 +243,53 @@ def test_steps_that_are_not_finite_are_skipped_and_bounded(
 
 
 def test_checkpoint_of_another_model_is_refused(
-    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    configs: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    folder = tmp_path / "alignment"
-    (folder / "finished.json").unlink()
-    (folder / "config.yaml").unlink()
-    assert run(configs["alignment"], "trainer.max_steps=2", "model.aligner.ffn_width=48") == 2
+    (copy / "finished.json").unlink()
+    (copy / "config.yaml").unlink()
+    assert run(configs["alignment"], "trainer.max_steps=5", "model.aligner.ffn_width=48") == 2
     message = capsys.readouterr().err
     assert "checkpoint of another model" in message
     assert "feed_forward.fc1.weight is (64, 32) there and (48, 32) here" in message
 
 
-def test_model_of_other_sizes_is_refused(
-    configs: dict[str, Path], capsys: pytest.CaptureFixture, tiny_model: Path
+def test_a_started_folder_goes_on_with_its_own_configuration_alone(
+    configs: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(configs["alignment"], "model.mllm.ffn_width=48") == 2
-    assert "ffn_width is 64 there and 48 in the configuration" in capsys.readouterr().err
-
-
-def test_other_configuration_in_a_started_folder_is_refused(
-    configs: dict[str, Path], capsys: pytest.CaptureFixture
-) -> None:
-    assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    assert run(configs["alignment"], "trainer.max_steps=1", "optimizer.lr=0.5") == 2
+    """Also one of an earlier version: a key that came later has its default there; an unknown one is refused."""
+    assert run(configs["alignment"], "optimizer.lr=0.5") == 2
     assert "optimizer.lr is 0.01 there and 0.5 here" in capsys.readouterr().err
-    assert run(configs["alignment"], "trainer.max_steps=1", "trainer.log_every=7") == 0
-
-
-def test_run_of_an_earlier_version_resumes(
-    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """A key that came later has its default there; an unknown one is refused."""
-    assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    file = tmp_path / "alignment" / "config.yaml"
+    file = copy / "config.yaml"
     recorded = yaml.safe_load(file.read_text())
     del recorded["runs"], recorded["trainer"]["compile"], recorded["model"]["aligner"]["kind"]
     file.write_text(yaml.safe_dump(recorded))
-    assert run(configs["alignment"], "trainer.max_steps=1") == 0
-    assert run(configs["alignment"], "trainer.max_steps=1", "model.aligner.kind=linear") == 2
+    assert run(configs["alignment"]) == 0
+    assert run(configs["alignment"], "model.aligner.kind=linear") == 2
     assert "model.aligner.kind is 'alignernet' there and 'linear' here" in capsys.readouterr().err
     file.write_text(yaml.safe_dump({**recorded, "colour": "red"}))
-    assert run(configs["alignment"], "trainer.max_steps=1") == 2
+    assert run(configs["alignment"]) == 2
     assert "holds a run of another version" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["stage=aligment"], "stage is 'aligment'; allowed: language_modelling, alignment, instruction_tuning"),
-        (["optimizer.lrr=1"], "Key 'lrr' not in 'OptimizerConfig'. Did you mean: 'lr'?"),
-        (["recipe.mse_weigth=1"], "Did you mean one of: 'mse_weight', 'rec_weight'?"),
-        (["data.captions.shards=nowhere/train-*.tar"], "nowhere/train-*.tar"),
-        (["optimizer.max_grad_norm=0"], "optimizer.max_grad_norm is 0.0; allowed: above 0"),
-        (["trainer.max_steps=0"], "trainer.max_steps is 0; allowed: 1 or more"),
-        (["trainer.strategy=dp"], "expected one of ['auto', 'single', 'ddp', 'fsdp2']"),
-        (["init_from=nowhere"], "'nowhere' holds no model"),
-        (["model.aligner.num_queries=5"], "model.aligner.num_queries is 5, but the text model"),
-        (["data.validation_sources=[caption]"], "data.validation_sources names ['caption']; allowed: captions"),
-    ],
-)
-def test_mistakes_are_told(
-    configs: dict[str, Path], arguments: list[str], message: str, capsys: pytest.CaptureFixture
-) -> None:
-    assert run(configs["alignment"], *arguments) == 2
-    assert message in capsys.readouterr().err
+REFUSALS = {
+    "stage=aligment": "stage is 'aligment'; allowed: language_modelling, alignment, instruction_tuning",
+    "optimizer.lrr=1": "Key 'lrr' not in 'OptimizerConfig'. Did you mean: 'lr'?",
+    "recipe.mse_weigth=1": "Did you mean one of: 'mse_weight', 'rec_weight'?",
+    "data.captions.shards=nowhere/train-*.tar": "nowhere/train-*.tar",
+    "optimizer.max_grad_norm=0": "optimizer.max_grad_norm is 0.0; allowed: above 0",
+    "trainer.max_steps=0": "trainer.max_steps is 0; allowed: 1 or more",
+    "trainer.strategy=dp": "expected one of ['auto', 'single', 'ddp', 'fsdp2']",
+    "init_from=nowhere": "'nowhere' holds no model",
+    "model.mllm.ffn_width=48": "ffn_width is 64 there and 48 in the configuration",
+    "model.aligner.num_queries=5": "model.aligner.num_queries is 5, but the text model",
+    "data.validation_sources=[caption]": "data.validation_sources names ['caption']; allowed: captions",
+}
+
+
+def test_mistakes_are_told(configs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    for argument, message in REFUSALS.items():
+        assert run(configs["alignment"], argument) == 2
+        assert message in capsys.readouterr().err, argument
 
 
 def test_run_folder_is_taken_by_one_process(
@@ -296,19 +301,19 @@ def test_run_folder_is_taken_by_one_process(
     assert "in use by another process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(REPOSITORY / "configs")))
-def test_shipped_configurations_load(file: Path) -> None:
-    experiment = load_config([str(file)], train.stage_schema)
-    assert file.stem.endswith(experiment.stage)
-    assert file.read_text().startswith(("# Stage", "# Between stages"))
-    assert f"train.py configs/{file.relative_to(REPOSITORY / 'configs')}" in file.read_text()
+def test_shipped_configurations_load() -> None:
+    for file in SHIPPED:
+        experiment = load_config([str(file)], train.stage_schema)
+        assert file.stem.endswith(experiment.stage)
+        assert file.read_text().startswith(("# Stage", "# Between stages"))
+        assert f"train.py configs/{file.relative_to(REPOSITORY / 'configs')}" in file.read_text()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_short_form_fits_every_stage(stage: str) -> None:
-    toyland = REPOSITORY / "configs" / "toyland"
-    experiment = load_config([str(toyland / f"{stage}.yaml"), str(toyland / "short.yaml")], train.stage_schema)
-    assert (experiment.stage, experiment.trainer.max_steps) == (stage, 4)
+def test_short_form_fits_every_stage() -> None:
+    for stage in STAGES:
+        toyland = REPOSITORY / "configs" / "toyland"
+        experiment = load_config([str(toyland / f"{stage}.yaml"), str(toyland / "short.yaml")], train.stage_schema)
+        assert (experiment.stage, experiment.trainer.max_steps) == (stage, 4)
 
 
 def test_help_lists_stages_and_keys(configs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:

@@ -20,18 +20,29 @@ TIMEOUT = 2.0
 PATIENCE = 30.0  # seconds; wandb's own would be 90 at the start and without end at the end
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(
-    tmp_path: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
+) -> Path:
+    folder, init_from = tmp_path_factory.mktemp("wandb"), {"alignment": tiny_model}
+    shards = miniature.write_shards(folder / "shards")
+    return miniature.write_config(folder, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)["alignment"]
+
+
+@pytest.fixture(scope="module")
+def without(config: Path) -> tuple[Path, float]:
+    """A run without W&B and its seconds."""
+    run = config.parent / "without"
+    return run, trained(config, run, "disabled")
+
+
+@pytest.fixture(autouse=True)
+def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    shards = miniature.write_shards(tmp_path / "shards")
     wandb.teardown()  # what earlier tests told it
-    yield miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, {"alignment": tiny_model})[
-        "alignment"
-    ]
+    yield
     wandb.teardown()
 
 
@@ -44,10 +55,14 @@ def trained(config: Path, run: Path, mode: str) -> float:
 
 @pytest.mark.parametrize("when", ["start", "mid-run", "end"])
 def test_unreachable_server_costs_seconds_and_no_number(
-    when: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    when: str,
+    config: Path,
+    without: tuple[Path, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    without = trained(config, tmp_path / "without", "disabled")
-    run = tmp_path / "run"
+    run, (plain, seconds) = tmp_path / "run", without
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
 
@@ -75,10 +90,9 @@ def test_unreachable_server_costs_seconds_and_no_number(
 
             monkeypatch.setattr(RunWandbLogger, "finalize", silent_at_the_end)
         taken = trained(config, run, "online")
-    print(f"silent at {when}: {taken - without:.1f} s more than without W&B")
-    assert taken < without + PATIENCE
+    assert taken < seconds + PATIENCE
     names = ("train/loss", "grad_norm")
-    assert miniature.losses(run, names) == miniature.losses(tmp_path / "without", names)
+    assert miniature.losses(run, names) == miniature.losses(plain, names)
     kept = list((run / "wandb").glob("*run-*/*.wandb"))
     assert kept
     if when == "start":

@@ -262,16 +262,13 @@ def test_what_cannot_be_read_is_said(make, tmp_path):
         fit(tmp_path, make(), -1)
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
+def test_values_are_checked():
+    for key, value in [
         ("micro_batch_size", 0),
         ("num_workers", -1),
         ("max_bad_share", 1.5),
         ("min_bad_count", 0),
         ("validation_samples", 0),
-    ],
-)
-def test_values_are_checked(key, value):
-    with pytest.raises(ValueError, match=f"{key}={value}"):
-        DataConfig(**{key: value})
+    ]:
+        with pytest.raises(ValueError, match=f"{key}={value}"):
+            DataConfig(**{key: value})

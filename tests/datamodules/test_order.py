@@ -141,10 +141,10 @@ def test_every_row_of_a_source_is_asked_for_once(seed, lanes, turn):
     assert all({d.row for d in draws if (d.source, d.lane) == key} == set(range(n)) for key, n in rows.items())
 
 
-@pytest.mark.parametrize("weights", [[], [0, 1], [-1], [10**7, 1]])
-def test_impossible_mixtures_are_refused(weights):
-    with pytest.raises(ValueError, match="weight"):
-        Mixture(0, weights, 1, 1)
+def test_impossible_mixtures_are_refused():
+    for weights in [[], [0, 1], [-1], [10**7, 1]]:
+        with pytest.raises(ValueError, match="weight"):
+            Mixture(0, weights, 1, 1)
 
 
 def test_impossible_orders_are_refused():

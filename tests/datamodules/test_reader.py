@@ -2,10 +2,7 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,8 +22,8 @@ from datamodules.errors import DataError, ShardError
 from datamodules.mixture import BatchPositions
 from datamodules.remote import STORES, RemoteConfig, Store
 from datamodules.shards import LISTING, list_shards
-from tests.conftest import REPOSITORY
 from tests.datamodules import worlds
+from tests.lightning_modules.processes import run_together, start, wait
 
 SAMPLES, SHARDS = 260, 26
 # Four lanes with windows of three shards of ten samples and blocks of about twelve.
@@ -337,54 +334,40 @@ def test_nothing_but_what_is_allowed_is_opened(tmp_path, pattern):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("protocol", ["pipe", "file", "reference", "ssh", "zip"])
-def test_only_stores_can_be_allowed(protocol):
-    assert protocol not in STORES
-    with pytest.raises(ValueError, match=f"'{protocol}' is not allowed"):
-        RemoteConfig([protocol])
-    with pytest.raises(ValueError, match=f"'{protocol}' is not allowed"):
-        RemoteConfig(options={protocol: {}})
+def test_only_stores_can_be_allowed():
+    for protocol in ["pipe", "file", "reference", "ssh", "zip"]:
+        assert protocol not in STORES
+        with pytest.raises(ValueError, match=f"'{protocol}' is not allowed"):
+            RemoteConfig([protocol])
+        with pytest.raises(ValueError, match=f"'{protocol}' is not allowed"):
+            RemoteConfig(options={protocol: {}})
 
 
-@pytest.mark.parametrize("key, value", [("retries", -1), ("pause", -1), ("timeout", 0), ("connections", 0)])
-def test_values_are_checked(key, value):
-    with pytest.raises(ValueError, match=f"remote.{key}={value}"):
-        RemoteConfig(**{key: value})
-
-
-READ = """
-import sys
-from pathlib import Path
-from tests.datamodules.test_reader import SETTINGS, worlds
-from datamodules.alignment import AlignmentData, AlignmentDataConfig
-from datamodules.data_config import Source
-from datamodules.remote import RemoteConfig
-
-address, spool, tokenizer, log = sys.argv[1:]
-remote = RemoteConfig(["http"], spool_folder=spool, retries=2, pause=0.01)
-config = AlignmentDataConfig(captions=Source(address), remote=remote, **SETTINGS)
-module = AlignmentData(config, worlds.encoder(Path(tokenizer)), worlds.clip())
-module.setup()
-with open(log, "a") as lines:
-    done = len(Path(log).read_text().splitlines())
-    for step in range(done, 65):
-        print(*module.train_dataset[range(4 * step, 4 * step + 4)].report.samples, file=lines, flush=True)
-"""
+def test_values_are_checked():
+    for key, value in [("retries", -1), ("pause", -1), ("timeout", 0), ("connections", 0)]:
+        with pytest.raises(ValueError, match=f"remote.{key}={value}"):
+            RemoteConfig(**{key: value})
 
 
 @pytest.mark.slow
-def test_a_killed_reader_of_a_store_goes_on_where_it_was(server, make, tmp_path, tiny_tokenizer):
-    log, spool = tmp_path / "log", tmp_path / "spool"
+def test_a_killed_reader_of_a_store_goes_on_where_it_was(server, make, remote, tmp_path):
+    log = tmp_path / "log"
     log.touch()
-    command = [sys.executable, "-c", READ, server.address, str(spool), str(tiny_tokenizer), str(log)]
     server.fails = lambda path, number: len(server.requests) % 10 == 0
-    for lines in (25, 65):
-        process = subprocess.Popen(command, cwd=REPOSITORY)
-        while process.poll() is None and (lines == 65 or len(log.read_text().splitlines()) < lines):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+
+    def read_on() -> None:
+        module = make(server.address, remote=remote)
+        with open(log, "a") as lines:
+            for step in range(len(log.read_text().splitlines()), 65):
+                print(*module.train_dataset[range(4 * step, 4 * step + 4)].report.samples, file=lines, flush=True)
+
+    [reader], until = start(1, read_on, tmp_path / "reader"), time.monotonic() + 60
+    while len(log.read_text().splitlines()) < 25:
+        assert time.monotonic() < until, (tmp_path / "reader.0").read_text()
+        time.sleep(0.01)
+    os.kill(reader, signal.SIGKILL)
+    assert wait([reader]) == [-signal.SIGKILL]
+    assert run_together(1, read_on, tmp_path / "reader") == [0]
     reference = make(str(server.folder))
     expected = [" ".join(reference.train_dataset[range(4 * step, 4 * step + 4)].report.samples) for step in range(65)]
     assert log.read_text().splitlines() == expected
-    shutil.rmtree(spool)

@@ -96,11 +96,9 @@ def test_stage_2_never_looks_at_images(tmp_path, tiny_tokenizer):
     assert not alignment(pattern, tiny_tokenizer).train_dataset[[0]].report.errors
 
 
-@pytest.mark.parametrize(
-    "text, length", [("", 0), ("dog", 3), ("x" * 75, 75), ("x" * 74 + " x", 75), ("ab " * 60, 120)]
-)
-def test_clip_tokens_are_counted_beyond_what_the_tokenizer_keeps(text, length):
-    assert ClipTokens(worlds.clip_tokenize)([text])[1] == [length]
+def test_clip_tokens_are_counted_beyond_what_the_tokenizer_keeps():
+    for text, length in [("", 0), ("dog", 3), ("x" * 75, 75), ("x" * 74 + " x", 75), ("ab " * 60, 120)]:
+        assert ClipTokens(worlds.clip_tokenize)([text])[1] == [length]
 
 
 ODD = ["It's  a\tdog!!\n", "e\u0301 \u0301 \u00a0x\u2003y", "кошка😀 на 123столе", "\x1c a\x85b", "a " * 99, ""]

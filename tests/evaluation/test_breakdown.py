@@ -1,6 +1,5 @@
 """Near copies, parts of a mean, and the curve over guidance scales."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import DreamBenchProtocol, identity
 from evaluation.protocols.requests import ScoredImage
 from evaluation.reports.breakdown import KIND, SUBJECT, TEMPLATE, breakdown, markdown, part_rows, shown_system
-from evaluation.reports.guidance import Axis, chart, charts, points_of, protocol_at
+from evaluation.reports.guidance import charts, points_of, protocol_at
 from evaluation.reports.guidance import markdown as guidance_markdown
 from evaluation.scores.results import Score
 from evaluation.scores.scoring import NEAR_COPY, Encoders, Sample, Scorer
@@ -133,22 +132,6 @@ def test_points_are_in_the_order_of_scales() -> None:
     text = "\n".join(guidance_markdown(SCORES))
     assert f"| {AFTER_STAGE_3} | 1.5 | 0.500 (0.450–0.550) |" in text and "`p@1#7.5`" in text
     assert guidance_markdown(SCORES[-1:]) == [] and charts(SCORES[-1:]) == []
-
-
-def test_chart_places_fidelity_upwards_and_obedience_to_the_right() -> None:
-    svg = chart(points_of(SCORES), "dino")
-    circles = [tuple(map(float, found)) for found in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4"', svg)]
-    dots = [circle for circle in circles if circle[0] > 100]  # the others are the legend's
-    (low, high), rival = dots[:2], dots[2]
-    assert low[1] > high[1] and low[0] > high[0], "1.5 lies lower and further right than 7.5"
-    assert high[1] < rival[1] < low[1] and rival[0] > low[0]
-    assert "A &lt;rival&gt;" in svg and ">1.5<" in svg
-
-
-def test_ticks_are_round_and_inside() -> None:
-    axis = Axis([Score("t", "s", "dino", 0.3, 0.213, 0.467, 1, "p")], 0, 100)
-    assert axis.ticks() == pytest.approx([0.2, 0.3, 0.4])
-    assert axis(axis.low) == 0 and axis(axis.high) == 100
 
 
 def test_a_point_is_a_protocol_of_its_own() -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from evaluation.config import Bootstrap
 from evaluation.protocols.protocol import KID
@@ -16,6 +15,7 @@ from evaluation.scores.metrics import FeatureFID, FeatureKID
 from evaluation.scores.results import Score, markdown
 from evaluation.scores.scoring import Encoders, Scorer
 from tests.evaluation.test_scores import scipy_fid
+from tests.lightning_modules.processes import run_together
 
 WIDTH, REAL, MADE = 6, 31, 24
 
@@ -128,9 +128,9 @@ def test_the_column_stands_where_there_are_scores() -> None:
     assert "| System | 8.00 (8.00–8.00) | 0.00342 (0.00242–0.00442) | – | 6 |" in table
 
 
-def reduce_on_rank(rank: int, file: str, output: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    real, made = features()
+def reduce_on_rank(output: Path) -> None:
+    dist.init_process_group("gloo")
+    (real, made), rank = features(), dist.get_rank()
     distance, kernel_distance = FeatureFID(WIDTH), FeatureKID(KID(subsets=4, subset_size=10))
     for rows, side in ((real, True), (made, False)):
         mine = torch.arange(rank, len(rows), 2)
@@ -139,13 +139,13 @@ def reduce_on_rank(rank: int, file: str, output: str) -> None:
             distance.update(rows[part], real=side)
             kernel_distance.update(rows[part], part, real=side)
         kernel_distance.update(rows[:1], torch.tensor([0]), real=side)
-    torch.save([distance.compute(), *kernel_distance.compute()], f"{output}{rank}")
+    torch.save([distance.compute(), *kernel_distance.compute()], output / f"rank{rank}")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(reduce_on_rank, args=(str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)  # type: ignore[arg-type]
+    assert run_together(2, lambda: reduce_on_rank(tmp_path), tmp_path / "log") == [0, 0]
     real, made = features()
     expected = filled(KID(subsets=4, subset_size=10), real, made).compute()
     distance = scipy_fid(real.double().numpy(), made.double().numpy())

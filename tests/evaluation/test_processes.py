@@ -20,7 +20,6 @@ from evaluation.images.generation import Batch, generate
 from evaluation.images.manifest import Manifest, ManifestError
 from evaluation.parallel import processes as module
 from evaluation.parallel.processes import ProcessError, Processes
-from evaluation.parallel.progress import progress, time_left
 from evaluation.parallel.sharing import Sharing
 from evaluation.protocols.protocol import Sampling
 from evaluation.protocols.requests import Request
@@ -215,18 +214,3 @@ def test_features_are_those_of_one_process(tmp_path: Path) -> None:
         found = together(count, work)
         assert torch.equal(found[0], alone) and found[1:] == [None] * (count - 1)
         assert sorted(asked) == asked_alone and not (tmp_path / "features").exists()
-
-
-def test_the_time_left_is_of_all_that_was_made() -> None:
-    assert time_left(120.0, made=40, missing=60) == "0:03:00"
-    assert time_left(5.0, made=0, missing=60) == "-:--:--" and time_left(5.0, made=0, missing=0) == "0:00:00"
-
-
-def test_progress_is_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture) -> None:
-    made = iter(range(100))
-    with progress("dreambench: X", 10, 4, lambda: min(6, next(made)), Console()):
-        while next(made) < 6:
-            pass
-    with progress("features", 10, 0, lambda: 10, Console(), passing=True):
-        pass
-    assert capsys.readouterr().out == "dreambench: X 10/10  0:00:00 left\n"

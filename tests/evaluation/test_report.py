@@ -1,17 +1,14 @@
 """What the tables and the page say follows the scores."""
 
-import base64
 import csv
 import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, REAL_IMAGES
 from evaluation.reports.curves import chart, read_curves
-from evaluation.reports.report import EMBEDDED_SIDE, chart_rows, embed, findings
-from evaluation.reports.sheets import CELL, fit, sheet
+from evaluation.reports.report import findings
 from evaluation.scores.results import Score, markdown, read_results, table_rows, write_results
 
 
@@ -38,26 +35,10 @@ def test_markdown_shows_value_interval_n_and_dashes() -> None:
     assert "| KOSMOS-G after stage 3 | 0.700 (0.680–0.720) | – | – | 750 |" in text and "- a note" in text
 
 
-@pytest.mark.parametrize(("after", "apart"), [(0.7, True), (0.3, True), (0.52, False)])
-def test_findings_say_whether_intervals_are_apart(after: float, apart: bool) -> None:
-    (finding,) = findings([score(BEFORE_STAGE_3, 0.5), score(AFTER_STAGE_3, after)])
-    assert finding.apart is apart and finding.before == "0.500 (0.480–0.520)"
-
-
-def test_interval_bars_lie_on_the_columns_scale() -> None:
-    (table,) = [chart_rows([score(BEFORE_STAGE_3, 0.2), score(AFTER_STAGE_3, 0.8)], "dreambench")]
-    cells = [cells[0] for _, cells in table["rows"]]
-    assert cells[0]["at"] < cells[1]["at"]
-    for cell in cells:
-        assert 0 <= cell["low"] <= cell["at"] <= cell["low"] + cell["width"] <= 100
-
-
-def test_pictures_are_embedded_whole_or_shrunk(tmp_path: Path) -> None:
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "small.png")
-    Image.new("RGB", (512, 512), "red").save(tmp_path / "large.png")
-    kind, data = embed(tmp_path / "small.png").split(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(data) == (tmp_path / "small.png").read_bytes()
-    assert embed(tmp_path / "large.png").startswith("data:image/jpeg") and EMBEDDED_SIDE < 512
+def test_findings_say_whether_intervals_are_apart() -> None:
+    for after, apart in [(0.7, True), (0.3, True), (0.52, False)]:
+        (finding,) = findings([score(BEFORE_STAGE_3, 0.5), score(AFTER_STAGE_3, after)])
+        assert finding.apart is apart and finding.before == "0.500 (0.480–0.520)"
 
 
 def test_curves_are_read_from_a_run(tmp_path: Path) -> None:
@@ -71,11 +52,3 @@ def test_curves_are_read_from_a_run(tmp_path: Path) -> None:
     points = re.search(r'points="([^"]+)"', chart(curve))
     assert points is not None and len(points.group(1).split()) == 2
     assert read_curves(tmp_path / "nowhere") == []
-
-
-def test_sheet_places_every_picture() -> None:
-    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (96, 64), "blue")
-    page = sheet(["input", "a long header that needs two lines"], [[red, blue], ["text", blue]])
-    colours = {color: count for count, color in page.getcolors(page.width * page.height) or []}
-    assert colours[(255, 0, 0)] == CELL**2 and colours[(0, 0, 255)] == 2 * CELL**2
-    assert fit(blue).size == (CELL, CELL)

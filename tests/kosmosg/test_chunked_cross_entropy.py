@@ -38,10 +38,10 @@ def with_gradients(inputs: tuple[Tensor, Tensor, Tensor], chunk: int | None) -> 
     return [loss, *torch.autograd.grad(loss, (hidden, matrix))]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 34, 1000])
-def test_equals_the_plain_loss(inputs: tuple[Tensor, Tensor, Tensor], chunk: int) -> None:
-    for ours, plain in zip(with_gradients(inputs, chunk), with_gradients(inputs, None), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+def test_equals_the_plain_loss(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    for chunk in [1, 7, 34, 1000]:
+        for ours, plain in zip(with_gradients(inputs, chunk), with_gradients(inputs, None), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_equals_the_plain_loss_under_autocast(inputs: tuple[Tensor, Tensor, Tensor]) -> None:

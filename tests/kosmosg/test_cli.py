@@ -15,16 +15,17 @@ from tests import tiny
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=str)
-def test_help_does_not_load_torch(arguments):
+def test_help_does_not_load_torch():
     code = (
         "import sys\nfrom kosmosg.cli import main\n"
-        f"try:\n    main({[*arguments, '--help']!r})\nexcept SystemExit as done:\n    assert done.code == 0\n"
+        f"for arguments in {[[], *([name] for name in COMMANDS)]}:\n"
+        "    try:\n        main([*arguments, '--help'])\n"
+        "    except SystemExit as done:\n        assert done.code == 0\n"
         "assert not {'torch', 'transformers', 'diffusers', 'numpy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in COMMANDS if not arguments) and "kosmosg" in done.stdout
+    assert all(f"usage: kosmosg {name}" in done.stdout for name in COMMANDS) and "commands" in done.stdout
 
 
 def test_the_script_is_declared():
@@ -35,20 +36,16 @@ def test_the_script_is_declared():
     assert {".".join(path.parts) for path in on_disk} == packages
 
 
-def test_mistakes_are_one_line(tmp_path):
-    command = [sys.executable, "-m", "kosmosg.cli", "convert", str(tmp_path / "no.pt"), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"kosmosg: there is no file '{tmp_path / 'no.pt'}'.\n"
+def test_mistakes_are_one_line(tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "no.pt"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr() == ("", f"kosmosg: there is no file '{tmp_path / 'no.pt'}'.\n")
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["translate"], ["convert"], ["convert", "a", "b", "--dtype", "int8"]], ids=str
-)
-def test_arguments_that_are_wrong(arguments, capsys):
-    with pytest.raises(SystemExit) as done:
-        main(arguments)
-    assert done.value.code == 2 and "usage: kosmosg" in capsys.readouterr().err
+def test_arguments_that_are_wrong(capsys):
+    for arguments in ([], ["translate"], ["convert"], ["convert", "a", "b", "--dtype", "int8"]):
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 2 and "usage: kosmosg" in capsys.readouterr().err
 
 
 def test_interruptions(monkeypatch, capsys, tmp_path):

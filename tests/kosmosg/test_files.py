@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from kosmosg import files
 from kosmosg.files import clear_leftovers, replaced, write_json, write_text
+from tests.lightning_modules.processes import run_together
 
 
 def fill(path: Path, text: str, folder: bool) -> Path:
@@ -82,36 +82,36 @@ def test_json_is_utf8(tmp_path):
     assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n  "name": "Käse"\n}\n'
 
 
-KILLED = """
-import os, signal, sys
-from kosmosg import files
-events, last = 0, int(sys.argv[2])
-def hook(event, arguments):
-    global events
-    if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open", "ctypes.dlsym", "shutil.rmtree"):
-        events += 1
-        if events > last:
-            os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[3] == "renames":
-    files.sys.platform = "other"
-sys.addaudithook(hook)
-with files.replaced(sys.argv[1]) as temporary:
-    for name in ("one", "two"):
-        (temporary / name).mkdir(parents=True)
-        (temporary / name / "content").write_text("new")
-"""
+EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open", "ctypes.dlsym", "shutil.rmtree")
 
 
-@pytest.mark.parametrize("way", ["exchange", "renames"])
-def test_killed_anywhere_there_is_the_old_one_or_the_new_one(tmp_path, way):
+def replace_and_die(target: Path, last: int) -> None:
+    """Write the folder anew; killed when so many file operations are done."""
+    events = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal events
+        if event in EVENTS:
+            events += 1
+            if events > last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    with replaced(target) as temporary:
+        for name in ("one", "two"):
+            (temporary / name).mkdir(parents=True)
+            (temporary / name / "content").write_text("new")
+
+
+def test_killed_anywhere_there_is_the_old_one_or_the_new_one(tmp_path, exchange, request):
     target, states = tmp_path / "parent" / "target", set()
     for last in range(60):
         for name in ("one", "two"):
             if not (target / name).exists():
                 (target / name).mkdir(parents=True)
             (target / name / "content").write_text("old")
-        code = subprocess.run([sys.executable, "-c", KILLED, target, str(last), way], cwd=Path.cwd()).returncode
-        if way == "exchange":
+        [code] = run_together(1, lambda last=last: replace_and_die(target, last), tmp_path / "log")
+        if request.node.callspec.id == "exchange":
             assert target.exists()
         clear_leftovers(target.parent)
         assert os.listdir(target.parent) == ["target"]

@@ -20,17 +20,17 @@ def test_uniform_colours():
     torch.testing.assert_close(target[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
 
 
-@pytest.mark.parametrize("size", [(64, 20), (20, 64)])
-def test_the_centre_is_kept(size):
-    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
-    rows, columns = (slice(22, 42), slice(None)) if size[1] == 64 else (slice(None), slice(22, 42))
-    pixels[rows, columns] = 255
-    assert TargetTransform(20)(Image.fromarray(pixels)).min() == 1.0
+def test_the_centre_is_kept():
+    for size in [(64, 20), (20, 64)]:
+        pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+        rows, columns = (slice(22, 42), slice(None)) if size[1] == 64 else (slice(None), slice(22, 42))
+        pixels[rows, columns] = 255
+        assert TargetTransform(20)(Image.fromarray(pixels)).min() == 1.0
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1"])
-def test_other_modes_are_read_as_rgb(mode):
-    assert TargetTransform(8)(Image.new("RGB", (8, 8), "white").convert(mode)).min() == 1.0
+def test_other_modes_are_read_as_rgb():
+    for mode in ["L", "P", "CMYK", "1"]:
+        assert TargetTransform(8)(Image.new("RGB", (8, 8), "white").convert(mode)).min() == 1.0
 
 
 def test_transparency_becomes_white():
@@ -55,25 +55,22 @@ def grey_png(bits: int, row: list[int], key: int) -> Image.Image:
     return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)))
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize(
-    ("bits", "row", "key", "seen"),
-    [
-        (1, [0, 1] * 4, 0, [255, 255] * 4),
-        (2, [0, 1, 2, 3], 1, [0, 255, 170, 255]),
-        (2, [0, 1, 2, 3], 0, [255, 85, 170, 255]),
-        (4, [0, 1, 7, 15], 7, [0, 17, 255, 255]),
-        (4, [0, 5, 10, 15], 5, [0, 255, 170, 255]),
-        (8, [0, 17, 51, 3], 3, [0, 17, 51, 255]),
-        (8, [0, 16, 17, 3], 16, [0, 255, 17, 3]),
-        (16, [0, 256, 512, 65535], 512, [0, 1, 255, 255]),
-    ],
-)
-def test_a_transparent_grey_becomes_white(bits, row, key, seen, loaded):
-    image = grey_png(bits, row, key)
-    if loaded:
-        image.load()
-    assert np.asarray(rgb(image))[0, :, 0].tolist() == seen
+def test_a_transparent_grey_becomes_white():
+    for loaded in [False, True]:
+        for bits, row, key, seen in [
+            (1, [0, 1] * 4, 0, [255, 255] * 4),
+            (2, [0, 1, 2, 3], 1, [0, 255, 170, 255]),
+            (2, [0, 1, 2, 3], 0, [255, 85, 170, 255]),
+            (4, [0, 1, 7, 15], 7, [0, 17, 255, 255]),
+            (4, [0, 5, 10, 15], 5, [0, 255, 170, 255]),
+            (8, [0, 17, 51, 3], 3, [0, 17, 51, 255]),
+            (8, [0, 16, 17, 3], 16, [0, 255, 17, 3]),
+            (16, [0, 256, 512, 65535], 512, [0, 1, 255, 255]),
+        ]:
+            image = grey_png(bits, row, key)
+            if loaded:
+                image.load()
+            assert np.asarray(rgb(image))[0, :, 0].tolist() == seen
 
 
 def test_an_image_without_pixels_is_refused():

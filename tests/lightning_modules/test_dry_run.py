@@ -92,12 +92,10 @@ def test_refusal_says_what_would_fit() -> None:
     assert "no micro-batch fits; most is taken by weights 20.0" in refusal(none, layout, "card")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("device", "abacus"), ("utilization", 0.0), ("memory_gib", -1.0), ("prompt_tokens", -1)]
-)
-def test_hardware_that_is_refused(key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"hardware\.{key} is .*allowed"):
-        HardwareConfig(**{key: value})
+def test_hardware_that_is_refused() -> None:
+    for key, value in [("device", "abacus"), ("utilization", 0.0), ("memory_gib", -1.0), ("prompt_tokens", -1)]:
+        with pytest.raises(ValueError, match=rf"hardware\.{key} is .*allowed"):
+            HardwareConfig(**{key: value})
 
 
 def test_micro_batches_are_derived_and_devices_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,16 +112,13 @@ def test_micro_batches_are_derived_and_devices_are_the_launchers(monkeypatch: py
         monkeypatch.delenv(world)
 
 
-@pytest.mark.parametrize(
-    ("micro_batch_size", "rows", "told"),
-    [
+def test_impossible_global_batch_names_what_would_do() -> None:
+    for micro_batch_size, rows, told in [
         (56, 3600, r"3600, but data.micro_batch_size 56 × 64 devices = 3584 rows.*nearest.*\[3584, 3648\]"),
         (5, 3584, r"with these devices data.micro_batch_size may be 1, 2, 4, 7, 8\."),
-    ],
-)
-def test_impossible_global_batch_names_what_would_do(micro_batch_size: int, rows: int, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        batch_layout(micro_batch_size, TrainerConfig(global_batch_size=rows, devices=8, num_nodes=8))
+    ]:
+        with pytest.raises(ValueError, match=told):
+            batch_layout(micro_batch_size, TrainerConfig(global_batch_size=rows, devices=8, num_nodes=8))
 
 
 def test_single_strategy_is_for_one_device() -> None:

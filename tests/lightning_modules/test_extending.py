@@ -5,7 +5,6 @@ not: flow matching, a masked condition with a pooled vector, zeros as the null c
 """
 
 import json
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,8 @@ from kosmosg.models.kosmosg import KosmosG
 from lightning_modules.base import PromptShape, StageModule, fake_prompts
 from lightning_modules.instruction_tuning import InstructionTuningModule
 from tests import tiny
-from tests.test_train import losses, press_ctrl_c, run, weights
+from tests.lightning_modules.runs import back_to
+from tests.test_train import losses, run, weights
 
 POOLED, CHANNELS, SIDE = 6, 2, 16
 SHIFT, SCALE = 0.1, 1.5
@@ -317,22 +317,17 @@ def extended(configs: dict[str, Path], flow_folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("stage", ["colour", "flow"])
 def test_it_trains_resumes_draws_and_dry_runs(
-    stage: str,
-    extended: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    stage: str, extended: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(extended[stage], f"run={whole}") == 0
-    assert sorted(file.name for file in (whole / "grids").glob("*.png")) == ["step-00000002.png", "step-00000004.png"]
-    press_ctrl_c(monkeypatch, after_step=3)
-    assert run(extended[stage], f"run={stopped}") == 128 + signal.SIGINT
-    monkeypatch.setattr("callbacks.checkpoint.StepCheckpoint.on_train_batch_end", lambda *_: None)
-    assert run(extended[stage], f"run={stopped}") == 0
+    folder = tmp_path / "run"
+    assert run(extended[stage], f"run={folder}") == 0
+    assert sorted(file.name for file in (folder / "grids").glob("*.png")) == ["step-00000002.png", "step-00000004.png"]
     names = ("train/loss", "grad_norm", "val/loss" if stage == "colour" else "val/diffusion_loss")
-    assert losses(stopped, names) == losses(whole, names) and len(losses(whole)) == 4
-    assert weights(stopped) == weights(whole)
+    rows, trained = losses(folder, names), weights(folder)
+    back_to(folder, 2)
+    assert run(extended[stage], f"run={folder}") == 0
+    assert losses(folder, names) == rows and len(rows) == 4
+    assert weights(folder) == trained
     capsys.readouterr()
     assert run(extended[stage], "dry_run=true") == 0
     assert "fits" in capsys.readouterr().out

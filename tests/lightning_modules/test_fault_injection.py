@@ -1,6 +1,6 @@
 """Fault injection: a run meets one fault after another at random moments, and must end as the run that met none.
 
-Two of the tests inject one fault in every run of the slow tests; all of them, as many as wanted:
+One kill and one full disk are in every run of the slow tests; all of them, as many as wanted:
 
     pytest --slow --faults 5 tests/lightning_modules/test_fault_injection.py
 """
@@ -101,10 +101,10 @@ def forget_after(step: int, run: Path) -> None:
     [
         ("language_modelling", 1),
         ("language_modelling", 2),
-        ("alignment", 1),
+        pytest.param("alignment", 1, marks=pytest.mark.one_fault),
         ("alignment", 2),
         ("instruction_tuning", 1),
-        pytest.param("instruction_tuning", 2, marks=pytest.mark.one_fault),
+        ("instruction_tuning", 2),
     ],
 )
 def test_killed_at_random_moments(
@@ -161,7 +161,6 @@ def test_launcher_told_to_stop_at_random_moments(faults: int, configs: dict[str,
     assert numbers(stopped, stage) == numbers(whole, stage)
 
 
-@pytest.mark.one_fault
 def test_ranks_and_workers_change(faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None) -> None:
     """1 → 2 → 1 … sharded ranks and 0 → 2 → 0 … workers, after each kill -9."""
     stage, source, whole, changed = "language_modelling", random.Random(3), tmp_path / "whole", tmp_path / "changed"
@@ -186,9 +185,10 @@ def test_ranks_and_workers_change(faults: int, configs: dict[str, Path], tmp_pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a tmpfs")
-@pytest.mark.parametrize("freed", [True, False])
+@pytest.mark.parametrize("freed", [True, pytest.param(False, marks=pytest.mark.one_fault)])
 def test_file_system_that_is_really_full(
     freed: bool,
+    faults: int,
     configs: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

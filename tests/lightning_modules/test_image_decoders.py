@@ -212,8 +212,8 @@ def test_stages_train_resume_and_dry_run(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two steps of stage 2, then of stage 3 from what it wrote; the second step of each once more, from the first. All
-    the while the image decoder's bits stay. The finished run draws, is described and exported by commands."""
+    """Two steps of stage 2, then of stage 3 from what it wrote, and its second step once more, from the first. All the
+    while the image decoder's bits stay. The finished run draws, is described and exported by commands."""
     used, freeze = [], ImageDecoder.freeze
     arguments = [f"model.image_decoder={folders[family]}", "trainer.max_steps=2", "trainer.checkpoint_every=1"]
     arguments += ["grids={every: 2, prompts: 2, steps: 2}", *KEYS.get(family, [])]
@@ -224,10 +224,11 @@ def test_stages_train_resume_and_dry_run(
             assert run(configs[stage], *arguments, f"run={folder}") == 0
         assert (folder / "grids" / "step-00000002.png").is_file()
         rows, trained = losses(folder, tracked), weights(folder)
-        back_to(folder, 1)
-        assert run(configs[stage], *arguments, f"run={folder}") == 0
-        assert losses(folder, tracked) == rows and len(rows) == 2
-        assert weights(folder) == trained
+        if stage == "instruction_tuning":
+            back_to(folder, 1)
+            assert run(configs[stage], *arguments, f"run={folder}") == 0
+            assert losses(folder, tracked) == rows and weights(folder) == trained
+        assert len(rows) == 2
         capsys.readouterr()
         assert run(configs[stage], *arguments, "dry_run=true") == 0
         assert "fits" in capsys.readouterr().out

@@ -224,9 +224,8 @@ def test_what_a_sample_says_does_not_steer_the_terminal(tmp_path: Path, capsys: 
     assert printable("\ud800") == "\\ud800"
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_mistakes_are_told(capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in [
         (["check", "absent/*.tar"], "does not exist"),
         (["check", "pipe:ls"], "not a local path"),
         (["check", "a.tar", "--sheet", "a.jpg"], "ends in .png"),
@@ -236,11 +235,9 @@ def test_what_a_sample_says_does_not_steer_the_terminal(tmp_path: Path, capsys: 
         (["convert", "text", "absent", "out"], "no file or folder 'absent'"),
         (["convert", "tsv", "absent", "out"], "'rows' has no value"),
         (["convert", "text", "absent", "out", "colunm=a"], "Did you mean"),
-    ],
-)
-def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert run(*arguments) == 2
-    assert message in capsys.readouterr().err
+    ]:
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_settings_are_listed(capsys: pytest.CaptureFixture) -> None:

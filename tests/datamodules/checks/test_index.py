@@ -105,15 +105,12 @@ def test_each_shard_of_a_store_is_fetched_once(server: Server, tmp_path: Path, c
     assert len(server.shards()) == fetched - SHARDS  # their sizes alone are asked for
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_mistakes_are_told(capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in [
         (["absent"], "no shard at"),
         (["pipe:ls", "--output", "a.json"], "not a local path"),
         (["simplecache::s3://bucket/a.tar", "--output", "a.json"], "not a local path"),
         (["a.tar", "--output", "a.txt"], "ends in .json"),
-    ],
-)
-def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert index(*arguments) == 2
-    assert message in capsys.readouterr().err
+    ]:
+        assert index(*arguments) == 2
+        assert message in capsys.readouterr().err

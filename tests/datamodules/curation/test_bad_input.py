@@ -178,10 +178,10 @@ def test_a_row_that_breaks_its_batch_is_dropped_alone():
     assert [row["number"] for row in rows] == list(range(10)) and sum("seen" in row for row in rows) == 8
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), DataError("mistake")])
-def test_the_machines_faults_drop_no_image(error):
-    with pytest.raises(type(error)):
-        attempt("masks", Flaky({0}, error), numbered(2))
+def test_the_machines_faults_drop_no_image():
+    for error in [torch.OutOfMemoryError("full"), MemoryError(), DataError("mistake")]:
+        with pytest.raises(type(error)):
+            attempt("masks", Flaky({0}, error), numbered(2))
 
 
 def test_a_stage_that_loses_rows_is_found_out():

@@ -1,7 +1,5 @@
 """Answers of language models, good and bad, and what is kept of them."""
 
-import pytest
-
 from datamodules.curation.config import Entities, TextFilter
 from datamodules.curation.rows import new_row
 from datamodules.curation.text import CaptionFilter, CheckEntities, choose_entities, parse_answer
@@ -10,9 +8,8 @@ from datamodules.sample import Entity
 from tests.datamodules.worlds import image
 
 
-@pytest.mark.parametrize(
-    ("answer", "things"),
-    [
+def test_answers_are_parsed_with_patience():
+    for answer, things in [
         ("dog, cat", ["dog", "cat"]),
         (" Things: a dog, the red kite and a child.\n\nCaption: a cat\nThings: cat", ["dog", "red kite", "child"]),
         ("Sure! Here are the things:\n- dog\n- hot dog\n", ["dog", "hot dog"]),
@@ -28,15 +25,12 @@ from tests.datamodules.worlds import image
         (", . ,", None),
         ("I am sorry but as a language model I cannot see the picture that you mean", None),
         ("[" * 5000, None),
-    ],
-)
-def test_answers_are_parsed_with_patience(answer, things):
-    assert parse_answer(answer, max_words=4) == things
+    ]:
+        assert parse_answer(answer, max_words=4) == things
 
 
-@pytest.mark.parametrize(
-    ("candidates", "caption", "kept", "skipped"),
-    [
+def test_the_caption_alone_is_trusted():
+    for candidates, caption, kept, skipped in [
         (["cat", "Dog"], "a dog and a cat", ["dog", "cat"], {}),
         (["cat"], "a caterpillar", [], {"not_in_caption": 1}),
         (["dog", "DOG"], "a Dog", ["Dog"], {"duplicate": 1}),
@@ -44,10 +38,8 @@ def test_answers_are_parsed_with_patience(answer, things):
         (["dog", "hot dog"], "a hot dog and a dog", ["hot dog"], {"ambiguous": 1}),
         (["a", "b", "c"], "a b c", ["a", "b"], {"too_many": 1}),
         (["(dog", "dog)"], "a (dog) x", [], {"not_in_caption": 2}),
-    ],
-)
-def test_the_caption_alone_is_trusted(candidates, caption, kept, skipped):
-    assert choose_entities(candidates, caption, set(COLOURS), max_entities=2) == (kept, skipped)
+    ]:
+        assert choose_entities(candidates, caption, set(COLOURS), max_entities=2) == (kept, skipped)
 
 
 def test_what_is_kept_is_what_training_places():

@@ -17,15 +17,13 @@ SLACK = 40 * 2**20  # what the conversion itself and the unpickled names take
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [None, "float32"])
-def test_parts_are_in_memory_one_at_a_time(tmp_path, dtype, monkeypatch, capsys):
+def test_parts_are_in_memory_one_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     (tmp_path / "sizes.yaml").write_text(SIZES)
     command = ["--config", str(tmp_path / "sizes.yaml")]
     command += ["--decoder", "datamodules/toyland/weights/stable-diffusion", "--folder", str(tmp_path)]
-    command += ["--vocabulary", "8000", *(["--dtype", dtype] if dtype else [])]
+    command += ["--vocabulary", "8000", "--dtype", "float32"]  # twice as wide as what is read
     assert main(command) == 0
     figures = json.loads(capsys.readouterr().out)
-    written = figures["checkpoint_bytes"] * (2 if dtype else 1)
-    assert written > 1.8 * figures["largest_part_bytes"]  # else nothing would be shown
+    assert 2 * figures["checkpoint_bytes"] > 1.8 * figures["largest_part_bytes"]  # else nothing would be shown
     assert figures["peak_bytes"] - figures["libraries_bytes"] < 1.3 * figures["largest_part_bytes"] + SLACK

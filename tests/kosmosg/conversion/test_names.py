@@ -36,9 +36,8 @@ def our_names():
     return [(part, name) for part, module in parts.items() for name in module.state_dict()]
 
 
-@pytest.mark.parametrize(
-    ("released", "ours"),
-    [
+def test_names():
+    for released, ours in [
         (
             "gpt_model.decoder.layers.11.self_attn.inner_attn_ln.bias",
             "decoder.layers.11.self_attention.inner_norm.bias",
@@ -47,24 +46,19 @@ def our_names():
         ("aligner.encoder.layers.3.encoder_attn.q_proj.weight", "decoder.3.cross_attention.q_proj.weight"),
         ("img_model.visual.conv1.weight", "vision.clip.embeddings.patch_embedding.weight"),
         ("vae.vae.encoder.conv_in.weight", "encoder.conv_in.weight"),
-    ],
-)
-def test_names(released, ours):
-    assert our_name(released)[1] == ours
+    ]:
+        assert our_name(released)[1] == ours
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_unknown_names_are_errors():
+    for name in [
         "gpt_model.decoder.layers.0.self_attn.relative.weight",
         "gpt_model.decoder.layers.0.ffn.fc3.weight",
         "aligner.encoder_extra",
         "optimizer.state",
-    ],
-)
-def test_unknown_names_are_errors(name):
-    with pytest.raises(ValueError, match=f"1 names .*{name}"):
-        convert_state({EMBEDDING: torch.zeros(2, 2), name: torch.zeros(1)})
+    ]:
+        with pytest.raises(ValueError, match=f"1 names .*{name}"):
+            convert_state({EMBEDDING: torch.zeros(2, 2), name: torch.zeros(1)})
 
 
 def test_unneeded_names_are_listed():
@@ -95,14 +89,14 @@ def test_released_name_is_the_inverse(our_names):
     assert released_name("mllm", "decoder.novel") is None
 
 
-@pytest.mark.parametrize("old", ["query", "key", "value", "proj_attn"])
-def test_old_names_of_the_vaes_attention(old):
-    new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old]
-    stem = "decoder.mid_block.attentions.0"
-    assert our_name(f"vae.vae.{stem}.{old}.weight") == ("vae", f"{stem}.{new}.weight")
-    both = {f"vae.vae.{stem}.{name}.weight": torch.zeros(1) for name in (old, new)}
-    with pytest.raises(ValueError, match="twice"):
-        convert_state(both)
+def test_old_names_of_the_vaes_attention():
+    for old in ["query", "key", "value", "proj_attn"]:
+        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old]
+        stem = "decoder.mid_block.attentions.0"
+        assert our_name(f"vae.vae.{stem}.{old}.weight") == ("vae", f"{stem}.{new}.weight")
+        both = {f"vae.vae.{stem}.{name}.weight": torch.zeros(1) for name in (old, new)}
+        with pytest.raises(ValueError, match="twice"):
+            convert_state(both)
 
 
 def test_names_and_shapes_of_the_full_size(shared):

@@ -28,18 +28,18 @@ class Runs:
         return self.call
 
 
-@pytest.mark.parametrize("place", ["args", "cfg", "model", "extra_state"])
-def test_code_is_not_run_and_is_named(tmp_path, place, capsys):
-    marker, path = tmp_path / "marker", tmp_path / "checkpoint.pt"
-    for function, argument, name in ((os.system, f"touch {marker}", "posix.system"), (print, "ran", "print"),
-                                     (eval, f"open({str(marker)!r}, 'w')", "eval")):  # fmt: skip
-        torch.save({"model": WEIGHTS, **{place: {"a": Runs(function, argument)}}}, path)
-        assert main(["convert", str(path), str(tmp_path / "out")]) == 2
-        assert main(["inspect", str(path)]) == 2
-        told = capsys.readouterr()
-        assert told.err.count(f"names {name},") == 2 and told.err.count(str(path)) == 2
-        assert "Traceback" not in told.err and "ran" not in told.out.split()
-    assert not marker.exists() and not (tmp_path / "out").exists()
+def test_code_is_not_run_and_is_named(tmp_path, capsys):
+    for place in ["args", "cfg", "model", "extra_state"]:
+        marker, path = tmp_path / "marker", tmp_path / "checkpoint.pt"
+        for function, argument, name in ((os.system, f"touch {marker}", "posix.system"), (print, "ran", "print"),
+                                         (eval, f"open({str(marker)!r}, 'w')", "eval")):  # fmt: skip
+            torch.save({"model": WEIGHTS, **{place: {"a": Runs(function, argument)}}}, path)
+            assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+            assert main(["inspect", str(path)]) == 2
+            told = capsys.readouterr()
+            assert told.err.count(f"names {name},") == 2 and told.err.count(str(path)) == 2
+            assert "Traceback" not in told.err and "ran" not in told.out.split()
+        assert not marker.exists() and not (tmp_path / "out").exists()
 
 
 def test_known_classes_do_nothing(tmp_path):
@@ -86,15 +86,15 @@ def test_torchscript_is_refused_with_a_way_out(tmp_path):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("content", [{"model": WEIGHTS}, {"model": {"a": [1.0]}}, np.ones(3), Runs(print, "ran")])
-def test_a_raw_pickle_is_named_and_never_unpickled(tmp_path, content, protocol, capsys):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(pickle.dumps(content, protocol))
-    assert main(["convert", str(path), str(tmp_path / "out")]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith(f"kosmosg: '{path}' is ") and "weights_only" not in told.err and told.out == ""
-    assert protocol < 2 or "is a raw pickle" in told.err
+def test_a_raw_pickle_is_named_and_never_unpickled(tmp_path, capsys):
+    for protocol in range(6):
+        for content in [{"model": WEIGHTS}, {"model": {"a": [1.0]}}, np.ones(3), Runs(print, "ran")]:
+            path = tmp_path / "checkpoint.pt"
+            path.write_bytes(pickle.dumps(content, protocol))
+            assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+            told = capsys.readouterr()
+            assert told.err.startswith(f"kosmosg: '{path}' is ") and "weights_only" not in told.err and told.out == ""
+            assert protocol < 2 or "is a raw pickle" in told.err
 
 
 def test_what_torch_cannot_read_is_told_without_its_advice(tmp_path):
