@@ -15,7 +15,7 @@ TOYLAND_RUNS ?= runs/toyland
 # A resumable command; says so, too, when it is stopped before it can say it itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test parity tests-beside-parity toyland toyland-long toyland-table-2 toyland-image-prompts toyland-short toyland-pretrained gpu-check lint docs clean-toyland
+.PHONY: help setup test toyland toyland-long toyland-table-2 toyland-image-prompts toyland-short toyland-pretrained gpu-check lint docs clean-toyland
 .DEFAULT_GOAL := help
 
 help:
@@ -44,13 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 # in the order of tests/conftest.py, the long ones first.
 JOBS ?= 2
 PYTEST := $(RUN) -m pytest $(if $(filter 0,$(SLOW)),,--slow)
-test: parity
-	@$(MAKE) --no-print-directory tests-beside-parity
-
-parity: setup
+test: setup
 	$(PYTEST) tests/parity
-
-tests-beside-parity: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/parity
 
 toyland: export HF_HUB_OFFLINE := 1
