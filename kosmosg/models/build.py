@@ -29,7 +29,8 @@ IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {
 
 
 def image_decoder_index(source: str | Path) -> dict[str, Any]:
-    """model_index.json of a diffusers folder or hub id, whose `_class_name` is a key of `IMAGE_DECODERS`.
+    """model_index.json of a diffusers folder or hub id, whose `_class_name` is a key of `IMAGE_DECODERS`; of a pipeline
+    folder of ours, its image decoder's.
 
     Raises:
         ValueError: a pipeline without a class here.
@@ -40,7 +41,8 @@ def image_decoder_index(source: str | Path) -> dict[str, Any]:
     elif not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
         with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
             index = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
-    name = index.get("_class_name", next(iter(IMAGE_DECODERS)))
+    usual = next(iter(IMAGE_DECODERS))
+    name = index.get("family", usual if "mllm" in index else index.get("_class_name", usual))
     name = name[-1] if isinstance(name, list) else name  # a list where the folder has code of its own, which is not run
     if name not in IMAGE_DECODERS:
         raise ValueError(f"model.image_decoder='{source}' is a {name}; allowed: {', '.join(IMAGE_DECODERS)}.")

@@ -70,7 +70,8 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def unconditional_of(cls, index: Mapping[str, Any]) -> Literal["prompt", "zeros"]:
-        return "zeros" if index.get("force_zeros_for_empty_prompt", True) else "prompt"
+        usual = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "prompt"
+        return index.get("unconditional", usual)  # as a pipeline folder of ours has it
 
     def with_index(self, index: Any) -> "StableDiffusionXL":
         """The null condition as model_index.json has it."""

@@ -316,6 +316,10 @@ def test_another_decoder_takes_the_place_of_the_folders(models, tmp_path):
     KosmosGPipeline.from_pretrained(model, decoder).save_pretrained(tmp_path)
     replaced = KosmosGPipeline.from_pretrained(tmp_path, models["sana"][1])
     assert replaced.unet is None and np.array_equal(drawn(replaced), expected)
+    replaced.save_pretrained(tmp_path / "sana")  # a pipeline folder of ours has an image decoder, too
+    assert np.array_equal(drawn(KosmosGPipeline.from_pretrained(model, tmp_path / "sana")), expected)
+    whole = KosmosGPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(drawn(KosmosGPipeline.from_pretrained(model, tmp_path)), drawn(whole))
 
 
 def test_what_does_not_fit_is_named(models):
