@@ -16,6 +16,14 @@ SCORES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def fresh_wandb():
+    """Without what earlier tests told it, as the run of a sweep."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 @pytest.fixture
 def output(tmp_path):
     folder = tmp_path / "run" / "evaluation"
@@ -64,10 +72,8 @@ def test_an_unreachable_server_leaves_an_offline_run(output, monkeypatch, caplog
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    wandb.teardown()  # what earlier tests told it
     with caplog.at_level(logging.WARNING):
         track(Tracking(mode="online", project="p", timeout=2.0), output, SCORES, {"key": "k"})
-    wandb.teardown()
     assert "W&B cannot be reached" in caplog.text and str(output / "wandb") in caplog.text
     assert list(output.glob("wandb/offline-run-*/*.wandb"))
 
