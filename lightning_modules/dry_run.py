@@ -2,7 +2,7 @@
 
 The stage's own module is built at its full size without memory, under PyTorch's FakeTensorMode: shapes, dtypes and
 autocast are real, nothing is stored or computed. Its own loss runs forward and backward over `fake_batch`, which is
-counted. Sizes of the image decoder come from its folder, or are the published ones of Stable Diffusion v1.5.
+counted. Sizes of the image decoder and of a vision-language model come from their folders, or are published ones.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from kosmosg.config import ConfigError
 from kosmosg.models.build import image_decoder_class
+from kosmosg.models.image_decoder import with_values
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import PromptShape, StageModule
 from lightning_modules.parallelize import apply_activation_checkpointing, layers
@@ -153,7 +154,7 @@ def size_up(experiment: Any) -> Sized:
         recipe=replace(experiment.recipe, **buckets),
         model=replace(experiment.model, vision_weights=None),
     )
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(allow_non_fake_inputs=True), IntegersWithValues(), torch.random.fork_rng(devices=[]):
         module = experiment.module.build(
             fresh, Vocabulary(words), lambda source, parts: image_decoder_class(source).from_config(source, parts)
         ).train()
@@ -220,6 +221,21 @@ class LiveBytes(TorchDispatchMode):
     def _part(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+class IntegersWithValues(TorchDispatchMode):
+    """Computes what depends on integers and truth values alone, which FakeTensorMode gives no values: a vision-language
+    model derives positions and the windows of its attention from the sizes of images."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if all(type(tensor) is Tensor for tensor in given):
+            results = None if given else tree_leaves(function(*args, **kwargs))
+            if results is None or not any(isinstance(made, Tensor) and made.is_floating_point() for made in results):
+                with with_values():
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 class EverywhereCounted(TorchFunctionMode):
@@ -345,7 +361,7 @@ def report(experiment: Any, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     if options.precision == "bf16-mixed" and not hardware.card().has_bf16:
         console.print(f"{hardware.device} computes no bf16: use trainer.precision=16-mixed.", style="bold")
-    if not Path(experiment.model.tokenizer).is_dir():
+    if experiment.model.language_model is None and not Path(experiment.model.tokenizer).is_dir():
         console.print(f"There is no tokenizer at '{experiment.model.tokenizer}' yet: {sized.vocabulary:,} ids assumed.")
     if found.total > found.available:
         raise DoesNotFitError(refusal(found, layout, hardware.device))
