@@ -7,7 +7,7 @@ counted. Sizes of the image decoder and of a vision-language model come from the
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -185,7 +184,7 @@ def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> Pa
     autocast: Any = contextlib.nullcontext()
     if precision.endswith("-mixed"):
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, live, EverywhereCounted():
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, live:
         with autocast:
             value = loss()
         value.backward()
@@ -224,8 +223,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 class IntegersWithValues(TorchDispatchMode):
-    """Computes what depends on integers and truth values alone, which FakeTensorMode gives no values: a vision-language
-    model derives positions and the windows of its attention from the sizes of images."""
+    """Computes what depends on integers and truth values alone, which FakeTensorMode gives no values: how many places a
+    mask picks, and where a vision-language model has an image's tokens and the windows of its attention."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -235,16 +234,20 @@ class IntegersWithValues(TorchDispatchMode):
             if results is None or not any(isinstance(made, Tensor) and made.is_floating_point() for made in results):
                 with with_values():
                     return function(*args, **kwargs)
+        elif function in INDEXING:
+            args = (args[0], [place for index in args[1] for place in places(index)], *args[2:])
         return function(*args, **kwargs)
 
 
-class EverywhereCounted(TorchFunctionMode):
-    """Which positions a mask picks depends on values; here every mask picks all."""
+INDEXING = [torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default]
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            return args[0].flatten(0, args[1].ndim - 1)
-        return function(*args, **(kwargs or {}))
+
+def places(index: Tensor | None) -> Sequence[Tensor | None]:
+    """What a mask picks, as numbers; other indices as they are."""
+    if type(index) is not Tensor or index.dtype != torch.bool:
+        return (index,)
+    with with_values():
+        return index.nonzero(as_tuple=True)
 
 
 # PyTorch counts the attention kernels of GPUs alone.

@@ -19,6 +19,7 @@ from kosmosg.models.aligner import LinearAligner
 from kosmosg.models.mllm import MAX_TOKENS
 from kosmosg.models.positions import XPOS_DECAY
 from kosmosg.models.storage import CONFIG_FILE, find_model
+from kosmosg.models.vision_language_model import VisionLanguageModel
 from kosmosg.tokenizer import ADDED_FILE
 
 # What a released checkpoint of each stage carries.
@@ -75,11 +76,10 @@ UNUSED: dict[str, Any] = {
 
 def exported(part: str, folder: Path) -> Weights:
     """A part's weights, checked against its configuration."""
-    weights, config = required_weights(folder, part), read_json(folder / CONFIG_FILE)
-    if config.get("_class_name") == LinearAligner.__name__:
-        raise ConversionError(
-            f"'{folder}' holds a {LinearAligner.__name__}, which released checkpoints have no place for."
-        )
+    config = read_json(folder / CONFIG_FILE)
+    if (kind := config.get("_class_name")) in (LinearAligner.__name__, VisionLanguageModel.__name__):
+        raise ConversionError(f"'{folder}' holds a {kind}, which released checkpoints have no place for.")
+    weights = required_weights(folder, part)
     require_exact(part, build(part, config), weights)
     return weights
 

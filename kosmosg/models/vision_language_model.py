@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     FeatureExtractionMixin,
     PretrainedConfig,
@@ -52,6 +53,7 @@ from kosmosg.prompt import (
 
 NETWORK = "network"  # the folder of weights below a model's mllm/
 NETWORKS: Any = AutoModel
+WHOLE_MODELS: Any = AutoModelForImageTextToText
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 BLANK_SIDE, USUAL_SIDE = 32, 512  # pixels of the images that stand for others
 
@@ -256,6 +258,7 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         self.width, self.max_tokens = text.hidden_size, text.max_position_embeddings
         self.layer, self.last_layer = hidden_layer % states, states - 1
         self.start_id = start_id(network.config)
+        self.takes_token_types = "mm_token_type_ids" in inspect.signature(network.forward).parameters
         self.has_own_weights = False
         # Before the network may be sharded: it is run without its parent here.
         self.blank = self._blank_image(BLANK_SIDE)
@@ -267,8 +270,7 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
             inputs |= batch.images.map(
                 lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             ).inputs
-            # Without it, Qwen's models number image tokens as if they were words.
-            if "mm_token_type_ids" in inspect.signature(self.network.forward).parameters:
+            if self.takes_token_types:  # without them, Qwen's models number image tokens as if they were words
                 inputs["mm_token_type_ids"] = batch.image_mask.long()
         if self.layer != self.last_layer:
             inputs["output_hidden_states"] = [self.layer]
@@ -336,7 +338,8 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
                 network = NETWORKS.from_config(language_config(source), dtype=torch_dtype)
         else:
             require_images(language_config(source), source)
-            network = load_network(NETWORKS, source, dtype=torch_dtype)
+            # Of the whole model, since base models alone know some of the names that weights have gone by.
+            network = load_network(WHOLE_MODELS, source, dtype=torch_dtype).base_model
         return cls(source=str(source), network=network, **options)
 
     @classmethod
@@ -409,7 +412,7 @@ def read_config(source: str | Path) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model.language_model='{source}' cannot be read: {error}") from error
 
 

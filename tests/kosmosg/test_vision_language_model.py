@@ -88,9 +88,7 @@ def test_prompts_are_those_of_the_models_own_processor(folder: Path, encoder: Pr
     marks = ("<|vision_start|>", "<|vision_end|>") if "qwen" in folder.name else ("", "")
     image = processor.image_token.join(marks)
     for number, (before, after) in ((0, ("a dog ", " in the snow")), (2, ("", ""))):
-        given = processor(
-            text=[f"<|endoftext|>{before}{image}{after}"], images=[picture(number)], return_tensors="pt"
-        )
+        given = processor(text=[f"<|endoftext|>{before}{image}{after}"], images=[picture(number)], return_tensors="pt")
         batch = batch_of(encoder, [[before, picture(number), after]])
         assert torch.equal(batch.ids, given["input_ids"])
         assert torch.equal(batch.image_mask, batch.ids == words.convert_tokens_to_ids(processor.image_token))
@@ -214,7 +212,7 @@ def test_special_tokens_in_a_text_are_characters(encoder: ProcessorEncoder) -> N
 def test_images_that_are_refused_or_made_smaller(
     folder: Path, encoder: ProcessorEncoder, model: VisionLanguageModel
 ) -> None:
-    with pytest.raises(TypeError, match="a prompt segment is Tensor; allowed are str and PIL images"):
+    with pytest.raises(TypeError, match=r"a prompt segment is Tensor; allowed are str and PIL images"):
         encoder([torch.zeros(3, 8, 8)])
     with pytest.raises(ValueError, match="an image of 1000×5 pixels is not allowed"):
         encoder([Image.new("RGB", (1000, 5))])
@@ -255,7 +253,7 @@ def test_what_trains_gets_a_gradient_and_nothing_else_does(
     assert encoder_blocks == (2 if blocks == -1 else blocks)
     assert any("embed" in name for name in trained) == (blocks == -1)
     assert model.network.get_decoder().layers[-1].mlp.up_proj.weight.requires_grad == (layer == -1)
-    with pytest.raises(ValueError, match="vision_training.blocks is 3, but the vision encoder has 2 blocks"):
+    with pytest.raises(ValueError, match=r"vision_training.blocks is 3, but the vision encoder has 2 blocks"):
         model.set_trainable(VisionTraining(blocks=3))
 
 
@@ -296,7 +294,7 @@ def test_a_frozen_model_whose_weights_are_gone_is_named(folders: dict[str, Path]
     model.save_pretrained(tmp_path, LanguageProcessor.from_pretrained(folders["qwen2_5_vl"]))
     file = tmp_path / "mllm" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "source": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match="language_model='.*gone' cannot be read"):
+    with pytest.raises(ValueError, match=r"language_model='.*gone' cannot be read"):
         KosmosG.from_pretrained(tmp_path)
 
 
@@ -313,15 +311,15 @@ def test_either_naming_of_weights_is_read(folder: Path, model: VisionLanguageMod
 
 def test_models_and_layers_that_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     Qwen2Config(hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a qwen2; allowed: models of transformers that read images and text"):
+    with pytest.raises(ValueError, match=r"is a qwen2; allowed: models of transformers that read images and text"):
         VisionLanguageModel.load(tmp_path)
-    with pytest.raises(ValueError, match="model.hidden_layer=4 is not allowed; allowed for '.*': -4 … 3"):
+    with pytest.raises(ValueError, match=r"model.hidden_layer=4 is not allowed; allowed for '.*': -4 … 3"):
         VisionLanguageModel.load(folders["qwen2_5_vl"], hidden_layer=4)
     weights = load_file(folders["qwen2_5_vl"] / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     (tmp_path / "config.json").write_text((folders["qwen2_5_vl"] / "config.json").read_text())
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="1 weights with NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"1 weights with NaN or infinite values"):
         VisionLanguageModel.load(tmp_path)
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Every MLLM with every image decoder: both named by one line, trained in stages 2 and 3, exported, read and sampled."""
+"""Every MLLM with every image decoder, each named by one line: trained in stages 2 and 3, exported, read, sampled."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from lightning_modules import dry_run
 from lightning_modules.dry_run import PassCost, size_up
 from tests import tiny
 from tests.lightning_modules.miniature import picture
-from tests.lightning_modules.runs import back_to
+from tests.lightning_modules.runs import back_to, exported, finish, numbers
 from tests.test_train import losses, run, weights
 
 CONFIGS = Path(train.__file__).parent / "configs"
@@ -69,16 +69,16 @@ def test_pairs_train_are_exported_and_sample(
     assert stored == [language == "kosmosg", True]
     before, after = (KosmosG.from_pretrained(folder) for folder in folders)
     first = dict(before.mllm.named_parameters())
-    changed = {name.split(".")[1] for name, value in after.mllm.named_parameters() if not torch.equal(value, first[name])}
+    changed = {
+        name.split(".")[1] for name, value in after.mllm.named_parameters() if not torch.equal(value, first[name])
+    }
     assert changed >= ({"embed_tokens"} if language == "kosmosg" else {"language_model"})
     encoder = after.mllm.encoder(load_tokenizer(folders[1] / "model" / "tokenizer"))
     batch = encoder.collate([encoder(["a ", picture(0), " in the snow"])])
     sampler = DiffusionSampler(load_image_decoder(decoders[decoder], "images"))
     with torch.no_grad():
         condition, null = after.condition(batch), after.null_condition()
-        drawn = sampler(
-            condition, sampler.decoder.spec.null(null), seeds=[0], num_inference_steps=2, output_type="pt"
-        )
+        drawn = sampler(condition, sampler.decoder.spec.null(null), seeds=[0], num_inference_steps=2, output_type="pt")
     assert drawn.shape == (1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE) and drawn.isfinite().all()
 
 
@@ -86,19 +86,22 @@ def test_pairs_train_are_exported_and_sample(
 def test_a_language_model_resumes_draws_and_dry_runs(
     language: str,
     language_models: dict[str, Path],
+    decoders: dict[str, Path],
     configs: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """Images before text and text alone in one run of image alignment, in which the language model trains."""
+    """Prompts with images and text alone in one run of image alignment, in which the language model trains."""
     config = yaml.safe_load(configs["alignment"].read_text())
     config["data"]["constructed"] = yaml.safe_load(configs["instruction_tuning"].read_text())["data"]["constructed"]
     config["recipe"] = {"trainable": "all", "rec_weight": 0.0, "variant": "masked", "length_buckets": 2}
     config["grids"] = {"every": 2, "prompts": 2, "steps": 2}
     file = tmp_path / "image_alignment.yaml"
     file.write_text(yaml.safe_dump(config))
-    arguments = [*named(language, language_models), "model.hidden_layer=-2", "trainer.max_steps=2"]
-    arguments += ["trainer.checkpoint_every=1", "trainer.activation_checkpointing=selective", "data.max_clip_tokens=22"]
+    arguments = [*named(language, language_models), "model.hidden_layer=-2", "model.max_image_pixels=4096"]
+    arguments += ["trainer.checkpoint_every=1", "trainer.activation_checkpointing=selective", "data.max_clip_tokens=40"]
+    arguments += ["trainer.max_steps=2"]
+    arguments += [f"model.image_decoder={decoders['sana']}", *KEYS["sana"], "recipe.new_aligner=true"]
     folder = tmp_path / "run"
     assert run(file, *arguments, f"run={folder}") == 0
     assert (folder / "grids" / "step-00000002.png").is_file()
@@ -107,7 +110,7 @@ def test_a_language_model_resumes_draws_and_dry_runs(
     assert run(file, *arguments, f"run={folder}") == 0
     assert losses(folder) == rows and len(rows) == 2 and weights(folder) == trained
     capsys.readouterr()
-    assert run(file, *arguments, "dry_run=true", "hardware.prompt_tokens=2500") == 0
+    assert run(file, *arguments, "dry_run=true", "hardware.prompt_tokens=200") == 0
     assert "fits" in capsys.readouterr().out
 
 
@@ -124,7 +127,9 @@ def test_a_dry_run_counts_what_runs(language: str, language_models: dict[str, Pa
     batch = module.fake_batch(3, sized.shape, experiment.model.image_size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module.losses(batch)["loss"].backward()
-    assert sized.flops(3) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert sized.flops(3) == pytest.approx(
+        counter.get_total_flops(), rel=0.1
+    )  # of attention, the backward pass computes a product again
     assert dry_run.count(module.mllm, True) == dry_run.count(sized.module.mllm, True) > 0
     assert dry_run.count(module.mllm, False) == dry_run.count(sized.module.mllm, False) > 0
 
@@ -167,3 +172,21 @@ def test_what_is_refused(
     error = capsys.readouterr().err
     assert "source is " in error and str(language_models["qwen3_vl"]) in error
     assert json.loads((model / "model" / "mllm" / "config.json").read_text())["hidden_layer"] == -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("language", "strategy"), [("qwen3_vl", "fsdp2"), ("qwen2_5_vl", "ddp")])
+def test_two_ranks_train_a_language_model_like_one(
+    language: str, strategy: str, language_models: dict[str, Path], configs: dict[str, Path], tmp_path: Path
+) -> None:
+    """In stage 3, where ranks read prompts with images and without."""
+    options = [*named(language, language_models), "recipe.new_aligner=true", "model.max_image_pixels=1024"]
+    finish(1, configs["instruction_tuning"], tmp_path / "one", *options)
+    finish(2, configs["instruction_tuning"], tmp_path / "two", *options, f"trainer.strategy={strategy}")
+    one, two = (numbers(tmp_path / name, "instruction_tuning") for name in ("one", "two"))
+    assert len(one) == 4
+    for row, other in zip(one, two, strict=True):
+        assert other[:-1] == pytest.approx(row[:-1], rel=1e-4)
+    tensors = exported(tmp_path / "two")
+    for name, tensor in exported(tmp_path / "one").items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-3), name
