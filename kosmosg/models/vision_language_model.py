@@ -82,21 +82,36 @@ class LanguageProcessor(FeatureExtractionMixin):
             ValueError: it is no model that reads images.
         """
         config = require_images(read_config(source), source)
-        kind: Any = PROCESSOR_MAPPING[type(config)]
-        names = [name for name in kind.get_attributes() if name != "video_processor"]
-        kind = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: names)})
+        kind = without_videos(PROCESSOR_MAPPING[type(config)])
         parts: dict[str, Any] = {
             "tokenizer": AutoTokenizer.from_pretrained(source),
             # One of several that round differently; the others need torchvision.
             "image_processor": AutoImageProcessor.from_pretrained(source, backend="pil"),
         }
         values, _options = kind.get_processor_dict(source)
-        return cls(kind.from_args_and_dict([parts[name] for name in names], values), config)
+        return cls(kind.from_args_and_dict([parts[name] for name in kind.get_attributes()], values), config)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write transformers' files and the model's configuration."""
         self.processor.save_pretrained(folder)
         self.config.save_pretrained(folder)
+
+
+def without_videos(kind: Any) -> Any:
+    """A class of processors that has no video processor, under the same name."""
+    names = [name for name in kind.get_attributes() if name != "video_processor"]
+    methods = {
+        "get_attributes": classmethod(lambda _: names),
+        "__reduce__": lambda self: (restored, (kind, self.__dict__)),  # for data workers that are not forked
+    }
+    return type(kind.__name__, (kind,), methods)
+
+
+def restored(kind: Any, state: dict[str, Any]) -> Any:
+    """A processor of `without_videos`, from a pickle."""
+    processor = object.__new__(without_videos(kind))
+    processor.__dict__.update(state)
+    return processor
 
 
 class ProcessorEncoder(PromptEncoder):

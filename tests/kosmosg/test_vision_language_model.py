@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2Config
 
+from kosmosg.conversion import ConversionError, export_checkpoint, inspect_model
 from kosmosg.models.aligner import AlignerEncoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import VisionTraining
@@ -209,6 +210,10 @@ def test_special_tokens_in_a_text_are_characters(encoder: ProcessorEncoder) -> N
     assert encoder.captions([]) == []
 
 
+def test_data_workers_that_are_not_forked_get_the_encoder(encoder: ProcessorEncoder) -> None:
+    assert_same(batch_of(pickle.loads(pickle.dumps(encoder))), batch_of(encoder))
+
+
 def test_images_that_are_refused_or_made_smaller(
     folder: Path, encoder: ProcessorEncoder, model: VisionLanguageModel
 ) -> None:
@@ -276,6 +281,11 @@ def test_a_model_folder_holds_trained_weights_and_names_frozen_ones(
     stored = list((tmp_path / "model" / "mllm").rglob("*.safetensors"))
     assert bool(stored) == trained
     assert json.loads((tmp_path / "model" / "mllm" / "config.json").read_text())["source"] == str(folder)
+    found = inspect_model(tmp_path / "model")
+    assert ("mllm" in found["parts"]) == trained and found["sizes"]["mllm"]["source"] == str(folder)
+    assert found["missing for the pipeline"] == ["unet", "vae", "scheduler"]
+    with pytest.raises(ConversionError, match="holds a VisionLanguageModel, which released checkpoints have no place"):
+        export_checkpoint(tmp_path / "model", tmp_path / "released.pt")
     pipe = KosmosGPipeline.from_pretrained(tmp_path / "model", image_decoder=tiny_stable_diffusion)
     prompt, _ = pipe.encode_prompt(PROMPTS)
     with torch.no_grad():
