@@ -25,8 +25,7 @@ from datamodules.sample import TEXT_MEMBERS, CaptionSample, ConstructedSample, S
 from datamodules.shards import ShardList
 from kosmosg.batches import AlignmentBatch, ReadReport
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder, PromptTooLongError
-from kosmosg.tokenizer import Tokenizer
+from kosmosg.prompt import EncodedPrompt, PromptEncoder, PromptTooLongError
 
 BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
 REMEMBERED_CHARACTERS = 10_000_000  # of all words together: a hostile caption may be one word of megabytes
@@ -131,10 +130,14 @@ class CaptionRows(RowBuilder[AlignmentRow]):
     """Builds `<s>caption` and ids for the text model, all of a batch at once."""
 
     def __init__(
-        self, source: SampleReader, tokenizer: Tokenizer, clip: ClipTokens | WholeCaptions, config: AlignmentDataConfig
+        self,
+        source: SampleReader,
+        encoder: PromptEncoder,
+        clip: ClipTokens | WholeCaptions,
+        config: AlignmentDataConfig,
     ):
         super().__init__("captions", source)
-        self.tokenizer, self.clip, self.config = tokenizer, clip, config
+        self.encoder, self.clip, self.config = encoder, clip, config
 
     def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[AlignmentRow, str] | SampleError]:
         """See `RowBuilder`."""
@@ -143,7 +146,7 @@ class CaptionRows(RowBuilder[AlignmentRow]):
         captions = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
         ids, lengths = self.clip(captions)
         # All captions in one call: each call of the tokenizer costs as much as a short caption.
-        found = iter(zip(ids.numpy(), lengths, self.tokenizer.encode_batch(captions), strict=True))
+        found = iter(zip(ids.numpy(), lengths, self.encoder.captions(captions), strict=True))
         return [self._row(sample, *next(found)) if isinstance(sample, CaptionSample) else sample for sample in samples]
 
     def tokens(self, row: AlignmentRow) -> int:
@@ -159,16 +162,16 @@ class CaptionRows(RowBuilder[AlignmentRow]):
         return sample
 
     def _row(
-        self, sample: CaptionSample, text_ids: np.ndarray, length: int, pieces: list[int]
+        self, sample: CaptionSample, text_ids: np.ndarray, length: int, prompt: EncodedPrompt
     ) -> tuple[AlignmentRow, str] | SampleError:
         if length > self.config.max_clip_tokens:
             return too_long(sample, length, self.config.max_clip_tokens)
-        if len(pieces) > self.config.max_pieces:
-            detail = f"{len(pieces)} pieces, at most {self.config.max_pieces}"
+        pieces = len(prompt) - 1
+        if pieces > self.config.max_pieces:
+            detail = f"{pieces} pieces, at most {self.config.max_pieces}"
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
         if not pieces:
             return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
-        prompt = EncodedPrompt([self.tokenizer.bos_id, *pieces], None, [])
         return (prompt, text_ids), f"{sample.shard}/{sample.key}"
 
 
@@ -261,10 +264,10 @@ class AlignmentData(MixtureDataModule):
             source = SampleReader(shards, order, ConstructedSample.kind, self.config.limits)
             return EntityPromptRows(source, self.encoder, self.clip, self.config)
         source = SampleReader(shards, order, CaptionSample.kind, self.config.limits, frozenset(TEXT_MEMBERS))
-        return CaptionRows(source, self.encoder.tokenizer, self.clip, self.config)
+        return CaptionRows(source, self.encoder, self.clip, self.config)
 
     def collate(self, rows: list[AlignmentRow], report: ReadReport) -> AlignmentBatch:
         """Rows → batch."""
-        prompt = PromptBatch.stack([prompt for prompt, _ in rows], self.encoder.tokenizer.pad_id)
+        prompt = self.encoder.collate([prompt for prompt, _ in rows])
         text_ids = torch.from_numpy(np.stack([text_ids for _, text_ids in rows]))
         return AlignmentBatch(prompt=prompt, text_ids=text_ids, report=report)

@@ -43,9 +43,10 @@ from kosmosg.files import write_json, write_text
 from kosmosg.models.aligner import Aligner, load_aligner
 from kosmosg.models.build import IMAGE_DECODERS, image_decoder_index
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.mllm import MAX_TOKENS, MLLM
-from kosmosg.models.storage import check_weights, find_model, load_network, load_part
+from kosmosg.models.kosmosg import KosmosG, load_mllm, load_tokenizer
+from kosmosg.models.mllm import MLLM
+from kosmosg.models.storage import check_weights, find_model, load_network
+from kosmosg.models.vision_language_model import LanguageProcessor, VisionLanguageModel
 from kosmosg.prompt import ImageInput, Prompt, PromptEncoder, Segment, check_negative_prompt, read_prompts
 from kosmosg.sampling import DiffusionSampler, build_scheduler
 from kosmosg.tokenizer import Tokenizer
@@ -93,9 +94,9 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     def __init__(
         self,
-        mllm: MLLM | None,
+        mllm: MLLM | VisionLanguageModel | None,
         aligner: Aligner | None,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | LanguageProcessor | None,
         unet: Any,
         vae: Any,
         scheduler: SchedulerMixin | None,
@@ -106,7 +107,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         super().__init__()
         if family not in IMAGE_DECODERS:
             raise ValueError(f"family={family!r} is not allowed; allowed: {', '.join(IMAGE_DECODERS)}.")
-        if tokenizer is not None and mllm is not None and len(tokenizer) != mllm.config.vocab_size:
+        if isinstance(tokenizer, Tokenizer) and isinstance(mllm, MLLM) and len(tokenizer) != mllm.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} ids but the MLLM's vocabulary {mllm.config.vocab_size}."
             )
@@ -212,7 +213,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def encoder(self) -> PromptEncoder:
         """Segments → ids and preprocessed images."""
         self._require("mllm", "aligner", "tokenizer")
-        return self.mllm.encoder(self.tokenizer, min(MAX_TOKENS, self.aligner.max_length or MAX_TOKENS))
+        longest = self.mllm.max_tokens
+        return self.mllm.encoder(self.tokenizer, min(longest, self.aligner.max_length or longest))
 
     @property
     def decoder_class(self) -> type[ImageDecoder]:
@@ -507,9 +509,9 @@ def decoder_parts(image_decoder: str | Path, dtype: Dtype, given: Collection[str
 def model_parts(folder: Path, dtype: Dtype, given: Collection[str]) -> dict[str, Any]:
     """What a training run wrote, mllm/, aligner/ and tokenizer/, but for what is `given`."""
     load: dict[str, Callable[[], Any]] = {
-        "mllm": lambda: load_part(MLLM, folder / "mllm", dtype_of("mllm", dtype)),
+        "mllm": lambda: load_mllm(folder / "mllm", dtype_of("mllm", dtype)),
         "aligner": lambda: load_aligner(folder / "aligner", dtype_of("aligner", dtype)),
-        "tokenizer": lambda: Tokenizer.from_pretrained(folder / "tokenizer"),
+        "tokenizer": lambda: load_tokenizer(folder / "tokenizer"),
     }
     return {name: read() for name, read in load.items() if name not in given}
 

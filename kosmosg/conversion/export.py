@@ -74,14 +74,13 @@ UNUSED: dict[str, Any] = {
 
 def exported(part: str, folder: Path) -> Weights:
     """A part's weights, checked against its configuration."""
-    weights, config = required_weights(folder, part), read_json(folder / CONFIG_FILE)
-    kind = (OURS | DIFFUSERS).get(part)
-    if kind is not None and config.get("_class_name", kind.__name__) != kind.__name__:
-        raise ConversionError(
-            f"'{folder}' holds a {config['_class_name']}, which released checkpoints have no place for."
-        )
+    config = read_json(folder / CONFIG_FILE)
+    expected = (OURS | DIFFUSERS).get(part)
+    if expected is not None and (kind := config.get("_class_name", expected.__name__)) != expected.__name__:
+        raise ConversionError(f"'{folder}' holds a {kind}, which released checkpoints have no place for.")
     if config.get("pooled_width") is not None:
         raise ConversionError(f"'{folder}' gives a pooled vector, which released checkpoints have no place for.")
+    weights = required_weights(folder, part)
     require_exact(part, build(part, config), weights)
     return weights
 

@@ -18,8 +18,10 @@ from kosmosg.conversion.parts import OURS, PIPELINE, RECORD, WEIGHTS
 from kosmosg.conversion.reader import read_json
 from kosmosg.conversion.weights import Weights, required_weights
 from kosmosg.models.build import IMAGE_DECODERS, image_decoder_class
+from kosmosg.models.kosmosg import load_tokenizer
 from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_1_5
 from kosmosg.models.storage import CONFIG_FILE, find_model
+from kosmosg.models.vision_language_model import NETWORK, VisionLanguageModel
 from kosmosg.pipeline import MODEL_INDEX, decoder_of_run
 from kosmosg.tokenizer import Tokenizer
 
@@ -165,11 +167,21 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     model = find_model(path)
     needed = needed_parts(model, path)
     found = (part for part in dict.fromkeys((*WEIGHTS, *needed)) if (model / part / CONFIG_FILE).is_file())
-    weights = {part: required_weights(model / part, part) for part in found}
-    there = {*weights, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
-    configs = {part: read_json(model / part / CONFIG_FILE) for part in weights}
+    configs = {part: read_json(model / part / CONFIG_FILE) for part in found}
+    there = {*configs, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
+    weights = {}
+    for part, config in configs.items():
+        folder = model / part
+        if config.get("_class_name") == VisionLanguageModel.__name__:
+            folder /= NETWORK
+            if not folder.is_dir():  # frozen, and named by its configuration
+                continue
+        weights[part] = required_weights(folder, part)
     sizes = {part: {k: v for k, v in config.items() if not k.startswith("_")} for part, config in configs.items()}
-    vocabulary = len(Tokenizer.from_pretrained(model / "tokenizer")) if "tokenizer" in there else None
+    vocabulary = None
+    if "tokenizer" in there:
+        tokenizer = load_tokenizer(model / "tokenizer")
+        vocabulary = len(tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.processor.tokenizer)
     provenance: dict[str, Any] = {}
     if (model / RECORD).is_file():
         record = read_json(model / RECORD)
