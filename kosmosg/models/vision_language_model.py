@@ -281,7 +281,8 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
     def forward(self, batch: PromptBatch) -> Tensor:
         """Hidden states B×L×D."""
         inputs: dict[str, Any] = {}
-        if isinstance(batch.images, PackedImages):
+        assert not isinstance(batch.images, Tensor)
+        if batch.images is not None:
             inputs |= batch.images.map(
                 lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             ).inputs
