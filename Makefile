@@ -15,7 +15,7 @@ TOYLAND_RUNS ?= runs/toyland
 # A resumable command; says so, too, when it is stopped before it can say it itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test parity tests-beside-parity toyland toyland-long toyland-table-2 toyland-image-prompts toyland-short toyland-pretrained gpu-check lint clean-toyland
+.PHONY: help setup test toyland toyland-long toyland-table-2 toyland-image-prompts toyland-short toyland-pretrained gpu-check lint docs clean-toyland
 .DEFAULT_GOAL := help
 
 help:
@@ -28,7 +28,8 @@ help:
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-pretrained  train the tiny pretrained models anew, into runs/toyland-pretrained"
 	@echo "make gpu-check      every stage and sampling on one GPU, beside dry run and diffusers; under ten minutes"
-	@echo "make lint           ruff and pyright"
+	@echo "make lint           ruff, pyright and the documentation's links"
+	@echo "make docs           the documentation as pages, into runs/site"
 	@echo "make clean-toyland  remove Toyland's data and runs"
 
 setup: $(STAMP)
@@ -43,13 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 # in the order of tests/conftest.py, the long ones first.
 JOBS ?= 2
 PYTEST := $(RUN) -m pytest $(if $(filter 0,$(SLOW)),,--slow)
-test: parity
-	@$(MAKE) --no-print-directory tests-beside-parity
-
-parity: setup
+test: setup
 	$(PYTEST) tests/parity
-
-tests-beside-parity: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/parity
 
 toyland: export HF_HUB_OFFLINE := 1
@@ -133,8 +129,14 @@ PARTS ?=
 gpu-check: setup
 	$(RUN) -m benchmarks check $(PARTS) size=$(SIZE)
 
-lint: setup
+lint: setup docs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+# Refuses dead links; `mkdocs serve` shows the pages while they are written.
+docs: export TRANSFORMERS_VERBOSITY := error
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup
+	$(RUN) -m mkdocs build --quiet --strict --site-dir runs/site
 
 clean-toyland:
 	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-long runs/toyland-short

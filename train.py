@@ -41,10 +41,9 @@ from datamodules.instruction import InstructionData
 from datamodules.language_modelling import LanguageModellingData
 from kosmosg.config import ConfigError, describe_schema, load_config, split_options, written_config
 from kosmosg.files import replaced
-from kosmosg.models.build import load_image_decoder
+from kosmosg.models.build import build_tokenizer, load_image_decoder
 from kosmosg.models.model_config import ModelConfig
 from kosmosg.sampling import DiffusionSampler
-from kosmosg.tokenizer import Tokenizer
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.base import StageModule, build_stage
 from lightning_modules.checkpointing import (
@@ -162,16 +161,15 @@ def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
     options, model = experiment.trainer, experiment.model
     try:
         layout = batch_layout(experiment.data.micro_batch_size, options)
-        tokenizer = Tokenizer.from_pretrained(Path(model.tokenizer))
+        tokenizer = build_tokenizer(model)
         module: Any = build_stage(experiment.module, experiment, tokenizer)
-        data = experiment.datamodule.build(
-            experiment.data, module.mllm.encoder(tokenizer), model.image_size, module.image_decoder
-        )
+        encoder = module.mllm.encoder(tokenizer)
+        data = experiment.datamodule.build(experiment.data, encoder, model.image_size, module.image_decoder)
         grids = []
         if experiment.module.draws_images and experiment.grids.every:
             decoder = module.image_decoder if module.image_decoder.denoiser is not None else None
             sampler = DiffusionSampler(decoder or load_image_decoder(model.image_decoder, "images"))
-            grids = [ImageGrid(experiment.grids, run.grids, sampler, tokenizer)]
+            grids = [ImageGrid(experiment.grids, run.grids, sampler, encoder)]
     except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
         raise ConfigError(str(error)) from error
     module.global_batch, module.guard.limit = layout.global_batch, options.max_skipped_steps
@@ -216,7 +214,7 @@ def export_model(
         raise ConfigError(f"run folder '{run.path}' holds no checkpoint {checkpoint.name if checkpoint else 'yet'}.")
     wanted = bool(experiment.ema.exported if average is None else average)
     try:
-        tokenizer = Tokenizer.from_pretrained(Path(experiment.model.tokenizer))
+        tokenizer = build_tokenizer(experiment.model)
         module = build_stage(experiment.module, experiment, tokenizer)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error

@@ -79,7 +79,11 @@ def check_sampling(setting: Setting, limit: Limit) -> Rows:
     spec = decoder.spec
     noise = torch.Generator(device).manual_seed(config.seed)
     states = torch.randn(options.images + 1, spec.tokens, spec.width, generator=noise, device=device)
-    condition, null = Condition(states[1:].to(decoder.denoiser.dtype)), Condition(states[:1].to(decoder.denoiser.dtype))
+    pooled = None
+    if spec.pooled is not None:
+        pooled = torch.randn(options.images + 1, spec.pooled, generator=noise, device=device)
+    conditions = Condition(states, pooled=pooled).to(decoder.denoiser.dtype)
+    condition, null = conditions.rows(slice(1, None)), conditions.rows(slice(0, 1))
     shared = {
         "num_inference_steps": options.steps,
         "guidance_scale": GUIDANCE_SCALE,
@@ -95,7 +99,7 @@ def check_sampling(setting: Setting, limit: Limit) -> Rows:
     def theirs() -> Any:
         arguments = decoder.pipeline_arguments(condition, null.repeat_interleave(options.images))
         generators = seeded(seeds, options.images, None, None)
-        return pipeline(**arguments, **shared, generator=generators, return_dict=False)[0]
+        return pipeline(**arguments, **shared, **decoder.call_options, generator=generators, return_dict=False)[0]
 
     def ours(decoder: ImageDecoder) -> Any:
         sampler = DiffusionSampler(decoder)

@@ -21,11 +21,9 @@ from kosmosg.batches import MicroBatch
 from kosmosg.condition import Condition
 from kosmosg.config import ConfigError
 from kosmosg.files import replaced
-from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, to_images
 from kosmosg.pipeline import evaluating
-from kosmosg.prompt import PromptBatch
+from kosmosg.prompt import PromptEncoder
 from kosmosg.sampling import DiffusionSampler
-from kosmosg.tokenizer import Tokenizer
 
 CELL, GAP, TEXT_WIDTH, HEADER = 128, 6, 190, 22  # pixels
 FONT_SIZE, LETTER_WIDTH = 13, 7
@@ -67,11 +65,11 @@ class ImageGrid(Callback):
 
     Args:
         sampler: of the image decoder.
-        tokenizer: writes the prompts' text.
+        encoder: of the prompts, which it describes.
     """
 
-    def __init__(self, config: GridConfig, folder: Path, sampler: DiffusionSampler, tokenizer: Tokenizer):
-        self.config, self.folder, self.sampler, self.tokenizer = config, folder, sampler, tokenizer
+    def __init__(self, config: GridConfig, folder: Path, sampler: DiffusionSampler, encoder: PromptEncoder):
+        self.config, self.folder, self.sampler, self.encoder = config, folder, sampler, encoder
         self.rows: list[Row] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -88,7 +86,7 @@ class ImageGrid(Callback):
         before = self._before(pl_module, trainer.is_global_zero)
         self.rows = [
             Row(text, inputs, [reference[row], before[row]])
-            for row, (text, inputs) in enumerate(describe(batch.prompt, self.tokenizer))
+            for row, (text, inputs) in enumerate(self.encoder.describe(batch.prompt))
         ]
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
@@ -139,28 +137,6 @@ class ImageGrid(Callback):
                 for file, image in zip(files, images, strict=True):
                     image.save(temporary / file.name)
         return images
-
-
-def describe(prompt: PromptBatch, tokenizer: Tokenizer) -> list[tuple[str, list[Image.Image]]]:
-    """Text with `<i>` for each image, and the images, of each prompt."""
-    described, images = [], [] if prompt.images is None else to_images(prompt.images, CLIP_MEAN, CLIP_STD)
-    for row, count in enumerate(prompt.images_per_row):
-        described.append((text_of(prompt.ids[row].tolist(), tokenizer), images[:count]))
-        images = images[count:]
-    return described
-
-
-def text_of(ids: list[int], tokenizer: Tokenizer) -> str:
-    """A prompt's text, `<i>` for each image."""
-    text, pieces = "", []
-    special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.image_id}
-    for token in ids:
-        if token == tokenizer.image_end_id:
-            text += f"{tokenizer.decode(pieces)} <i> "
-            pieces = []
-        elif token not in special:
-            pieces.append(token)
-    return (text + tokenizer.decode(pieces)).strip()
 
 
 def contact_sheet(rows: Sequence[Row], titles: Sequence[str]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Stage 2 data: captions alone, as tokens for the MLLM and for the CLIP text model (paper section 2.2).
+"""Stage 2 data: captions alone, as tokens for the MLLM and for the image decoder's text model (paper section 2.2).
 
 Images of the caption shards are neither decoded nor read. Constructed samples, which the paper's stage 2 does not have,
 give prompts with images for the MLLM, and their captions for the text model.
@@ -25,8 +25,7 @@ from datamodules.sample import TEXT_MEMBERS, CaptionSample, ConstructedSample, S
 from datamodules.shards import ShardList
 from kosmosg.batches import AlignmentBatch, ReadReport
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder, PromptTooLongError
-from kosmosg.tokenizer import Tokenizer
+from kosmosg.prompt import EncodedPrompt, PromptEncoder, PromptTooLongError
 
 BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
 REMEMBERED_CHARACTERS = 10_000_000  # of all words together: a hostile caption may be one word of megabytes
@@ -45,7 +44,8 @@ class AlignmentDataConfig(DataConfig):
     entities: EntityRules = field(default_factory=EntityRules)
     """How constructed samples become prompts."""
     max_clip_tokens: int = 75
-    """Longer captions are left out: CLIP tokens without start and end (released-code.md, "Caption rows")."""
+    """Longer captions are left out: tokens of the image decoder's text model, CLIP's without start and end
+    (released-code.md, "Caption rows"), others' without what stands before every caption."""
     max_pieces: int = 85
     """Longer captions are left out: SentencePiece pieces."""
 
@@ -109,9 +109,9 @@ class WholeCaptions:
 
     def __init__(self, tokenize: TextTokenize, clean: Callable[[str], str] = str):
         self.tokenize, self.clean = tokenize, clean
-        ids = tokenize(["", "a"])
+        ids = tokenize(["a", "7"])  # "" may have no instruction before it
         self.pad_id = int(ids[0, -1])
-        self.before = int((ids[1] != self.pad_id).sum()) - 1  # "a" is one token; "" may have no instruction
+        self.before = int((ids[0] != ids[1]).nonzero()[0])  # what unlike captions have in common
         self.room = ids.shape[1] - self.before - 1  # a row without padding may have been cut
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
@@ -127,13 +127,17 @@ def caption_tokens(decoder: ImageDecoder) -> ClipTokens | WholeCaptions:
 
 
 class CaptionRows(RowBuilder[AlignmentRow]):
-    """Builds `<s>caption` and CLIP ids, all of a batch at once."""
+    """Builds `<s>caption` and ids for the text model, all of a batch at once."""
 
     def __init__(
-        self, source: SampleReader, tokenizer: Tokenizer, clip: ClipTokens | WholeCaptions, config: AlignmentDataConfig
+        self,
+        source: SampleReader,
+        encoder: PromptEncoder,
+        clip: ClipTokens | WholeCaptions,
+        config: AlignmentDataConfig,
     ):
         super().__init__("captions", source)
-        self.tokenizer, self.clip, self.config = tokenizer, clip, config
+        self.encoder, self.clip, self.config = encoder, clip, config
 
     def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[AlignmentRow, str] | SampleError]:
         """See `RowBuilder`."""
@@ -142,7 +146,7 @@ class CaptionRows(RowBuilder[AlignmentRow]):
         captions = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
         ids, lengths = self.clip(captions)
         # All captions in one call: each call of the tokenizer costs as much as a short caption.
-        found = iter(zip(ids.numpy(), lengths, self.tokenizer.encode_batch(captions), strict=True))
+        found = iter(zip(ids.numpy(), lengths, self.encoder.captions(captions), strict=True))
         return [self._row(sample, *next(found)) if isinstance(sample, CaptionSample) else sample for sample in samples]
 
     def tokens(self, row: AlignmentRow) -> int:
@@ -158,21 +162,21 @@ class CaptionRows(RowBuilder[AlignmentRow]):
         return sample
 
     def _row(
-        self, sample: CaptionSample, text_ids: np.ndarray, length: int, pieces: list[int]
+        self, sample: CaptionSample, text_ids: np.ndarray, length: int, prompt: EncodedPrompt
     ) -> tuple[AlignmentRow, str] | SampleError:
         if length > self.config.max_clip_tokens:
             return too_long(sample, length, self.config.max_clip_tokens)
-        if len(pieces) > self.config.max_pieces:
-            detail = f"{len(pieces)} pieces, at most {self.config.max_pieces}"
+        pieces = len(prompt) - 1
+        if pieces > self.config.max_pieces:
+            detail = f"{pieces} pieces, at most {self.config.max_pieces}"
             return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
         if not pieces:
             return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
-        prompt = EncodedPrompt([self.tokenizer.bos_id, *pieces], None, [])
         return (prompt, text_ids), f"{sample.shard}/{sample.key}"
 
 
 class EntityPromptRows(RowBuilder[AlignmentRow]):
-    """Builds prompts with images of constructed samples, and the CLIP ids of their descriptions or captions."""
+    """Builds prompts with images of constructed samples, and the text model's ids of their descriptions or captions."""
 
     def __init__(
         self,
@@ -212,7 +216,7 @@ class EntityPromptRows(RowBuilder[AlignmentRow]):
 
 def too_long(sample: Sample, tokens: int, most: int) -> FilteredSample:
     """A caption that the image decoder's text model would be given cut."""
-    return FilteredSample("caption_too_long", sample.shard, sample.key, f"{tokens} CLIP tokens, at most {most}")
+    return FilteredSample("caption_too_long", sample.shard, sample.key, f"{tokens} tokens, at most {most}")
 
 
 class AlignmentData(MixtureDataModule):
@@ -223,7 +227,7 @@ class AlignmentData(MixtureDataModule):
         clip: captions → ids of the image decoder's text model.
 
     Raises:
-        ValueError: `max_clip_tokens` is more than the CLIP text model takes.
+        ValueError: `max_clip_tokens` is more than the text model takes.
     """
 
     Config = AlignmentDataConfig
@@ -241,8 +245,8 @@ class AlignmentData(MixtureDataModule):
         self.encoder, self.clip = encoder, clip
         if config.max_clip_tokens > self.clip.room:
             raise ValueError(
-                f"max_clip_tokens={config.max_clip_tokens} but the CLIP text model takes {self.clip.room} beside start "
-                "and end; lower data.max_clip_tokens."
+                f"max_clip_tokens={config.max_clip_tokens} but the image decoder's text model takes captions of at "
+                f"most {self.clip.room} tokens; lower data.max_clip_tokens."
             )
         if encoder.max_length is not None and encoder.max_length <= config.max_pieces:
             raise ValueError(
@@ -260,10 +264,10 @@ class AlignmentData(MixtureDataModule):
             source = SampleReader(shards, order, ConstructedSample.kind, self.config.limits)
             return EntityPromptRows(source, self.encoder, self.clip, self.config)
         source = SampleReader(shards, order, CaptionSample.kind, self.config.limits, frozenset(TEXT_MEMBERS))
-        return CaptionRows(source, self.encoder.tokenizer, self.clip, self.config)
+        return CaptionRows(source, self.encoder, self.clip, self.config)
 
     def collate(self, rows: list[AlignmentRow], report: ReadReport) -> AlignmentBatch:
         """Rows → batch."""
-        prompt = PromptBatch.stack([prompt for prompt, _ in rows], self.encoder.tokenizer.pad_id)
+        prompt = self.encoder.collate([prompt for prompt, _ in rows])
         text_ids = torch.from_numpy(np.stack([text_ids for _, text_ids in rows]))
         return AlignmentBatch(prompt=prompt, text_ids=text_ids, report=report)

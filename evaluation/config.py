@@ -24,8 +24,8 @@ class DataFolders:
 @dataclass
 class Models:
     image_decoder: str | None = None
-    """Stable Diffusion folder or hub id: the text-only row, and the image decoder of all rows of KOSMOS-G; null: other
-    models' images alone are scored."""
+    """Diffusers folder or hub id: the text-only row, and the image decoder of all rows of KOSMOS-G; null: other models'
+    images alone are scored."""
     before_stage_3: str | None = None
     """Run or model folder of the alignment stage; null leaves the row out."""
     after_stage_3: str | None = None

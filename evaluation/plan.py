@@ -19,7 +19,7 @@ from evaluation.images.systems import (
     kosmosg_system,
     run_folders,
     run_system,
-    stable_diffusion_system,
+    text_system,
 )
 from evaluation.images.weights import hash_encoder
 from evaluation.parallel.processes import Processes
@@ -216,7 +216,7 @@ class Evaluation:
                 )
             return []
         device = self.config.torch_device(self.processes.local_rank)
-        systems = [stable_diffusion_system(models.image_decoder, device, how)]
+        systems = [text_system(models.image_decoder, device, how)]
         for name, folder in ((BEFORE_STAGE_3, models.before_stage_3), (AFTER_STAGE_3, models.after_stage_3)):
             if folder is not None:
                 systems.append(kosmosg_system(name, folder, models.image_decoder, device, how))

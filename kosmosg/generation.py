@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, PngImagePlugin
 
 from kosmosg.files import replaced
@@ -159,12 +158,11 @@ def check_images(request: Request) -> None:
 
 
 def check_lengths(pipeline: Any, requests: Iterable[Request]) -> list[str]:
-    """What is wrong with prompts that are too long for the model, by place; their images need not be read for it."""
+    """What is wrong with prompts that are too long for the model, by place."""
     encoder, wrong = pipeline.encoder, []
-    blank = torch.zeros(3, encoder.image_transform.size, encoder.image_transform.size)
     for request in requests:
         for name, text, images in (
-            ("prompt", request.prompt, [blank] * len(request.images)),
+            ("prompt", request.prompt, [encoder.stand_in(file) for file in request.images]),
             ("negative_prompt", request.negative_prompt, []),
         ):
             try:

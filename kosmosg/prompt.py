@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from kosmosg.image_processing import ClipImageTransform
+from kosmosg.image_processing import CLIP_MEAN, CLIP_STD, ClipImageTransform, to_images
 from kosmosg.tokenizer import Tokenizer
 
 PLACEHOLDER = "<i>"
@@ -31,13 +31,64 @@ class PromptTooLongError(ValueError):
 
 
 @dataclass
+class PackedImages:
+    """Images of any sizes, one after the other, as the processor of a vision-language model prepares them.
+
+    Attributes:
+        inputs: arguments of the network by name, the images' along the first dimension.
+        counts: by name, how many entries there are each image's.
+        ids: of each image, its tokens in a prompt from the first image token to the last; other tokens may stand
+            between them.
+    """
+
+    inputs: dict[str, Tensor]
+    counts: dict[str, list[int]]
+    ids: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def cat(cls, parts: Sequence["PackedImages"]) -> "PackedImages":
+        """The images of all, in order; sizes beyond the first dimension are filled up with zeros to the largest."""
+        inputs = {name: cat_padded([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+        counts = {name: [count for part in parts for count in part.counts[name]] for name in inputs}
+        return cls(inputs, counts, [ids for part in parts for ids in part.ids])
+
+    def take(self, index: Sequence[int]) -> "PackedImages":
+        """Some images, in the order of `index`."""
+        inputs = {}
+        for name, tensor in self.inputs.items():
+            ends = list(accumulate(self.counts[name]))
+            places = [place for image in index for place in range(ends[image] - self.counts[name][image], ends[image])]
+            inputs[name] = tensor[torch.tensor(places, device=tensor.device)]
+        counts = {name: [count[image] for image in index] for name, count in self.counts.items()}
+        return PackedImages(inputs, counts, [self.ids[image] for image in index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedImages":
+        """With each tensor changed."""
+        return replace(self, inputs={name: function(tensor) for name, tensor in self.inputs.items()})
+
+
+def cat_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; the others are filled up with zeros to the largest."""
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+
+    def filled(tensor: Tensor) -> Tensor:
+        missing = [most - size for most, size in zip(largest, tensor.shape[1:], strict=True)]
+        return F.pad(tensor, [pad for more in reversed(missing) for pad in (0, more)]) if any(missing) else tensor
+
+    return torch.cat([filled(tensor) for tensor in tensors])
+
+
+@dataclass
 class EncodedPrompt:
     """One prompt: ids (L,) int64 and image_mask (L,) bool, tensors or lists; no mask without images; images: float32
-    3×S×S each."""
+    3×S×S each, or one `PackedImages` each."""
 
     ids: Tensor | list[int]
     image_mask: Tensor | list[bool] | None
-    images: list[Tensor]
+    images: Sequence[Tensor | PackedImages]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,7 +96,8 @@ class EncodedPrompt:
 
 @dataclass
 class PromptBatch:
-    """Prompts padded on the right: ids B×L int64; image_mask B×L, padding B×L bool; images I×3×S×S or None.
+    """Prompts padded on the right: ids B×L int64; image_mask B×L, padding B×L bool; images I×3×S×S, or as the
+    vision-language model takes them, or None.
 
     Attributes:
         lengths: tokens of each row without padding. Kept on the host, as `images_per_row`, so that dividing a batch
@@ -56,7 +108,7 @@ class PromptBatch:
 
     ids: Tensor
     image_mask: Tensor
-    images: Tensor | None
+    images: Tensor | PackedImages | None
     padding: Tensor
     lengths: list[int] = None  # type: ignore[assignment]
     images_per_row: list[int] = None  # type: ignore[assignment]
@@ -90,12 +142,15 @@ class PromptBatch:
             ids[number, : len(row)] = row.ids
             if row.image_mask is not None:
                 mask[number, : len(row)] = row.image_mask
-        images = [image for row in rows for image in row.images]
+        images: list[Any] = [image for row in rows for image in row.images]
+        packed = None
+        if images:
+            packed = torch.stack(images) if isinstance(images[0], Tensor) else PackedImages.cat(images)
         padding = np.arange(shape[1])[None, :] >= np.array(lengths)[:, None]
         return cls(
             torch.from_numpy(ids),
             torch.from_numpy(mask),
-            torch.stack(images) if images else None,
+            packed,
             torch.from_numpy(padding),
             lengths,
             [len(row.images) for row in rows],
@@ -109,7 +164,9 @@ class PromptBatch:
         chosen = [image for row in index for image in range(ends[row] - self.images_per_row[row], ends[row])]
         rows = torch.tensor(index, device=self.ids.device)
         images = None
-        if self.images is not None and chosen:
+        if isinstance(self.images, PackedImages) and chosen:
+            images = self.images.take(chosen)
+        elif isinstance(self.images, Tensor) and chosen:
             images = self.images[torch.tensor(chosen, device=self.images.device)]
         return PromptBatch(
             self.ids[rows, :length],
@@ -123,26 +180,54 @@ class PromptBatch:
 
     def join(self, other: "PromptBatch") -> "PromptBatch":
         """The rows of both batches, padded to the longer; such as one unconditional prompt more."""
+        other = other.to(self.ids.device)
         length = max(self.ids.shape[1], other.ids.shape[1])
 
         def joined(name: str, value: int | bool) -> Tensor:
-            tensors = (getattr(self, name), getattr(other, name).to(self.ids.device))
+            tensors = (getattr(self, name), getattr(other, name))
             return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
 
-        images = [part.images.to(self.ids.device) for part in (self, other) if part.images is not None]
+        images: list[Any] = [part.images for part in (self, other) if part.images is not None]
+        packed = None
+        if images:
+            packed = torch.cat(images) if isinstance(images[0], Tensor) else PackedImages.cat(images)
         return PromptBatch(
             joined("ids", self.pad_id),
             joined("image_mask", False),
-            torch.cat(images) if images else None,
+            packed,
             joined("padding", True),
             self.lengths + other.lengths,
             self.images_per_row + other.images_per_row,
             self.pad_id,
         )
 
-    def replace_images(self, images: Tensor | None) -> "PromptBatch":
-        """The same prompts with other images I×3×S×S at the same places."""
-        return replace(self, images=images)
+    def replace_images(self, images: Tensor | PackedImages | None) -> "PromptBatch":
+        """The same prompts with other images at the same places; those of other sizes bring their own tokens."""
+        if images is None or isinstance(images, Tensor):
+            return replace(self, images=images)
+        assert isinstance(self.images, PackedImages)
+        rows, first = [], 0
+        for row, count in enumerate(self.images_per_row):
+            chosen = range(first, first + count)
+            ids, mask, place = [], [], 0
+            old_ids, old_mask = (part[row, : self.lengths[row]].tolist() for part in (self.ids, self.image_mask))
+            for image in chosen:
+                begin = old_mask.index(True, place)
+                own = images.ids[image]
+                ids += [*old_ids[place:begin], *own]
+                mask += [*old_mask[place:begin], *(token == own[0] for token in own)]
+                place = begin + len(self.images.ids[image])
+            rows.append(
+                EncodedPrompt(ids + old_ids[place:], mask + old_mask[place:], [images.take([i]) for i in chosen])
+            )
+            first += count
+        return PromptBatch.stack(rows, self.pad_id).to(self.ids.device)
+
+    def roll_images(self) -> "PromptBatch":
+        """The batch with its images moved on by one place, so that every prompt shows another image."""
+        if isinstance(self.images, PackedImages):
+            return self.replace_images(self.images.take([(i - 1) % len(self.images) for i in range(len(self.images))]))
+        return self.replace_images(None if self.images is None else self.images.roll(1, dims=0))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
         """The batch on another device."""
@@ -153,11 +238,12 @@ class PromptBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
+        images = function(self.images) if isinstance(self.images, Tensor) else None
         return replace(
             self,
             ids=function(self.ids),
             image_mask=function(self.image_mask),
-            images=None if self.images is None else function(self.images),
+            images=self.images.map(function) if isinstance(self.images, PackedImages) else images,
             padding=function(self.padding),
         )
 
@@ -225,6 +311,36 @@ class PromptEncoder:
                     f"{self.image_tokens}."
                 )
         return PromptBatch.stack(prompts, self.tokenizer.pad_id)
+
+    def captions(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+        """Prompts of text alone, several times as fast as one by one."""
+        bos = self.tokenizer.bos_id
+        return [EncodedPrompt([bos, *ids], None, []) for ids in self.tokenizer.encode_batch(texts)]
+
+    def describe(self, batch: PromptBatch) -> list[tuple[str, list[Image.Image]]]:
+        """Text with `<i>` for each image, and the images, of each prompt."""
+        described: list[tuple[str, list[Image.Image]]] = []
+        images = to_images(batch.images, CLIP_MEAN, CLIP_STD) if isinstance(batch.images, Tensor) else []
+        for row, count in enumerate(batch.images_per_row):
+            described.append((self._text_of(batch.ids[row].tolist()), images[:count]))
+            images = images[count:]
+        return described
+
+    def stand_in(self, file: str) -> ImageInput:
+        """What takes as many tokens as the image in `file`, which need not be read for it."""
+        return torch.zeros(3, self.image_transform.size, self.image_transform.size)
+
+    def _text_of(self, ids: list[int]) -> str:
+        tokenizer = self.tokenizer
+        text, pieces = "", []
+        special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.image_id}
+        for token in ids:
+            if token == tokenizer.image_end_id:
+                text += f"{tokenizer.decode(pieces)} {PLACEHOLDER} "
+                pieces = []
+            elif token not in special:
+                pieces.append(token)
+        return (text + tokenizer.decode(pieces)).strip()
 
     def _preprocess(self, segment: Image.Image | Tensor) -> Tensor:
         if isinstance(segment, Image.Image):

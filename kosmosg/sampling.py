@@ -85,17 +85,17 @@ class Acceleration:
     channels_last: bool = False
     """Keep weights and activations of convolutions with their channels last, as tensor cores read them."""
     compile: bool = False
-    """Compile the U-Net; the first batch of every size then takes a minute or more."""
+    """Compile the denoiser; the first batch of every size then takes a minute or more."""
 
 
-def accelerate(unet: Module, vae: nn.Module | None, acceleration: Acceleration) -> Module:
-    """Apply `acceleration` in place; returns the U-Net."""
+def accelerate(denoiser: Module, vae: nn.Module | None, acceleration: Acceleration) -> Module:
+    """Apply `acceleration` in place; returns the denoiser."""
     if acceleration.channels_last:
-        for network in filter(None, (unet, vae)):
+        for network in filter(None, (denoiser, vae)):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if acceleration.compile:
-        unet.compile()
-    return unet
+        denoiser.compile()
+    return denoiser
 
 
 def scheduler_class(sampler: str) -> type[SchedulerMixin]:
@@ -235,8 +235,7 @@ class DiffusionSampler:
                 given.repeat_interleave(num_images_per_prompt) for given in (condition, unconditional)
             )
             num_images_per_prompt = 1
-        # Not every family's pipeline has them.
-        more = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs}
+        attention = {} if cross_attention_kwargs is None else {self.decoder.attention_argument: cross_attention_kwargs}
         return self.pipeline(
             **self.decoder.pipeline_arguments(condition.to(**placed), unconditional.to(**placed)),
             num_images_per_prompt=num_images_per_prompt,
@@ -250,7 +249,8 @@ class DiffusionSampler:
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
             return_dict=False,
-            **more,
+            **self.decoder.call_options,
+            **attention,
         )[0]
 
 

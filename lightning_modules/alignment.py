@@ -29,10 +29,18 @@ from kosmosg.models.aligner import Aligner, AlignerDecoder
 from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm, load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.mllm import MLLM, VisionTraining
+from kosmosg.models.mllm import MultimodalLM, VisionTraining
 from kosmosg.prompt import PromptBatch
-from kosmosg.tokenizer import Tokenizer
-from lightning_modules.base import LoadDecoder, PromptShape, Sample, StageExperiment, StageModule, fake_prompts
+from lightning_modules.base import (
+    LoadDecoder,
+    PromptShape,
+    PromptTokenizer,
+    Sample,
+    StageExperiment,
+    StageModule,
+    fake_prompts,
+    usual_shape,
+)
 from lightning_modules.length_buckets import length_buckets
 from lightning_modules.optimizer import OptimizerConfig
 
@@ -87,7 +95,7 @@ class AlignmentModule(StageModule):
 
     def __init__(
         self,
-        mllm: MLLM,
+        mllm: MultimodalLM,
         aligner: Aligner,
         aligner_decoder: AlignerDecoder | None,
         image_decoder: ImageDecoder,
@@ -116,7 +124,7 @@ class AlignmentModule(StageModule):
 
     @classmethod
     def build(
-        cls, experiment: StageExperiment, tokenizer: Tokenizer, load_decoder: LoadDecoder = load_image_decoder
+        cls, experiment: StageExperiment, tokenizer: PromptTokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "AlignmentModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
@@ -180,7 +188,7 @@ class AlignmentModule(StageModule):
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
         constructed = experiment.data.constructed
         with_images = bool(constructed.shards and constructed.weight)
-        return PromptShape(PROMPT_TOKENS, PROMPT_IMAGES) if with_images else PromptShape(CAPTION_TOKENS, 0)
+        return usual_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES) if with_images else PromptShape(CAPTION_TOKENS, 0)
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> AlignmentBatch:
         prompt = fake_prompts(self.mllm, rows, shape)
@@ -194,6 +202,6 @@ class AlignmentModule(StageModule):
         conditions = decoder.text_condition(ids)
         return sample(conditions.rows(slice(0, -1)), decoder.spec.null(conditions.rows(slice(-1, None))))
 
-    def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
         """mllm/, aligner/, with N aligner_decoder/, and tokenizer/."""
         self.model.save_pretrained(folder, tokenizer, aligner_decoder=self.aligner_decoder)

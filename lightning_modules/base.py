@@ -11,7 +11,7 @@ after a resume), and losses that read a whole micro-batch, as L_rec of stage 2's
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -27,8 +27,9 @@ from kosmosg.condition import Condition
 from kosmosg.models.aligner import Aligner
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.models.mllm import MLLM, MultimodalLM
+from kosmosg.models.mllm import MultimodalLM
 from kosmosg.models.model_config import ModelConfig
+from kosmosg.models.vision_language_model import LanguageProcessor
 from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.checkpointing import CheckpointMismatchError
@@ -37,7 +38,9 @@ from lightning_modules.parallelize import shard
 from lightning_modules.randomness import derive_seed
 from lightning_modules.step_guard import StepGuard
 
+IMAGE_TOKENS = 64  # of the paper's MLLM
 LoadDecoder = Callable[..., ImageDecoder]
+PromptTokenizer = Tokenizer | LanguageProcessor
 Sample = Callable[[Condition, Condition], list[Image.Image]]
 
 
@@ -91,7 +94,7 @@ class StageModule(lightning.LightningModule):
     # What a stage owns.
     @classmethod
     def build(
-        cls, experiment: StageExperiment, tokenizer: Tokenizer, load_decoder: LoadDecoder = load_image_decoder
+        cls, experiment: StageExperiment, tokenizer: PromptTokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "StageModule":
         """The module with the networks that the configuration describes; `init_from` holds the stage before."""
         raise NotImplementedError
@@ -128,7 +131,7 @@ class StageModule(lightning.LightningModule):
         """Networks that FSDP2 shards; the others are whole on every rank. Each must be run by calling it."""
         return ()
 
-    def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
         """Write the stage's result as a model folder."""
         raise NotImplementedError
 
@@ -250,7 +253,7 @@ class StageModule(lightning.LightningModule):
         """
         return prompt if prompt.images is not None else prompt.join(mllm.dummy_image_prompt().to(prompt.ids.device))
 
-    def condition(self, prompt: PromptBatch, mllm: MLLM, aligner: Aligner, wants_image: bool) -> Condition:
+    def condition(self, prompt: PromptBatch, mllm: MultimodalLM, aligner: Aligner, wants_image: bool) -> Condition:
         """C = M(MLLM(prompt)) of each row; with `wants_image`, the vision encoder is run whether or not any row has
         an image, see `with_image`."""
         rows = len(prompt)
@@ -300,29 +303,39 @@ class StageModule(lightning.LightningModule):
         self.guard.skipped = checkpoint["skipped_steps"]
 
 
-def fake_prompts(mllm: Any, rows: int, shape: PromptShape) -> PromptBatch:
+def usual_shape(mllm: MultimodalLM, tokens: int, images: int) -> PromptShape:
+    """A row of `tokens`, or of more where an image takes more of them than the paper's 64."""
+    image = mllm.dummy_image_prompt(usual=True).lengths[0] - 1
+    return PromptShape(tokens + images * max(0, image - IMAGE_TOKENS), images)
+
+
+def fake_prompts(mllm: MultimodalLM, rows: int, shape: PromptShape) -> PromptBatch:
     """Prompts of a length and number of images, with values that mean nothing.
 
     Raises:
         ValueError: the images do not fit.
     """
-    size, count = mllm.vision.image_size, rows * shape.images
-    if (needed := 1 + shape.images * (mllm.config.image_tokens + 2)) > shape.tokens:
+    image = mllm.dummy_image_prompt(usual=True)
+    tokens = image.lengths[0] - 1
+    if (needed := 1 + shape.images * (tokens + 2)) > shape.tokens:
         raise ValueError(
             f"{shape.images} images need rows of {needed} tokens, but a row has {shape.tokens}: change "
             "hardware.images_per_row or hardware.prompt_tokens"
         )
-    ids = torch.zeros(rows, shape.tokens, dtype=torch.int64, device=mllm.device)
-    nowhere = torch.zeros_like(ids, dtype=torch.bool)
-    mask = nowhere.clone()
-    for image in range(shape.images):
-        first = 2 + image * (mllm.config.image_tokens + 2)
-        mask[:, first : first + mllm.config.image_tokens] = True
-    images = torch.zeros(count, 3, size, size, device=mllm.device) if count else None
-    return PromptBatch(ids, mask, images, nowhere, [shape.tokens] * rows, [shape.images] * rows)
+    ids = image.ids[:, :1].repeat(1, shape.tokens)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for number in range(shape.images):
+        first = 2 + number * (tokens + 2)
+        ids[:, first : first + tokens] = image.ids[:, 1:]
+        mask[:, first : first + tokens] = image.image_mask[:, 1:]
+    nowhere = torch.zeros_like(mask)
+    row = PromptBatch(ids, mask, None, nowhere, [shape.tokens], [0], image.pad_id)
+    if shape.images:
+        row = replace(row, images=image.rows([0] * shape.images).images, images_per_row=[shape.images])
+    return row.rows([0] * rows).to(mllm.device)
 
 
-def build_stage(module: type[StageModule], experiment: StageExperiment, tokenizer: Tokenizer) -> StageModule:
+def build_stage(module: type[StageModule], experiment: StageExperiment, tokenizer: PromptTokenizer) -> StageModule:
     """The stage's module. Weights that no file holds are drawn anew from the seed, so that every start has the same:
     a frozen network with random weights is in no checkpoint."""
     lightning.seed_everything(experiment.seed, verbose=False)

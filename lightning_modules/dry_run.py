@@ -2,12 +2,12 @@
 
 The stage's own module is built at its full size without memory, under PyTorch's FakeTensorMode: shapes, dtypes and
 autocast are real, nothing is stored or computed. Its own loss runs forward and backward over `fake_batch`, which is
-counted. Sizes of the image decoder come from its folder, or are the published ones of Stable Diffusion v1.5.
+counted. Sizes of the image decoder and of a vision-language model come from their folders, or are published ones.
 """
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kosmosg.config import ConfigError
 from kosmosg.models.build import image_decoder_class
+from kosmosg.models.image_decoder import with_values
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import PromptShape, StageModule
 from lightning_modules.parallelize import apply_activation_checkpointing, layers
@@ -153,7 +153,7 @@ def size_up(experiment: Any) -> Sized:
         recipe=replace(experiment.recipe, **buckets),
         model=replace(experiment.model, vision_weights=None),
     )
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(allow_non_fake_inputs=True), IntegersWithValues(), torch.random.fork_rng(devices=[]):
         module = experiment.module.build(
             fresh, Vocabulary(words), lambda source, parts: image_decoder_class(source).from_config(source, parts)
         ).train()
@@ -184,7 +184,7 @@ def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> Pa
     autocast: Any = contextlib.nullcontext()
     if precision.endswith("-mixed"):
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, live, EverywhereCounted():
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, live:
         with autocast:
             value = loss()
         value.backward()
@@ -222,13 +222,32 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class EverywhereCounted(TorchFunctionMode):
-    """Which positions a mask picks depends on values; here every mask picks all."""
+class IntegersWithValues(TorchDispatchMode):
+    """Computes what depends on integers and truth values alone, which FakeTensorMode gives no values: how many places a
+    mask picks, and where a vision-language model has an image's tokens and the windows of its attention."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            return args[0].flatten(0, args[1].ndim - 1)
-        return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if all(type(tensor) is Tensor for tensor in given):
+            results = None if given else tree_leaves(function(*args, **kwargs))
+            if results is None or not any(isinstance(made, Tensor) and made.is_floating_point() for made in results):
+                with with_values():
+                    return function(*args, **kwargs)
+        elif function in INDEXING:
+            args = (args[0], [place for index in args[1] for place in places(index)], *args[2:])
+        return function(*args, **kwargs)
+
+
+INDEXING = [torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default]
+
+
+def places(index: Tensor | None) -> Sequence[Tensor | None]:
+    """What a mask picks, as numbers; other indices as they are."""
+    if type(index) is not Tensor or index.dtype != torch.bool:
+        return (index,)
+    with with_values():
+        return index.nonzero(as_tuple=True)
 
 
 # PyTorch counts the attention kernels of GPUs alone.
@@ -345,7 +364,7 @@ def report(experiment: Any, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     if options.precision == "bf16-mixed" and not hardware.card().has_bf16:
         console.print(f"{hardware.device} computes no bf16: use trainer.precision=16-mixed.", style="bold")
-    if not Path(experiment.model.tokenizer).is_dir():
+    if experiment.model.language_model is None and not Path(experiment.model.tokenizer).is_dir():
         console.print(f"There is no tokenizer at '{experiment.model.tokenizer}' yet: {sized.vocabulary:,} ids assumed.")
     if found.total > found.available:
         raise DoesNotFitError(refusal(found, layout, hardware.device))

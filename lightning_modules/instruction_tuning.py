@@ -30,11 +30,18 @@ from kosmosg.models.aligner import Aligner
 from kosmosg.models.build import build_aligner, build_mllm, load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.mllm import MLLM, VisionTraining
+from kosmosg.models.mllm import MultimodalLM, VisionTraining
 from kosmosg.prompt import PromptBatch
-from kosmosg.tokenizer import Tokenizer
-from lightning_modules.base import LoadDecoder, PromptShape, Sample, StageExperiment, StageModule, fake_prompts
-from lightning_modules.language_modelling import mismatched_images
+from lightning_modules.base import (
+    LoadDecoder,
+    PromptShape,
+    PromptTokenizer,
+    Sample,
+    StageExperiment,
+    StageModule,
+    fake_prompts,
+    usual_shape,
+)
 from lightning_modules.length_buckets import length_buckets
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion
@@ -97,7 +104,7 @@ class InstructionTuningModule(StageModule):
 
     def __init__(
         self,
-        mllm: MLLM,
+        mllm: MultimodalLM,
         aligner: Aligner,
         image_decoder: ImageDecoder,
         recipe: InstructionTuningRecipe,
@@ -124,7 +131,7 @@ class InstructionTuningModule(StageModule):
 
     @classmethod
     def build(
-        cls, experiment: StageExperiment, tokenizer: Tokenizer, load_decoder: LoadDecoder = load_image_decoder
+        cls, experiment: StageExperiment, tokenizer: PromptTokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "InstructionTuningModule":
         return cls(
             build_mllm(experiment.model, tokenizer, experiment.init_from),
@@ -226,7 +233,7 @@ class InstructionTuningModule(StageModule):
         losses = {"diffusion_loss": (right.mean(), len(batch))}
         images = batch.prompt.images
         if self.any_rank(images is not None and len(images) > 1):
-            wrong = self.sample_losses(*self.conditions(mismatched_images(batch.prompt)), targets, draws, dropout=0.0)
+            wrong = self.sample_losses(*self.conditions(batch.prompt.roll_images()), targets, draws, dropout=0.0)
             with_image = torch.tensor([count > 0 for count in batch.prompt.images_per_row], device=right.device)
             count = sum(count > 0 for count in batch.prompt.images_per_row)
             losses["diffusion_loss_with_image"] = (right[with_image].sum() / max(1, count), count)
@@ -234,7 +241,7 @@ class InstructionTuningModule(StageModule):
         return losses
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
-        return PromptShape(PROMPT_TOKENS, PROMPT_IMAGES)
+        return usual_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES)
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> InstructionBatch:
         prompt = fake_prompts(self.mllm, rows, shape)
@@ -252,6 +259,6 @@ class InstructionTuningModule(StageModule):
             targets = decoder.decode(decoder.latents(targets.to(self.device), noise))
         return to_images(targets)
 
-    def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
         """mllm/, aligner/ and tokenizer/."""
         self.model.save_pretrained(folder, tokenizer)

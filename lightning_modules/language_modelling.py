@@ -19,8 +19,14 @@ from kosmosg.models.build import build_mllm, load_image_decoder
 from kosmosg.models.mllm import MLLM, VisionTraining
 from kosmosg.models.storage import save_model
 from kosmosg.prompt import PromptBatch
-from kosmosg.tokenizer import Tokenizer
-from lightning_modules.base import LoadDecoder, PromptShape, StageExperiment, StageModule, fake_prompts
+from lightning_modules.base import (
+    LoadDecoder,
+    PromptShape,
+    PromptTokenizer,
+    StageExperiment,
+    StageModule,
+    fake_prompts,
+)
 from lightning_modules.optimizer import OptimizerConfig
 
 IMAGE_SHARE = 0.36  # of a packed row's tokens, on average: 11 images in 2,048 tokens
@@ -53,9 +59,14 @@ class LanguageModellingModule(StageModule):
 
     @classmethod
     def build(
-        cls, experiment: StageExperiment, tokenizer: Tokenizer, load_decoder: LoadDecoder = load_image_decoder
+        cls, experiment: StageExperiment, tokenizer: PromptTokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "LanguageModellingModule":
-        mllm = build_mllm(experiment.model, tokenizer, experiment.init_from)
+        if experiment.model.language_model is not None:
+            raise ValueError(
+                f"model.language_model='{experiment.model.language_model}' has learned language already: stage "
+                "language_modelling trains the paper's MLLM alone. Leave the key out, or begin with stage alignment."
+            )
+        mllm: Any = build_mllm(experiment.model, tokenizer, experiment.init_from)
         return cls(mllm, experiment.recipe, experiment.optimizer, experiment.seed)
 
     def sharded_modules(self) -> Sequence[nn.Module]:
@@ -85,7 +96,7 @@ class LanguageModellingModule(StageModule):
             labels = labels.masked_fill(~prompt.image_mask.any(dim=1, keepdim=True), IGNORED_LABEL)
             tokens = int((labels != IGNORED_LABEL).sum())
             losses["caption_loss"] = (self.loss(prompt, labels), tokens)
-            losses["caption_loss_mismatched_images"] = (self.loss(mismatched_images(prompt), labels), tokens)
+            losses["caption_loss_mismatched_images"] = (self.loss(prompt.roll_images(), labels), tokens)
         return losses
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
@@ -96,11 +107,6 @@ class LanguageModellingModule(StageModule):
         prompt = fake_prompts(self.mllm, rows, shape)
         return LanguageModellingBatch(prompt=prompt, labels=torch.zeros_like(prompt.ids), indices=list(range(rows)))
 
-    def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
         """mllm/ and tokenizer/."""
         save_model(folder, tokenizer, mllm=self.mllm)
-
-
-def mismatched_images(prompt: PromptBatch) -> PromptBatch:
-    """The batch with its images moved on by one place, so that every prompt shows another image."""
-    return prompt.replace_images(None if prompt.images is None else prompt.images.roll(1, dims=0))

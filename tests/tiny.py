@@ -56,7 +56,7 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_model(folder: Path, tokenizer: Path) -> Path:
+def write_model(folder: Path, tokenizer: Path, **aligner_changes: Any) -> Path:
     """MLLM (width 32, 2 layers, 4 slots per image) and M (24 queries, width 32) with fixed random weights."""
     from kosmosg.models.aligner import AlignerEncoder
     from kosmosg.models.kosmosg import KosmosG
@@ -67,7 +67,7 @@ def write_model(folder: Path, tokenizer: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         mllm = MLLM(vocab_size=len(words), pad_id=words.pad_id, **mllm_sizes())
-        aligner = AlignerEncoder(input_width=WIDTH, num_queries=QUERIES, **aligner_sizes())
+        aligner = AlignerEncoder(input_width=WIDTH, num_queries=QUERIES, **{**aligner_sizes(), **aligner_changes})
         KosmosG(mllm, aligner).save_pretrained(folder, tokenizer=words)
     return folder
 
@@ -317,4 +317,106 @@ def write_kosmos2(folder: Path, tokenizer: Path, **saving) -> Path:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder, **saving)
+    return folder
+
+
+# Byte-level words of one letter, and the special tokens of Qwen's tokenizers.
+QWEN_TOKENS = (
+    *("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<image>", "<video>"),
+)
+
+
+def write_language_model(folder: Path, family: str) -> Path:
+    """A vision-language model folder as the hub has them, of width 48 and 3 layers, with random weights.
+
+    Args:
+        family: qwen2_5_vl, qwen3_vl (with deepstack) or llava_onevision.
+    """
+    import json
+
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessorPil,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Tokenizer,
+        Qwen2VLImageProcessorPil,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+    )
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = Qwen2Tokenizer(
+        vocab={letter: number for number, letter in enumerate(letters)},
+        merges=[],
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(QWEN_TOKENS),
+    )
+    words.save_pretrained(folder)
+    ids: dict[str, Any] = {token: words.convert_tokens_to_ids(token) for token in QWEN_TOKENS}
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
+    }
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 48}
+    special = {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        if family == "qwen2_5_vl":
+            vision |= {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]}
+            config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+            model = Qwen2_5_VLForConditionalGeneration(config)
+            images = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16**2, max_pixels=64**2)
+        elif family == "qwen3_vl":
+            vision |= {"patch_size": 8, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+            text |= {"head_dim": 12}
+            text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
+            model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+            images = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16**2, max_pixels=64**2)
+        else:
+            text |= {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+            vision = {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+                "vision_use_head": False,
+            }
+            sides = [[16, 16], [16, 32], [32, 16]]
+            config = LlavaOnevisionConfig(
+                text_config=text,
+                vision_config=vision,
+                image_grid_pinpoints=sides,
+                image_token_index=ids["<image>"],
+                video_token_index=ids["<video>"],
+            )
+            model = LlavaOnevisionForConditionalGeneration(config)
+            images = LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=sides)
+            values = {
+                "processor_class": "LlavaOnevisionProcessor",
+                "num_image_tokens": 16,
+                "vision_feature_select_strategy": "full",
+            }
+            (folder / "processor_config.json").write_text(json.dumps(values))
+    images.save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder

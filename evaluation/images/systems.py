@@ -1,64 +1,61 @@
-"""What makes the images of the tables: Stable Diffusion from text, KOSMOS-G before and after stage 3, any run."""
+"""What makes the images of the tables: the image decoder from text, KOSMOS-G before and after stage 3, any run."""
 
 import glob
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 
 from evaluation.images.conditions import Conditions
 from evaluation.images.generation import Batch, Generate, System, Variant
 from evaluation.images.provenance import hash_json
-from evaluation.images.weights import IMAGE_PARTS, TEXT_PARTS, hash_parts, stable_diffusion_folder
+from evaluation.images.weights import decoder_folder, hash_parts, image_parts
 from evaluation.protocols.protocol import Sampling
 from evaluation.protocols.requests import EvaluationError
 from evaluation.protocols.resizing import truncated
 from kosmosg.config import RUN_CONFIG
-from kosmosg.models.stable_diffusion import StableDiffusion
+from kosmosg.models.build import IMAGE_DECODERS, image_decoder_class
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
-from kosmosg.sampling import Acceleration, DiffusionSampler, accelerate, seeded
+from kosmosg.sampling import Acceleration, accelerate, build_scheduler, seeded
 
 REAL_IMAGES = "Real images"
 COPY_OF_INPUT = "Copy of the input"
-STABLE_DIFFUSION = "Stable Diffusion (text)"
+TEXT_SYSTEMS = {kind: f"{kind.title} (text)" for kind in IMAGE_DECODERS.values()}
 BEFORE_STAGE_3 = "KOSMOS-G before stage 3"
 AFTER_STAGE_3 = "KOSMOS-G after stage 3"
-TABLE_ORDER = (REAL_IMAGES, COPY_OF_INPUT, STABLE_DIFFUSION, BEFORE_STAGE_3, AFTER_STAGE_3)
+TABLE_ORDER = (REAL_IMAGES, COPY_OF_INPUT, *TEXT_SYSTEMS.values(), BEFORE_STAGE_3, AFTER_STAGE_3)
 FINISHED = "finished.json"
 MODEL_PARTS = ("mllm", "aligner", "tokenizer")
 STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
 
 
-def stable_diffusion_system(weights: str, device: torch.device, acceleration: Acceleration | None = None) -> System:
-    """Stable Diffusion as it is, on the prompt with the class word.
+def text_system(weights: str, device: torch.device, acceleration: Acceleration | None = None) -> System:
+    """The image decoder as it is, on the prompt with the class word: diffusers' own pipeline.
 
     Args:
-        weights: a Stable Diffusion folder or hub id.
+        weights: a diffusers folder or hub id.
     """
-    folder = stable_diffusion_folder(weights)
+    folder = decoder_folder(weights)
+    kind = image_decoder_class(folder)
 
     def load() -> Generate:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder,
-            dtype=torch.float32,  # whatever precision the files are stored in
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ).to(device)
+        # In float32 whatever precision the files are stored in.
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **kind.unneeded).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
-        sampler = DiffusionSampler(StableDiffusion(pipeline.unet, pipeline.vae, pipeline.scheduler))
+        denoiser, vae = (getattr(pipeline, name) for name in kind.networks)
+        accelerate(denoiser, vae, acceleration or Acceleration())
+        trained_with = pipeline.scheduler
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
-            pipeline.scheduler = sampler.scheduler(sampling.sampler)
+            pipeline.scheduler = build_scheduler(sampling.sampler, trained_with)
             images = pipeline(
                 batch.prompts,
                 num_inference_steps=sampling.steps,
@@ -68,12 +65,14 @@ def stable_diffusion_system(weights: str, device: torch.device, acceleration: Ac
                 generator=seeded(batch.seeds, len(batch.seeds), None, None),
                 output_type=output_type(sampling),
                 return_dict=False,
+                **kind.call_options,
             )[0]
             return as_bytes(images)
 
         return generate
 
-    return System(STABLE_DIFFUSION, load, hash_parts(folder, TEXT_PARTS + IMAGE_PARTS), reads_images=False)
+    parts = kind.text_parts() + image_parts(folder)
+    return System(TEXT_SYSTEMS[kind], load, hash_parts(folder, parts), reads_images=False)
 
 
 def kosmosg_system(
@@ -84,11 +83,11 @@ def kosmosg_system(
     Args:
         name: BEFORE_STAGE_3 or AFTER_STAGE_3.
         folder: a model folder, or the run folder of the stage that the name says.
-        image_decoder: the Stable Diffusion folder or hub id that it was aligned with.
+        image_decoder: the diffusers folder or hub id that it was aligned with.
 
     Raises:
         FileNotFoundError: there is no finished model.
-        EvaluationError: a run of another stage, or a model that was aligned with another Stable Diffusion.
+        EvaluationError: a run of another stage, or a model that was aligned with another image decoder.
     """
     require_stage(name, Path(folder))
     return model_system(name, folder, image_decoder, device, acceleration)
@@ -127,12 +126,12 @@ def model_system(
     name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
 ) -> System:
     """KOSMOS-G of a model or run folder of any stage after the first; see `kosmosg_system`."""
-    model, decoder = find_model(folder), stable_diffusion_folder(image_decoder)
+    model, decoder = find_model(folder), decoder_folder(image_decoder)
     require_fit(name, model, decoder)
 
     def load() -> Generate:
         pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
-        accelerate(pipeline.unet, pipeline.vae, acceleration or Acceleration())
+        accelerate(pipeline.denoiser, pipeline.vae, acceleration or Acceleration())
         conditions = Conditions(pipeline)
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
@@ -151,9 +150,8 @@ def model_system(
 
         return generate
 
-    return System(
-        name, load, hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, IMAGE_PARTS)]), reads_images=True
-    )
+    model_hash = hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, image_parts(decoder))])
+    return System(name, load, model_hash, reads_images=True)
 
 
 def output_type(sampling: Sampling) -> Literal["np", "pil"]:
@@ -183,7 +181,7 @@ def require_stage(name: str, folder: Path) -> None:
 
 
 def require_fit(name: str, model: Path, decoder: Path) -> None:
-    """Refuse, before anything is generated, a model whose conditions the U-Net cannot read.
+    """Refuse, before anything is generated, a model whose conditions the image decoder cannot read.
 
     Raises:
         FileNotFoundError: the model has no AlignerNet: it is of stage 1.
@@ -194,10 +192,15 @@ def require_fit(name: str, model: Path, decoder: Path) -> None:
             f"{name}: '{model}' has no aligner/{CONFIG_FILE}, as after stage 1; this row needs a model "
             "of a later stage."
         )
-    width = json.loads((model / "aligner" / CONFIG_FILE).read_text(encoding="utf-8"))["width"]
-    read = json.loads((decoder / "unet" / CONFIG_FILE).read_text(encoding="utf-8"))["cross_attention_dim"]
-    if width != read:
-        raise EvaluationError(
-            f"{name}: '{model}' makes conditions of width {width}, but the U-Net of '{decoder}' reads {read}: it is a "
-            "checkpoint of another model. Set models.image_decoder to the Stable Diffusion it was aligned with."
-        )
+    aligner = json.loads((model / "aligner" / CONFIG_FILE).read_text(encoding="utf-8"))
+    with torch.device("meta"):  # sizes alone
+        spec = image_decoder_class(decoder).from_config(decoder, "images").spec
+    for what, ours, theirs in (
+        ("conditions", aligner["width"], spec.width),
+        ("pooled vectors", aligner.get("pooled_width"), spec.pooled),
+    ):
+        if ours != theirs:
+            raise EvaluationError(
+                f"{name}: '{model}' makes {what} of width {ours}, but '{decoder}' reads {theirs}: it is a checkpoint "
+                "of another model. Set models.image_decoder to the one it was aligned with."
+            )

@@ -4,32 +4,38 @@ import hashlib
 import re
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from evaluation.images.provenance import hash_files
+from kosmosg.models.build import image_decoder_class
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-IMAGE_PARTS = ("unet", "vae", "scheduler")
-TEXT_PARTS = ("text_encoder", "tokenizer")
 ENCODER_FILES = ("*.json", "*.txt", "*.safetensors", "*.bin")
 
 
-def stable_diffusion_folder(weights: str) -> Path:
-    """A Stable Diffusion folder or hub id as a folder.
+def decoder_folder(weights: str) -> Path:
+    """An image decoder's folder or hub id as a folder.
 
     Raises:
         FileNotFoundError: no such folder, or a part is missing there.
+        ValueError: a pipeline that is no image decoder here.
     """
     folder = Path(weights)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(weights):
             raise FileNotFoundError(f"models.image_decoder: there is no folder '{weights}'.")
-        folder = Path(StableDiffusionPipeline.download(weights))
-    for part in IMAGE_PARTS + TEXT_PARTS:
+        folder = Path(DiffusionPipeline.download(weights))
+    kind = image_decoder_class(folder)
+    for part in image_parts(folder) + kind.text_parts():
         if not (folder / part).is_dir():
-            raise FileNotFoundError(f"models.image_decoder: '{folder}' is no Stable Diffusion: {part}/ is missing.")
+            raise FileNotFoundError(f"models.image_decoder: '{folder}' is no {kind.title}: {part}/ is missing.")
     return folder
+
+
+def image_parts(decoder: Path) -> tuple[str, ...]:
+    """What of an image decoder's folder draws."""
+    return (*image_decoder_class(decoder).networks, "scheduler")
 
 
 def encoder_folder(weights: str) -> Path:

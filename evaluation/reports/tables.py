@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.images.systems import BEFORE_STAGE_3, REAL_IMAGES, STABLE_DIFFUSION
+from evaluation.images.systems import BEFORE_STAGE_3, REAL_IMAGES, TEXT_SYSTEMS
 from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import Evaluated, read_evaluations
 from evaluation.reports.paper import ALIGNMENT, CITATION, COCO, DREAMBENCH, Printed
@@ -52,7 +52,7 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
         ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ("fid",), COCO, None,
          "instruction_tuning"),
         ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ("fid", "clip_t"), ALIGNMENT,
-         (REAL_IMAGES, STABLE_DIFFUSION, BEFORE_STAGE_3), "alignment"),
+         (REAL_IMAGES, *TEXT_SYSTEMS.values(), BEFORE_STAGE_3), "alignment"),
     )  # fmt: skip
     tables = []
     measured = {score.metric for evaluation in evaluations for score in evaluation.scores}

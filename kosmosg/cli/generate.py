@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="sampling steps; default: 50")
     parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale; default: 6")
     parser.add_argument("--sampler", help="dpm, ddim, pndm, or a scheduler of diffusers; default: the pipeline's own")
-    parser.add_argument("--height", type=int, help="pixels; default: what the U-Net was trained on")
+    parser.add_argument("--height", type=int, help="pixels; default: what the image decoder was trained on")
     parser.add_argument("--width", type=int, help="pixels")
     parser.add_argument("--batch-size", type=int, default=4, help="images at once; default: 4")
-    parser.add_argument("--image-decoder", metavar="SD", help="Stable Diffusion, where the model's folder names none")
+    parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model's names none")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"
     )
@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if left:
         pipeline = load(arguments, device, dtype)
         pipeline.image_decoder.image_size(settings.height, settings.width)
+        pipeline.sampler.scheduler(settings.sampler)
         timesteps = pipeline.scheduler.config.num_train_timesteps
         check_numbers(settings.num_inference_steps, settings.guidance_scale, timesteps=timesteps)
         too_long = generation.check_lengths(pipeline, dict.fromkeys(job.request for job in left))

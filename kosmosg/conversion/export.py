@@ -11,11 +11,10 @@ from torch import Tensor
 
 from kosmosg.conversion.checkpoint import OUR_SECTION, RELEASED_ACTIVATION, stage_of
 from kosmosg.conversion.names import EMBEDDING, POSITIONS_BUFFER, PROJECTION, XPOS_BUFFER, released_name
-from kosmosg.conversion.parts import RECORD, WEIGHTS, build, require_exact, require_free
+from kosmosg.conversion.parts import DIFFUSERS, OURS, RECORD, WEIGHTS, build, require_exact, require_free
 from kosmosg.conversion.reader import ConversionError, read_json
 from kosmosg.conversion.weights import Weights, required_weights
 from kosmosg.files import replaced
-from kosmosg.models.aligner import LinearAligner
 from kosmosg.models.mllm import MAX_TOKENS
 from kosmosg.models.positions import XPOS_DECAY
 from kosmosg.models.storage import CONFIG_FILE, find_model
@@ -75,11 +74,13 @@ UNUSED: dict[str, Any] = {
 
 def exported(part: str, folder: Path) -> Weights:
     """A part's weights, checked against its configuration."""
-    weights, config = required_weights(folder, part), read_json(folder / CONFIG_FILE)
-    if config.get("_class_name") == LinearAligner.__name__:
-        raise ConversionError(
-            f"'{folder}' holds a {LinearAligner.__name__}, which released checkpoints have no place for."
-        )
+    config = read_json(folder / CONFIG_FILE)
+    expected = (OURS | DIFFUSERS).get(part)
+    if expected is not None and (kind := config.get("_class_name", expected.__name__)) != expected.__name__:
+        raise ConversionError(f"'{folder}' holds a {kind}, which released checkpoints have no place for.")
+    if config.get("pooled_width") is not None:
+        raise ConversionError(f"'{folder}' gives a pooled vector, which released checkpoints have no place for.")
+    weights = required_weights(folder, part)
     require_exact(part, build(part, config), weights)
     return weights
 

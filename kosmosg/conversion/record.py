@@ -14,11 +14,15 @@ import yaml
 
 from kosmosg.config import RUN_CONFIG
 from kosmosg.conversion.checkpoint import STAGES, Checkpoint, Header, stage_of
-from kosmosg.conversion.parts import DIFFUSERS, PIPELINE, RECORD, TRANSFORMERS, WEIGHTS
+from kosmosg.conversion.parts import OURS, PIPELINE, RECORD, WEIGHTS
 from kosmosg.conversion.reader import read_json
 from kosmosg.conversion.weights import Weights, required_weights
-from kosmosg.models.published import STABLE_DIFFUSION_1_5
+from kosmosg.models.build import IMAGE_DECODERS, image_decoder_class
+from kosmosg.models.kosmosg import load_tokenizer
+from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_1_5
 from kosmosg.models.storage import CONFIG_FILE, find_model
+from kosmosg.models.vision_language_model import NETWORK, VisionLanguageModel
+from kosmosg.pipeline import MODEL_INDEX, decoder_of_run
 from kosmosg.tokenizer import Tokenizer
 
 HEADER_SIZES = ("decoder_embed_dim", "decoder_layers", "decoder_ffn_embed_dim", "decoder_attention_heads",
@@ -161,12 +165,23 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
 def inspect_folder(path: Path) -> dict[str, Any]:
     """A model folder, or a run folder whose model is in model/."""
     model = find_model(path)
-    found = (part for part in WEIGHTS if (model / part / CONFIG_FILE).is_file())
-    weights = {part: required_weights(model / part, part) for part in found}
-    there = {*weights, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
-    configs = {part: read_json(model / part / CONFIG_FILE) for part in weights}
+    needed = needed_parts(model, path)
+    found = (part for part in dict.fromkeys((*WEIGHTS, *needed)) if (model / part / CONFIG_FILE).is_file())
+    configs = {part: read_json(model / part / CONFIG_FILE) for part in found}
+    there = {*configs, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
+    weights = {}
+    for part, config in configs.items():
+        folder = model / part
+        if config.get("_class_name") == VisionLanguageModel.__name__:
+            folder /= NETWORK
+            if not folder.is_dir():  # frozen, and named by its configuration
+                continue
+        weights[part] = required_weights(folder, part)
     sizes = {part: {k: v for k, v in config.items() if not k.startswith("_")} for part, config in configs.items()}
-    vocabulary = len(Tokenizer.from_pretrained(model / "tokenizer")) if "tokenizer" in there else None
+    vocabulary = None
+    if "tokenizer" in there:
+        tokenizer = load_tokenizer(model / "tokenizer")
+        vocabulary = len(tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.processor.tokenizer)
     provenance: dict[str, Any] = {}
     if (model / RECORD).is_file():
         record = read_json(model / RECORD)
@@ -177,7 +192,7 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "kind": "run folder" if model != path else "model folder",
-        **described(weights, there),
+        **described(weights, there, needed),
         "sizes": sizes,
         "vocabulary": vocabulary,
         "provenance": provenance,
@@ -192,14 +207,24 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "kind": "released checkpoint",
-        **described(source.parts, set(source.parts)),
+        **described(source.parts, set(source.parts), PIPELINE),
         "sizes": {"header": header},
         "vocabulary": embedding[0] if embedding else None,
         "provenance": {"header": source.header.flavour, "names left out": source.left_out},
     }
 
 
-def described(weights: Mapping[str, Weights], there: set[str]) -> dict[str, Any]:
+def needed_parts(model: Path, path: Path) -> Sequence[str]:
+    """The parts of the model's pipeline; Stable Diffusion's where the image decoder cannot be told offline."""
+    index = read_json(model / MODEL_INDEX) if (model / MODEL_INDEX).is_file() else {}
+    decoder = decoder_of_run(path)
+    kind = IMAGE_DECODERS.get(index.get("family", ""))
+    if kind is None and decoder is not None and (Path(decoder).is_dir() or decoder in CONFIGS):
+        kind = image_decoder_class(decoder)
+    return PIPELINE if kind is None else ("mllm", "aligner", "tokenizer", *kind.networks, "scheduler")
+
+
+def described(weights: Mapping[str, Weights], there: set[str], needed: Sequence[str]) -> dict[str, Any]:
     """What folders and checkpoints have in common."""
     dtypes = Counter(part.dtype for part in weights.values())
     return {
@@ -208,7 +233,7 @@ def described(weights: Mapping[str, Weights], there: set[str]) -> dict[str, Any]
             part: {"tensors": len(found.shapes), "parameters": found.parameters, "dtype": found.dtype}
             for part, found in weights.items()
         },
-        "missing for the pipeline": [part for part in PIPELINE if part not in there],
+        "missing for the pipeline": [part for part in needed if part not in there],
         "parameters": sum(found.parameters for found in weights.values()),
         "dtype": ", ".join(dtypes),
     }
@@ -221,8 +246,8 @@ def inspection_text(found: Mapping[str, Any]) -> str:
     lines.append(f"missing for the pipeline: {', '.join(missing) or 'nothing'}")
     lines.append(f"vocabulary: {found['vocabulary']}")
     for part, sizes in found["sizes"].items():
-        if part in DIFFUSERS or part in TRANSFORMERS:
-            continue  # long, and known from the Stable Diffusion; --json tells them
+        if part not in OURS and part != "header":
+            continue  # long, and known from the image decoder; --json tells them
         told = ((key, value) for key, value in sizes.items() if value is not None)
         lines.append(f"{part}: " + ", ".join(f"{key}={value}" for key, value in told))
     lines += [f"{key}: {value}" for key, value in found["provenance"].items()]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kosmosg.conversion.names import current_name, equal, is_unneeded, released_name
 from kosmosg.conversion.reader import ConversionError, is_state, read_data, read_json
+from kosmosg.models.storage import is_finite
 
 Shapes = Mapping[str, tuple[int, ...]]
 CHUNK_BYTES = 512 * 2**20  # of source, at most, in memory beside what is written
@@ -76,8 +77,13 @@ class Weights:
         """Write a safetensors file, in `dtype` if given.
 
         Raises:
-            ConversionError: a finite weight has no finite value in `dtype`.
+            ConversionError: a weight is NaN or infinite, or has no finite value in `dtype`.
         """
+        for group in self.chunks():
+            opened = self.open()
+            for name in group:
+                if opened[name].is_floating_point() and not is_finite(opened[name]):
+                    raise ConversionError(f"{self.origin}: '{name}' has NaN or infinite values.")
         if dtype is None or all(d == dtype or not d.is_floating_point for d in self.dtypes.values()):
             tensors = {name: tensor.contiguous() for name, tensor in self.open().items()}
         else:

@@ -10,13 +10,14 @@ from transformers import CLIPVisionModel
 
 from kosmosg.models.aligner import Aligner, AlignerDecoder, AlignerEncoder, LinearAligner
 from kosmosg.models.image_decoder import ImageDecoder, Parts
-from kosmosg.models.mllm import MLLM
+from kosmosg.models.mllm import MLLM, MultimodalLM
 from kosmosg.models.model_config import ModelConfig, VisionConfig
 from kosmosg.models.published import CONFIGS
 from kosmosg.models.sana import Sana
 from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.models.stable_diffusion_xl import StableDiffusionXL
 from kosmosg.models.storage import Part, find_model, load_network, load_part, require_class, require_same_config
+from kosmosg.models.vision_language_model import LanguageProcessor, VisionLanguageModel, language_config
 from kosmosg.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-5
@@ -28,23 +29,30 @@ IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {
 }
 
 
-def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
-    """The class that reads a diffusers folder or hub id.
+def image_decoder_index(source: str | Path) -> dict[str, Any]:
+    """model_index.json of a diffusers folder or hub id, whose `_class_name` is a key of `IMAGE_DECODERS`; of a pipeline
+    folder of ours, its image decoder's.
 
     Raises:
         ValueError: a pipeline without a class here.
     """
-    name = next(iter(IMAGE_DECODERS))
+    index: dict[str, Any] = {}
     if str(source) in CONFIGS:  # known without asking the hub, so that a dry run needs no network
-        name = CONFIGS[str(source)]["model_index"]["_class_name"]
+        index = CONFIGS[str(source)]["model_index"]
     elif not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
         with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
-            index: dict = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
-            name = index.get("_class_name")
+            index = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
+    usual = next(iter(IMAGE_DECODERS))
+    name = index.get("family", usual if "mllm" in index else index.get("_class_name", usual))
     name = name[-1] if isinstance(name, list) else name  # a list where the folder has code of its own, which is not run
     if name not in IMAGE_DECODERS:
         raise ValueError(f"model.image_decoder='{source}' is a {name}; allowed: {', '.join(IMAGE_DECODERS)}.")
-    return IMAGE_DECODERS[name]
+    return {**index, "_class_name": name}
+
+
+def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
+    """The class that reads a diffusers folder or hub id; errors as `image_decoder_index`."""
+    return IMAGE_DECODERS[image_decoder_index(source)["_class_name"]]
 
 
 def load_image_decoder(source: str | Path, parts: Parts = "all", **options: Any) -> ImageDecoder:
@@ -52,10 +60,20 @@ def load_image_decoder(source: str | Path, parts: Parts = "all", **options: Any)
     return image_decoder_class(source).from_pretrained(source, parts, **options)
 
 
-def build_mllm(config: ModelConfig, tokenizer: Tokenizer, init_from: str | Path | None = None) -> MLLM:
+def build_tokenizer(config: ModelConfig) -> Tokenizer | LanguageProcessor:
+    """What the encoder of `build_mllm`'s model needs."""
+    if config.language_model is not None:
+        return LanguageProcessor.from_pretrained(config.language_model)
+    return Tokenizer.from_pretrained(Path(config.tokenizer))
+
+
+def build_mllm(
+    config: ModelConfig, tokenizer: Tokenizer | LanguageProcessor, init_from: str | Path | None = None
+) -> MultimodalLM:
     """The MLLM of `config`, with `tokenizer`'s vocabulary.
 
-    Without `init_from` the weights are random, but for the vision encoder, which is read from `config.vision_weights`.
+    Without `init_from` the weights are those of `config.language_model`, or random, but for the vision encoder, which
+    is read from `config.vision_weights`.
 
     Args:
         init_from: a model folder or run folder to read the weights from.
@@ -64,6 +82,9 @@ def build_mllm(config: ModelConfig, tokenizer: Tokenizer, init_from: str | Path 
         FileNotFoundError: `init_from` holds no model.
         ValueError: the weights are those of another model; names the sizes that differ.
     """
+    if config.language_model is not None:
+        return build_language_model(config, init_from)
+    assert not isinstance(tokenizer, LanguageProcessor)
     mllm = config.mllm
     arguments = {
         "vocab_size": len(tokenizer),
@@ -87,14 +108,35 @@ def build_mllm(config: ModelConfig, tokenizer: Tokenizer, init_from: str | Path 
     return model
 
 
+def build_language_model(config: ModelConfig, init_from: str | Path | None) -> VisionLanguageModel:
+    """See `build_mllm`."""
+    source, layer = str(config.language_model), config.hidden_layer
+    options = {"hidden_layer": layer, "max_image_pixels": config.max_image_pixels}
+    if init_from is None:
+        return VisionLanguageModel.load(source, **options).train()
+    folder = find_model(init_from) / "mllm"
+    require_class(VisionLanguageModel, folder)
+    require_same_config(folder, {"source": source, "hidden_layer": layer})
+    model = VisionLanguageModel.from_pretrained(folder)
+    model.register_to_config(**options)
+    return model.train()
+
+
+def mllm_width(config: ModelConfig) -> int:
+    """`D`."""
+    if config.language_model is None:
+        return config.mllm.width
+    return language_config(config.language_model).get_text_config().hidden_size
+
+
 def build_aligner(config: ModelConfig, init_from: str | Path | None = None) -> Aligner:
     """M of `config`, or what stands in its place; see `build_mllm` for `init_from` and the errors."""
     aligner = config.aligner
     if aligner.kind == "linear":
-        sizes = {"input_width": config.mllm.width, "width": aligner.width, "num_queries": aligner.num_queries}
+        sizes = {"input_width": mllm_width(config), "width": aligner.width, "num_queries": aligner.num_queries}
         return built(LinearAligner, sizes, init_from, "aligner")
     arguments = {
-        "input_width": config.mllm.width,
+        "input_width": mllm_width(config),
         "width": aligner.width,
         "ffn_width": aligner.ffn_width,
         "heads": aligner.heads,
@@ -111,7 +153,7 @@ def build_aligner_decoder(config: ModelConfig, init_from: str | Path | None = No
     """N of `config`; see `build_mllm` for `init_from` and the errors."""
     decoder = config.aligner_decoder
     arguments = {
-        "output_width": config.mllm.width,
+        "output_width": mllm_width(config),
         "width": config.aligner.width,
         "ffn_width": decoder.ffn_width,
         "heads": decoder.heads,

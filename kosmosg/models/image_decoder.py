@@ -9,7 +9,7 @@ Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens,
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,8 +29,21 @@ class ImageDecoder(nn.Module):
 
     spec: ConditionSpec
     scheduler: Any
+    title: ClassVar[str]
+    """The family's name, for tables."""
     words_apart: ClassVar[bool] = True
     """Whether a caption's ids are those of its words, each tokenised alone, as CLIP's."""
+    # By the names that diffusers' pipelines of the family have for them.
+    networks: ClassVar[dict[str, Any]]
+    """Classes of the image side: the denoiser, then the autoencoder. The constructor takes them, and `scheduler`."""
+    text_models: ClassVar[dict[str, Any]]
+    """Classes of the text models, `text_encoder` …; each has a tokenizer of its own, `tokenizer` …"""
+    unneeded: ClassVar[dict[str, Any]] = {}
+    """Arguments that build these pipelines without what is not used here, as a safety checker."""
+    call_options: ClassVar[dict[str, Any]] = {}
+    """Arguments of their calls, so that they draw the size that is asked for."""
+    attention_argument: ClassVar[str] = "cross_attention_kwargs"
+    """What their calls name the arguments of the attention layers."""
 
     @classmethod
     @abstractmethod
@@ -48,6 +61,30 @@ class ImageDecoder(nn.Module):
         Raises:
             ValueError: a hub id whose sizes are not known here.
         """
+
+    @classmethod
+    @abstractmethod
+    def read_scheduler(cls, source: str | Path) -> Any:
+        """The scheduler of a diffusers folder or hub id: what the denoiser was trained with.
+
+        Raises:
+            ValueError: the family does not train with it.
+        """
+
+    @classmethod
+    def text_parts(cls) -> tuple[str, ...]:
+        """The text models and their tokenizers."""
+        return (*cls.text_models, *(name.replace("text_encoder", "tokenizer") for name in cls.text_models))
+
+    @classmethod
+    def absent_parts(cls) -> dict[str, Any]:
+        """What diffusers' pipelines of the family are given in place of parts that prompt embeddings make needless."""
+        return {**dict.fromkeys(cls.text_parts()), **cls.unneeded}
+
+    @classmethod
+    def unconditional_of(cls, index: Mapping[str, Any]) -> Literal["prompt", "zeros"]:
+        """`ConditionSpec.unconditional`, as a folder's model_index.json has it."""
+        return "prompt"
 
     def freeze(self) -> Self:
         """No weight trains any more, and all modules are in eval mode."""
@@ -160,9 +197,10 @@ class ImageDecoder(nn.Module):
     def diffusers_pipeline(self) -> Any:
         """diffusers' pipeline over these networks, to be driven by `pipeline_arguments`."""
 
+    @staticmethod
     @abstractmethod
-    def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
-        """The conditions as keyword arguments of that pipeline."""
+    def pipeline_arguments(condition: Condition, unconditional: Condition) -> dict[str, Any]:
+        """The conditions as keyword arguments of that pipeline, in the order of its `encode_prompt`."""
 
     @property
     @abstractmethod

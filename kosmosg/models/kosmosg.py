@@ -4,14 +4,16 @@ Shapes: `B` batch, `Q` condition tokens, `C` condition width.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from kosmosg.condition import Condition
 from kosmosg.models.aligner import Aligner, AlignerDecoder, load_aligner
-from kosmosg.models.mllm import MLLM
-from kosmosg.models.storage import find_model, load_part, save_model
+from kosmosg.models.mllm import MLLM, MultimodalLM
+from kosmosg.models.storage import CONFIG_FILE, find_model, load_part, save_model, saved_class
+from kosmosg.models.vision_language_model import LanguageProcessor, VisionLanguageModel
 from kosmosg.prompt import PromptBatch
 from kosmosg.tokenizer import Tokenizer
 
@@ -23,15 +25,15 @@ class KosmosG(nn.Module):
         ValueError: the aligner reads another width than the MLLM's.
     """
 
-    mllm: MLLM
+    mllm: MultimodalLM
     aligner: Aligner
 
-    def __init__(self, mllm: MLLM, aligner: Aligner):
+    def __init__(self, mllm: MultimodalLM, aligner: Aligner):
         super().__init__()
-        if aligner.config.input_width != mllm.config.width:
+        if aligner.config.input_width != mllm.width:
             raise ValueError(
                 f"the aligner reads states of width {aligner.config.input_width} but the MLLM's are "
-                f"{mllm.config.width} wide; they come from different models."
+                f"{mllm.width} wide; they come from different models."
             )
         self.mllm, self.aligner = mllm, aligner
 
@@ -51,7 +53,10 @@ class KosmosG(nn.Module):
         return self.condition(batch)
 
     def save_pretrained(
-        self, folder: str | Path, tokenizer: Tokenizer, aligner_decoder: AlignerDecoder | None = None
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer | LanguageProcessor,
+        aligner_decoder: AlignerDecoder | None = None,
     ) -> None:
         """Write mllm/, aligner/ and tokenizer/, and aligner_decoder/ after stage 2."""
         save_model(folder, tokenizer, mllm=self.mllm, aligner=self.aligner, aligner_decoder=aligner_decoder)
@@ -66,6 +71,17 @@ class KosmosG(nn.Module):
         """
         folder = find_model(folder)
         return cls(
-            load_part(MLLM, folder / "mllm", torch_dtype),
+            load_mllm(folder / "mllm", torch_dtype),
             load_aligner(folder / "aligner", torch_dtype),
         )
+
+
+def load_mllm(folder: Path, torch_dtype: torch.dtype = torch.float32) -> MLLM | VisionLanguageModel:
+    """The multimodal language model in `folder`, of whichever kind its configuration names; errors as `load_part`."""
+    kind: Any = VisionLanguageModel if saved_class(folder) == VisionLanguageModel.__name__ else MLLM
+    return load_part(kind, folder, torch_dtype)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | LanguageProcessor:
+    """What `save_pretrained` wrote into tokenizer/."""
+    return (LanguageProcessor if (folder / CONFIG_FILE).is_file() else Tokenizer).from_pretrained(folder)

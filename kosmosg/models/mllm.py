@@ -9,19 +9,20 @@ Shapes: `B` batch, `L` tokens, `D` width, `I` images of the whole batch in readi
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from kosmosg.image_processing import ClipImageTransform
 from kosmosg.models.decoder import CausalDecoder
 from kosmosg.models.resampler import Resampler
 from kosmosg.models.storage import StrictWeights
 from kosmosg.models.vision import VisionEncoder
-from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder
+from kosmosg.prompt import EncodedPrompt, PackedImages, PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 
 MAX_TOKENS = 2048  # the longest sequence of the language model's training (tokens_per_sample)
@@ -41,11 +42,21 @@ class VisionTraining:
             raise ValueError(f"vision_training.blocks is {self.blocks}; allowed: -1 (all), 0, 1, 2, …")
 
 
-class MultimodalLM:
-    """What the project knows of a multimodal language model, a `torch.nn.Module`; another one is one class."""
+class MultimodalLM(nn.Module):
+    """What the project knows of a multimodal language model; another one is one class.
+
+    Attributes:
+        width: `D`.
+        max_tokens: of the longest prompt.
+        device: of its weights.
+    """
+
+    width: int
+    max_tokens: int
+    device: torch.device
 
     @abstractmethod
-    def encoder(self, tokenizer: Tokenizer, max_length: int | None = None) -> PromptEncoder:
+    def encoder(self, tokenizer: Any, max_length: int | None = None) -> PromptEncoder:
         """Encodes prompts as this model reads them."""
 
     @abstractmethod
@@ -58,8 +69,12 @@ class MultimodalLM:
         """The one-row batch whose condition is the null condition."""
 
     @abstractmethod
-    def dummy_image_prompt(self) -> PromptBatch:
-        """A one-row batch with one blank image, for batches without any: see `StageModule.reads_images`."""
+    def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
+        """A one-row batch with one blank image, for batches without any: see `StageModule.with_image`.
+
+        Args:
+            usual: of the size that the images of prompts usually have, for dry runs, where the size may differ.
+        """
 
     @abstractmethod
     def set_trainable(self, vision: VisionTraining) -> None:
@@ -70,7 +85,7 @@ class MultimodalLM:
         """
 
 
-class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
+class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
     """Interleaved ids and images → hidden states. Sizes of the paper: section 3.2.
 
     Args:
@@ -102,6 +117,7 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
         self.vision = VisionEncoder(vision_config)
         self.resampler = Resampler(self.vision.width, width, heads, image_tokens, dropout)
         self.decoder = CausalDecoder(vocab_size, width, layers, heads, ffn_width, dropout, xpos, pad_id)
+        self.width, self.max_tokens = width, MAX_TOKENS
 
     @property
     def output_matrix(self) -> Tensor:
@@ -118,6 +134,7 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
         Raises:
             ValueError: the number of image tokens is not K times the number of images.
         """
+        assert not isinstance(batch.images, PackedImages)
         features = None if batch.images is None else self.image_features(batch.images)
         # On a GPU the count would cost a synchronisation in every step; PromptEncoder.collate has checked it. A
         # subclass of Tensor may have no values to count, as in a dry run.
@@ -157,7 +174,7 @@ class MLLM(StrictWeights, ModelMixin, ConfigMixin, MultimodalLM):
         """`<s>` alone (released-code.md, "Stage-3 loss")."""
         return PromptBatch.stack([EncodedPrompt([self.config.bos_id], None, [])], self.config.pad_id)
 
-    def dummy_image_prompt(self) -> PromptBatch:
+    def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
         """`<s>` and a blank image."""
         tokens, size = self.config.image_tokens, self.vision.image_size
         # Lists, because a tensor of a dry run cannot be read.

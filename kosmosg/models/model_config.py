@@ -136,11 +136,17 @@ class AlignerDecoderConfig:
 @dataclass
 class ModelConfig:
     tokenizer: str = MISSING
-    """Folder with sentencepiece.bpe.model and dict.txt."""
+    """Folder with sentencepiece.bpe.model and dict.txt; a language_model has its own."""
     image_size: int = 512
     """Side of the target images and of generated ones, in pixels."""
     mllm: MLLMConfig = field(default_factory=MLLMConfig)
     """The multimodal language model."""
+    language_model: str | None = None
+    """Folder or hub id of a vision-language model of transformers, which takes the MLLM's place; null for none."""
+    hidden_layer: int = -1
+    """Which of its `hidden_states` the aligner reads: -1 for the last, 0 for the embeddings."""
+    max_image_pixels: int | None = None
+    """Larger images of a prompt are made smaller before its processor prepares them; null for its own limit."""
     aligner: AlignerConfig = field(default_factory=AlignerConfig)
     """M of AlignerNet."""
     aligner_decoder: AlignerDecoderConfig = field(default_factory=AlignerDecoderConfig)
@@ -152,6 +158,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "model", "image_size")
+        if self.max_image_pixels is not None:
+            require_positive(self, "model", "max_image_pixels")
+        if self.language_model is None and (self.hidden_layer, self.max_image_pixels) != (-1, None):
+            raise ValueError(
+                f"model.hidden_layer={self.hidden_layer} and model.max_image_pixels={self.max_image_pixels} are not "
+                "allowed without model.language_model; allowed: -1 and null."
+            )
         if self.aligner.width % self.aligner_decoder.heads:
             raise ValueError(
                 f"model.aligner_decoder.heads={self.aligner_decoder.heads} does not divide "

@@ -1,5 +1,6 @@
-"""Published configurations of image decoders, by hub id and part: for dry runs, which read no weights, and for
-checkpoints that carry weights alone. Each is what diffusers and transformers build the published networks from."""
+"""Published configurations of image decoders, by hub id and part, and of vision-language models: for dry runs, which
+read no weights, and for checkpoints that carry weights alone. Each is what diffusers and transformers build the
+published networks from."""
 
 import json
 from collections.abc import Sequence
@@ -171,6 +172,59 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "vae": DC_AE,
         "text_encoder": {"model_type": "gemma2"},  # the class's defaults are Gemma 2 2B's
         "scheduler": SANA_SCHEDULER,
+    },
+}
+QWEN_2_5_VL_3B = "Qwen/Qwen2.5-VL-3B-Instruct"
+QWEN_3_VL_4B = "Qwen/Qwen3-VL-4B-Instruct"
+QWEN_TEXT = {
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "num_hidden_layers": 36,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    QWEN_2_5_VL_3B: {
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            **QWEN_TEXT,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 128000,
+            "max_window_layers": 70,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048, "tokens_per_second": 2},
+        "tie_word_embeddings": True,
+    },
+    QWEN_3_VL_4B: {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            **QWEN_TEXT,
+            "head_dim": 128,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "max_position_embeddings": 262144,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+            },
+        },
+        "vision_config": {
+            "deepstack_visual_indexes": [5, 11, 17],
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "out_hidden_size": 2560,
+        },
+        "tie_word_embeddings": True,
     },
 }
 

@@ -11,7 +11,7 @@ Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens 
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -32,7 +32,13 @@ SCHEDULERS = ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 class Sana(ImageDecoder):
     """See `ImageDecoder`. Methods that need a part that is None cannot be used."""
 
+    title = "Sana"
     words_apart = False
+    networks: ClassVar = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC}
+    text_models: ClassVar = {"text_encoder": Gemma2Model}
+    # Else sizes are first mapped to those that the public weights were trained with.
+    call_options: ClassVar = {"use_resolution_binning": False}
+    attention_argument = "attention_kwargs"
 
     def __init__(
         self,
@@ -57,21 +63,23 @@ class Sana(ImageDecoder):
         networks: dict[str, Any] = {}
         options = {"dtype": torch_dtype, **options}
         if parts != "text":
-            networks["transformer"] = load_network(SanaTransformer2DModel, source, "transformer", **options)
-            networks["vae"] = load_network(AutoencoderDC, source, "vae", **options)
-            networks["scheduler"] = flow_scheduler(DPMSOLVER.load_config(source, subfolder="scheduler"))
+            networks = {name: load_network(kind, source, name, **options) for name, kind in cls.networks.items()}
+            networks["scheduler"] = cls.read_scheduler(source)
         if parts != "images":
             networks["text_encoder"] = load_network(Gemma2Model, source, "text_encoder", dtype=torch_dtype)
             networks["tokenizer"] = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
         return cls(**networks).freeze()
 
     @classmethod
+    def read_scheduler(cls, source: str | Path) -> Any:
+        return flow_scheduler(DPMSOLVER.load_config(source, subfolder="scheduler"))
+
+    @classmethod
     def from_config(cls, source: str | Path, parts: Parts = "all") -> "Sana":
-        configs = decoder_configs(source, ("transformer", "vae", "scheduler", "text_encoder"))
+        configs = decoder_configs(source, (*cls.networks, "scheduler", "text_encoder"))
         networks: dict[str, Any] = {}
         if parts != "text":
-            networks["transformer"] = SanaTransformer2DModel.from_config(configs["transformer"])
-            networks["vae"] = AutoencoderDC.from_config(configs["vae"])
+            networks = {name: kind.from_config(configs[name]) for name, kind in cls.networks.items()}
             with with_values(), torch.device("cpu"):
                 networks["scheduler"] = flow_scheduler(configs["scheduler"])
         if parts != "images":
@@ -185,18 +193,17 @@ class Sana(ImageDecoder):
 
     def diffusers_pipeline(self) -> Any:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)  # replaced at each call
-        absent: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
-        return SanaPipeline(transformer=self.transformer, vae=self.vae, scheduler=scheduler, **absent)
+        return SanaPipeline(transformer=self.transformer, vae=self.vae, scheduler=scheduler, **self.absent_parts())
 
-    def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
+    @staticmethod
+    def pipeline_arguments(condition: Condition, unconditional: Condition) -> dict[str, Any]:
         condition, unconditional = condition.with_mask(), unconditional.with_mask()
         return {
             "prompt_embeds": condition.states,
             "prompt_attention_mask": condition.mask,
-            "negative_prompt": None,
             "negative_prompt_embeds": unconditional.states,
             "negative_prompt_attention_mask": unconditional.mask,
-            "use_resolution_binning": False,
+            "negative_prompt": None,  # by default it is "", which does not go with embeddings
         }
 
     @property

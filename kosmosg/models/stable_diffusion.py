@@ -28,14 +28,6 @@ from kosmosg.models.published import decoder_configs
 from kosmosg.models.storage import load_network
 
 DOWNSCALE = 8
-# Parts of diffusers' Stable Diffusion pipelines that prompt embeddings make needless.
-ABSENT_PARTS: dict[str, Any] = {
-    "text_encoder": None,
-    "tokenizer": None,
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
 
 
 class EmbeddedStableDiffusion(StableDiffusionPipeline):
@@ -48,17 +40,19 @@ class EmbeddedStableDiffusion(StableDiffusionPipeline):
 class StableDiffusion(ImageDecoder):
     """See `ImageDecoder`. Methods that need a part that is None cannot be used.
 
-    Attributes:
-        text_models: classes of the text models, by part.
-
     Args:
         scheduler: gives ᾱ_t, the number of training timesteps and what the U-Net predicts: the noise or the velocity.
 
     Raises:
-        ValueError: it predicts something else.
+        ValueError: it predicts something else, or the U-Net is another family's.
     """
 
-    text_models: ClassVar[dict[str, Any]] = {"text_encoder": CLIPTextModel}
+    title = "Stable Diffusion"
+    networks: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    text_models: ClassVar = {"text_encoder": CLIPTextModel}
+    unneeded: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    embedding: ClassVar[str | None] = None
+    """What the U-Net embeds beside time, `addition_embed_type` of its configuration."""
 
     def __init__(
         self,
@@ -74,6 +68,11 @@ class StableDiffusion(ImageDecoder):
             raise ValueError(
                 f"the image decoder's scheduler, a {type(scheduler).__name__}, has prediction_type="
                 f"{self.prediction!r}; allowed: 'epsilon' (eq. 8) and 'v_prediction'."
+            )
+        if unet is not None and unet.config.addition_embed_type != self.embedding:
+            raise ValueError(
+                f"the U-Net has addition_embed_type={unet.config.addition_embed_type!r}, but {self.title}'s has "
+                f"{self.embedding!r}: it is of another family, which model_index.json should name."
             )
         self.unet: Any = unet
         self.vae: Any = vae
@@ -94,9 +93,8 @@ class StableDiffusion(ImageDecoder):
         networks: dict[str, Any] = {}
         options = {"dtype": torch_dtype, **options}
         if parts != "text":
-            networks["unet"] = load_network(UNet2DConditionModel, source, "unet", **options)
-            networks["vae"] = load_network(AutoencoderKL, source, "vae", **options)
-            networks["scheduler"] = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+            networks = {name: load_network(kind, source, name, **options) for name, kind in cls.networks.items()}
+            networks["scheduler"] = cls.read_scheduler(source)
         if parts != "images":
             for part, kind in cls.text_models.items():
                 networks[part] = load_network(kind, source, part, dtype=torch_dtype)
@@ -105,12 +103,15 @@ class StableDiffusion(ImageDecoder):
         return cls(**networks).freeze()
 
     @classmethod
+    def read_scheduler(cls, source: str | Path) -> Any:
+        return DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+
+    @classmethod
     def from_config(cls, source: str | Path, parts: Parts = "all") -> "StableDiffusion":
-        configs = decoder_configs(source, ("unet", "vae", "scheduler", *cls.text_models))
+        configs = decoder_configs(source, (*cls.networks, "scheduler", *cls.text_models))
         networks: dict[str, Any] = {}
         if parts != "text":
-            networks["unet"] = UNet2DConditionModel.from_config(configs["unet"])
-            networks["vae"] = AutoencoderKL.from_config(configs["vae"])
+            networks = {name: kind.from_config(configs[name]) for name, kind in cls.networks.items()}
             with with_values():
                 networks["scheduler"] = DDPMScheduler.from_config(configs["scheduler"])
         if parts != "images":
@@ -224,9 +225,10 @@ class StableDiffusion(ImageDecoder):
     def diffusers_pipeline(self) -> Any:
         # The scheduler is set at each call; this one is only in settings that diffusers does not find fault with.
         quiet: Any = DDPMScheduler.from_config(self.scheduler.config, steps_offset=1, clip_sample=False)
-        return EmbeddedStableDiffusion(unet=self.unet, vae=self.vae, scheduler=quiet, **ABSENT_PARTS)
+        return EmbeddedStableDiffusion(unet=self.unet, vae=self.vae, scheduler=quiet, **self.absent_parts())
 
-    def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
+    @staticmethod
+    def pipeline_arguments(condition: Condition, unconditional: Condition) -> dict[str, Any]:
         return {"prompt_embeds": condition.states, "negative_prompt_embeds": unconditional.states}
 
     @property

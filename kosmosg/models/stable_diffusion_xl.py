@@ -8,9 +8,10 @@ says otherwise, the null condition is zeros.
 Shapes: `B` batch, `Q` condition tokens (77), `C` condition width (768 + 1280), `P` width of the pooled vector (1280).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
@@ -23,8 +24,6 @@ from kosmosg.models.published import decoder_configs
 from kosmosg.models.stable_diffusion import StableDiffusion
 
 SIZE_NUMBERS = 6
-# Parts of diffusers' pipeline that prompt embeddings make needless.
-ABSENT_PARTS: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -34,7 +33,10 @@ class StableDiffusionXL(StableDiffusion):
         ValueError: also where the two tokenizers have different vocabularies.
     """
 
+    title = "Stable Diffusion XL"
     text_models: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    unneeded: ClassVar = {"add_watermarker": False}
+    embedding = "text_time"
 
     def __init__(self, *, text_encoder_2: Any = None, tokenizer_2: CLIPTokenizer | None = None, **networks: Any):
         super().__init__(**networks)
@@ -66,10 +68,14 @@ class StableDiffusionXL(StableDiffusion):
         decoder = super().from_config(source, parts)
         return decoder.with_index(decoder_configs(source, ("model_index",))["model_index"])  # type: ignore[attr-defined]
 
+    @classmethod
+    def unconditional_of(cls, index: Mapping[str, Any]) -> Literal["prompt", "zeros"]:
+        usual = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "prompt"
+        return index.get("unconditional", usual)  # as a pipeline folder of ours has it
+
     def with_index(self, index: Any) -> "StableDiffusionXL":
         """The null condition as model_index.json has it."""
-        if not index.get("force_zeros_for_empty_prompt", True):
-            self.spec = replace(self.spec, unconditional="prompt")
+        self.spec = replace(self.spec, unconditional=self.unconditional_of(index))
         return self
 
     @torch.no_grad()
@@ -102,14 +108,13 @@ class StableDiffusionXL(StableDiffusion):
 
     def diffusers_pipeline(self) -> Any:
         scheduler: Any = DDPMScheduler.from_config(self.scheduler.config)  # replaced at each call
-        return StableDiffusionXLPipeline(
-            unet=self.unet, vae=self.vae, scheduler=scheduler, add_watermarker=False, **ABSENT_PARTS
-        )
+        return StableDiffusionXLPipeline(unet=self.unet, vae=self.vae, scheduler=scheduler, **self.absent_parts())
 
-    def pipeline_arguments(self, condition: Condition, unconditional: Condition) -> dict[str, Any]:
+    @staticmethod
+    def pipeline_arguments(condition: Condition, unconditional: Condition) -> dict[str, Any]:
         return {
             "prompt_embeds": condition.states,
-            "pooled_prompt_embeds": condition.pooled,
             "negative_prompt_embeds": unconditional.states,
+            "pooled_prompt_embeds": condition.pooled,
             "negative_pooled_prompt_embeds": unconditional.pooled,
         }

@@ -12,7 +12,6 @@ from diffusers import ModelMixin
 from torch import nn
 
 from kosmosg.files import clear_leftovers, replaced
-from kosmosg.tokenizer import Tokenizer
 
 Part = TypeVar("Part", bound=ModelMixin)
 Network = TypeVar("Network", bound=nn.Module)
@@ -35,7 +34,7 @@ def find_model(folder: str | Path) -> Path:
     )
 
 
-def save_model(folder: str | Path, tokenizer: Tokenizer, **parts: ModelMixin | None) -> None:
+def save_model(folder: str | Path, tokenizer: Any, **parts: Any) -> None:
     """Write tokenizer/ and the given parts (mllm=, aligner=, aligner_decoder=) into `folder`; None is left out.
 
     The parts that are there stay until all new ones are complete. One process at a time may write a model folder.

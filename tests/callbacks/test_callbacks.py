@@ -16,7 +16,7 @@ from rich.console import Console
 import train
 from callbacks.checkpoint import StepCheckpoint
 from callbacks.ema import WeightAverage
-from callbacks.image_grid import GridConfig, describe
+from callbacks.image_grid import GridConfig
 from callbacks.metrics import MetricsFile, StepMetrics, read_rows
 from callbacks.progress import RunProgress
 from kosmosg.batches import MicroBatch
@@ -137,7 +137,7 @@ def batch(tiny_tokenizer: Path) -> tuple[PromptBatch, Tokenizer]:
 
 def test_prompts_are_described_with_their_images(batch: tuple[PromptBatch, Tokenizer]) -> None:
     prompt, tokenizer = batch
-    described = describe(prompt, tokenizer)
+    described = PromptEncoder(tokenizer, ClipImageTransform(tiny.IMAGE_SIZE), tiny.IMAGE_TOKENS).describe(prompt)
     assert [text for text, _ in described] == ["a <i> and a <i> in the snow", "a red fish", "<i> at night"]
     assert [len(images) for _, images in described] == [2, 0, 1]
     [shown] = described[2][1]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
+from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens, WholeCaptions
 from datamodules.data_config import Source
 from datamodules.entities import EntityRules
 from datamodules.errors import DataError, SampleError
@@ -130,6 +130,20 @@ def test_long_captions_are_filtered_at_the_recorded_limits(tmp_path, tiny_tokeni
     pieces = len(module.encoder.tokenizer.encode("a dog"))
     module = alignment(str(tmp_path / "a.tar"), tiny_tokenizer, max_pieces=pieces)
     assert {error.key for error in module.train_dataset[range(6)].report.errors} == {"at75", "at76"}
+
+
+def test_captions_tokenised_whole_are_counted_without_what_stands_before(tiny_tokenizer):
+    """Start and an instruction of four tokens, then two tokens for each letter."""
+
+    def tokenize(texts):
+        rows = [[1, 9, 9, 9, 9, *(i for letter in text for i in (ord(letter), 3))][:15] for text in texts]
+        return torch.tensor([row + [0] * (15 - len(row)) for row in rows])
+
+    captions = WholeCaptions(tokenize)
+    ids, lengths = captions(["ab", "b", ""])
+    assert lengths == [4, 2, 0] and torch.equal(ids, tokenize(["ab", "b", ""])) and captions.room == 9
+    with pytest.raises(ValueError, match="the image decoder's text model takes captions of at most 9 tokens"):
+        AlignmentData(AlignmentDataConfig(max_clip_tokens=10), worlds.encoder(tiny_tokenizer), captions)
 
 
 def test_limits_beyond_the_models_are_refused(tiny_tokenizer):

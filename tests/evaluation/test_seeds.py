@@ -10,15 +10,17 @@ from PIL import Image
 
 from evaluate import main
 from evaluation.config import EvaluationConfig
-from evaluation.images.systems import STABLE_DIFFUSION, run_folders, run_system
+from evaluation.images.systems import TEXT_SYSTEMS, run_folders, run_system
 from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.sheets import CELL, GAP
 from evaluation.run import evaluate
 from evaluation.scores.results import Score, read_results, write_results
 from kosmosg.config import load_config
+from kosmosg.models.stable_diffusion import StableDiffusion
 from tests.evaluation.test_compare import write
 
 CPU = torch.device("cpu")
+STABLE_DIFFUSION_TEXT = TEXT_SYSTEMS[StableDiffusion]
 PROTOCOL = "coco/x@1#bbbb"
 
 
@@ -67,7 +69,7 @@ def test_scores_say_which_run_they_are_of(arguments, tiny_model, tmp_path):
     found = {(s.system, s.experiment, s.stage, s.seed) for s in scores if s.metric == "fid"}
     assert found == {
         ("Real images", None, None, None),
-        (STABLE_DIFFUSION, None, None, None),
+        (STABLE_DIFFUSION_TEXT, None, None, None),
         ("decoder_12_layers, seed 0", "decoder_12_layers", "alignment", 0),
         ("decoder_12_layers, seed 1", "decoder_12_layers", "alignment", 1),
     }
@@ -101,7 +103,7 @@ def tables(*folders: str, output: Path) -> str:
 
 
 def test_seeds_are_gathered_in_the_papers_order_and_words(tmp_path):
-    others = [Score("coco", STABLE_DIFFUSION, "fid", 6.66, 5.0, 8.0, 500, PROTOCOL)]
+    others = [Score("coco", STABLE_DIFFUSION_TEXT, "fid", 6.66, 5.0, 8.0, 500, PROTOCOL)]
     table = tables(
         finished(
             tmp_path / "one", others,

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from evaluation.images.conditions import Conditions
 from evaluation.images.generation import Batch
-from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, stable_diffusion_system
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, text_system
 from evaluation.protocols.protocol import Sampling
 from evaluation.protocols.requests import EvaluationError
 from evaluation.protocols.resizing import truncated
@@ -32,7 +34,7 @@ def pixels(images) -> np.ndarray:
 
 def test_stable_diffusion_is_diffusers_own(tiny_stable_diffusion: Path) -> None:
     prompts, seeds = ["a red fish", "a dog in the snow"], [5, 6]
-    made = stable_diffusion_system(str(tiny_stable_diffusion), CPU).load()(Batch(prompts, [[], []], seeds), SAMPLING)
+    made = text_system(str(tiny_stable_diffusion), CPU).load()(Batch(prompts, [[], []], seeds), SAMPLING)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_stable_diffusion, safety_checker=None)
     pipeline.scheduler = build_scheduler("ddim", pipeline.scheduler)
     expected = pipeline(
@@ -42,6 +44,42 @@ def test_stable_diffusion_is_diffusers_own(tiny_stable_diffusion: Path) -> None:
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
     assert np.array_equal(pixels(made), pixels(expected))
+
+
+@pytest.mark.parametrize(
+    ("write", "pooled", "name", "options"),
+    [
+        (tiny.write_stable_diffusion_xl, tiny.POOLED_WIDTH, "Stable Diffusion XL (text)", {}),
+        (tiny.write_sana, None, "Sana (text)", {"use_resolution_binning": False}),
+    ],
+)
+def test_other_image_decoders(
+    write: Callable[[Path], Path],
+    pooled: int | None,
+    name: str,
+    options: dict[str, Any],
+    tiny_tokenizer: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """From text diffusers' own pipeline, from interleaved prompts ours; a model of another decoder is refused."""
+    decoder = write(tmp_path / "decoder")
+    model = tiny.write_model(tmp_path / "model", tiny_tokenizer, pooled_width=pooled)
+    sampling, batch = replace(SAMPLING, sampler="dpm"), Batch(["a red fish", "a dog"], [[], []], [5, 6])
+    shared = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
+    text, ours = text_system(str(decoder), CPU), kosmosg_system(AFTER_STAGE_3, str(model), str(decoder), CPU)
+    assert text.name == name and text.model != ours.model
+    theirs = DiffusionPipeline.from_pretrained(decoder)
+    theirs.scheduler = build_scheduler("dpm", theirs.scheduler)
+    generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+    expected = theirs(batch.prompts, generator=generators, **shared, **options).images
+    assert np.array_equal(pixels(text.load()(batch, sampling)), pixels(expected))
+    pipeline = KosmosGPipeline.from_pretrained(model, decoder)
+    expected = pipeline(batch.prompts, seeds=batch.seeds, sampler="dpm", **shared).images
+    assert np.abs(pixels(ours.load()(batch, sampling)) - pixels(expected)).max() <= 1
+    if pooled:
+        with pytest.raises(EvaluationError, match=r"makes pooled vectors of width None, but '.*' reads 10"):
+            kosmosg_system(AFTER_STAGE_3, str(tiny_model), str(decoder), CPU)
 
 
 def test_kosmosg_is_the_pipeline(tiny_model: Path, tiny_stable_diffusion: Path) -> None:
@@ -69,11 +107,7 @@ def test_memory_is_cut_from_the_floats(
 ) -> None:
     """255·x truncated, where files hold 255·x rounded."""
     decoder = str(tiny_stable_diffusion)
-    system = (
-        kosmosg_system(AFTER_STAGE_3, str(tiny_model), decoder, CPU)
-        if reads_images
-        else stable_diffusion_system(decoder, CPU)
-    )
+    system = kosmosg_system(AFTER_STAGE_3, str(tiny_model), decoder, CPU) if reads_images else text_system(decoder, CPU)
     make, batch = system.load(), Batch(["a red fish", "a dog"], [[], []], [5, 6])
     floats: list[np.ndarray] = []
     monkeypatch.setattr("evaluation.images.systems.truncated", lambda image: floats.append(image) or truncated(image))
@@ -141,7 +175,7 @@ def test_model_of_another_stable_diffusion_is_refused(
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((model / "aligner" / "config.json").read_text())
     (model / "aligner" / "config.json").write_text(json.dumps({**config, "width": 48}))
-    with pytest.raises(EvaluationError, match=r"conditions of width 48, but the U-Net .* reads 32"):
+    with pytest.raises(EvaluationError, match=r"conditions of width 48, but '.*' reads 32"):
         kosmosg_system(AFTER_STAGE_3, str(model), str(tiny_stable_diffusion), CPU)
 
 
@@ -168,4 +202,4 @@ def test_folder_without_text_encoder_is_refused(tiny_stable_diffusion: Path, tmp
     folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(FileNotFoundError, match="text_encoder/ is missing"):
-        stable_diffusion_system(str(folder), CPU)
+        text_system(str(folder), CPU)

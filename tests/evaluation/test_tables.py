@@ -5,10 +5,13 @@ import re
 import pytest
 
 from evaluate import main
-from evaluation.images.systems import BEFORE_STAGE_3, STABLE_DIFFUSION
+from evaluation.images.systems import BEFORE_STAGE_3, TEXT_SYSTEMS
 from evaluation.reports.paper import ALIGNMENT, COCO, DREAMBENCH
 from evaluation.scores.results import Score, write_results
+from kosmosg.models.stable_diffusion import StableDiffusion
 from tests.evaluation.test_compare import AFTER, write
+
+STABLE_DIFFUSION_TEXT = TEXT_SYSTEMS[StableDiffusion]
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def files(tmp_path, capsys):
         Score("dreambench", AFTER, "dino", 0.5, 0.4, 0.6, 750, "dreambench/x_y@1#aa&aa"),
         Score("dreambench", AFTER, "clip_t", 0.3, 0.2, 0.4, 750, "dreambench/x_y@1#aa&aa"),
         *(Score("coco", system, "fid", 7.0, 6.0, 8.0, 500, "coco/x@1#bbbb")
-          for system in (STABLE_DIFFUSION, BEFORE_STAGE_3, AFTER)),
+          for system in (STABLE_DIFFUSION_TEXT, BEFORE_STAGE_3, AFTER)),
     ]  # fmt: skip
     write_results(scores, folder / "results.json")
     assert main(["tables", str(folder), f"output={tmp_path / 'tables'}"]) == 0
@@ -47,7 +50,7 @@ def test_printed_numbers_stand_apart_from_ours(files):
 def test_table_2_is_of_stage_2(files):
     table = files["table-2.md"]
     assert all(row.system in table for row in ALIGNMENT) and table.count("fails") == 2
-    assert BEFORE_STAGE_3 in table and STABLE_DIFFUSION in table and AFTER not in table
+    assert BEFORE_STAGE_3 in table and STABLE_DIFFUSION_TEXT in table and AFTER not in table
     assert AFTER in files["table-1-coco.md"] and all(row.system in files["table-1-coco.md"] for row in COCO)
 
 

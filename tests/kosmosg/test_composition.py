@@ -181,10 +181,10 @@ def test_lora_weights_of_the_text_model_are_left_out(pipe, theirs, tmp_path, cap
     loaded = theirs(StableDiffusionPipeline)
     both = write_lora(tmp_path / "both", loaded.unet, loaded.text_encoder)
     pipe.load_lora_weights(both)
-    assert "LoRA weights are for CLIP's text model" in caplog.text
+    assert "LoRA weights are for text models" in caplog.text
     pipe.unload_lora_weights()
     text_only = write_lora(tmp_path / "text", None, theirs(StableDiffusionPipeline).text_encoder)
-    with pytest.raises(ValueError, match="holds no LoRA weights for the U-Net"):
+    with pytest.raises(ValueError, match="holds no LoRA weights for the unet"):
         pipe.load_lora_weights(text_only)
 
 

@@ -142,7 +142,7 @@ def test_parts_that_do_not_fit(tiny_stable_diffusion, tiny_model, tmp_path):
     pipe = KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion)
     parts = {name: part for name, part in pipe.components.items()}
     parts["unet"].register_to_config(cross_attention_dim=768)
-    with pytest.raises(ValueError, match="32 wide but the U-Net reads 768"):
+    with pytest.raises(ValueError, match="32 wide but the image decoder reads 768"):
         KosmosGPipeline(**parts)
     parts["mllm"].register_to_config(vocab_size=7)
     with pytest.raises(ValueError, match="MLLM's vocabulary 7"):

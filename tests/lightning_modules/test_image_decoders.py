@@ -9,12 +9,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import compute_snr
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import train
+from datamodules.alignment import caption_tokens
+from kosmosg.cli import main as kosmosg
 from kosmosg.condition import Condition
 from kosmosg.conversion.parts import build
-from kosmosg.losses import diffusion_loss
+from kosmosg.losses import diffusion_loss, text_losses
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_2_1, STABLE_DIFFUSION_2_1_BASE, STABLE_DIFFUSION_XL
@@ -161,6 +164,18 @@ def test_sana_is_told_time_and_velocity_as_its_scheduler_has_them(decoder: Sana)
         DiffusionSampler(decoder)(condition, condition, sampler="ddim")
 
 
+@pytest.mark.parametrize("family", ["sana"], indirect=True)
+def test_stage_2_leaves_alone_what_stands_behind_a_caption(decoder: Sana) -> None:
+    """The first state, the instruction's last and the caption's own are drawn to Gemma's; others get no gradient."""
+    states = torch.randn(2, TOKENS, tiny.CONDITION_WIDTH, requires_grad=True)
+    target = captioned(decoder, CAPTIONS)
+    text_losses(Condition(states), target, "masked").sum().backward()
+    reached = (states.grad != 0).any(dim=2)
+    assert torch.equal(reached, target.mask) and reached.sum(dim=1).tolist() == [2 + 3, 2 + 2]
+    ids, lengths = caption_tokens(decoder)(CAPTIONS)
+    assert lengths == [3, 2] and torch.equal(ids, decoder.tokenize(CAPTIONS))
+
+
 @pytest.mark.parametrize("family", ["2.1-base", "2.1", "xl"], indirect=True)
 def test_a_perfect_prediction_is_the_noise_and_the_latents(decoder: ImageDecoder) -> None:
     """z_0 and ε follow from z_t and the training target, as the family's schedulers have it."""
@@ -195,13 +210,18 @@ def test_stages_train_resume_and_dry_run(
     configs: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two steps of stage 2, then of stage 3 from what it wrote, and its second step once more, from the first."""
+    """Two steps of stage 2, then of stage 3 from what it wrote, and its second step once more, from the first. All the
+    while the image decoder's bits stay. The finished run draws, is described and exported by commands."""
+    used, freeze = [], ImageDecoder.freeze
     arguments = [f"model.image_decoder={folders[family]}", "trainer.max_steps=2", "trainer.checkpoint_every=1"]
     arguments += ["grids={every: 2, prompts: 2, steps: 2}", *KEYS.get(family, [])]
     for stage, tracked in TRACKED.items():
         folder = tmp_path / f"{stage}-run"
-        assert run(configs[stage], *arguments, f"run={folder}") == 0
+        with monkeypatch.context() as watched:
+            watched.setattr(ImageDecoder, "freeze", lambda decoder: used.append(decoder) or freeze(decoder))
+            assert run(configs[stage], *arguments, f"run={folder}") == 0
         assert (folder / "grids" / "step-00000002.png").is_file()
         rows, trained = losses(folder, tracked), weights(folder)
         assert len(rows) == 2
@@ -212,6 +232,26 @@ def test_stages_train_resume_and_dry_run(
     capsys.readouterr()
     assert run(configs[stage], *arguments, "dry_run=true") == 0
     assert "fits" in capsys.readouterr().out
+    fresh = load_image_decoder(folders[family]).state_dict()
+    assert len(used) >= 2 and all(
+        torch.equal(value, fresh[name]) for decoder in used for name, value in decoder.state_dict().items()
+    )
+    assert kosmosg(["generate", str(folder), "a dog", "--steps", "2", "--output", str(tmp_path / "drawn")]) == 0
+    with Image.open(tmp_path / "drawn" / "image-0.png") as image:
+        assert image.size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    if family == "sana":
+        assert kosmosg(["generate", str(folder), "a dog", "--sampler", "ddim", "--output", str(tmp_path / "ddim")]) == 2
+        assert "sampler='ddim' is not allowed for flow matching" in capsys.readouterr().err
+    assert train.main(["export", str(folder), f"output={tmp_path / 'model'}"]) == 0
+    assert weights(tmp_path) == trained
+    capsys.readouterr()
+    assert kosmosg(["inspect", str(folder)]) == 0
+    missing = [*type(used[0]).networks, "scheduler"]
+    assert f"missing for the pipeline: {', '.join(missing)}\n" in capsys.readouterr().out
+    exported = kosmosg(["export", str(folder), str(tmp_path / "released.pt")])
+    assert exported == (2 if family == "xl" else 0), "released checkpoints have no pooled vector"
+    if exported:
+        assert "gives a pooled vector, which released checkpoints have no place for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

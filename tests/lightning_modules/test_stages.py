@@ -19,7 +19,7 @@ from kosmosg.prompt import EncodedPrompt, PromptBatch
 from lightning_modules.alignment import AlignmentModule, AlignmentRecipe
 from lightning_modules.base import StageModule
 from lightning_modules.instruction_tuning import InstructionTuningModule, InstructionTuningRecipe
-from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe, mismatched_images
+from lightning_modules.language_modelling import LanguageModellingModule, LanguageModellingRecipe
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion
 from lightning_modules.trainer import TrainerConfig, build_trainer
@@ -180,7 +180,7 @@ def test_without_any_image_the_vision_encoder_has_a_gradient_of_zero(
 def test_mismatched_images_change_the_loss_and_nothing_else(model: KosmosG, tiny_stable_diffusion: Path) -> None:
     for case in ("language_modelling", "instruction_tuning"):
         module, batch = stage(case, model, tiny_stable_diffusion)
-        wrong = mismatched_images(batch.prompt)
+        wrong = batch.prompt.roll_images()
         assert torch.equal(wrong.images, batch.prompt.images[[2, 0, 1]]) and torch.equal(wrong.ids, batch.prompt.ids)
         module._trainer = build_trainer(TrainerConfig(accelerator="cpu"), 1, logger=False)
         losses = module.eval().validation_losses(batch)

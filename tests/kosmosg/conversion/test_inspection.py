@@ -34,6 +34,24 @@ def test_a_run_folder(tiny_model, tmp_path):
     assert found["provenance"] == {"run": str(tmp_path), "stage": "instruction_tuning", "seed": 3}
 
 
+@pytest.mark.parametrize(
+    ("write", "pooled", "denoiser", "told"),
+    [
+        (tiny.write_stable_diffusion_xl, tiny.POOLED_WIDTH, "unet", "gives a pooled vector"),
+        (tiny.write_sana, None, "transformer", "holds a AutoencoderDC"),
+    ],
+)
+def test_pipeline_folders_of_other_image_decoders(write, pooled, denoiser, told, tiny_tokenizer, tmp_path, capsys):
+    """They are described whole, and cannot be released checkpoints."""
+    model = tiny.write_model(tmp_path / "model", tiny_tokenizer, pooled_width=pooled)
+    KosmosGPipeline.from_pretrained(model, write(tmp_path / "decoder")).save_pretrained(tmp_path / "pipe")
+    found = inspect_model(tmp_path / "pipe")
+    assert {*found["parts"]} == {"mllm", "aligner", denoiser, "vae"} and found["missing for the pipeline"] == []
+    assert main(["export", str(tmp_path / "pipe"), str(tmp_path / "released.pt")]) == 2
+    assert f"{told}, which released checkpoints have no place for" in capsys.readouterr().err
+    assert not (tmp_path / "released.pt").exists()
+
+
 def test_checkpoints_and_what_they_become(final, stage2, tiny_stable_diffusion, tmp_path, tiny_model):
     found = inspect_model(final)
     mllm = load_part(MLLM, tiny_model / "mllm")

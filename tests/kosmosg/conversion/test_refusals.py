@@ -40,6 +40,10 @@ CASES = {
         model(lambda m: m.update({FC1: torch.ones(2, 2)})),
         rf"1 of another shape, as '{FC1}' \[2, 2\] for \[64, 32\]",
     ),
+    "NaN": (
+        model(lambda m: m[FC1].view(-1)[5:6].fill_(float("nan"))),
+        "'decoder.layers.1.feed_forward.fc1.weight' has NaN or inf",
+    ),
     "a layer more in the middle": (
         model(lambda m: m.update({FC1.replace(".1.", ".2."): torch.ones(64, 32)})),
         "decoder_layers=2 but the tensors 3",

@@ -1,0 +1,38 @@
+"""A hook of mkdocs: the page of all configuration keys, made from the schemas."""
+
+import re
+
+from mkdocs.structure.files import File, Files
+
+from evaluation.config import EvaluationConfig
+from kosmosg.config import describe_schema
+from train import STAGES
+
+LINE = re.compile(r"(?P<key>[\w.]+): (?P<kind>.+?)(?: = (?P<default>.+?))?  # (?P<text>.*)", re.DOTALL)
+INTRODUCTION = """# Configuration keys
+
+Every argument of `train.py` and `evaluate.py` is a YAML file or `key=value`; later wins. `--help` beside a file prints
+the same. A key without a default has to be set.
+"""
+
+
+def on_files(files: Files, config) -> Files:
+    schemas = {f"train.py, stage: {name}": schema for name, schema in STAGES.items()} | {
+        "evaluate.py": EvaluationConfig
+    }
+    tables = [f"\n## {title}\n\n{table(schema)}" for title, schema in schemas.items()]
+    files.append(File.generated(config, "reference.md", content=INTRODUCTION + "".join(tables)))
+    return files
+
+
+def table(schema: type) -> str:
+    """Markdown: a row for each key."""
+    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    for line in re.split(r"\n(?=[\w.]+: )", describe_schema(schema)):
+        if (match := LINE.fullmatch(line)) is None:
+            raise ValueError(f"describe_schema gives a line that is no key: {line!r}")
+        kind, default, text = (
+            " ".join((match[part] or "").split()).replace("|", "\\|") for part in ("kind", "default", "text")
+        )
+        rows.append(f"| `{match['key']}` | {kind} | {f'`{default}`' if default else ''} | {text} |")
+    return "\n".join(rows) + "\n"
