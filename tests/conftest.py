@@ -12,20 +12,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # They come first: of workers that take file after file, none is left alone with a long one at the end.
 LONG_FILES = (
     "lightning_modules/test_ranks",
+    "lightning_modules/test_parallelize",
+    "test_benchmarks",
     "test_train",
     "datamodules/curation/test_curation",
-    "lightning_modules/test_image_decoders",
-    "lightning_modules/test_parallelize",
-    "lightning_modules/test_fault_injection",
-    "test_evaluate",
-    "test_benchmarks",
-    "datamodules/toyland/test_data_sets",
     "datamodules/toyland/test_pretrained",
+    "datamodules/toyland/test_data_sets",
+    "test_evaluate",
+    "lightning_modules/test_image_decoders",
     "kosmosg/conversion/test_convert",
     "kosmosg/conversion/test_memory",
-    "lightning_modules/test_extending",
-    "test_ablations",
     "kosmosg/test_wheel",
+    "lightning_modules/test_fault_injection",
+    "callbacks/test_wandb_faults",
+    "lightning_modules/test_extending",
 )
 
 

@@ -224,15 +224,14 @@ def test_stages_train_resume_and_dry_run(
             assert run(configs[stage], *arguments, f"run={folder}") == 0
         assert (folder / "grids" / "step-00000002.png").is_file()
         rows, trained = losses(folder, tracked), weights(folder)
-        if stage == "instruction_tuning":
-            back_to(folder, 1)
-            assert run(configs[stage], *arguments, f"run={folder}") == 0
-            assert losses(folder, tracked) == rows and weights(folder) == trained
         assert len(rows) == 2
-        capsys.readouterr()
-        assert run(configs[stage], *arguments, "dry_run=true") == 0
-        assert "fits" in capsys.readouterr().out
         arguments.append(f"init_from={folder}")
+    back_to(folder, 1)
+    assert run(configs[stage], *arguments[:-1], f"run={folder}") == 0
+    assert losses(folder, tracked) == rows and weights(folder) == trained
+    capsys.readouterr()
+    assert run(configs[stage], *arguments, "dry_run=true") == 0
+    assert "fits" in capsys.readouterr().out
     fresh = load_image_decoder(folders[family]).state_dict()
     assert len(used) >= 2 and all(
         torch.equal(value, fresh[name]) for decoder in used for name, value in decoder.state_dict().items()

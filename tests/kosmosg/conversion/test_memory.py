@@ -10,8 +10,8 @@ from tests.conftest import REPOSITORY
 SIZES = """
 extends: [model/toyland]
 model:
-  mllm: {width: 1024, heads: 16, layers: 5, ffn_width: 4096}
-  aligner: {ffn_width: 65536}
+  mllm: {width: 768, heads: 12, layers: 5, ffn_width: 3072}
+  aligner: {ffn_width: 40960}
 """
 SLACK = 40 * 2**20  # what the conversion itself and the unpickled names take
 
