@@ -99,13 +99,13 @@ def miniature() -> tuple[str, str]:
         ValueError: the package is installed without the rest of the repository.
     """
     try:
-        weights = Path(str(resources.files(f"datamodules.{MINIATURE}"))) / "weights"
+        world = Path(str(resources.files(f"datamodules.{MINIATURE}")))
     except ModuleNotFoundError as error:
         raise ValueError(
             f"'{MINIATURE}' is in a clone of the repository (there: pip install -e .); the installed package holds no "
             "weights."
         ) from error
-    return str(weights / "kosmosg"), str(weights / "stable-diffusion")
+    return str(world / "model"), str(world / "weights" / "stable-diffusion")
 
 
 def report(arguments: argparse.Namespace, wrong: list[str], good: int) -> None:

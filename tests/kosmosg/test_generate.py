@@ -11,6 +11,7 @@ from PIL import Image
 from kosmosg.cli import main
 from kosmosg.generation import read_parameters
 from kosmosg.pipeline import KosmosGPipeline
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,18 @@ def test_a_prompt_is_drawn_as_the_pipeline_draws_it(model, images, capsys):
     parameters = read_parameters(files[1])
     assert (parameters["prompt"], parameters["seed"], parameters["sampler"]) == (prompt, 6, "ddim")
     assert [image["file"] for image in parameters["images"]] == ["dog.png", "hero.png"] and parameters["model"]
+
+
+def test_the_shipped_miniature_draws_at_once(tmp_path):
+    """Each of its example subjects, without training."""
+    examples = sorted((REPOSITORY / "datamodules" / "toyland" / "examples").glob("*.png"))
+    assert len(examples) == 8
+    lines = [{"prompt": "<i> on the beach", "images": [str(file)], "name": file.stem} for file in examples]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert generate("toyland", "--manifest", tmp_path / "prompts.jsonl", "--output", tmp_path / "out") == 0
+    drawn = [pixels(file) for file in sorted((tmp_path / "out").iterdir())]
+    assert [image.shape for image in drawn] == [(32, 32, 3)] * 8
+    assert len({image.tobytes() for image in drawn}) == 8
 
 
 def test_a_photo_is_turned_upright(model, images):

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
+import datamodules.toyland
 from datamodules.toyland.pretrained import report
 from datamodules.toyland.pretrained.__main__ import WEIGHTS, main
 from datamodules.toyland.pretrained.data import draw_pool, sentences
@@ -96,6 +97,16 @@ def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
     found, shipped = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "weights", WEIGHTS))
     assert found.keys() == shipped.keys() and found["clip"].keys() == shipped["clip"].keys()
     assert all(figure == figure for network in ("clip", "judge", "vae") for figure in found[network].values())
+
+
+@pytest.mark.slow
+def test_probes_tell_where_a_look_is_lost(tmp_path, capsys):
+    model = Path(datamodules.toyland.__file__).parent / "model"
+    report.main([f"model={model}", f"work={tmp_path}", "scenes=100"])
+    told = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    found = {(place.strip(), group): float(figure) for place, group, figure in told if group in report.LABELS}
+    assert {place for place, _ in found} == {"vision encoder", "resampler", "MLLM's image tokens", "M"}
+    assert all(found[place, "kind"] > 0.5 for place in ("vision encoder", "M"))  # chance is 0.06
 
 
 def test_the_words_cover_every_kind_of_data():
