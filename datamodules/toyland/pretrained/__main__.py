@@ -66,13 +66,13 @@ class Recipe:
     decoder: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch_size=16, lr=2e-3))
     """The VAE's decoder alone, afterwards."""
     clip: Schedule = field(default_factory=lambda: Schedule(steps=8000, batch_size=64, lr=1e-3))
-    clip_patterns: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch_size=64, lr=5e-4))
+    clip_patterns: Schedule = field(default_factory=lambda: Schedule(steps=5500, batch_size=64, lr=5e-4))
     """Then with patterns told apart."""
     dino: Schedule = field(default_factory=lambda: Schedule(steps=500, batch_size=96, lr=1e-3))
     judge: Schedule = field(default_factory=lambda: Schedule(steps=5000, batch_size=96, lr=2e-3))
     unet: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch_size=64, lr=1.5e-3))
     """First as SD v1.5 was trained."""
-    unet_velocity: Schedule = field(default_factory=lambda: Schedule(steps=4500, batch_size=32, lr=1e-3))
+    unet_velocity: Schedule = field(default_factory=lambda: Schedule(steps=9000, batch_size=32, lr=1e-3))
     """Then with the weight on strong noise."""
 
     def __post_init__(self):
