@@ -37,6 +37,9 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "transformer": [None, None],
+    "family": "StableDiffusionPipeline",
+    "unconditional": "prompt",
 }
 
 
