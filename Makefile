@@ -136,7 +136,7 @@ lint: setup docs
 docs: export TRANSFORMERS_VERBOSITY := error
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup
-	$(RUN) -m mkdocs build --quiet --strict --site-dir runs/site
+	$(RUN) -m mkdocs build --strict --site-dir runs/site
 
 clean-toyland:
 	rm -rf data/toyland data/toyland-short runs/toyland runs/toyland-long runs/toyland-short
