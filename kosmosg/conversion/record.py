@@ -166,7 +166,9 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     """A model folder, or a run folder whose model is in model/."""
     model = find_model(path)
     needed = needed_parts(model, path)
-    found = (part for part in dict.fromkeys((*WEIGHTS, *needed)) if (model / part / CONFIG_FILE).is_file())
+    # A processor in tokenizer/ has a configuration, too.
+    parts = [part for part in dict.fromkeys((*WEIGHTS, *needed)) if part != "tokenizer"]
+    found = (part for part in parts if (model / part / CONFIG_FILE).is_file())
     configs = {part: read_json(model / part / CONFIG_FILE) for part in found}
     there = {*configs, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
     weights = {}

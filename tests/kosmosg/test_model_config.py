@@ -59,7 +59,11 @@ def test_full_size_has_the_released_shapes(shared):
     assert sorted(tuple(p.shape) for p in mllm.parameters()) == sorted(theirs)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+# Those of vision-language models name published weights; their sizes are the dry run's test.
+OURS = sorted(path.name for path in CONFIGS.glob("*.yaml") if "language_model:" not in path.read_text())
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_every_shipped_model_builds(name):
     mllm, aligner, decoder = build(name, vocabulary=100)
     assert aligner.config.input_width == mllm.config.width == decoder.config.output_width

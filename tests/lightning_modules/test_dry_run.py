@@ -21,6 +21,8 @@ PARAMETERS = {
     "stable_diffusion_2_1": {"aligner": 388_696_064},
     "stable_diffusion_xl": {"aligner": 325_999_872},
     "sana": {"aligner": 399_700_224},
+    "qwen2_5_vl_3b": {"mllm": 3_754_622_976},
+    "qwen3_vl_4b": {"mllm": 4_437_815_808},
     "toyland": {"aligner": 1_017_472},
 }
 LAUNCHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")

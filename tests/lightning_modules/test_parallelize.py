@@ -73,7 +73,6 @@ def test_compiled_layers_give_the_same(
     if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not what another process left half written
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # else a pool of processes is started
     plain, compiled = fresh_mllm(tiny_model), fresh_mllm(tiny_model)
     for module in (*plain.modules(), *compiled.modules()):
         if isinstance(module, nn.Dropout):
