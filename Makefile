@@ -22,7 +22,7 @@ help:
 	@echo "make setup          virtual environment in .venv with the pinned packages"
 	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones; JOBS=2 at a time)"
 	@echo "make toyland        set up and run the whole paper in miniature"
-	@echo "make toyland-long   the same with four times the steps on prompts with images, into runs/toyland-long"
+	@echo "make toyland-long   the same with three and four times the steps on prompts with images, into runs/toyland-long"
 	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
 	@echo "make toyland-image-prompts  what image prompts in alignment bring, at equal compute, three seeds"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"

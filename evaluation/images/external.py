@@ -60,7 +60,7 @@ def read_external(
 
     Raises:
         EvaluationError: no folder, a name of ours, or an image that is missing, given twice, of an unknown index, of
-            another prompt or another size; all are told (the first ten, then a count).
+            another prompt or another size; names the first ten, and counts the others.
     """
     if name in TABLE_ORDER:
         raise EvaluationError(f"models.external has '{name}', which is the name of a row of ours; choose another.")

@@ -1,7 +1,7 @@
 """Finished evaluations side by side, refused where their numbers do not compare: `evaluate.py compare A B …`.
 
 Two scores compare where task, data and encoders are the same, and the sampling where both were sampled by a protocol.
-What differs is told key by key.
+Otherwise every key that differs is named.
 """
 
 import csv
