@@ -66,10 +66,9 @@ def test_what_a_killed_run_leaves_running_does_not_hold_its_folder(configs: dict
     killed = os.fork()
     if killed == 0:
         with RunFolder(folder).lock(written, train.stage_schema):
-            worker = os.fork()
-            if worker == 0:
+            if os.fork() == 0:  # told from here, where what a fork closes is closed
+                os.write(tell, str(os.getpid()).encode())
                 signal.pause()
-            os.write(tell, str(worker).encode())
             os.kill(os.getpid(), signal.SIGKILL)
     worker = int(os.read(told, 20))
     try:
