@@ -5,7 +5,8 @@ all layers again in the backward pass, encodes targets in every step and gives t
 (docs/released-code.md). Each habit is also left out alone. No script of stage 1 was released: its released way is the
 same documents, one to a row, with logits at all positions. Reentrant checkpoints, which cost the released code the
 gradient of CLIP's last block, are not imitated: they change the result, not the time. Dropout is off, so that losses
-are equal.
+are equal, but for two things: a packed document reads those before it unless they are kept apart, and a variant of
+L_rec without padding is another sum.
 """
 
 from collections.abc import Callable, Iterator

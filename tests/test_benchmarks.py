@@ -60,6 +60,12 @@ def test_part_that_fails_or_runs_over_is_reported_and_the_rest_goes_on(
     assert "CUDA out of memory" in capsys.readouterr().out
 
 
+def of_released_sum(variant: str) -> bool:
+    """Whether it reads each document alone and counts padding, as the released code does."""
+    changed = "packed" in variant or "padding out" in variant
+    return (variant.startswith("released") and not changed) or "kept apart" in variant
+
+
 @pytest.mark.slow
 def test_released_ways_compute_the_same_loss(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
@@ -68,6 +74,11 @@ def test_released_ways_compute_the_same_loss(tmp_path: Path) -> None:
         found = [result for result in results(file) if result["part"] == stage]
         assert len(found) > 2 and all(result["seconds"] > 0 for result in found)
         assert all(result["ratio"]["low"] <= result["ratio"]["median"] <= result["ratio"]["high"] for result in found)
+        theirs = [result["loss"] for result in found if of_released_sum(result["variant"])]
+        ours = [result["loss"] for result in found if not of_released_sum(result["variant"])]
+        groups = [theirs + ours] if stage == "instruction_tuning" else [theirs, ours]
+        for losses in groups:
+            assert len(losses) > 1 and losses == pytest.approx([losses[0]] * len(losses), rel=1e-5), stage
 
 
 @pytest.mark.slow

@@ -344,6 +344,7 @@ DAMAGED_ANSWERS = [
     (lambda lines: [lines[0].replace("0.png", "x.png"), *lines[1:]], "x.png' does not exist"),
     (lambda lines: ['{"index": 0, "file": "0.png", "prompt": "a cat"}', *lines[1:]], "index 0 is of 'a cat', but"),
     (lambda lines: ["[]", *lines[1:]], "line 1 is no object with index and file"),
+    (lambda lines: ['{"index": 0.5, "file": "0.png"}', *lines[1:]], "index is 0.5, which is no integer"),
 ]
 
 

@@ -107,7 +107,9 @@ def listed(manifest: Path, problems: list[str]) -> Iterator[tuple[str, Any, Path
         try:
             row = json.loads(decode_text(line))
             index, file, prompt = row["index"], manifest.parent / row["file"], row.get("prompt")
-            yield f"line {number}", int(index), file, prompt
+            if type(index) is not int:
+                raise TypeError(f"index is {index!r}, which is no integer")
+            yield f"line {number}", index, file, prompt
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"line {number} is no object with index and file ({type(error).__name__}: {error})")
 

@@ -102,7 +102,7 @@ def train_clip(
     bare = encoded([article(kind) for kind in LABELS["kind"]])
     looks = pool.labels[:, :LOOKS]
     words = [word for word in PATTERNS.values() if word]
-    of_pattern = looks[:, PATTERN] - 1  # -1 is plain, of which nothing is told
+    of_pattern = looks[:, PATTERN] - 1  # -1: plain, which captions do not mention
     usable = (of_pattern >= 0) | (not patterns)
     of_kind = [torch.nonzero((looks[:, 0] == kind) & usable)[:, 0] for kind in range(groups[0])]
     weights = [3 if patterns and name == "pattern" else 1 for name in list(LABELS)[:LOOKS]]
