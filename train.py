@@ -59,7 +59,7 @@ from lightning_modules.dry_run import DoesNotFitError, HardwareConfig, report
 from lightning_modules.instruction_tuning import InstructionTuningModule
 from lightning_modules.language_modelling import LanguageModellingModule
 from lightning_modules.optimizer import OptimizerConfig
-from lightning_modules.parallelize import apply_activation_checkpointing, apply_compile
+from lightning_modules.parallelize import apply_activation_checkpointing, apply_compile, store_frozen_weights
 from lightning_modules.run_folder import RunFolder, RunFolderError
 from lightning_modules.step_guard import TooManySkippedStepsError
 from lightning_modules.trainer import TrainerConfig, batch_layout, build_trainer, configure_logging
@@ -174,6 +174,8 @@ def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
         raise ConfigError(str(error)) from error
     module.global_batch, module.guard.limit = layout.global_batch, options.max_skipped_steps
     data.micro_batches = layout.micro_batches
+    skipped = module.sharded_modules() if options.is_sharded(layout.world_size) else ()
+    store_frozen_weights(module, options.frozen_storage, skipped)
     apply_activation_checkpointing(module, options.activation_checkpointing)
     if options.compile:
         apply_compile(module)

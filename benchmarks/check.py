@@ -33,11 +33,11 @@ def check_stage(setting: Setting, stage: str, limit: Limit) -> Rows:
         memory = torch.cuda.get_device_properties(device).total_memory / GIB
         experiment = replace(experiment, hardware=replace(experiment.hardware, memory_gib=ROOM * memory))
     sized, options, hardware = size_up(experiment), experiment.trainer, experiment.hardware
-    found = estimate(sized, hardware, options, batch_layout(experiment.data.micro_batch_size, options), ema=False)
+    found = estimate(sized, experiment, batch_layout(experiment.data.micro_batch_size, options))
     rows = min(experiment.data.micro_batch_size, found.largest_micro_batch(experiment.data.micro_batch_size))
     if rows < 1:
         raise ValueError(f"by the dry run no micro-batch fits {found.available / GIB:.1f} GiB")
-    found = estimate(sized, hardware, options, batch_layout(rows, options), ema=False)
+    found = estimate(sized, experiment, batch_layout(rows, options))
     module = setting.build(experiment)
     optimizer: Any = module.configure_optimizers()
     batch = setting.fill(module.fake_batch(rows, sized.shape, experiment.model.image_size))

@@ -261,17 +261,17 @@ class FolderCheckpoints(Strategy):
         targets = {f"{MODEL}{name}": parameter.detach() for name, parameter in parameters.items()}
         average = {name: empty_average(parameters[name]) for name in _below(EMA, shapes)}
         targets |= _prefixed(EMA, average)
-        states: dict[str, dict[str, Tensor]] = {}
-        for place, shape in _below(OPTIMIZER, shapes).items():
-            name, _, key = place.rpartition(".")
-            target = torch.empty_like(parameters[name]).detach() if shape else torch.empty(())
-            states.setdefault(name, {})[key] = targets[f"{OPTIMIZER}{place}"] = target
-        load_tensors(folder, targets)
-        for optimizer in self.optimizers:
-            numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            numbers = {id(parameter): number for number, parameter in enumerate(numbered)}
-            by_number = {numbers[id(parameters[name])]: values for name, values in states.items()}
-            optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
+        (optimizer,) = self.optimizers
+        written = _below(OPTIMIZER, shapes)
+        for name in {place.rpartition(".")[0] for place in written}:  # none before the first step
+            optimizer.state[parameters[name]] = optimizer.empty_state(parameters[name])
+        states = self.optimizer_state(optimizer)
+        if states.keys() != written.keys():
+            raise CheckpointMismatchError(
+                f"'{folder}' holds optimizer states {sorted(written)[:NAMED_IN_ERRORS]} … and this run would read "
+                f"{sorted(states)[:NAMED_IN_ERRORS]} …: use the optimizer.eight_bit it was trained with."
+            )
+        load_tensors(folder, targets | _prefixed(OPTIMIZER, states))
         return {**state, "ema": average}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -306,8 +306,8 @@ class Sharded(FolderCheckpoints, ModelParallelStrategy):
 
 
 def build_strategy(name: str, accelerator: str, world_size: int) -> Strategy:
-    """The strategy of `trainer.strategy`: auto is one device alone, and fsdp2 beyond one."""
-    if name == "fsdp2" or (name == "auto" and world_size > 1):
+    """fsdp2, ddp, or one device alone."""
+    if name == "fsdp2":
         return Sharded(data_parallel_size=world_size, tensor_parallel_size=1)
     if name == "ddp":
         return Replicated()

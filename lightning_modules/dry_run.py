@@ -26,11 +26,13 @@ from kosmosg.models.build import image_decoder_class
 from kosmosg.models.image_decoder import with_values
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import PromptShape, StageModule
-from lightning_modules.parallelize import apply_activation_checkpointing, layers
-from lightning_modules.trainer import BatchLayout, TrainerConfig, batch_layout
+from lightning_modules.optimizer import BLOCK
+from lightning_modules.parallelize import apply_activation_checkpointing, layers, store_frozen_weights, stored_weights
+from lightning_modules.trainer import BatchLayout, TrainerConfig, batch_layout, count_devices
 
 GIB, TERA = 2**30, 1e12
 FULL, HALF = 4, 2  # bytes of a number
+EIGHT_BIT_STATES = 2 * (1 + FULL / BLOCK)  # bytes of both moments
 SECONDS_OF_DAY = 86_400
 RELEASED_VOCABULARY = 64_007
 
@@ -55,6 +57,7 @@ DEVICES = {
     "a100-40gb": Device(39.4, 312.0, 19.5),
     "rtx4090-24gb": Device(23.5, 165.0, 82.6),
     "rtx3090-24gb": Device(23.6, 71.0, 35.6),
+    "rtx3060-12gb": Device(11.6, 25.5, 12.7),
     "v100-32gb": Device(31.7, 125.0, 15.7, has_bf16=False),
 }
 
@@ -157,7 +160,10 @@ def size_up(experiment: Any) -> Sized:
         module = experiment.module.build(
             fresh, Vocabulary(words), lambda source, parts: image_decoder_class(source).from_config(source, parts)
         ).train()
-        apply_activation_checkpointing(module, experiment.trainer.activation_checkpointing)
+        options = experiment.trainer
+        skipped = module.sharded_modules() if options.is_sharded(count_devices(options) * options.num_nodes) else ()
+        store_frozen_weights(module, options.frozen_storage, skipped)
+        apply_activation_checkpointing(module, options.activation_checkpointing)
         usual, hardware = module.prompt_shape(experiment), experiment.hardware
         shape = PromptShape(
             usual.tokens if hardware.prompt_tokens is None else hardware.prompt_tokens,
@@ -184,13 +190,22 @@ def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> Pa
     autocast: Any = contextlib.nullcontext()
     if precision.endswith("-mixed"):
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, live:
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    # What tells the modules apart keeps the graphs of recomputed layers alive, and with them their activations.
+    counter.mod_tracker = WholeModule()  # type: ignore[assignment]
+    with counter, live:
         with autocast:
             value = loss()
         value.backward()
     for hook in hooks:
         hook.remove()
     return PassCost(counter.get_total_flops(), live.peak)
+
+
+class WholeModule(contextlib.nullcontext):
+    """In the place of FlopCounterMode's module tracker."""
+
+    parents = ("Global",)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -281,12 +296,11 @@ class Estimate:
         return max(0, int((self.available - (self.total - rows * self.row_bytes)) // self.row_bytes))
 
 
-def estimate(
-    sized: Sized, hardware: HardwareConfig, options: TrainerConfig, layout: BatchLayout, ema: bool
-) -> Estimate:
+def estimate(sized: Sized, experiment: Any, layout: BatchLayout) -> Estimate:
     """What a GPU holds and does."""
+    hardware, options, ema = experiment.hardware, experiment.trainer, experiment.ema.decay > 0
     card, module = hardware.card(), sized.module
-    sharded = options.strategy == "fsdp2" or (options.strategy == "auto" and layout.world_size > 1)
+    sharded = options.is_sharded(layout.world_size)
     share = layout.world_size if sharded else 1
     mixed = options.precision.endswith("-mixed")
     own = HALF if options.precision == "bf16-true" else FULL
@@ -295,13 +309,15 @@ def estimate(
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     frozen_sharded = sum(parameter.numel() for parameter in frozen if id(parameter) in in_sharded)
     frozen_whole = sum(parameter.numel() for parameter in frozen) - frozen_sharded
+    stored = sum(weight.nbytes for weight in stored_weights(module))
+    state_bytes = EIGHT_BIT_STATES if experiment.optimizer.eight_bit else 2 * own
     copies = sized.fixed_bytes
     memory = {
         "trainable weights": own * trainable / share,
         "gradients": own * trainable / share,
-        "optimizer states": 2 * own * trainable / share,
+        "optimizer states": state_bytes * trainable / share,
         "average of the weights": FULL * trainable / share if ema else 0.0,
-        "frozen modules": own * (frozen_sharded / share + frozen_whole),
+        "frozen weights": own * (frozen_sharded / share + frozen_whole) + stored,
     }
     if sharded:
         memory["gathered layers"] = gathered(module, HALF if mixed else own, own)
@@ -324,7 +340,8 @@ def peak_tflops(card: Device, options: TrainerConfig) -> float:
 
 def count(module: nn.Module, trainable: bool) -> int:
     """Numbers in the parameters that train, or that do not."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == trainable)
+    found = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == trainable)
+    return found if trainable else found + sum(weight.numel() for weight in stored_weights(module))
 
 
 def gathered(module: StageModule, layer_bytes: int, own: int) -> float:
@@ -357,7 +374,7 @@ def report(experiment: Any, console: Console) -> None:
         sized = size_up(experiment)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = estimate(sized, hardware, options, layout, experiment.ema.decay > 0)
+    found = estimate(sized, experiment, layout)
     console.print(f"Dry run of {experiment.stage}: {layout}", highlight=False, soft_wrap=True)
     console.print(parameters_table(sized.module), memory_table(found, hardware.device, layout.world_size))
     for line in time_lines(sized, found, options, layout, hardware):

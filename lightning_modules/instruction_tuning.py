@@ -43,6 +43,7 @@ from lightning_modules.base import (
     usual_shape,
 )
 from lightning_modules.length_buckets import length_buckets
+from lightning_modules.lora import add_lora, merge_lora
 from lightning_modules.optimizer import OptimizerConfig
 from lightning_modules.randomness import DiffusionDraws, draw_diffusion
 
@@ -71,6 +72,8 @@ class InstructionTuningRecipe:
     the text model is loaded, too. Not in the paper."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
     """Which part of the vision encoder trains."""
+    lora_rank: int = 0
+    """Above 0, the language model's linear maps train by updates of this rank (LoRA); the rest of it is frozen."""
     length_buckets: int = 1
     """Parts of similar length in which a micro-batch's conditions are computed; the loss is the same, though dropout's
     draws are not."""
@@ -85,6 +88,11 @@ class InstructionTuningRecipe:
             raise ValueError(
                 f"recipe.snr_gamma is {self.snr_gamma} and recipe.timestep_weighting {self.timestep_weighting}; "
                 "allowed: snr_gamma with uniform alone"
+            )
+        if self.lora_rank < 0 or (self.lora_rank and self.trainable != "all"):
+            raise ValueError(
+                f"recipe.lora_rank is {self.lora_rank} with recipe.trainable={self.trainable}; allowed: 0, or with "
+                "all 1 or more"
             )
         if not self.mse_weight >= 0:
             raise ValueError(f"recipe.mse_weight is {self.mse_weight}; allowed: 0 or more")
@@ -125,6 +133,8 @@ class InstructionTuningModule(StageModule):
         self.mllm, self.aligner, self.image_decoder, self.recipe = mllm, aligner, image_decoder, recipe
         if recipe.trainable == "all":
             mllm.set_trainable(recipe.vision_training)
+            if recipe.lora_rank:
+                add_lora(mllm, recipe.lora_rank)
         else:
             mllm.requires_grad_(False)
         aligner.requires_grad_(True)
@@ -260,5 +270,6 @@ class InstructionTuningModule(StageModule):
         return to_images(targets)
 
     def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
-        """mllm/, aligner/ and tokenizer/."""
+        """mllm/, aligner/ and tokenizer/. LoRA's updates are merged, so that the module trains no more."""
+        merge_lora(self.mllm)
         self.model.save_pretrained(folder, tokenizer)

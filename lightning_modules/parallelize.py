@@ -1,4 +1,4 @@
-"""FSDP2, activation checkpointing and compilation, applied from outside: the networks and state dicts do not know.
+"""FSDP2, activation checkpointing, compilation, smaller frozen weights, all from outside: the networks do not know.
 
 A layer is an entry of one of a network's module lists; of the frozen denoiser, which the gradient of stage 3 passes
 through, it is what diffusers can checkpoint and compile. Checkpointing is PyTorch's non-reentrant one: the reentrant
@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kosmosg.models.image_decoder import ImageDecoder
@@ -25,6 +26,8 @@ ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_fused_attention_overrideable",
 )
+FLOAT8_DTYPE = torch.float8_e4m3fn
+FLOAT8 = torch.finfo(FLOAT8_DTYPE)
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 SAVED = {getattr(torch.ops.aten, name).default for name in (*ATTENTION, *PRODUCTS) if hasattr(torch.ops.aten, name)}
 # One limit counts the graphs of all layers of a class: widths, with a gradient and without, of fixed and of changing
@@ -81,6 +84,54 @@ def apply_compile(module: nn.Module, **options: Any) -> None:
         layer.forward = torch.compile(layer.forward, **options)
     for denoiser in denoisers(module):
         denoiser.compile_repeated_blocks(**options)
+
+
+def store_frozen_weights(module: nn.Module, storage: str, skipped: Sequence[nn.Module] = ()) -> None:
+    """Keep the frozen weights of linear maps and convolutions in fewer bits; each is float32 again while it is used.
+
+    With bfloat16 under bf16-mixed nothing changes, since autocast would cast them so each time. float8 (e4m3, with a
+    scale for each output) rounds them to four significant bits.
+
+    Args:
+        storage: float32, which changes nothing, bfloat16 or float8.
+        skipped: networks that stay as they are.
+    """
+    if storage == "float32":
+        return
+    parts = {id(part) for network in skipped for part in network.modules()}
+    for layer in list(module.modules()):
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.requires_grad or id(layer) in parts:
+            continue
+        weight = layer.weight.data
+        del layer.weight  # as a buffer it does not count as what the network computes in
+        layer.register_buffer("weight", weight)
+        register_parametrization(layer, "weight", StoredWeight(storage), unsafe=True)
+
+
+def stored_weights(module: nn.Module) -> Iterator[Tensor]:
+    """What `store_frozen_weights` keeps, but for the scales."""
+    for part in module.modules():
+        if isinstance(part, ParametrizationList) and isinstance(part[0], StoredWeight):
+            yield part.original if hasattr(part, "original") else part.original0  # type: ignore[misc]
+
+
+class StoredWeight(nn.Module):
+    """A weight in fewer bits. diffusers' layerwise casting has no scales, and fails in the backward pass of layers that
+    are not checkpointed: their weights are small again by then."""
+
+    def __init__(self, storage: str):
+        super().__init__()
+        self.storage = storage
+
+    def right_inverse(self, weight: Tensor) -> list[Tensor]:
+        """Weight O×… → stored, and the scale of each output."""
+        if self.storage == "bfloat16":
+            return [weight.bfloat16()]
+        scale = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp(min=FLOAT8.tiny) / FLOAT8.max
+        return [(weight / scale).to(FLOAT8_DTYPE), scale]
+
+    def forward(self, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        return weight.float() if scale is None else weight.float() * scale
 
 
 def layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -44,6 +44,9 @@ class TrainerConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping: nothing, all but matrix products and attention, or
     whole layers."""
+    frozen_storage: Literal["float32", "bfloat16", "float8"] = "float32"
+    """How the frozen weights of linear maps and convolutions are kept; bfloat16 changes nothing under bf16-mixed. Those
+    of networks that fsdp2 shards stay float32."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     max_skipped_steps: int = 10
@@ -57,11 +60,20 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"trainer.{name} is {value}; allowed: {least} or more")
+        if self.frozen_storage != "float32" and self.precision == "bf16-true":
+            raise ValueError(
+                f"trainer.frozen_storage is {self.frozen_storage}, but with trainer.precision=bf16-true all weights "
+                "are bfloat16; allowed: float32"
+            )
         if self.strategy == "single" and (self.devices > 1 or self.num_nodes > 1):
             raise ValueError(
                 f"trainer.strategy is single, but trainer.devices is {self.devices} and trainer.num_nodes "
                 f"{self.num_nodes}; allowed beyond one device: auto, ddp, fsdp2"
             )
+
+    def is_sharded(self, world_size: int) -> bool:
+        """Whether FSDP2 divides the networks that train among the ranks."""
+        return self.strategy == "fsdp2" or (self.strategy == "auto" and world_size > 1)
 
 
 @dataclass(frozen=True)
@@ -136,13 +148,14 @@ def count_devices(config: TrainerConfig) -> int:
 
 def build_trainer(config: TrainerConfig, world_size: int, **options: Any) -> lightning.Trainer:
     """The trainer; `options` are its callbacks, loggers and folder."""
+    strategy = "fsdp2" if config.is_sharded(world_size) else config.strategy
     return lightning.Trainer(
         max_epochs=-1,
         max_steps=config.max_steps,
         accelerator=config.accelerator,
         devices=world_size // config.num_nodes,
         num_nodes=config.num_nodes,
-        strategy=build_strategy(config.strategy, config.accelerator, world_size),
+        strategy=build_strategy(strategy, config.accelerator, world_size),
         precision=config.precision,
         # The whole run is one epoch of Lightning's, whose batches are the optimizer steps.
         val_check_interval=min(config.val_every, config.max_steps),

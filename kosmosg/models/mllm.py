@@ -49,8 +49,10 @@ class MultimodalLM(nn.Module):
         width: `D`.
         max_tokens: of the longest prompt.
         device: of its weights.
+        decoder: the causal language model in it.
     """
 
+    decoder: nn.Module
     width: int
     max_tokens: int
     device: torch.device

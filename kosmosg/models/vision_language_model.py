@@ -295,6 +295,10 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         )
         return output.last_hidden_state if self.layer == self.last_layer else output.hidden_states[self.layer]
 
+    @property
+    def decoder(self) -> nn.Module:  # type: ignore[override]
+        return self.network.get_decoder()
+
     def encoder(self, tokenizer: Any, max_length: int | None = None) -> ProcessorEncoder:
         return ProcessorEncoder(tokenizer, self.config.max_image_pixels, max_length)
 
@@ -333,8 +337,7 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         for block in blocks if vision.blocks == -1 else blocks[len(blocks) - vision.blocks :]:
             block.requires_grad_(True)
         if self.layer != self.last_layer:
-            decoder = self.network.get_decoder()
-            for unread in (*layer_list(decoder)[self.layer :], decoder.norm):
+            for unread in (*layer_list(self.decoder)[self.layer :], self.decoder.norm):
                 unread.requires_grad_(False)
 
     @classmethod

@@ -4,6 +4,7 @@ The U-Net predicts noise under the tiny CLIP's text, as SD v1.5 does.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def scheduler() -> DDPMScheduler:
     )
 
 
-def build_unet(latent_channels: int, condition_width: int) -> UNet2DConditionModel:
+def build_unet(latent_channels: int, condition_width: int, **differences: Any) -> UNet2DConditionModel:
     blocks = (64, 96)
     return UNet2DConditionModel(
         sample_size=8,
@@ -127,6 +128,7 @@ def build_unet(latent_channels: int, condition_width: int) -> UNet2DConditionMod
         cross_attention_dim=condition_width,
         attention_head_dim=4,
         norm_num_groups=16,
+        **differences,
     )
 
 
