@@ -15,7 +15,7 @@ TOYLAND_RUNS ?= runs/toyland
 # A resumable command; says so, too, when it is stopped before it can say it itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test toyland toyland-long toyland-table-2 toyland-image-prompts toyland-short toyland-pretrained gpu-check lint docs clean-toyland
+.PHONY: help setup test toyland toyland-long toyland-table-2 toyland-image-prompts toyland-decoders toyland-short toyland-pretrained gpu-check lint docs clean-toyland
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make toyland-long   the same with three and four times the steps on prompts with images, into runs/toyland-long"
 	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
 	@echo "make toyland-image-prompts  what image prompts in alignment bring, at equal compute, three seeds"
+	@echo "make toyland-decoders  stages 2 and 3 on a tiny Stable Diffusion XL and a tiny Sana, after make toyland"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-pretrained  train the tiny pretrained models anew, into runs/toyland-pretrained"
 	@echo "make gpu-check      every stage and sampling on one GPU, beside dry run and diffusers; under ten minutes"
@@ -105,6 +106,20 @@ define image_prompts_run
 	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(HALF) runs=$(1) seed=$(2))
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(HALF) runs=$(1) seed=$(2) \
 	  ablation=$(EYES_NAME)_image_prompts run=$(1)/image_prompts trainer.max_steps=300)
+
+endef
+
+# Stages 2 and 3 on two more image decoders, which are trained first.
+DECODERS := $(TOYLAND_RUNS)/decoders
+toyland-decoders: export HF_HUB_OFFLINE := 1
+toyland-decoders: setup
+	$(call resumable,$(RUN) -m datamodules.toyland.pretrained.decoders output=$(DECODERS))
+	$(foreach decoder,stable_diffusion_xl sana,$(call decoder_run,configs/toyland/decoders/$(decoder).yaml))
+
+define decoder_run
+	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml $(1) init_from=$(TOYLAND_RUNS)/language_modelling)
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(1))
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(1))
 
 endef
 

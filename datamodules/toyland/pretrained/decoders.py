@@ -1,7 +1,7 @@
 """Two more image decoders in miniature: python -m datamodules.toyland.pretrained.decoders [key=value …]
 
-A Stable Diffusion XL over Toyland's VAE and CLIP, and a Sana with an autoencoder of its own and a random Gemma. They show
-that a condition steers other families, too (make toyland-decoders); the miniature itself draws with Stable Diffusion.
+A Stable Diffusion XL over Toyland's VAE and CLIP, and a Sana with an autoencoder of its own and a random Gemma. They
+show that a condition steers other families, too (make toyland-decoders); the miniature draws with Stable Diffusion.
 """
 
 import os
@@ -101,7 +101,7 @@ def stable_diffusion_xl(pool: Pool, checkpoint: Path, recipe: Recipe) -> tuple[I
 
 
 def sana(pool: Pool, checkpoint: Path, recipe: Recipe) -> tuple[ImageDecoder, Any]:
-    """32 px to 8×8 latents of 16 channels without a posterior; Gemma is random, its states as good as any to be read."""
+    """32 px to 8×8 latents of 16 channels; Gemma is random, its states as good as any others to be read."""
     tokenizer = words([INSTRUCTION, *pool.captions])
     gemma = Gemma2Config(
         vocab_size=len(tokenizer),
