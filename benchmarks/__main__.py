@@ -32,6 +32,7 @@ from benchmarks.setting import BenchmarkConfig, Setting, open_setting, read_conf
 from kosmosg.config import ConfigError
 from lightning_modules.dry_run import GIB, TERA
 from lightning_modules.trainer import configure_logging
+from train import STAGES
 
 COMMANDS = ("check", "released", "loader")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -151,7 +152,8 @@ def main(arguments: Sequence[str]) -> int:
             text, name = loader.markdown(loader.measure(keys)), "loader"
         else:
             config = read_config(keys)
-            known = [*config.stages, *(["sampling"] if command == "check" else [])]
+            known = [part for part in config.stages if command == "check" or part in STAGES]
+            known += ["sampling"] if command == "check" else []
             for part in parts:
                 if part not in known:
                     raise ConfigError(f"there is no part '{part}' of {command}; allowed: {', '.join(known)}")

@@ -19,15 +19,16 @@ from kosmosg.sampling import DiffusionSampler, build_scheduler, seeded
 from lightning_modules.dry_run import GIB, estimate, size_up
 from lightning_modules.parallelize import apply_compile
 from lightning_modules.trainer import batch_layout
+from train import STAGES
 
 GUIDANCE_SCALE = 7.5
 ROOM = 0.9  # share of the device's memory that a micro-batch may take by the dry run
 Rows = Iterator[dict[str, Any]]
 
 
-def check_stage(setting: Setting, stage: str, limit: Limit) -> Rows:
-    """Forward, backward, clipping and optimizer step, as written and with compiled layers."""
-    config, device, experiment = setting.config, setting.device, setting.experiment(stage)
+def check_stage(setting: Setting, part: str, limit: Limit) -> Rows:
+    """Forward, backward, clipping and optimizer step, as written, and of the stages themselves with compiled layers."""
+    config, device, experiment = setting.config, setting.device, setting.experiment(part)
     on_gpu = device.type == "cuda"
     if on_gpu:
         memory = torch.cuda.get_device_properties(device).total_memory / GIB
@@ -48,13 +49,13 @@ def check_stage(setting: Setting, stage: str, limit: Limit) -> Rows:
         optimizer.step()
         optimizer.zero_grad()
 
-    for variant in ("eager", "compiled") if config.compile else ("eager",):
+    for variant in ("eager", "compiled") if config.compile and part in STAGES else ("eager",):
         if variant == "compiled":
             apply_compile(module)
-        seconds = in_turns({stage: step}, config.repetitions, config.warmup, device, limit, config.clock)[stage]
+        seconds = in_turns({part: step}, config.repetitions, config.warmup, device, limit, config.clock)[part]
         states = [value for state in optimizer.state.values() for value in state.values()]
         yield {
-            "part": stage,
+            "part": part,
             "variant": variant,
             "micro_batch": rows,
             "tokens_per_row": sized.shape.tokens,

@@ -21,7 +21,8 @@ from kosmosg.models.model_config import ModelConfig
 from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_1_5, config_file
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import StageModule
-from train import STAGES, stage_schema
+from lightning_modules.parallelize import apply_activation_checkpointing, store_frozen_weights
+from train import stage_schema
 
 SIZES = Path(__file__).resolve().parent / "sizes"
 FIRST_WORD = 8  # ids below are special or an image's
@@ -49,7 +50,7 @@ class BenchmarkConfig:
     decoder: dict[str, Any] = field(default_factory=dict)
     """unet, vae, text_encoder: what differs from Stable Diffusion v1.5, where model.image_decoder names it."""
     stages: dict[str, list[str]] = field(default_factory=dict)
-    """Arguments of train.py by stage."""
+    """Arguments of train.py by part: a stage, or a stage as a GPU of some size trains it."""
     sampling: Sampling = field(default_factory=Sampling)
     """What is sampled beside diffusers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -110,22 +111,25 @@ class Setting:
             model = replace(model, image_decoder=str(folder))
         self.model, self.tokenizer = model, Tokenizer.from_pretrained(Path(model.tokenizer))
 
-    def experiment(self, stage: str, *changes: str) -> Any:
-        """The stage's configuration on one device, at this size.
+    def experiment(self, part: str, *changes: str) -> Any:
+        """The part's configuration on one device, at this size.
 
         Raises:
-            ConfigError: a size without the stage, or what `load_config` refuses.
+            ConfigError: a size without the part, or what `load_config` refuses.
         """
-        if stage not in self.config.stages or stage not in STAGES:
-            raise ConfigError(f"there is no part '{stage}'; allowed: {', '.join([*self.config.stages, 'sampling'])}")
-        experiment = load_config([*self.config.stages[stage], *ONE_DEVICE, *changes], stage_schema)
+        if part not in self.config.stages:
+            raise ConfigError(f"there is no part '{part}'; allowed: {', '.join([*self.config.stages, 'sampling'])}")
+        experiment = load_config([*self.config.stages[part], *ONE_DEVICE, *changes], stage_schema)
         return replace(experiment, model=deepcopy(self.model), init_from=None)
 
     def build(self, experiment: Any) -> StageModule:
         """The stage's module in training mode, with random weights drawn on the device."""
         with torch.random.fork_rng(), torch.device(self.device):
             torch.manual_seed(self.config.seed)
-            return experiment.module.build(experiment, self.tokenizer, self.load_decoder).to(self.device).train()
+            module = experiment.module.build(experiment, self.tokenizer, self.load_decoder).to(self.device).train()
+        store_frozen_weights(module, experiment.trainer.frozen_storage)
+        apply_activation_checkpointing(module, experiment.trainer.activation_checkpointing)
+        return module
 
     def load_decoder(self, source: str | Path, parts: Parts = "all") -> ImageDecoder:
         """An image decoder with random weights."""
