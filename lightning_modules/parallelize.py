@@ -90,22 +90,31 @@ def store_frozen_weights(module: nn.Module, storage: str, skipped: Sequence[nn.M
     """Keep the frozen weights of linear maps and convolutions in fewer bits; each is float32 again while it is used.
 
     With bfloat16 under bf16-mixed nothing changes, since autocast would cast them so each time. float8 (e4m3, with a
-    scale for each output) rounds them to four significant bits.
+    scale for each output) rounds the denoiser's to four significant bits. Autoencoders, whose latents are the targets,
+    stay as they are.
 
     Args:
-        storage: float32, which changes nothing, bfloat16 or float8.
+        storage: float32, which changes nothing; bfloat16; or float8 for the denoiser and bfloat16 for the others.
         skipped: networks that stay as they are.
     """
     if storage == "float32":
         return
-    parts = {id(part) for network in skipped for part in network.modules()}
+    decoders = [child for child in module.modules() if isinstance(child, ImageDecoder)]
+    whole = {id(part) for network in (*skipped, *(each.autoencoder for each in decoders)) for part in parts_of(network)}
+    eighths = {id(part) for decoder in decoders for part in parts_of(decoder.denoiser)}
     for layer in list(module.modules()):
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.requires_grad or id(layer) in parts:
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.requires_grad or id(layer) in whole:
             continue
         weight = layer.weight.data
         del layer.weight  # as a buffer it does not count as what the network computes in
         layer.register_buffer("weight", weight)
-        register_parametrization(layer, "weight", StoredWeight(storage), unsafe=True)
+        small = StoredWeight("float8" if storage == "float8" and id(layer) in eighths else "bfloat16")
+        register_parametrization(layer, "weight", small, unsafe=True)
+
+
+def parts_of(network: nn.Module | None) -> Iterator[nn.Module]:
+    """All modules of a network that may not be loaded."""
+    return iter(()) if network is None else network.modules()
 
 
 def stored_weights(module: nn.Module) -> Iterator[Tensor]:

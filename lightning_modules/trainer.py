@@ -45,8 +45,9 @@ class TrainerConfig:
     """What the backward pass computes again instead of keeping: nothing, all but matrix products and attention, or
     whole layers."""
     frozen_storage: Literal["float32", "bfloat16", "float8"] = "float32"
-    """How the frozen weights of linear maps and convolutions are kept; bfloat16 changes nothing under bf16-mixed. Those
-    of networks that fsdp2 shards stay float32."""
+    """How frozen weights of linear maps and convolutions are kept: bfloat16 changes nothing under bf16-mixed; float8
+    is the denoiser's alone, the others' are then bfloat16. The autoencoder's, and those that fsdp2 shards, stay
+    float32."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     max_skipped_steps: int = 10

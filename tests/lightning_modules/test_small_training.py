@@ -15,7 +15,7 @@ from kosmosg.prompt import PromptBatch
 from lightning_modules.checkpointing import checkpoints, read_shapes
 from lightning_modules.lora import add_lora, merge_lora
 from lightning_modules.optimizer import MOMENTS, OptimizerConfig, build_optimizer, code_values, dequantize, quantize
-from lightning_modules.parallelize import apply_activation_checkpointing, store_frozen_weights
+from lightning_modules.parallelize import apply_activation_checkpointing, store_frozen_weights, stored_weights
 from tests import tiny
 from tests.lightning_modules.runs import back_to, exported, finish, numbers, output
 
@@ -142,12 +142,21 @@ def test_frozen_weights_in_fewer_bits_and_the_gradient_that_reaches_the_conditio
     assert torch.equal(condition_gradient(folder, "float8", "32-true", "full"), rounded)
 
 
-def test_frozen_weights_take_a_quarter_and_those_that_train_stay() -> None:
+def test_weights_that_train_stay_as_they_are() -> None:
     network = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(8, 8, 3), nn.Linear(64, 64))
     network[:2].requires_grad_(False)
     weight, trained = network[0].weight.detach().clone(), network[2].weight
     store_frozen_weights(network, "float8")
     assert network[2].weight is trained
-    stored = [value for name, value in network[0].named_buffers() if "original" in name]
-    assert sum(value.nbytes for value in stored) < 0.27 * weight.nbytes
-    assert (network[0].weight - weight).abs().max() <= weight.abs().max() / 16
+    assert [value.dtype for value in stored_weights(network)] == [torch.bfloat16] * 2
+    assert torch.equal(network[0].weight, weight.bfloat16().float())
+
+
+def test_targets_come_from_whole_weights_and_the_denoisers_are_in_8_bits(tiny_stable_diffusion: Path) -> None:
+    decoder = load_image_decoder(tiny_stable_diffusion)
+    images = torch.rand(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    moments, weight = decoder.moments(images), decoder.denoiser.conv_in.weight.detach().clone()
+    store_frozen_weights(nn.ModuleList([decoder]), "float8")
+    assert torch.equal(decoder.moments(images), moments)
+    assert {stored.dtype for stored in stored_weights(decoder.denoiser)} == {torch.float8_e4m3fn}
+    assert 0 < (decoder.denoiser.conv_in.weight - weight).abs().max() <= weight.abs().max() / 16
