@@ -100,11 +100,11 @@ HALF := configs/toyland/half.yaml
 define image_prompts_run
 	$(call resumable,$(RUN) train.py configs/toyland/language_modelling.yaml $(HALF) \
 	  runs=$(1) seed=$(2) model.vision_weights=$(EYES))
-	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml $(HALF) runs=$(1) seed=$(2))
-	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(HALF) runs=$(1) seed=$(2) \
+	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml $(HALF) runs=$(1) seed=$(2) grids.every=0)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(HALF) runs=$(1) seed=$(2) grids.every=0 \
 	  ablation=$(EYES_NAME)_paper init_from=$(1)/alignment run=$(1)/paper recipe.mse_weight=0 trainer.max_steps=680)
-	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(HALF) runs=$(1) seed=$(2))
-	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(HALF) runs=$(1) seed=$(2) \
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(HALF) runs=$(1) seed=$(2) grids.every=0)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(HALF) runs=$(1) seed=$(2) grids.every=0 \
 	  ablation=$(EYES_NAME)_image_prompts run=$(1)/image_prompts trainer.max_steps=300)
 
 endef
