@@ -54,7 +54,7 @@ class Recipe:
     work: str = "data/toyland/pretrained"
     """Where the drawn images and what resumes are kept."""
     pictures: int = 10_000
-    autoencoder_steps: int = 2500
+    autoencoder_steps: int = 1000
     """Of 16 images; Sana's alone."""
     steps: int = 4000
     """Of 32 images, for each denoiser."""
