@@ -8,6 +8,7 @@ before anything is drawn.
 import codecs
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -41,6 +42,8 @@ class Request:
     negative_prompt: str = ""
     seed: int = 0
     count: int = 1
+    image_weights: tuple[float, ...] = ()
+    """How much each image counts; none: 1 each."""
     name: str = ""
     place: str = "the prompt"
     """Where it was read, for messages."""
@@ -52,6 +55,12 @@ class Request:
             raise GenerationError(
                 f"the prompt has {placeholders} placeholders {PLACEHOLDER} but {len(self.images)} images"
             )
+        if self.image_weights and len(self.image_weights) != len(self.images):
+            raise GenerationError(
+                f"{len(self.image_weights)} image weights for {len(self.images)} images; give one each"
+            )
+        if wrong := [weight for weight in self.image_weights if not 0 <= weight < math.inf]:
+            raise GenerationError(f"the image weight {wrong[0]} is not allowed; allowed: 0 or more")
         check_negative_prompt(self.negative_prompt)
         for name in ("prompt", "negative_prompt"):
             try:
@@ -141,11 +150,15 @@ def read_request(values: Any, default_name: str, folder: Path, place: str) -> Re
     images = values.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise GenerationError(f"images={images!r}; allowed: a list of paths")
+    weights = values.get("image_weights", [])
+    if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
+        raise GenerationError(f"image_weights={weights!r}; allowed: a list of numbers")
     for name, kind in (("prompt", str), ("negative_prompt", str), ("name", str), ("seed", int), ("count", int)):
         if name in values and type(values[name]) is not kind:
             raise GenerationError(f"{name}={values[name]!r}; allowed: {kind.__name__}")
     paths = tuple(str(folder / image) for image in images)
-    return Request(**{"name": default_name, **values, "images": paths, "place": place})
+    own = {"images": paths, "image_weights": tuple(weights), "place": place}
+    return Request(**{"name": default_name, **values, **own})
 
 
 def check_images(request: Request) -> None:
@@ -187,6 +200,8 @@ def plan(requests: Sequence[Request], settings: Settings, output: Path, identity
             for name in request.images
         ]
         shared = {"prompt": request.prompt, "images": inputs, "negative_prompt": request.negative_prompt}
+        if request.image_weights:
+            shared["image_weights"] = list(request.image_weights)
         for seed in range(request.seed, request.seed + request.count):
             parameters = {**shared, "seed": seed, **asdict(settings), **identity}
             jobs.append(Job(request, seed, output / f"{request.name}-{seed}.png", parameters))
@@ -240,6 +255,7 @@ def generate(pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size:
             [job.request.prompt for job in batch],
             images=[[opened[name] for name in job.request.images] for job in batch],
             negative_prompt=[job.request.negative_prompt for job in batch],
+            image_weights=[job.request.image_weights or (1.0,) * len(job.request.images) for job in batch],
             seeds=[job.seed for job in batch],
             **asdict(settings),
         ).images

@@ -49,6 +49,7 @@ from kosmosg.models.storage import check_weights, find_model, load_network
 from kosmosg.models.vision_language_model import LanguageProcessor, VisionLanguageModel
 from kosmosg.prompt import ImageInput, Prompt, PromptEncoder, Segment, check_negative_prompt, read_prompts
 from kosmosg.sampling import DiffusionSampler, build_scheduler
+from kosmosg.steering import weighted_condition, with_masks
 from kosmosg.tokenizer import Tokenizer
 
 Composed = TypeVar("Composed", bound=DiffusionPipeline)
@@ -247,6 +248,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
+        image_weights: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        image_masks: Sequence[Any] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
@@ -275,6 +278,10 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 in the list; or a list of either, a batch.
             images: those of the placeholders, in order; for a batch of prompts, a list of lists.
             negative_prompt: what to steer away from, one for all or one each; empty means the null condition.
+            image_weights: how much each image counts, 0 or more; for a batch, a list of lists. Its share of the
+                condition is scaled: 1 changes nothing, 0 is the prompt without the image.
+            image_masks: for each image a PIL image of its size, white where the subject is, or None. The rest becomes
+                white, and a square around the subject is read, as in constructed samples.
             prompt_embeds, negative_prompt_embeds: conditions B×Q×C in place of prompts, see `embeddings`; with their
                 pooled vectors B×P and masks B×Q where the image decoder reads them.
             sampler: "dpm", "ddim", "pndm" (set as the released code's) or the name of any diffusers scheduler, for
@@ -293,9 +300,13 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         drawing = self.sampler
         unconditional = None
         if prompt is not None:
-            condition, unconditional = self._conditions(prompt, images, negative_prompt)
-        elif images is not None or negative_prompt is not None:
-            raise ValueError("images= and negative_prompt= belong to prompt=; prompt_embeds= holds what they said.")
+            steering = {"image_weights": image_weights, "image_masks": image_masks}
+            condition, unconditional = self._conditions(prompt, images, negative_prompt, **steering)
+        elif any(given is not None for given in (images, negative_prompt, image_weights, image_masks)):
+            raise ValueError(
+                "images=, image_weights=, image_masks= and negative_prompt= belong to prompt=; prompt_embeds= holds "
+                "what they said."
+            )
         else:
             condition = given_condition(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
             if negative_prompt_embeds is not None:
@@ -334,12 +345,13 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         prompt: Prompt | Sequence[Prompt],
         images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        **steering: Any,
     ) -> tuple[Tensor, ...]:
         """(conditions, what guidance steers away from), B×Q×C both; see `__call__`.
 
         With pooled vectors or masks, they and those are given in the order of the family's own `encode_prompt`.
         """
-        conditions = self._conditions(prompt, images, negative_prompt)
+        conditions = self._conditions(prompt, images, negative_prompt, **steering)
         found = self.decoder_class.pipeline_arguments(*conditions).values()
         return tuple(tensor for tensor in found if isinstance(tensor, Tensor))
 
@@ -445,9 +457,17 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         prompt: Prompt | Sequence[Prompt],
         images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        image_weights: Any = None,
+        image_masks: Any = None,
     ) -> tuple[Condition, Condition]:
         """See `encode_prompt`."""
-        condition = self._condition(read_prompts(prompt, images))
+        prompts = read_prompts(prompt, images)
+        if image_masks is not None:
+            prompts = with_masks(prompts, for_each(image_masks, prompts, "image_masks"))
+        if image_weights is not None:
+            condition = weighted_condition(prompts, for_each(image_weights, prompts, "image_weights"), self._condition)
+        else:
+            condition = self._condition(prompts)
         count = len(condition.states)
         negative = self._negative(negative_prompt, count)
         return condition, negative if len(negative.states) == count else negative.repeat_interleave(count)
@@ -514,6 +534,20 @@ def model_parts(folder: Path, dtype: Dtype, given: Collection[str]) -> dict[str,
         "tokenizer": lambda: load_tokenizer(folder / "tokenizer"),
     }
     return {name: read() for name, read in load.items() if name not in given}
+
+
+def for_each(values: Sequence[Any], prompts: Sequence[Any], name: str) -> list[Sequence[Any]]:
+    """One list for each prompt; a flat list is that of a single one.
+
+    Raises:
+        ValueError: another number of lists.
+    """
+    listed = list(values)
+    nested = bool(listed) and all(isinstance(item, (list, tuple)) for item in listed)
+    lists: list[Sequence[Any]] = listed if nested else [listed]
+    if len(lists) != len(prompts):
+        raise ValueError(f"{name} holds {len(lists)} lists for {len(prompts)} prompts; give a list of lists, one each.")
+    return lists
 
 
 def given_condition(states: Any, mask: Tensor | None, pooled: Tensor | None) -> Condition:

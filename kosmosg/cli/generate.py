@@ -24,11 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="pipeline folder or hub id, the folder of a training run, or toyland")
     parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
     parser.add_argument("--images", nargs="+", metavar="FILE", help="images of the placeholders, in order")
+    parser.add_argument(
+        "--image-weights", nargs="+", type=float, metavar="W", help="how much each image counts; default: 1 each"
+    )
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help="a file of prompts instead of one")
     parser.add_argument(
         "--skip-bad", action="store_true", help="draw the manifest's good lines although others are bad"
     )
     parser.add_argument("--output", type=Path, default=Path("images"), metavar="DIR", help="default: images/")
+    parser.add_argument("--lint", action="store_true", help="print hints about the prompts, and draw nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace files that were drawn with other parameters")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--seed", type=int, help="of the first image; default: 0")
@@ -64,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise generation.GenerationError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     requests, wrong = read_requests(arguments)
     report(arguments, wrong, len(requests))
+    if arguments.lint:
+        return lint(requests)
     device, dtype = placement(arguments)
     identity = {"model": model_name(arguments), "dtype": dtype}
     jobs = generation.plan(requests, settings, arguments.output, identity)
@@ -129,7 +135,7 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
 
     if (arguments.prompt is None) == (arguments.manifest is None):
         raise generation.GenerationError("give either a prompt or --manifest")
-    names = ("images", "negative_prompt", "seed", "count")
+    names = ("images", "image_weights", "negative_prompt", "seed", "count")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.manifest is not None:
         if given:
@@ -139,10 +145,25 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
     if arguments.skip_bad:
         raise generation.GenerationError("--skip-bad belongs to --manifest")
     request = generation.Request(
-        arguments.prompt, **{**given, "images": tuple(given.get("images", ())), "name": "image"}
+        arguments.prompt,
+        **{**given, **{name: tuple(given.get(name, ())) for name in ("images", "image_weights")}, "name": "image"},
     )
     generation.check_images(request)
     return [request], []
+
+
+def lint(requests: list) -> int:
+    """Print hints; exit status 0 without any, else 1."""
+    from kosmosg.image_processing import read_image
+    from kosmosg.steering import hints
+
+    found = [
+        f"{request.place}: {hint}"
+        for request in requests
+        for hint in hints(request.prompt, [read_image(name) for name in request.images])
+    ]
+    print("\n".join(found) or "No hints.")
+    return int(bool(found))
 
 
 def model_name(arguments: argparse.Namespace) -> str:
