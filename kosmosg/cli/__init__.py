@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 COMMANDS = {
+    "app": "kosmosg.cli.app",
     "convert": "kosmosg.cli.convert",
     "export": "kosmosg.cli.export",
     "generate": "kosmosg.cli.generate",

@@ -20,8 +20,18 @@ from pathlib import Path
 MINIATURE = "toyland"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is loaded."""
     parser.add_argument("model", help="pipeline folder or hub id, the folder of a training run, or toyland")
+    parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model's names none")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"
+    )
+    parser.add_argument("--device", help="as cuda:1; default: a GPU if there is one")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_loading_arguments(parser)
     parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
     parser.add_argument("--images", nargs="+", metavar="FILE", help="images of the placeholders, in order")
     parser.add_argument(
@@ -43,11 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels; default: what the image decoder was trained on")
     parser.add_argument("--width", type=int, help="pixels")
     parser.add_argument("--batch-size", type=int, default=4, help="images at once; default: 4")
-    parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model's names none")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"
-    )
-    parser.add_argument("--device", help="as cuda:1; default: a GPU if there is one")
 
 
 def run(arguments: argparse.Namespace) -> int:
