@@ -1,0 +1,130 @@
+"""The page: what it refuses, what it draws and how a picture is repeated; and all of it in a real browser."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kosmosg import app
+from kosmosg.cli import main
+from kosmosg.generation import Settings, read_parameters
+from kosmosg.pipeline import KosmosGPipeline
+
+SETTINGS = Settings(2, 3.0)
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model, tiny_stable_diffusion, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion).save_pretrained(folder)
+    pipeline = KosmosGPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return app.Served(pipeline, [str(folder)], {"model": "tiny", "dtype": "float32"}, 3.0, 2)
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, colour in (("dog", "sienna"), ("hero", "navy")):
+        Image.new("RGB", (70, 80), colour).save(tmp_path / f"{name}.png")
+    return [str(tmp_path / "dog.png"), str(tmp_path / "hero.png"), None, None]
+
+
+def ask(files, prompt="<2> in the suit of <1>", weights=(1, 1, 1, 1), count=1):
+    return app.build_request(prompt, "", 5, count, files, weights)
+
+
+def test_numbers_name_images_in_any_order(files):
+    request = ask(files, weights=(0.5, 1, 1, 1))
+    assert request.prompt == "<i> in the suit of <i>" and request.image_weights == (1.0, 0.5)
+    assert [Path(file).name for file in request.images] == ["hero.png", "dog.png"]
+    assert ask(files, "a dog").images == () and ask(files).image_weights == ()
+
+
+def test_what_is_refused_is_named(files, tmp_path):
+    text, large = tmp_path / "text.png", tmp_path / "large.png"
+    text.write_text("not an image")
+    Image.new("1", (10_000, 5_000)).save(large)
+    for changed, options, message in (
+        (files, {"prompt": "<3> there"}, "names <3>, but there is no image 3"),
+        (files, {"prompt": " "}, "prompt is empty"),
+        (files, {"count": 9}, "9 pictures are asked for; allowed: at most 8"),
+        ([str(text), None, None, None], {"prompt": "<1>"}, "'text.png' is no image"),
+        ([str(large), None, None, None], {"prompt": "<1>"}, "'large.png' has 10000×5000 pixels; allowed: 25,000,000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask(changed, **options)
+
+
+def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, files, tmp_path, monkeypatch):
+    request = ask(files, weights=(0.5, 1, 1, 1), count=2)
+    *steps, (_, drawn) = app.draw(served, request, SETTINGS)
+    assert [number for number, _ in steps] == [1, 2]
+    kept = []
+    for _, pictures in app.draw(served, request, SETTINGS):
+        kept = [shutil.copy(file, tmp_path) for file in pictures if isinstance(file, str)]
+    assert [Path(file).name for file in kept] == ["image-5.png", "image-6.png"] and len(drawn) == 2
+    found, note = app.restored(kept[1], served.identity)
+    assert found["prompt"] == "<1> in the suit of <2>" and found["seed"] == 6 and found["image_weights"] == [1.0, 0.5]
+    assert "image 1: hero.png" in note and "another model" not in note
+    assert "another model" in app.restored(kept[1], {"model": "other"})[1]
+    with pytest.raises(ValueError, match=r"'dog\.png' holds no settings"):
+        app.restored(files[0], served.identity)
+    words = app.command(served, request, SETTINGS)
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(words)[1:], "--output", "again"]) == 0
+    for file in kept:
+        again = tmp_path / "again" / Path(file).name
+        assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(file)))
+        assert read_parameters(again)["image_weights"] == [1.0, 0.5]
+
+
+def test_hints_are_told_as_text(files):
+    assert app.told("a <1> there", *files).count("&lt;") and "<" not in app.told("a <1> there", *files)
+    assert "names image 2" in app.told("<1> there", *files)
+    assert "no image 3" in app.told("<3>", *files)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; Debian's package chromium has it")
+def test_in_a_browser(served, files, tmp_path, monkeypatch):
+    """Typed, dropped, drawn, restored, refused; nothing is asked of another host, and a second visitor sees nothing."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    _, address, _ = app.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    try:
+        with sync_api.sync_playwright() as browsers:
+            browser = browsers.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+            page, foreign = browser.new_page(viewport={"width": 1280, "height": 900}), []
+            page.on("request", lambda request: foreign.append(request.url) if "127.0.0.1" not in request.url else None)
+            page.goto(address)
+            for number, file in enumerate(files[:2], 1):
+                page.locator(f"#image-{number} input[type=file]").set_input_files(file)
+                page.locator(f"#image-{number} img").wait_for()
+            page.fill("#prompt textarea", "a <1> in the suit of <2>")
+            page.get_by_text("begins with 'a'").wait_for()
+            page.click("#draw")
+            page.wait_for_function("document.querySelector('#command textarea').value.includes('hero.png')")
+            source = page.locator("#pictures img").first.get_attribute("src")
+            page.wait_for_function("document.querySelector('#pictures img').src.includes('image-0')")
+            source = page.locator("#pictures img").first.get_attribute("src")
+            picture = tmp_path / "drawn.png"
+            picture.write_bytes(page.request.get(source).body())
+            assert read_parameters(picture)["prompt"] == "a <i> in the suit of <i>"
+            page.fill("#prompt textarea", "")
+            page.locator("#restore input[type=file]").set_input_files(picture)
+            page.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('a <1>')")
+            page.fill("#prompt textarea", "<4>")
+            page.click("#draw")
+            page.get_by_text("there is no image 4").first.wait_for()
+            other = browser.new_page()
+            other.goto(address)
+            other.locator("#draw").wait_for()
+            assert other.locator("#pictures img").count() == other.locator("#image-1 img").count() == 0
+            assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
+            browser.close()
+    finally:
+        app.gr.close_all()
