@@ -25,7 +25,6 @@ from PIL import Image
 
 from kosmosg import generation
 from kosmosg.image_processing import read_image, to_images
-from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.prompt import PLACEHOLDER
 from kosmosg.sampling import SAMPLERS
 from kosmosg.steering import hints
@@ -51,7 +50,7 @@ class Served:
         examples: pairs of a prompt and an image's file.
     """
 
-    pipeline: KosmosGPipeline
+    pipeline: Any
     arguments: list[str]
     identity: dict[str, str]
     guidance_scale: float = 6.0

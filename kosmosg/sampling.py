@@ -24,6 +24,7 @@ from kosmosg.condition import Condition
 from kosmosg.models.image_decoder import ImageDecoder
 
 Module = TypeVar("Module", bound=nn.Module)
+OFFLOAD_HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "dpm": (
         DPMSolverMultistepScheduler,
@@ -225,8 +226,11 @@ class DiffusionSampler:
         prompts = len(condition.states)
         images = prompts * num_images_per_prompt
         self.pipeline.scheduler = self.scheduler(sampler)
-        # Under CPU offload the denoiser lies elsewhere than it computes.
-        placed = {"device": self.pipeline._execution_device, "dtype": self.decoder.denoiser.dtype}
+        denoiser = self.decoder.denoiser
+        # Under CPU offload it lies elsewhere than it computes; to ask the pipeline takes milliseconds.
+        offloaded = any(hasattr(denoiser, hook) for hook in OFFLOAD_HOOKS)
+        device = self.pipeline._execution_device if offloaded else denoiser.device
+        placed = {"device": device, "dtype": denoiser.dtype}
         if len(unconditional.states) != prompts:
             unconditional = unconditional.repeat_interleave(prompts)
         if self.decoder.spec.masked and num_images_per_prompt > 1:
