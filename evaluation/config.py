@@ -91,8 +91,8 @@ class EvaluationConfig(Protocols):
     output: str = MISSING
     """Folder for images, scores, tables and the report."""
     data: dict[str, str | None] = field(default_factory=dict)
-    """The folder of each benchmark's data set, by the benchmark's name: dreambench holds one folder for each subject, as
-    google/dreambooth's `dataset/`; coco holds annotations/ and val2014/; others: docs/evaluation.md."""
+    """The folder of each benchmark's data set, by the benchmark's name: dreambench has one folder for each subject, as
+    google/dreambooth's `dataset/`; coco has annotations/ and val2014/; others: docs/evaluation.md."""
     models: Models = field(default_factory=Models)
     """What is evaluated."""
     bootstrap: Bootstrap = field(default_factory=Bootstrap)

@@ -44,8 +44,8 @@ class Tracking:
 
 
 def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dict[str, Any]) -> None:
-    """Log the evaluation in `output`, unless these results are logged already. The run is that of a sweep's agent, if one
-    started this; else its id is random and kept in the folder, so that a repeated evaluation is one run.
+    """Log the evaluation in `output`, unless these results are logged already. The run is that of a sweep's agent, if
+    one started this; else its id is random and kept in the folder, so that a repeated evaluation is one run.
 
     Args:
         config: what provenance.json holds; its `key` tells the results.

@@ -69,7 +69,7 @@ def encoder_file(weights: str) -> Path:
 
 
 def hash_encoder(path: Path) -> str:
-    """Of a folder, over names and contents of the encoder's own files; of a file, its SHA-256, whatever it is called."""
+    """Of a folder, over names and contents of the files of an encoder; of a file, its SHA-256, whatever its name."""
     if path.is_dir():
         return hash_files(path, (file for pattern in ENCODER_FILES for file in path.rglob(pattern)))
     with path.open("rb") as stream:

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from textwrap import shorten
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -80,6 +81,8 @@ class Processes:
                 raise
         finally:
             dist.destroy_process_group()
+            if self.first and error is not None:
+                time.sleep(LAST_WORDS_SECONDS)  # where it hosts the store, the others read there what has happened
 
     def share(self, make: Callable[[], Value]) -> Value:
         """What the first process makes, in all of them."""
@@ -131,7 +134,7 @@ class Processes:
         except DistError:
             late = [0]
         return ProcessError(
-            f"{' or '.join(map(self._named, late))} died ({str(error).splitlines()[0]}); start the same command again, "
+            f"{' or '.join(map(self._named, late))} died ({shorten(str(error), 160)}); start the same command again, "
             "and it goes on from here."
         )
 

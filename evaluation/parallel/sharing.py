@@ -1,7 +1,7 @@
 """What networks say of many files, computed in shares by all processes of a launch.
 
-All processes score the same rows, and ask for the same features in the same order. Batches are cut by position alone and
-go to whoever is free, so that features, and with them every score, are bit for bit those of one process.
+All processes score the same rows, and ask for the same features in the same order. Batches are cut by position alone
+and go to whoever is free, so that features, and with them every score, are bit for bit those of one process.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """A benchmark: what is asked of every system, and what its images are compared with.
 
-A new one is a class in a file and a line in `BENCHMARKS` (evaluation/benchmarks.py); its columns are a line in `METRICS`.
+A new one is a class in a file and a line in `BENCHMARKS` (evaluation/benchmarks.py); its columns, a line in `METRICS`.
 """
 
 from abc import ABC, abstractmethod
@@ -64,6 +64,7 @@ class Benchmark(ABC):
         Raises:
             EvaluationError: says what they do not know.
         """
+        return
 
     def parts(self, unit: str, group: str) -> dict[str, tuple[str, str]]:
         """What an image of `unit` and `group` (of its `Item`) counts for in breakdowns: by what → (part, the unit that

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark
 from evaluation.protocols.protocol import CocoProtocol
@@ -27,7 +27,7 @@ class Coco(Benchmark):
         DataSetError: annotations or images are missing; the first ten are named.
     """
 
-    tables = {"coco": "Captions (MS-COCO)"}
+    tables: ClassVar = {"coco": "Captions (MS-COCO)"}
     protocol_type = CocoProtocol
 
     def __init__(self, protocol: CocoProtocol, folder: Path):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evaluation.protocols.benchmark import COPY_OF_INPUT, REAL_IMAGES, Benchmark
 from evaluation.protocols.protocol import DreamBenchProtocol, Pairs, Subject, Templates
@@ -43,7 +43,11 @@ class DreamBench(Benchmark):
         DataSetError: subjects or files are missing; all are named (the first ten, then a count).
     """
 
-    tables = {"dreambench": "Subjects (DreamBench)", "pairs": "Two subjects", "leakage": "What the input image gives"}
+    tables: ClassVar = {
+        "dreambench": "Subjects (DreamBench)",
+        "pairs": "Two subjects",
+        "leakage": "What the input image gives",
+    }
     protocol_type = DreamBenchProtocol
 
     def __init__(self, protocol: DreamBenchProtocol, folder: Path):
@@ -164,7 +168,7 @@ class DreamBench(Benchmark):
         )
 
     def baselines(self) -> dict[str, list[Item]]:
-        """Real photos, and the model that repeats its input whatever the prompt: how much of a score is mere copying."""
+        """Real photos; and the input repeated whatever the prompt: how much of a score is mere copying."""
         single = self.requests()[: self._first_pair * self.protocol.images_per_prompt]
         copies = [self.item(request, self.folder / request.inputs[0]) for request in single]
         return {REAL_IMAGES: self.other_real_images(), COPY_OF_INPUT: copies}
@@ -225,8 +229,8 @@ class DreamBench(Benchmark):
         if not measured & {*LOOKS, "identity", "words"}:
             return notes
         notes.append(
-            "Kind, colour, pattern: the share of images in which the judge, a network that no model looks through, sees "
-            "the subject's own, or what the words change it to. Words: all that the template asks for is seen."
+            "Kind, colour, pattern: the share of images in which the judge, a network that no model looks through, "
+            "sees the subject's own, or what the words change it to. Words: all that the template asks for is seen."
         )
         judged = (*LOOKS, "identity")
         real = [s for s in scores if s.system == REAL_IMAGES and s.table == "dreambench" and s.metric in judged]
@@ -240,9 +244,9 @@ class DreamBench(Benchmark):
             )
         if "leaked" in measured:
             notes.append(
-                "What the input image gives: 1 for a copy of it, 0 for an image that was drawn without it (look: of the "
-                "same kind). Kept is the mean of kind and look, which should show; leaked that of background and pose, "
-                "which should not. Real images tell what a model that does both right would reach."
+                "What the input image gives: 1 where the output always tells it from others, as a copy does; 0 where "
+                "it tells nothing. Kept is the mean of kind and look, which should show; leaked that of background and "
+                "pose, which should not. The row of real images, other photos of the subject, does both right."
             )
         if pairs := self.pairs():
             notes.append(

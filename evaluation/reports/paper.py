@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 CITATION = "arXiv 2310.02992"
 CAUTION = (
-    f"Printed in Table 1 of {CITATION}: other data, other encoders, full-size models. They are here to be looked up, not "
-    "to be compared with the numbers above."
+    f"Printed in Table 1 of {CITATION}: other data, other encoders, full-size models. They are here to be looked up, "
+    "not to be compared with the numbers above."
 )
 
 

@@ -1,4 +1,4 @@
-"""Charts as small inline SVG, whose colours follow the page's theme: losses of a run, and fidelity against editability."""
+"""Charts as small inline SVG that is read on light and dark pages: losses of a run, fidelity against editability."""
 
 import csv
 import html

@@ -57,7 +57,8 @@ class Kid(Fid):
 
 def fid(real: Tensor, made: Tensor) -> float:
     """torchmetrics' FID of features N×F and N'×F."""
-    metric = FrechetInceptionDistance(feature=ReadyFeatures(real.shape[1]))
+    # Not synchronized: the first process has all features, and it alone is here.
+    metric = FrechetInceptionDistance(feature=ReadyFeatures(real.shape[1]), sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(made.double(), real=False)
     return float(metric.compute())
@@ -72,7 +73,10 @@ def kid(real: Tensor, made: Tensor, drawn: KID) -> tuple[float, float]:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         metric = KernelInceptionDistance(
-            ReadyFeatures(real.shape[1]), subsets=drawn.subsets, subset_size=drawn.subset_size
+            ReadyFeatures(real.shape[1]),
+            subsets=drawn.subsets,
+            subset_size=drawn.subset_size,
+            sync_on_compute=False,
         )
         metric.update(real.double(), real=True)
         metric.update(made.double(), real=False)

@@ -1,11 +1,12 @@
 """What of the input image shows in the output, told by whether the output tells the input from others.
 
 Every part is 2p − 1, where p is the rate at which the output is nearer to its own input image than to another that
-differs in this part: 1 for a copy of the input, 0 for an image drawn without it. What should show: the kind (against the
-inputs of other kinds) and the look (against other individuals of the kind), by the judge's feature. What should not: the
-background with its light (against the inputs of other subjects, by the colours of the image's corners) and the pose
-(against the input's own mirror image, by pixels). The last holds where subjects face either way equally often before a
-background that is symmetric, as in Toyland's portraits.
+differs in this part: 1 for a copy of the input, 0 for an image drawn without it.
+
+What should show: the kind (against the inputs of other kinds) and the look (against other individuals of the kind), by
+the judge's feature. What should not: the background with its light (against the inputs of other subjects, by the
+colours of the corners) and the pose (against the input's own mirror image, by pixels). Chance gives the last 0 because
+Toyland is as likely as its mirror image.
 
 Shapes: `N` images, `F` features.
 """

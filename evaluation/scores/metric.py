@@ -95,7 +95,7 @@ class Metric(ABC):
     @classmethod
     def number(cls, value: float) -> str:
         """With its decimals and a true minus sign."""
-        return f"{value:.{cls.decimals}f}".replace("-", "−")
+        return f"{round(value, cls.decimals) + 0.0:.{cls.decimals}f}".replace("-", "−")  # no −0.00
 
     @classmethod
     def text(cls, value: float, low: float, high: float) -> str:

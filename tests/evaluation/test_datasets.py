@@ -50,8 +50,8 @@ def test_noise_is_shared_where_the_protocol_says_so(dreambench_folder: Path) -> 
 def test_references(dreambench_folder: Path) -> None:
     kept = DreamBench(PROTOCOL, dreambench_folder)
     every = DreamBench(replace(PROTOCOL, references="all"), dreambench_folder)
-    assert [path.name for path in kept.references("fish")] == ["01.png"]
-    assert [path.name for path in every.references("fish")] == ["00.png", "01.png", "02.png"]
+    assert [path.name for path in kept.references_of("fish")] == ["01.png"]
+    assert [path.name for path in every.references_of("fish")] == ["00.png", "01.png", "02.png"]
     others = [image for image in kept.other_real_images() if image.unit == "fish"]
     assert [image.file.name for image in others] == ["00.png", "02.png"], "no photo is compared with itself"
     assert all(image.file not in image.references for image in every.other_real_images())

@@ -17,7 +17,7 @@ from evaluation.images.generation import Batch
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, text_system
 from evaluation.protocols.protocol import Sampling
 from evaluation.protocols.requests import EvaluationError
-from evaluation.protocols.resizing import truncated
+from evaluation.scores.resizing import truncated
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import build_scheduler
