@@ -183,6 +183,21 @@ def test_finished_evaluation_is_reused(
     assert "KOSMOS-G after stage 3" in capsys.readouterr().out
 
 
+def test_other_code_scores_anew(
+    arguments: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images stay, since what they depend on is in their manifests."""
+    output = shutil.copytree(finished, tmp_path / "evaluation")
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "metric.py").write_text("changed")
+    monkeypatch.setattr("evaluation.plan.CODE", code)
+    (output / "results.json").write_text("[]")
+    assert evaluate.main([*arguments, *WHOLE, f"output={output}"]) == 0
+    assert (output / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+    assert images_of(output) == images_of(finished)
+
+
 def test_changed_protocol_starts_new_images_and_keeps_the_old(
     arguments: list[str], finished: Path, tmp_path: Path
 ) -> None:

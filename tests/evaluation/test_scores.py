@@ -1,5 +1,6 @@
 """Scores equal a direct computation; intervals behave as intervals must."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,19 @@ def test_mean_is_clamped_after_averaging() -> None:
     assert [row.value for row in rows] == pytest.approx([-1.0, 0.6])
     assert Dino(context).aggregate(rows).value == 0.0
     assert Dino(context).aggregate(rows).low == 0.0
+
+
+def test_intervals_of_many_captions_fit_in_memory() -> None:
+    """And are those of all replicates drawn at once."""
+    scores, units = torch.rand(3000, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(3000)]
+    drawn = np.random.default_rng(1).multinomial(3000, np.full(3000, 1 / 3000), size=500)
+    _, of_unit = np.unique(units, return_inverse=True)
+    expected = np.quantile(drawn @ np.bincount(of_unit, weights=scores.double().numpy()) / 3000, (0.025, 0.975))
+    assert mean_interval(scores, units, 500, seed=1) == pytest.approx(expected, abs=1e-12)
+    tracemalloc.start()
+    mean_interval(torch.rand(30_000), [str(i) for i in range(30_000)], 100, seed=0)
+    assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    tracemalloc.stop()
 
 
 def pictures(folder: Path) -> list[Image.Image]:
