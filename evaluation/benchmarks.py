@@ -6,7 +6,11 @@ from dataclasses import make_dataclass
 from evaluation.protocols.benchmark import Benchmark
 from evaluation.protocols.coco import Coco
 from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.geneval import GenEval
+from evaluation.protocols.judged import DreamBenchPlus, OmniContext
+from evaluation.protocols.pairs import DreamBenchPairs
 from evaluation.scores.cosine import ClipI, ClipT, Dino, NearCopies
+from evaluation.scores.detection import Correct
 from evaluation.scores.distribution import Fid, Kid
 from evaluation.scores.judge import (
     Colour,
@@ -21,9 +25,14 @@ from evaluation.scores.judge import (
 )
 from evaluation.scores.leakage import Kept, Leaked, ShownBackground, ShownKind, ShownLook, ShownPose
 from evaluation.scores.metric import Metric
+from evaluation.scores.vision_judge import Following, Overall, Preservation
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     "dreambench": DreamBench,
+    "dreambench_pairs": DreamBenchPairs,
+    "dreambench_plus": DreamBenchPlus,
+    "omnicontext": OmniContext,
+    "geneval": GenEval,
     "coco": Coco,
 }
 """By the configuration's key of the protocol, which is the folder of protocols in configs/protocols/."""
@@ -32,6 +41,10 @@ METRICS: dict[str, tuple[type[Metric], ...]] = {
     "dreambench": (Dino, ClipI, ClipT, NearCopies, Kind, Colour, Pattern, Identity, Words),
     "pairs": (PairKind, PairIdentity, Swapped, Missing),
     "leakage": (Kept, ShownKind, ShownLook, Leaked, ShownBackground, ShownPose),
+    "dreambench_pairs": (Dino, ClipI, ClipT),
+    "dreambench_plus": (Preservation, Following, Dino, ClipI, ClipT),
+    "omnicontext": (Following, Preservation, Overall),
+    "geneval": (Correct,),
     "coco": (Fid, Kid, ClipT),
 }
 """The columns of each table, in order."""

@@ -113,6 +113,9 @@ class EvaluationConfig(Protocols):
     """Folders and files that stand for what a protocol names: Inception's weight file; hub ids, where no network is."""
     reference_features: str | None = None
     """Folder that keeps the features of FID's real side, for evaluations to share; null: references/ in the output."""
+    judge_answers: str | None = None
+    """Folder that keeps the raw answers of vision-language judges, for evaluations to share; null: answers/ in the
+    output."""
     wandb: Tracking = field(default_factory=Tracking)
     """Weights & Biases."""
 
@@ -156,7 +159,9 @@ class EvaluationConfig(Protocols):
     def encoder_path(self, encoder: Encoder) -> Path:
         """Folder or file of the weights that a protocol names. Raises FileNotFoundError."""
         weights = self.local_weights.get(encoder.weights, encoder.weights)
-        return encoder_file(weights) if encoder.in_one_file else encoder_folder(weights)
+        if encoder.in_one_file:
+            return encoder_file(weights)
+        return encoder_folder(weights, getattr(encoder, "revision", None))
 
 
 def _require_images(key: str, prompt: str, count: int) -> None:

@@ -149,6 +149,14 @@ class Evaluation:
         """The models of a table: those that draw, then those whose images were given."""
         return [system.name for system in self.systems] + [name for of, name in self.external if of == table.name]
 
+    def answers(self, benchmark: str) -> Path:
+        """The file that keeps what the vision-language judge of a benchmark answers; another judge has another one."""
+        kept = self.config.judge_answers
+        folder = self.output / "answers" if kept is None else Path(kept)
+        judge = getattr(getattr(self.config, benchmark), "vlm", None)
+        told = hash_json([self.encoders.get(f"{benchmark}.vlm"), judge and judge.max_new_tokens])
+        return folder / f"{told[:12]}.jsonl"
+
     def _points(self) -> list[Point]:
         curve = self.config.curve
         names = [system.name for system in self.systems]

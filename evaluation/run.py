@@ -80,7 +80,14 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
     # Networks first: weights that are not theirs must not come to light after hours of generation.
     sharing = Sharing(processes, config.encoder_batch_size, evaluation.console)
     networks = {
-        table.key: load_networks(table.key, table.benchmark.protocol, config.encoder_path, evaluation.device, sharing)
+        table.key: load_networks(
+            table.key,
+            table.benchmark.protocol,
+            config.encoder_path,
+            evaluation.device,
+            sharing,
+            evaluation.answers(table.key),
+        )
         for table in evaluation.tables
     }
     for table in evaluation.tables:

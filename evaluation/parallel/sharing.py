@@ -30,7 +30,7 @@ class Sharing:
 
     def compute(self, name: str, encode: Encode, items: Sequence) -> list:
         """What `encode` gives for each of N items, in all processes."""
-        batches = [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
+        batches = [list(items[start : start + self.batch_size]) for start in range(0, len(items), self.batch_size)]
         if len(batches) == 1:
             return list(encode(batches[0]))
         taken, done = self.processes.counter(), self.processes.counter()

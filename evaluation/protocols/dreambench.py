@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 from evaluation.protocols.benchmark import COPY_OF_INPUT, REAL_IMAGES, Benchmark
 from evaluation.protocols.protocol import DreamBenchProtocol, Pairs, Subject, Templates
 from evaluation.protocols.requests import (
-    SHOWN_PROBLEMS,
     DataSetError,
     EvaluationError,
     Item,
     Request,
     Slot,
     image_seed,
+    named_problems,
     spread,
 )
 from kosmosg.prompt import PLACEHOLDER
@@ -86,8 +86,7 @@ class DreamBench(Benchmark):
             if len(set(kinds) - {None}) != 2:
                 problems.append(f"the pair {' + '.join(pair)} is not of two subjects with labels of two kinds")
         if problems:
-            more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-            raise DataSetError(f"DreamBench at '{self.folder}': " + "; ".join(problems[:SHOWN_PROBLEMS]) + more + ".")
+            raise DataSetError(f"DreamBench at '{self.folder}': {named_problems(problems)}")
 
     def kept_image(self, subject: str) -> Path:
         """The one image that a model is given."""

@@ -86,6 +86,22 @@ class Item:
     asked: Mapping[str, Any] = field(default_factory=dict)
 
 
+def named_problems(problems: Sequence[str]) -> str:
+    """The first ten, and how many more."""
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + more + "."
+
+
+def inner_file(folder: Path, name: str) -> Path:
+    """A file that a list of the data set names, in its folder. Raises ValueError: there is none."""
+    file, root = (folder / name).resolve(), folder.resolve()
+    if not file.is_relative_to(root):
+        raise ValueError(f"'{name}' lies outside of the folder")
+    if not file.is_file():
+        raise ValueError(f"the file '{name}' is missing")
+    return folder / file.relative_to(root)
+
+
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:
     """The seed of one image: a hash of the protocol's seed, the prompt's index and which repeat of the prompt it is.
 

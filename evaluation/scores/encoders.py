@@ -27,9 +27,11 @@ from evaluation.inception import InceptionV3
 from evaluation.parallel.sharing import Encode, Remembered, Sharing
 from evaluation.protocols.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing
 from evaluation.protocols.requests import EvaluationError, read_image
+from evaluation.scores.detection import ObjectDetector, read_crop
 from evaluation.scores.judge import Judge, read_half
 from evaluation.scores.leakage import thumbnails
 from evaluation.scores.resizing import resize
+from evaluation.scores.vision_judge import Answers, load_judge
 
 Preprocess = Callable[[list[Image.Image]], Tensor]
 
@@ -177,13 +179,19 @@ def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
 
 
 def load_networks(
-    benchmark: str, protocol: Any, path_of: Callable[[Encoder], Path], device: torch.device, sharing: Sharing
+    benchmark: str,
+    protocol: Any,
+    path_of: Callable[[Encoder], Path],
+    device: torch.device,
+    sharing: Sharing,
+    answers: Path,
 ) -> dict[str, Any]:
-    """What metrics ask, by name: functions from files or texts to features, and the judge. Those that the protocol
+    """What metrics ask, by name: functions from files or texts to features, judges, a detector. Those that the protocol
     names; `pixels` needs no weights.
 
     Args:
         path_of: where the weights of an encoder lie.
+        answers: the file that keeps what a vision-language judge answers.
 
     Raises:
         FileNotFoundError, ValueError: weights that are missing or of another network.
@@ -206,6 +214,14 @@ def load_networks(
         judge = JudgeEncoder(stated, path_of(stated), device)
         look = remembered("judge", judge.images, partial(read_half, upright=protocol.upright))
         found["judge"] = Judge(look, judge.labels)
+    if (stated := getattr(protocol, "vlm", None)) is not None:
+        found["vlm"] = Answers(load_judge(stated, path_of(stated), device), answers, sharing, read)
+    if (stated := getattr(protocol, "detector", None)) is not None:
+        detector = ObjectDetector(stated, path_of(stated), device)
+        found["detector"] = remembered("detector", detector.images)
+        found["detector_names"] = detector.names
+        if "clip_images" in found:
+            found["clip_crops"] = remembered("clip_crops", clip.images, partial(read_crop, read=read))
     if (stated := getattr(protocol, "fid", None)) is not None:
         images = feature_network(stated, path_of(stated), device).images
         for side, size in (("fid_real", protocol.real_resize), ("fid_generated", protocol.generated_resize)):

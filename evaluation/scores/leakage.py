@@ -13,6 +13,7 @@ Shapes: `N` images, `F` features.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Shown(Metric):
         """2p − 1 of each image; None where there is nothing to compare it with."""
         raise NotImplementedError
 
-    def inputs(self, items: Sequence[Item]) -> dict[Path, str]:
+    def inputs(self, items: Sequence[Item]) -> dict[Any, str]:
         """The input images, with the kind of each subject."""
         return {item.given: item.labels.get("kind", "") for item in items if item.given is not None}
 
@@ -114,7 +115,7 @@ class ShownBackground(Shown):
         distances = torch.cdist(self.corners([item.file for item in items]), of_inputs)
         found: list[tuple[Item, float | None]] = []
         for item, row in zip(items, distances, strict=True):
-            own = inputs.index(item.given)  # type: ignore[arg-type]
+            own = inputs.index(item.given)
             found.append((item, told_apart(row[own], torch.cat([row[:own], row[own + 1 :]]))))
         return found
 

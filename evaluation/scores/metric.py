@@ -52,7 +52,7 @@ class Context:
     networks: Mapping[str, Any]
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     benchmark: Benchmark | None = None
-    real: Callable[[], Tensor] | None = None
+    real: Callable[[], Tensor | None] | None = None
 
 
 class Metric(ABC):
