@@ -35,7 +35,7 @@ import transformers
 from evaluation.config import EvaluationConfig
 from evaluation.images.external import write_requests
 from evaluation.parallel.processes import ProcessError
-from evaluation.plan import datasets
+from evaluation.plan import benchmarks
 from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import compare
 from evaluation.reports.tables import write_tables
@@ -97,8 +97,8 @@ def requests_command(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].endswith(".yaml"):
         arguments, _ = benchmark_arguments("requests", arguments)
     config = load_config(arguments, EvaluationConfig)
-    for table, dataset in datasets(config):
-        print(write_requests(table, dataset.requests(), Path(config.output) / "requests"))
+    for name, benchmark in benchmarks(config).items():
+        print(write_requests(name, benchmark.requests(), Path(config.output) / "requests"))
 
 
 def score_command(arguments: Sequence[str]) -> None:

@@ -7,18 +7,12 @@ from typing import Literal
 import torch
 from omegaconf import MISSING
 
+from evaluation.benchmarks import BENCHMARKS, Protocols, tables_of
 from evaluation.images.weights import encoder_file, encoder_folder
-from evaluation.protocols.protocol import CocoProtocol, DreamBenchProtocol, Encoder
+from evaluation.protocols.protocol import Encoder, Protocol
+from evaluation.scores.bootstrap import Bootstrap
 from evaluation.tracking import Tracking
 from kosmosg.sampling import Acceleration
-
-
-@dataclass
-class DataFolders:
-    dreambench: str | None = None
-    """Holds one folder for each subject, as google/dreambooth's `dataset/`."""
-    coco: str | None = None
-    """Holds annotations/ and val2014/."""
 
 
 @dataclass
@@ -41,21 +35,6 @@ class Models:
             for name in ("before_stage_3", "after_stage_3", "runs"):
                 if getattr(self, name):
                     raise ValueError(f"models.{name} is not allowed without models.image_decoder, which it steers.")
-
-
-@dataclass
-class Bootstrap:
-    replicates: int = 2000
-    """Of means."""
-    fid_replicates: int = 200
-    """Of FID, each of which takes the eigenvalues of a covariance matrix."""
-    seed: int = 0
-    """Of the draws."""
-
-    def __post_init__(self) -> None:
-        for name in ("replicates", "fid_replicates"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"bootstrap.{name}={getattr(self, name)} is not allowed; it must be at least 2.")
 
 
 @dataclass
@@ -108,15 +87,12 @@ class Gallery:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Protocols):
     output: str = MISSING
     """Folder for images, scores, tables and the report."""
-    dreambench: DreamBenchProtocol | None = None
-    """Protocol of Table 1, left; null leaves the table out."""
-    coco: CocoProtocol | None = None
-    """Protocol of Table 1, right; null leaves the table out."""
-    data: DataFolders = field(default_factory=DataFolders)
-    """Where the data sets lie."""
+    data: dict[str, str | None] = field(default_factory=dict)
+    """The folder of each benchmark's data set, by the benchmark's name: dreambench has one folder for each subject, as
+    google/dreambooth's `dataset/`; coco has annotations/ and val2014/; others: docs/evaluation.md."""
     models: Models = field(default_factory=Models)
     """What is evaluated."""
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
@@ -137,6 +113,9 @@ class EvaluationConfig:
     """Folders and files that stand for what a protocol names: Inception's weight file; hub ids, where no network is."""
     reference_features: str | None = None
     """Folder that keeps the features of FID's real side, for evaluations to share; null: references/ in the output."""
+    judge_answers: str | None = None
+    """Folder that keeps the raw answers of vision-language judges, for evaluations to share; null: answers/ in the
+    output."""
     wandb: Tracking = field(default_factory=Tracking)
     """Weights & Biases."""
 
@@ -144,24 +123,32 @@ class EvaluationConfig:
         for name in ("batch_size", "encoder_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1.")
-        if self.dreambench is None and self.coco is None:
+        protocols = self.protocols()
+        if not protocols:
             raise ValueError(
                 "there is nothing to evaluate: extend a protocol, for example protocols/dreambench/toyland."
             )
-        if self.curve.guidance_scales and self.dreambench is None:
+        if unknown := sorted(set(self.data) - set(BENCHMARKS)):
+            raise ValueError(f"data.{unknown[0]} is not allowed; benchmarks are: {', '.join(BENCHMARKS)}.")
+        if self.curve.guidance_scales and "dreambench" not in protocols:
             raise ValueError(
                 f"curve.guidance_scales={self.curve.guidance_scales} is not allowed without a dreambench protocol."
             )
-        required = {"dreambench": ("clip", "dino"), "coco": ("clip", "fid")}
-        for table, encoders in required.items():
-            protocol = getattr(self, table)
-            if protocol is None:
-                continue
-            if getattr(self.data, table) is None:
-                raise ValueError(f"data.{table} has no value; set it to the data set's folder.")
-            for name in encoders:
-                if getattr(protocol, name) is None:
-                    raise ValueError(f"{table}.{name} has no value; a protocol names its encoders.")
+        for name, protocol in protocols.items():
+            if self.data.get(name) is None:
+                raise ValueError(f"data.{name} has no value; set it to the data set's folder.")
+            for _, metrics in tables_of(name):
+                for field_name in (need for metric in metrics if not metric.optional for need in metric.needs):
+                    if getattr(protocol, field_name, None) is None:
+                        raise ValueError(f"{name}.{field_name} has no value; a protocol names its encoders.")
+
+    def protocols(self) -> dict[str, Protocol]:
+        """Of the benchmarks that are asked for, by name."""
+        return {name: found for name in BENCHMARKS if (found := getattr(self, name)) is not None}
+
+    def folder_of(self, benchmark: str) -> Path:
+        """Where the data set of a benchmark lies."""
+        return Path(str(self.data[benchmark]))
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
         """The device that `device` means in the process of that number on this machine; GPUs are dealt out in turn."""
@@ -172,7 +159,9 @@ class EvaluationConfig:
     def encoder_path(self, encoder: Encoder) -> Path:
         """Folder or file of the weights that a protocol names. Raises FileNotFoundError."""
         weights = self.local_weights.get(encoder.weights, encoder.weights)
-        return encoder_file(weights) if encoder.in_one_file else encoder_folder(weights)
+        if encoder.in_one_file:
+            return encoder_file(weights)
+        return encoder_folder(weights, getattr(encoder, "revision", None))
 
 
 def _require_images(key: str, prompt: str, count: int) -> None:

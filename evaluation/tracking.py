@@ -18,6 +18,7 @@ from evaluation.scores.results import Score
 from kosmosg.files import write_text
 
 STORED = ("results.json", "results.md", "samples.csv", "breakdown.csv", "report.html", "provenance.json")
+LOGGED = "wandb.logged"
 AGENTS_RUN = "WANDB_RUN_ID"
 COLUMNS = ("table", "system", "metric", "value", "low", "high", "n", "protocol", "guidance_scale")
 
@@ -43,9 +44,14 @@ class Tracking:
 
 
 def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dict[str, Any]) -> None:
-    """Log the evaluation in `output`. The run is that of a sweep's agent, if one started this; else its id is random
-    and kept in the folder, so that a repeated evaluation is one run."""
-    if tracking.mode == "disabled":
+    """Log the evaluation in `output`, unless these results are logged already. The run is that of a sweep's agent, if
+    one started this; else its id is random and kept in the folder, so that a repeated evaluation is one run.
+
+    Args:
+        config: what provenance.json holds; its `key` tells the results.
+    """
+    logged = output / LOGGED
+    if tracking.mode == "disabled" or (logged.is_file() and logged.read_text() == config["key"]):
         return
     try:
         run = start(tracking, output, config, tracking.mode)
@@ -70,6 +76,7 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
         run.log_artifact(artifact)
     finally:
         run.finish()
+    write_text(logged, config["key"])
 
 
 def start(tracking: Tracking, output: Path, config: dict[str, Any], mode: Literal["offline", "online"]) -> wandb.Run:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from evaluation.benchmarks import METRICS, benchmark_of
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import *  # noqa: F403  the tiny world's fixtures
 from tests.lightning_modules.processes import start, wait
@@ -62,10 +63,14 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
         assert list(row)[:8] == ["table", "system", "metric", "value", "low", "high", "n", "protocol"]
         assert list(row)[8:] == (["guidance_scale"] if row["table"] == "guidance" else [])
         assert row["low"] <= row["value"] <= row["high"]
-        name = "dreambench" if row["table"] in ("guidance", "pairs") else row["table"]
+        name = benchmark_of(row["table"])
         sampled = row["system"] not in ("Real images", "Copy of the input")
         assert re.fullmatch(rf"{name}/toyland@4#[0-9a-f]{{8}}" + r"\+[0-9a-f]{8}" * sampled, row["protocol"])
-    found = {(row["table"], row["system"], row["metric"]) for row in rows if row["table"] != "guidance"}
+    shown = {(row["system"], row["metric"]) for row in rows if row["table"] == "leakage"}
+    assert shown == {(s, m.name) for s in SYSTEMS for m in METRICS["leakage"]}
+    found = {
+        (row["table"], row["system"], row["metric"]) for row in rows if row["table"] not in ("guidance", "leakage")
+    }
     of_all = ("dino", "clip_i", "near_copies", "kind", "colour", "identity")
     fidelity = {("dreambench", s, metric) for s in SYSTEMS for metric in of_all}
     told = {("dreambench", s, metric) for s in SYSTEMS - {"Real images"} for metric in ("clip_t", "words")}
@@ -77,7 +82,7 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
     assert (
         copy["dino"] == pytest.approx(1)
         and copy["clip_i"] == pytest.approx(1)
-        and copy["near_copies"] == copy["identity"] == 1
+        and copy["near_copies"] == copy["identity"] == copy["kept"] == copy["leaked"] == 1
     )
     assert {row["n"] for row in rows if row["table"] == "coco"} == {6}
 
@@ -86,7 +91,7 @@ def test_samples_average_to_the_results(finished: Path) -> None:
     with (finished / "samples.csv").open() as stream:
         samples = list(csv.DictReader(stream))
     assert all(
-        bool(sample["template"]) == (sample["table"] == "dreambench")
+        bool(sample["template"]) == (sample["table"] in ("dreambench", "leakage"))
         for sample in samples
         if sample["system"] != "Real images"
     )
@@ -96,7 +101,8 @@ def test_samples_average_to_the_results(finished: Path) -> None:
         key = {name: row[name] for name in ("table", "system", "metric")}
         own = [float(sample["score"]) for sample in samples if key.items() <= sample.items()]
         assert len(own) == row["n"]
-        assert max(0, sum(own) / len(own)) == pytest.approx(row["value"], abs=1e-6)
+        mean = sum(own) / len(own)
+        assert (mean if row["table"] == "leakage" else max(0, mean)) == pytest.approx(row["value"], abs=1e-6)
 
 
 def test_report_and_tables(finished: Path) -> None:
@@ -175,6 +181,21 @@ def test_finished_evaluation_is_reused(
     assert evaluate.main([*arguments, *WHOLE, f"output={finished}"]) == 0
     assert (finished / "results.json").stat().st_mtime_ns == before
     assert "KOSMOS-G after stage 3" in capsys.readouterr().out
+
+
+def test_other_code_scores_anew(
+    arguments: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images stay, since what they depend on is in their manifests."""
+    output = shutil.copytree(finished, tmp_path / "evaluation")
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "metric.py").write_text("changed")
+    monkeypatch.setattr("evaluation.plan.CODE", code)
+    (output / "results.json").write_text("[]")
+    assert evaluate.main([*arguments, *WHOLE, f"output={output}"]) == 0
+    assert (output / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+    assert images_of(output) == images_of(finished)
 
 
 def test_changed_protocol_starts_new_images_and_keeps_the_old(

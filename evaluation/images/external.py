@@ -21,7 +21,7 @@ from PIL import Image
 from evaluation.images.manifest import MANIFEST
 from evaluation.images.provenance import hash_files
 from evaluation.images.systems import TABLE_ORDER
-from evaluation.protocols.requests import SHOWN_PROBLEMS, EvaluationError, Request
+from evaluation.protocols.requests import EvaluationError, Request, named_problems
 from kosmosg.files import decode_text, write_text
 from kosmosg.image_processing import FORMATS
 
@@ -91,9 +91,7 @@ def read_external(
     if missing := sorted(set(wanted) - set(files)) if not problems else []:
         problems = [f"{len(missing)} of {len(wanted)} images are missing, as index {missing[0]}"]
     if problems:
-        more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        source = manifest if manifest.is_file() else place
-        raise EvaluationError(f"'{source}': " + "; ".join(problems[:SHOWN_PROBLEMS]) + more + ".")
+        raise EvaluationError(f"'{manifest if manifest.is_file() else place}': {named_problems(problems)}")
     read = [manifest] if manifest.is_file() else []
     return External(name, files, hash_files(place, [*read, *(files[index] for index in sorted(files))]))
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -93,14 +94,14 @@ def generate(
         DataSetError: an input image is unreadable.
         ValueError: the system gave another number of images.
     """
-    processes = processes or Processes.alone()
+    processes = processes or Processes()
     console = (console or Console()) if processes.first else Console(quiet=True)
     made, taken = processes.counter(), processes.counter()
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     with manifest.locked(processes) as there:
         batches = [batch for batch in batches if any(request.index not in there for request in batch)]
         missing = sum(request.index not in there for request in requests)
-        with progress(label or system.name, len(requests), len(requests) - missing, lambda: made.value, console):
+        with progress(label or system.name, len(requests), len(requests) - missing, console) as show:
             make = None
             while (number := taken.take()) < len(batches):
                 make = make or system.load()
@@ -111,8 +112,8 @@ def generate(
                     )
                 for request, image in zip(batches[number], images, strict=True):
                     if request.index not in there:
-                        store(manifest, system, request, sampling, image)
-                        made.add(1)
+                        manifest.store(image, sampling.storage, **row_of(system, request, sampling))
+                        show(made.add(1))
             processes.wait()
     if processes.first and (lost := [request.index for request in requests if request.index not in manifest.rows]):
         raise ManifestError(
@@ -121,20 +122,18 @@ def generate(
         )
 
 
-def store(manifest: Manifest, system: System, request: Request, sampling: Sampling, image: Image.Image) -> None:
-    """The image and the row that tells what it was made from."""
-    manifest.store(
-        image,
-        sampling.storage,
-        index=request.index,
-        prompt=fed_prompt(system, request),
-        inputs=request.inputs if system.reads_images else (),
-        seed=request.seed,
-        sampler=sampling.sampler,
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        model=system.model,
-    )
+def row_of(system: System, request: Request, sampling: Sampling) -> dict[str, Any]:
+    """What the manifest tells of an image, but for its file."""
+    return {
+        "index": request.index,
+        "prompt": fed_prompt(system, request),
+        "inputs": request.inputs if system.reads_images else (),
+        "seed": request.seed,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        "model": system.model,
+    }
 
 
 def assemble(system: System, requests: Sequence[Request], inputs_folder: Path) -> Batch:

@@ -11,11 +11,11 @@ import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from PIL import Image
 
@@ -101,24 +101,34 @@ class Manifest:
         self.rows[index] = row
         return row
 
-    def verify(self) -> None:
-        """Compare every image with its row's hash.
+    def verify(self, asked: Sequence[Mapping[str, Any]]) -> None:
+        """Compare every row with what was asked for, and every image with its row.
+
+        Args:
+            asked: for each image the fields of its row but file and sha256.
 
         Raises:
-            ManifestError: an image was changed after it was made; names it.
+            ManifestError: a row or an image was changed after it was made; names it.
         """
-        for row in self.rows.values():
-            if hashlib.sha256((self.folder / row.file).read_bytes()).hexdigest() != row.sha256:
+        for values in asked:
+            row = self.rows[values["index"]]
+            if other := [name for name, value in values.items() if getattr(row, name) != value]:
                 raise ManifestError(
-                    f"'{self.folder / row.file}' is not the image that was generated (its hash differs from row "
-                    f"{row.index} of {MANIFEST}); delete the file, and it is made again."
+                    f"'{self.file}': row {row.index} is not what was asked for: {other[0]} is "
+                    f"{getattr(row, other[0])!r}, not {values[other[0]]!r}. Delete the folder, and it is made again."
+                )
+            file = self.folder / row.file
+            if file.stem != f"{row.index:06d}" or hashlib.sha256(file.read_bytes()).hexdigest() != row.sha256:
+                raise ManifestError(
+                    f"'{file}' is not the image that was generated (its name or hash differs from row {row.index} of "
+                    f"{MANIFEST}); delete the file, and it is made again."
                 )
 
     @contextmanager
     def locked(self, processes: Processes) -> Iterator[set[int]]:
         """Keep other launches from writing here while the processes of this one do; gives the indices that are there.
 
-        Afterwards the first process has all rows, in one file and in the order of their indices.
+        Afterwards all processes have all rows, which are in one file and in the order of their indices.
 
         Raises:
             ManifestError: another launch is at it, or a process that a killed launch has left behind.
@@ -130,7 +140,7 @@ class Manifest:
                 self._clear()
                 self._merge(self._files())
                 self._take(lock, fcntl.LOCK_SH)
-            there = set(processes.share(lambda: sorted(self.rows)))
+            there = processes.share(lambda: set(self.rows))
             if not processes.first:
                 self._take(lock, fcntl.LOCK_SH)
                 self._appended = self._shard(processes.rank)
@@ -139,7 +149,7 @@ class Manifest:
             if processes.first:
                 # By name and without looking for the images: what a network file system lists may be old.
                 self._merge([self.file, *map(self._shard, range(1, processes.count))], look=False)
-            processes.wait()
+            self.rows = processes.share(lambda: self.rows)
 
     def _take(self, lock: IO[str], kind: int) -> None:
         try:

@@ -33,30 +33,29 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def environment() -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
     """Versions, device and revision, for the report."""
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git revision": git_revision(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": f"CPU, {torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(device),
     }
 
 
 def git_revision() -> str:
-    """The commit, marked where the working tree differs from it; "unknown" outside a repository."""
+    """The commit, marked where the working tree differs from it; "unknown" outside a repository of this project."""
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
+            return "unknown"
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def git(*arguments: str) -> str:
+    answer = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10)
     return answer.stdout.strip()

@@ -17,17 +17,16 @@ from evaluation.images.conditions import Conditions
 from evaluation.images.generation import Batch, Generate, System, Variant
 from evaluation.images.provenance import hash_json
 from evaluation.images.weights import decoder_folder, hash_parts, image_parts
+from evaluation.protocols.benchmark import COPY_OF_INPUT, REAL_IMAGES
 from evaluation.protocols.protocol import Sampling
 from evaluation.protocols.requests import EvaluationError
-from evaluation.protocols.resizing import truncated
+from evaluation.scores.resizing import truncated
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.build import IMAGE_DECODERS, image_decoder_class
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import Acceleration, accelerate, build_scheduler, seeded
 
-REAL_IMAGES = "Real images"
-COPY_OF_INPUT = "Copy of the input"
 TEXT_SYSTEMS = {kind: f"{kind.title} (text)" for kind in IMAGE_DECODERS.values()}
 BEFORE_STAGE_3 = "KOSMOS-G before stage 3"
 AFTER_STAGE_3 = "KOSMOS-G after stage 3"

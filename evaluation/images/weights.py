@@ -11,7 +11,7 @@ from evaluation.images.provenance import hash_files
 from kosmosg.models.build import image_decoder_class
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-ENCODER_FILES = ("*.json", "*.txt", "*.safetensors", "*.bin")
+ENCODER_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.bin")
 
 
 def decoder_folder(weights: str) -> Path:
@@ -38,7 +38,7 @@ def image_parts(decoder: Path) -> tuple[str, ...]:
     return (*image_decoder_class(decoder).networks, "scheduler")
 
 
-def encoder_folder(weights: str) -> Path:
+def encoder_folder(weights: str, revision: str | None = None) -> Path:
     """A transformers folder or hub id as a folder.
 
     Raises:
@@ -51,7 +51,7 @@ def encoder_folder(weights: str) -> Path:
         raise FileNotFoundError(
             f"'{weights}' holds no encoder: config.json is missing. Give a transformers folder or hub id."
         )
-    return Path(snapshot_download(weights, allow_patterns=list(ENCODER_FILES)))
+    return Path(snapshot_download(weights, revision=revision, allow_patterns=list(ENCODER_FILES)))
 
 
 def encoder_file(weights: str) -> Path:
@@ -69,9 +69,9 @@ def encoder_file(weights: str) -> Path:
 
 
 def hash_encoder(path: Path) -> str:
-    """Of a folder, over names and contents; of a file, its SHA-256, whatever it is called."""
+    """Of a folder, over names and contents of the files of an encoder; of a file, its SHA-256, whatever its name."""
     if path.is_dir():
-        return hash_files(path)
+        return hash_files(path, (file for pattern in ENCODER_FILES for file in path.rglob(pattern)))
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

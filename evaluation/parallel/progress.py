@@ -1,49 +1,60 @@
 """Progress with the time left: a bar on a terminal, a line now and then in a file or pipe."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evaluation.parallel.processes import ProcessError
-
-LOOK_SECONDS, LINE_EVERY_SECONDS = 0.5, 60.0
+LINE_EVERY_SECONDS = 60.0
 
 
 @contextmanager
 def progress(
-    label: str, total: int, there: int, made: Callable[[], int], console: Console, *, passing: bool = False
-) -> Iterator[None]:
-    """Show how many of `total` are done while the body runs; `passing` leaves nothing behind.
+    label: str, total: int, there: int, console: Console, *, passing: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A function to tell how many more than `there` of `total` are done by now; `passing` leaves nothing behind.
 
     Images come in bursts, a batch at once, minutes apart: the time left follows from all that was made since the
     start, not from the last burst.
-
-    Args:
-        there: done before.
-        made: how many more are done by now, by all processes.
     """
-    kind = _Bar if console.is_terminal else _Lines
-    shown = kind(label, total, there, console, passing)
-    ended = threading.Event()
+    started = told = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left {task.fields[left]}"),
+        console=console,
+        transient=passing,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(label, total=total, completed=there, left="-:--:--")
 
-    def look() -> None:
-        while not ended.wait(LOOK_SECONDS):
-            with suppress(ProcessError):  # the body is told of it as well
-                shown.update(made())
+    def left(made: int) -> str:
+        return time_left(time.monotonic() - started, made, total - there - made)
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        yield
-        shown.update(made())
-    finally:
-        ended.set()
-        watcher.join()
-        shown.end()
+    def line(made: int) -> None:
+        nonlocal told
+        told = time.monotonic()
+        console.print(f"{label} {there + made}/{total}  {left(made)} left", highlight=False, soft_wrap=True)
+
+    last = 0
+
+    def update(made: int) -> None:
+        nonlocal last
+        last = made
+        bar.update(task, completed=there + made, left=left(made))
+        if not console.is_terminal and time.monotonic() - told >= LINE_EVERY_SECONDS:
+            line(made)
+
+    with bar:
+        try:
+            yield update
+        finally:
+            if not (console.is_terminal or passing):
+                line(last)
 
 
 def time_left(seconds: float, made: int, missing: int) -> str:
@@ -54,50 +65,3 @@ def time_left(seconds: float, made: int, missing: int) -> str:
         return "-:--:--"
     hours, rest = divmod(round(seconds / made * missing), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
-class _Bar:
-    def __init__(self, label: str, total: int, there: int, console: Console, passing: bool):
-        self.there, self.total, self.started = there, total, time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left {task.fields[left]}"),
-            console=console,
-            transient=passing,
-        )
-        self.task = self.bar.add_task(label, total=total, completed=there, left=self._left(0))
-        self.bar.start()
-
-    def update(self, made: int) -> None:
-        self.bar.update(self.task, completed=self.there + made, left=self._left(made))
-
-    def end(self) -> None:
-        self.bar.stop()
-
-    def _left(self, made: int) -> str:
-        return time_left(time.monotonic() - self.started, made, self.total - self.there - made)
-
-
-class _Lines:
-    def __init__(self, label: str, total: int, there: int, console: Console, passing: bool):
-        self.label, self.total, self.there, self.console = label, total, there, console
-        self.passing, self.made = passing, 0
-        self.started = self.told = time.monotonic()
-
-    def update(self, made: int) -> None:
-        self.made = made
-        if time.monotonic() - self.told >= LINE_EVERY_SECONDS:
-            self._tell()
-
-    def end(self) -> None:
-        if not self.passing:
-            self._tell()
-
-    def _tell(self) -> None:
-        self.told = time.monotonic()
-        left = time_left(self.told - self.started, self.made, self.total - self.there - self.made)
-        line = f"{self.label} {self.there + self.made}/{self.total}  {left} left"
-        self.console.print(line, highlight=False, soft_wrap=True)

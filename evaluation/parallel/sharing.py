@@ -1,85 +1,71 @@
-"""Features of many files, computed in shares by all processes of a launch.
+"""What networks say of many files, computed in shares by all processes of a launch.
 
-The first process scores, and asks for features as if it were alone. The others serve: for each long list that it asks
-for, all take batches until none is left. Batches are cut by position alone, so that features, and with them every
-score, are bit for bit those of one process. They come back through the output folder, which all processes share.
+All processes score the same rows, and ask for the same features in the same order. Batches are cut by position alone
+and go to whoever is free, so that features, and with them every score, are bit for bit those of one process.
 """
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaluation.parallel.processes import Counter, Processes
+from evaluation.parallel.processes import Processes
 from evaluation.parallel.progress import progress
 
-Encode = Callable[[Sequence], Tensor]
-"""A batch of N items → N×F."""
+Encode = Callable[[list], Any]
+"""A batch of N items → N×F, or N answers."""
 
 
 class Sharing:
-    """Work shared over `processes`; `folder` is used in passing, and removed.
+    """Work shared over `processes`.
 
     Args:
         batch_size: items that are encoded at once.
     """
 
-    def __init__(self, processes: Processes, folder: Path, batch_size: int, console: Console):
-        self.processes, self.folder, self.batch_size, self.console = processes, folder, batch_size, console
+    def __init__(self, processes: Processes, batch_size: int, console: Console):
+        self.processes, self.batch_size, self.console = processes, batch_size, console
 
-    def compute(self, name: str, encode: Encode, items: Sequence) -> Tensor:
-        """N items → N×F, in the first process.
-
-        Args:
-            name: under which the others have the same encoder.
-        """
-        batches = cut(items, self.batch_size)
+    def compute(self, name: str, encode: Encode, items: Sequence) -> list:
+        """What `encode` gives for each of N items, in all processes."""
+        batches = [list(items[start : start + self.batch_size]) for start in range(0, len(items), self.batch_size)]
         if len(batches) == 1:
-            return encode(batches[0])
-        if self.processes.count > 1:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        self.processes.share(lambda: {"encoder": name, "items": [str(item) for item in items]})
+            return list(encode(batches[0]))
         taken, done = self.processes.counter(), self.processes.counter()
-        with progress(name, len(items), 0, lambda: min(len(items), done.value), self.console, passing=True):
-            found = take_batches(encode, batches, taken, done)
-            self.processes.wait()
-        for rank in range(1, self.processes.count):
-            found |= {int(number): rows for number, rows in load_file(self._file(rank)).items()}
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return torch.cat([found[number] for number in range(len(batches))])
-
-    def serve(self, encoders: Mapping[str, Encode]) -> None:
-        """In the other processes: compute shares until the first one has no more to ask."""
-        while (asked := self.processes.share(dict)) != {}:
-            taken, done = self.processes.counter(), self.processes.counter()
-            batches = cut(asked["items"], self.batch_size)
-            found = take_batches(encoders[asked["encoder"]], batches, taken, done)
-            save_file(
-                {str(number): rows.contiguous() for number, rows in found.items()}, self._file(self.processes.rank)
-            )
-            self.processes.wait()
-
-    def dismiss(self) -> None:
-        """In the first process: there is no more to ask."""
-        self.processes.share(dict)
-
-    def _file(self, rank: int) -> Path:
-        return self.folder / f"{rank}.safetensors"
+        found: dict[int, Any] = {}
+        with progress(name, len(items), 0, self.console, passing=True) as show:
+            while (number := taken.take()) < len(batches):
+                found[number] = encode(batches[number])
+                show(done.add(len(batches[number])))
+        for others in self.processes.gather(found):
+            found |= others
+        return [row for number in range(len(batches)) for row in found[number]]
 
 
-def cut(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+class Remembered:
+    """What a network says of files or texts, computed once for each however often it is asked for.
 
+    Args:
+        name: shown with the progress.
+        encode: a list of items → N×F, or N answers.
+        read: applied to an item before it is encoded.
+    """
 
-def take_batches(encode: Encode, batches: Sequence[Sequence], taken: Counter, done: Counter) -> dict[int, Tensor]:
-    """What this process gets to encode, by the number of the batch."""
-    found: dict[int, Tensor] = {}
-    while (number := taken.take()) < len(batches):
-        found[number] = encode(batches[number])
-        done.add(len(batches[number]))
-    return found
+    def __init__(self, name: str, encode: Encode, sharing: Sharing, read: Callable[[Any], Any] = lambda item: item):
+        self.name, self.encode, self.sharing, self.read = name, encode, sharing, read
+        self.known: dict[Any, Any] = {}
+
+    def answers(self, items: Sequence) -> list:
+        """N items → N answers, in their order."""
+        if new := [item for item in dict.fromkeys(items) if item not in self.known]:
+            self.known.update(zip(new, self.sharing.compute(self.name, self._batch, new), strict=True))
+        return [self.known[item] for item in items]
+
+    def __call__(self, items: Sequence) -> Tensor:
+        """N items → N×F, in their order."""
+        return torch.stack(self.answers(items))
+
+    def _batch(self, items: Sequence) -> Any:
+        return self.encode([self.read(item) for item in items])

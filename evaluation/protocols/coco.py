@@ -5,16 +5,19 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
+from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark
 from evaluation.protocols.protocol import CocoProtocol
-from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, image_seed
+from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Item, Request, image_seed
 
 ANNOTATIONS = "annotations/captions_val2014.json"
 IMAGES = "val2014"
 
 
-class Coco:
+class Coco(Benchmark):
     """The data set under a protocol.
 
     Args:
@@ -24,8 +27,11 @@ class Coco:
         DataSetError: annotations or images are missing; the first ten are named.
     """
 
+    tables: ClassVar = {"coco": "Captions (MS-COCO)"}
+    protocol_type = CocoProtocol
+
     def __init__(self, protocol: CocoProtocol, folder: Path):
-        self.protocol, self.folder = protocol, folder
+        super().__init__(protocol, folder)
         file = folder / ANNOTATIONS
         if not file.is_file():
             raise DataSetError(
@@ -112,9 +118,13 @@ class Coco:
             for index, (_, caption) in enumerate(self.taken)
         ]
 
-    def scored(self, request: Request, file: Path) -> ScoredImage:
+    def item(self, request: Request, file: Path) -> Item:
         """A made image with its caption."""
-        return ScoredImage(file, request.unit, request.text)
+        return Item(file, request.unit, request.text)
+
+    def baselines(self) -> dict[str, list[Item]]:
+        """Held-out photos, where the protocol halves the images."""
+        return {REAL_IMAGES: self.held_out_images()}
 
     def references(self) -> list[Path]:
         """The real side of FID: all images, one half, or those of the taken captions, as often as they are taken."""
@@ -122,18 +132,32 @@ class Coco:
             return [self.folder / IMAGES / name for name, _ in self.taken]
         return self._halves()[0] if self.protocol.references == "half" else self._images()
 
-    def held_out_images(self) -> list[ScoredImage]:
+    def held_out_images(self) -> list[Item]:
         """The other half's images, one caption each, as many as captions are drawn; none without halves."""
         if self.protocol.references != "half":
             return []
         captions = {self.folder / IMAGES / self.file_names[image]: caption for image, caption in self.annotations}
         images = [file for file in self._halves()[1] if file in captions][: self.protocol.captions]
-        return [ScoredImage(file, str(index), captions[file], real=True) for index, file in enumerate(images)]
+        return [Item(file, str(index), captions[file], real=True) for index, file in enumerate(images)]
 
     def files(self) -> list[Path]:
         """Every file that a number depends on."""
         listed = [] if self.protocol.caption_list is None else [self.folder / self.protocol.caption_list]
         return [self.folder / ANNOTATIONS, *listed, *self._images()]
+
+    def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
+        """On FID, KID and their intervals."""
+        notes = [
+            f"FID against {len(self.references())} real images; it depends on n, so compare rows of equal n only. "
+            f"Intervals: {bootstrap.fid_replicates} draws of generated images, centred on the value; "
+            f"{bootstrap.replicates} of captions for CLIP-T."
+        ]
+        if (kid := self.protocol.kid) is not None:
+            notes.append(
+                f"KID: the mean over {kid.subsets} subsets of {kid.subset_size} images of each side; what stands in "
+                "place of its interval is ±1.96 standard deviations over them, so how it varies at that size, not at n."
+            )
+        return notes
 
     def _images(self) -> list[Path]:
         """Every image that can be looked at, each once."""

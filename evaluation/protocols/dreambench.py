@@ -6,19 +6,34 @@ data, or a JSON file of the same structure in the folder.
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+from evaluation.protocols.benchmark import COPY_OF_INPUT, REAL_IMAGES, Benchmark
 from evaluation.protocols.protocol import DreamBenchProtocol, Pairs, Subject, Templates
-from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Request, ScoredImage, Slot, image_seed, spread
+from evaluation.protocols.requests import (
+    DataSetError,
+    EvaluationError,
+    Item,
+    Request,
+    Slot,
+    image_seed,
+    named_problems,
+    spread,
+)
 from kosmosg.prompt import PLACEHOLDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LOOKS = ("kind", "colour", "pattern")
 """Label groups of subjects; each has a column."""
+NEAR_COPY = 0.95
+"""DINO cosine with the input image from which on an image counts as a near copy of it. One for all protocols and not to
+be configured, so that the rate means one thing; how many photos of a subject reach it tells the row of real images."""
 
 
-class DreamBench:
+class DreamBench(Benchmark):
     """The data set under a protocol.
 
     Args:
@@ -28,9 +43,15 @@ class DreamBench:
         DataSetError: subjects or files are missing; all are named (the first ten, then a count).
     """
 
+    tables: ClassVar = {
+        "dreambench": "Subjects (DreamBench)",
+        "pairs": "Two subjects",
+        "leakage": "What the input image gives",
+    }
+    protocol_type = DreamBenchProtocol
+
     def __init__(self, protocol: DreamBenchProtocol, folder: Path):
-        self.folder = folder
-        self.protocol = resolve_facts(protocol, folder)
+        super().__init__(resolve_facts(protocol, folder), folder)
         self.subjects = {
             name: self.protocol.subjects[name] for name in spread(list(self.protocol.subjects), protocol.max_subjects)
         }
@@ -65,8 +86,7 @@ class DreamBench:
             if len(set(kinds) - {None}) != 2:
                 problems.append(f"the pair {' + '.join(pair)} is not of two subjects with labels of two kinds")
         if problems:
-            more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-            raise DataSetError(f"DreamBench at '{self.folder}': " + "; ".join(problems[:SHOWN_PROBLEMS]) + more + ".")
+            raise DataSetError(f"DreamBench at '{self.folder}': {named_problems(problems)}")
 
     def kept_image(self, subject: str) -> Path:
         """The one image that a model is given."""
@@ -80,7 +100,7 @@ class DreamBench:
         """Portraits of other individuals of the same kind, by name; empty where there are none."""
         return tuple(sorted((self.folder / subject / "others").glob("*.png")))
 
-    def references(self, subject: str) -> tuple[Path, ...]:
+    def references_of(self, subject: str) -> tuple[Path, ...]:
         """What an image of the subject is compared with, by the protocol."""
         return (
             (self.kept_image(subject),)
@@ -124,49 +144,115 @@ class DreamBench:
             unit=" + ".join(names),
         )
 
-    def scored(self, request: Request, file: Path) -> ScoredImage:
+    def item(self, request: Request, file: Path) -> Item:
         """A made image with what it is compared with; one of two subjects is for the judge alone."""
         number = request.index // self.protocol.images_per_prompt
         if number >= self._first_pair:
             names = self.pairs()[number - self._first_pair]
             slots = [Slot(self.subjects[n].labels["kind"], self.kept_image(n), self.others(n)) for n in names]
-            return ScoredImage(file, request.unit, "", slots=tuple(slots))
+            return Item(file, request.unit, "", slots=tuple(slots))
         templates = self.templates(request.unit)
         place = number - self._first_prompt[request.unit]
         template, _, words = templates[place]
-        return ScoredImage(
+        return Item(
             file,
             request.unit,
             request.text,
-            self.references(request.unit),
-            template=template,
+            self.references_of(request.unit),
+            group=template,
             given=self.kept_image(request.unit),
             others=self.others(request.unit),
             labels=self.subjects[request.unit].labels | words,
             words=words,
         )
 
-    def copies_of_input(self) -> list[ScoredImage]:
-        """The baseline that repeats its input whatever the prompt: how much of a score is mere copying."""
+    def baselines(self) -> dict[str, list[Item]]:
+        """Real photos; and the input repeated whatever the prompt: how much of a score is mere copying."""
         single = self.requests()[: self._first_pair * self.protocol.images_per_prompt]
-        return [self.scored(request, self.folder / request.inputs[0]) for request in single]
+        copies = [self.item(request, self.folder / request.inputs[0]) for request in single]
+        return {REAL_IMAGES: self.other_real_images(), COPY_OF_INPUT: copies}
 
-    def other_real_images(self) -> list[ScoredImage]:
+    def other_real_images(self) -> list[Item]:
         """Real photos of each subject against its references, never a photo against itself."""
         images = []
         for name in self.subjects:
             for file in self.real_images(name):
-                others = tuple(reference for reference in self.references(name) if reference != file)
+                others = tuple(reference for reference in self.references_of(name) if reference != file)
                 kept = self.kept_image(name)
                 if others:
                     given = None if file == kept else kept
                     judged = {"others": self.others(name), "labels": self.subjects[name].labels}
-                    images.append(ScoredImage(file, name, "", others, given=given, **judged))
+                    images.append(Item(file, name, "", others, given=given, **judged))
         return images
 
     def files(self) -> list[Path]:
         """Every file that a number depends on."""
         return [path for name in self.subjects for path in (*self.real_images(name), *self.others(name))]
+
+    def parts(self, unit: str, group: str) -> dict[str, tuple[str, str]]:
+        """By kind of subject, subject, template, and by the label groups that the words ask for (`colour + dress`)."""
+        if not group:
+            return {}
+        kind = self.subjects[unit].kind
+        asked = next(labels for original, _, labels in self.protocol.prompts[kind].rows() if original == group)
+        found = {"kind": (kind, unit), "subject": (unit, group), "template": (group, unit)}
+        return found | ({"words": (" + ".join(asked), unit)} if asked else {})
+
+    def check_networks(self, networks: Mapping[str, Any]) -> None:
+        """Labels must be known to the judge."""
+        if (judge := networks.get("judge")) is None:
+            return
+        told: list[tuple[str, Mapping[str, str]]] = [(f"subject '{n}'", s.labels) for n, s in self.subjects.items()]
+        for prompts in self.protocol.prompts.values():
+            told += [(f"template '{template}'", labels) for template, _, labels in prompts.rows()]
+        groups = judge.groups()
+        for owner, labels in told:
+            for group, name in labels.items():
+                if name not in groups.get(group, []):
+                    allowed: Iterable[str] = groups.get(group, groups)
+                    raise EvaluationError(
+                        f"{owner} has the label '{group}: {name}', which the judge does not know; allowed "
+                        f"{'groups' if group not in groups else f'names of {group}'}: {', '.join(allowed)}."
+                    )
+
+    def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
+        """What is compared with what; how far to trust the judge, and what chance gives."""
+        against = "the input image" if self.protocol.references == "kept_image" else "all real images"
+        notes = [
+            f"Subjects: {len(self.subjects)}, compared with {against}, so that a mere copy of the input is the upper "
+            f"end of DINO and CLIP-I. Intervals: {bootstrap.replicates} bootstrap draws of subjects.",
+            f"Near copies: the share of images whose DINO cosine with the input image is at least {NEAR_COPY}, under "
+            "every protocol. The row of real images tells how many other photos of a subject reach that.",
+        ]
+        measured = {score.metric for score in scores}
+        if not measured & {*LOOKS, "identity", "words"}:
+            return notes
+        notes.append(
+            "Kind, colour, pattern: the share of images in which the judge, a network that no model looks through, "
+            "sees the subject's own, or what the words change it to. Words: all that the template asks for is seen."
+        )
+        judged = (*LOOKS, "identity")
+        real = [s for s in scores if s.system == REAL_IMAGES and s.table == "dreambench" and s.metric in judged]
+        if real:
+            accuracy = ", ".join(f"{score.metric} {score.value:.2f}" for score in real)
+            notes.append(f"The judge on {max(score.n for score in real)} real images: {accuracy}.")
+        if chances := [1 / (1 + len(others)) for name in self.subjects if (others := self.others(name))]:
+            notes.append(
+                "Identity: the share of images that are nearer, by the judge's feature, to their own input image than "
+                f"to the portraits of others of the same kind; chance is {sum(chances) / len(chances):.3g}."
+            )
+        if "leaked" in measured:
+            notes.append(
+                "What the input image gives: 1 where the output always tells it from others, as a copy does; 0 where "
+                "it tells nothing. Kept is the mean of kind and look, which should show; leaked that of background and "
+                "pose, which should not. The row of real images, other photos of the subject, does both right."
+            )
+        if pairs := self.pairs():
+            notes.append(
+                f"Two subjects: {len(pairs)} pairs, each slot's kind and identity in its half of the image. Swapped: "
+                "both halves show the other's kind; missing: a kind that neither half shows."
+            )
+        return notes
 
 
 def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProtocol:

@@ -97,6 +97,32 @@ class FeatureNetwork(Encoder):
 
 
 @dataclass
+class VisionJudge(Encoder):
+    revision: str | None = None
+    """Commit of a hub id, so that the judge stays the same; null where `weights` is a folder."""
+    max_new_tokens: int = 256
+    """Of an answer."""
+
+    def __post_init__(self) -> None:
+        if self.preprocessing is not None:
+            raise ValueError("vlm.preprocessing is not allowed; a judge's own processor shows it the images.")
+
+
+@dataclass
+class Detector(Encoder):
+    threshold: float = 0.3
+    """Least confidence of an object."""
+    counting_threshold: float = 0.9
+    """In its place for prompts of the tag `counting`."""
+    max_objects: int = 16
+    """The most confident ones of each class."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """The detector's label of a class that it calls otherwise than the metadata do."""
+    position_threshold: float = 0.1
+    """Share of both objects' sizes by which their centres must be apart."""
+
+
+@dataclass
 class Resize:
     size: int = 256
     """Shorter side after resizing, and side of the centre crop that follows, in pixels."""

@@ -4,12 +4,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from kosmosg.image_processing import FORMATS, rgb
 
 SHOWN_PROBLEMS = 10
+MOST_PIXELS = 64_000_000
+"""Of an image, as in shards: a small file can hold gigabytes of pixels."""
 SEED_BYTES = 6  # seeds stay below 2**53, which JSON readers in other languages keep exactly
 
 
@@ -44,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Slot:
-    """What one half of an image of two subjects should show; see ScoredImage."""
+    """What one half of an image of two subjects should show; see Item."""
 
     kind: str
     given: Path
@@ -52,17 +55,21 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class ScoredImage:
-    """An image file with the text and the reference images that it is compared with.
+class Item:
+    """An image file with all that metrics compare it with.
 
     Args:
+        unit: what the bootstrap draws, see Request.
+        text: what CLIP-T compares it with; empty where there is none.
+        references: what subject fidelity is measured against.
         real: a photo of the data set, which FID resizes as its real side.
-        template: of the prompt, with `{}` for the subject; empty where there is none.
+        group: of the prompt, for breakdowns: its template, with `{}` for the subject; empty where there is none.
         given: the input image that the system saw, of which it may be a copy.
         others: portraits of other individuals of the same kind, of which none should be in the image.
         labels: what a judge should see, by label group: of the subject, as the words change it.
         words: what the prompt's words ask for, by label group.
         slots: of an image of two subjects: the left half's, the right half's.
+        asked: what else the benchmark's own metrics read, by name.
     """
 
     file: Path
@@ -70,12 +77,29 @@ class ScoredImage:
     text: str
     references: tuple[Path, ...] = ()
     real: bool = False
-    template: str = ""
+    group: str = ""
     given: Path | None = None
     others: tuple[Path, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
     slots: tuple[Slot, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+
+def named_problems(problems: Sequence[str]) -> str:
+    """The first ten, and how many more."""
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + more + "."
+
+
+def inner_file(folder: Path, name: str) -> Path:
+    """A file that a list of the data set names, in its folder. Raises ValueError: there is none."""
+    file, root = (folder / name).resolve(), folder.resolve()
+    if not file.is_relative_to(root):
+        raise ValueError(f"'{name}' lies outside of the folder")
+    if not file.is_file():
+        raise ValueError(f"the file '{name}' is missing")
+    return folder / file.relative_to(root)
 
 
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:
@@ -106,6 +130,8 @@ def read_image(file: Path | str, upright: bool = False) -> Image.Image:
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}×{image.height}, at most {MOST_PIXELS} pixels are read")
             image.load()  # before the file is closed
             return rgb(image, turn=upright)
     except Exception as error:  # decoders of Pillow raise many kinds on damaged files

@@ -1,4 +1,5 @@
-"""Where a mean comes from: by kind of subject, by subject, by template, by what the words ask for.
+"""Where a mean comes from: by kind of subject, by subject, by template, by what the words ask for; whatever parts the
+benchmark tells.
 
 Means are of the pairs in samples.csv, as in the table, but not clamped at 0: one subject's may well lie below.
 """
@@ -11,17 +12,23 @@ from pathlib import Path
 
 import torch
 
-from evaluation.config import Bootstrap
+from evaluation.benchmarks import benchmark_of, metric
 from evaluation.images.systems import AFTER_STAGE_3
-from evaluation.scores.bootstrap import mean_interval
-from evaluation.scores.results import DECIMALS, METRICS, markdown_table, shown_columns
+from evaluation.protocols.benchmark import Benchmark
+from evaluation.scores.bootstrap import Bootstrap, mean_interval
+from evaluation.scores.metric import Metric
+from evaluation.scores.results import headings, markdown_table, shown_columns
 from evaluation.scores.scoring import Sample
 from kosmosg.files import write_text
 
-TABLE = "dreambench"
-KIND, SUBJECT, TEMPLATE, SORT = "kind", "subject", "template", "words"
-TITLES = {KIND: "Kinds of subject", SUBJECT: "Subjects", TEMPLATE: "Templates", SORT: "Words"}
-SORTED_BY = {KIND: None, SUBJECT: "dino", TEMPLATE: "clip_t", SORT: "words"}
+TITLES = {
+    "kind": "By kind of subject",
+    "subject": "By subject",
+    "template": "By template",
+    "words": "By what the words ask for",
+}
+"""Parts by which a page shows means; others are in breakdown.csv, or shown under their own name."""
+SORTED_BY = {"subject": "dino", "template": "clip_t", "words": "words"}
 """Subjects are what fidelity fails on, templates what the text fails on: the worst stand first."""
 
 
@@ -30,13 +37,14 @@ class Part:
     """The mean over a part of a system's images, with its 95 % interval.
 
     Args:
-        by: kind, subject, template or words.
+        by: kind, subject, template or words; see `Benchmark.parts`.
         part: its name.
         low, high: over subjects; within one subject, over its templates.
         n: pairs that were averaged.
         units: subjects, or templates, that were drawn.
     """
 
+    table: str
     system: str
     by: str
     part: str
@@ -49,43 +57,24 @@ class Part:
 
     def text(self) -> str:
         """`0.694 (0.671–0.716)`; of a single unit there is no interval."""
-        numbers = (self.value, self.low, self.high)
-        value, low, high = (f"{number:.{DECIMALS[self.metric]}f}".replace("-", "−") for number in numbers)
-        if self.units == 1:
-            return value
-        return f"{value} ({low}–{high})" if self.low >= 0 else f"{value} ({low} … {high})"
+        kind = metric(self.metric)
+        return kind.number(self.value) if self.units == 1 else kind.text(self.value, self.low, self.high)
 
 
-def breakdown(
-    samples: Sequence[Sample], kinds: Mapping[str, str], bootstrap: Bootstrap, sorts: Mapping[str, str] | None = None
-) -> list[Part]:
-    """Every part of every system that answers prompts.
-
-    Args:
-        kinds: of each subject: object or live.
-        sorts: of templates: what their words ask for.
-    """
-    groups: dict[tuple[str, str, str, str], tuple[list[float], list[str]]] = {}
+def breakdown(samples: Sequence[Sample], benchmarks: Mapping[str, Benchmark], bootstrap: Bootstrap) -> list[Part]:
+    """Every part of every system that answers prompts."""
+    groups: dict[tuple[str, str, str, str, str], tuple[list[float], list[str]]] = {}
     for sample in samples:
-        if sample.table != TABLE or not sample.template:
-            continue
-        subject, sort = sample.unit, (sorts or {}).get(sample.template)
-        for by, part, unit in (
-            (KIND, kinds[subject], subject),
-            (SUBJECT, subject, sample.template),
-            (TEMPLATE, sample.template, subject),
-            (SORT, sort, subject),
-        ):
-            if part is None:
-                continue
-            scores, units = groups.setdefault((sample.system, by, part, sample.metric), ([], []))
+        parts = benchmarks[benchmark_of(sample.table)].parts(sample.unit, sample.template)
+        for by, (part, unit) in parts.items():
+            scores, units = groups.setdefault((sample.table, sample.system, by, part, sample.metric), ([], []))
             scores.append(sample.score)
             units.append(unit)
     parts = []
-    for (system, by, part, metric), (scores, units) in groups.items():
+    for (table, system, by, part, name), (scores, units) in groups.items():
         found = torch.tensor(scores, dtype=torch.float64)
         low, high = mean_interval(found, units, bootstrap.replicates, bootstrap.seed)
-        parts.append(Part(system, by, part, metric, float(found.mean()), low, high, len(scores), len(set(units))))
+        parts.append(Part(table, system, by, part, name, float(found.mean()), low, high, len(scores), len(set(units))))
     return parts
 
 
@@ -100,69 +89,70 @@ def write_breakdown(parts: Sequence[Part], file: Path) -> None:
     write_text(file, text.getvalue())
 
 
-def part_columns(parts: Sequence[Part]) -> list[str]:
-    """The metrics that parts are shown with."""
-    return shown_columns(TABLE, {part.metric for part in parts})
+@dataclass(frozen=True)
+class Section:
+    """One breakdown of one system in a benchmark's own table: rows of (part, texts in the order of the columns, n)."""
+
+    table: str
+    system: str
+    by: str
+    title: str
+    columns: list[type[Metric]]
+    rows: list[tuple[str, list[str], str]]
 
 
-def systems_of(parts: Sequence[Part]) -> list[str]:
-    """Systems that have parts, in their order."""
-    return list(dict.fromkeys(part.system for part in parts))
+def sections(parts: Sequence[Part]) -> list[Section]:
+    """All that a page shows, table by table, system by system; in each the worst part first."""
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Part]]] = {}
+    for part in parts:
+        if part.table == benchmark_of(part.table):
+            rows = groups.setdefault((part.table, part.system, part.by), {})
+            rows.setdefault(part.part, {})[part.metric] = part
+    found = []
+    for (table, system, by), rows in groups.items():
+        columns = shown_columns(table, {part.metric for part in parts if part.table == table})
+        first = SORTED_BY.get(by)
+        order = sorted(rows.items(), key=lambda row: row[1][first].value if first in row[1] else 0.0)
+        shown = [
+            (
+                name,
+                [row[kind.name].text() if kind.name in row else "–" for kind in columns],
+                " / ".join(map(str, dict.fromkeys(part.n for part in row.values()))),
+            )
+            for name, row in order
+        ]
+        found.append(Section(table, system, by, TITLES.get(by, f"By {by}"), columns, shown))
+    return found
 
 
-def shown_system(parts: Sequence[Part]) -> str | None:
-    """The one that results.md shows: KOSMOS-G after stage 3, or the last there is."""
-    systems = systems_of(parts)
+def shown_system(systems: Sequence[str]) -> str | None:
+    """The one that pages show first: KOSMOS-G after stage 3, or the last there is."""
     return AFTER_STAGE_3 if AFTER_STAGE_3 in systems else next(reversed(systems), None)
 
 
-def part_rows(parts: Sequence[Part], system: str, by: str) -> list[tuple[str, dict[str, Part]]]:
-    """(part, its means by metric), the worst first."""
-    rows: dict[str, dict[str, Part]] = {}
-    for part in parts:
-        if (part.system, part.by) == (system, by):
-            rows.setdefault(part.part, {})[part.metric] = part
-    metric = SORTED_BY[by]
-    if metric is None:
-        return list(rows.items())
-    return sorted(rows.items(), key=lambda row: row[1][metric].value if metric in row[1] else 0.0)
-
-
 def markdown(parts: Sequence[Part]) -> list[str]:
-    """Sections of results.md: kinds of every system; subjects and templates of the shown one."""
-    shown = shown_system(parts)
-    if shown is None:
-        return []
-    metrics = part_columns(parts)
-    rows = [
-        [system, name, *(found[metric].text() if metric in found else "–" for metric in metrics), count(found)]
-        for system in systems_of(parts)
-        for name, found in part_rows(parts, system, KIND)
-    ]
-    header = [METRICS[metric] for metric in metrics]
-    lines = ["## By kind of subject", "", *markdown_table(["System", "Kind", *header, "n"], rows, texts=2)]
-    for by, title, order in (
-        (SUBJECT, "By subject", "lowest DINO"),
-        (TEMPLATE, "By template", "lowest CLIP-T"),
-        (SORT, "By what the words ask for", "lowest Words"),
-    ):
-        rows = [
-            [name, *(found[metric].text() if metric in found else "–" for metric in metrics), count(found)]
-            for name, found in part_rows(parts, shown, by)
-        ]
-        if not rows:
-            continue
-        over = "its templates" if by == SUBJECT else "subjects"
-        lines += [
-            f"## {title}",
-            "",
-            f"{shown}, {order} first; intervals over {over}. All systems: breakdown.csv.",
-            "",
-            *markdown_table([by.capitalize(), *header, "n"], rows),
-        ]
+    """Sections of results.md: kinds of every system; all else of the shown one."""
+    found, lines = sections(parts), []
+    shown = shown_system([section.system for section in found])
+    for table in dict.fromkeys(section.table for section in found):
+        own = [section for section in found if section.table == table]
+        if kinds := [section for section in own if section.by == "kind"]:
+            rows = [[s.system, name, *texts, n] for s in kinds for name, texts, n in s.rows]
+            header = ["System", "Kind", *headings(kinds[0].columns), "n"]
+            lines += [f"## {kinds[0].title}", "", *markdown_table(header, rows, texts=2)]
+        for section in own:
+            if section.by == "kind" or section.system != shown:
+                continue
+            over = "its templates" if section.by == "subject" else "subjects"
+            first = f", lowest {metric(SORTED_BY[section.by]).title} first" if section.by in SORTED_BY else ""
+            lines += [
+                f"## {section.title}",
+                "",
+                f"{shown}{first}; intervals over {over}. All systems: breakdown.csv.",
+                "",
+                *markdown_table(
+                    [section.by.capitalize(), *headings(section.columns), "n"],
+                    [[name, *texts, n] for name, texts, n in section.rows],
+                ),
+            ]
     return lines
-
-
-def count(found: Mapping[str, Part]) -> str:
-    """The n of a row, once where all its metrics share it."""
-    return " / ".join(map(str, dict.fromkeys(part.n for part in found.values())))

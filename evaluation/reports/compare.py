@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.benchmarks import benchmark_of, titles
 from evaluation.protocols.protocol import task_of
 from evaluation.protocols.requests import EvaluationError
 from evaluation.scores.bootstrap import paired_interval
+from evaluation.scores.metric import Metric, floored
 from evaluation.scores.results import (
-    DECIMALS,
-    METRICS,
-    PAIRS,
-    TITLES,
     Score,
     cells,
     columns,
+    headings,
     markdown_table,
     protocol_of,
     read_results,
@@ -97,21 +96,20 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def obstacles(first: Evaluated, other: Evaluated, table: str) -> list[str]:
     """Why the numbers of a table do not compare: keys of the protocol, data or encoders that differ. Empty: they do."""
-    table = "dreambench" if table == PAIRS else table  # whose data, protocol and encoders they are
-    found = []
+    found, benchmark = [], benchmark_of(table)  # whose data, protocol and encoders they are
     both = [first.protocol(table) or "", other.protocol(table) or ""]
     if any(protocol == task_of(protocol) for protocol in both):
         both = [task_of(protocol) for protocol in both]
     if both[0] != both[1]:
         found.append(f"protocol {both[0]} and {both[1]}")
-        configs = (dict(flat(e.provenance.get("config", {}).get(table))) for e in (first, other))
+        configs = (dict(flat(e.provenance.get("config", {}).get(benchmark))) for e in (first, other))
         mine, theirs = configs
         keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
         found += [f"{key}: {mine.get(key)!r} and {theirs.get(key)!r}" for key in keys[:TOLD]]
         found += [f"and {len(keys) - TOLD} more keys"] if len(keys) > TOLD else []
     written = [e.provenance.get("written", {}) for e in (first, other)]
     for key in sorted({key for values in written for key in values}):
-        same_kind = key == f"{table} data" or key.startswith(f"{table}.")
+        same_kind = key == f"{benchmark} data" or key.startswith(f"{benchmark}.")
         if same_kind and written[0].get(key) != written[1].get(key):
             found.append(f"{key}: other files")
     return found
@@ -141,7 +139,7 @@ def compare(paths: Sequence[str | Path], force: bool = False) -> str:
         for table, rows in having.items()
     }
     refused = {
-        f"{TITLES[table]}: '{having[table][0].name}' and '{name}'": reasons
+        f"{titles()[table]}: '{having[table][0].name}' and '{name}'": reasons
         for table, others in against.items()
         for name, reasons in others.items()
     }
@@ -161,10 +159,10 @@ def compare(paths: Sequence[str | Path], force: bool = False) -> str:
 
 def comparison_table(evaluations: Sequence[Evaluated], table: str, marked: set[str]) -> list[str]:
     """The rows of all evaluations. A row that is the same in comparable ones, as real images, is shown once."""
-    lines = [f"## {TITLES[table]}", ""]
+    lines = [f"## {titles()[table]}", ""]
     lines += [f"- '{e.name}'{MARK if e.name in marked else ''}: protocol `{e.protocol(table)}`" for e in evaluations]
     metrics = shared_columns(evaluations, table)
-    header = ["Evaluation", "System", *(METRICS[metric] for metric in metrics), "n"]
+    header = ["Evaluation", "System", *headings(metrics), "n"]
     rows, seen = [], set()
     for evaluation in evaluations:
         for system, found in table_rows(evaluation.scores, table):
@@ -175,7 +173,7 @@ def comparison_table(evaluations: Sequence[Evaluated], table: str, marked: set[s
     return [*lines, "", *markdown_table(header, rows, texts=2)]
 
 
-def shared_columns(evaluations: Sequence[Evaluated], table: str) -> list[str]:
+def shared_columns(evaluations: Sequence[Evaluated], table: str) -> list[type[Metric]]:
     """The columns of a table that holds the rows of all."""
     return columns([score for evaluation in evaluations for score in evaluation.scores], table)
 
@@ -195,26 +193,33 @@ def difference_table(evaluations: Sequence[Evaluated], table: str, marked: set[s
                 continue
             texts = []
             for metric in metrics:
-                key = (table, system, metric)
-                if metric not in found or metric not in base[system]:
+                key = (table, system, metric.name)
+                if metric.name not in found or metric.name not in base[system]:
                     texts.append("–")
                 elif key in mine and key in theirs and set(mine[key][1]) == set(theirs[key][1]):
-                    texts.append(paired_text(mine[key], theirs[key], DECIMALS[metric], bootstrap))
+                    texts.append(paired_text(mine[key], theirs[key], metric, bootstrap))
                 else:
-                    difference = found[metric].value - base[system][metric].value
-                    texts.append(f"{difference:+.{DECIMALS[metric]}f}".replace("-", "−"))
+                    difference = found[metric.name].value - base[system][metric.name].value
+                    texts.append(signed(difference, metric))
             rows.append([f"{other.name}{MARK if other.name in marked else ''} − {first.name}", system, *texts])
     if not rows:
         return []
-    header = ["Difference", "System", *(METRICS[metric] for metric in metrics)]
+    header = ["Difference", "System", *headings(metrics)]
     return [*markdown_table(header, rows, texts=2)]
 
 
 def paired_text(
-    base: tuple[list[float], list[str]], other: tuple[list[float], list[str]], decimals: int, bootstrap: dict[str, Any]
+    base: tuple[list[float], list[str]],
+    other: tuple[list[float], list[str]],
+    metric: type[Metric],
+    bootstrap: dict[str, Any],
 ) -> str:
-    """`+0.107 (0.017–0.202)`: the difference of the means and its interval."""
+    """`+0.107 (0.017–0.202)`: the difference of the means, each clamped as in the tables, and its interval."""
     replicates, seed = bootstrap.get("replicates", 2000), bootstrap.get("seed", 0)
-    low, high = paired_interval(*base, *other, replicates, seed)
-    value = np.mean(other[0]) - np.mean(base[0])
-    return f"{value:+.{decimals}f} ({low:+.{decimals}f} … {high:+.{decimals}f})".replace("-", "−")
+    low, high = paired_interval(*base, *other, replicates, seed, metric.floor)
+    value = floored(float(np.mean(other[0])), metric.floor) - floored(float(np.mean(base[0])), metric.floor)
+    return f"{signed(value, metric)} ({signed(low, metric)} … {signed(high, metric)})"
+
+
+def signed(value: float, metric: type[Metric]) -> str:
+    return f"{value:+.{metric.decimals}f}".replace("-", "−")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.config import Gallery
-from evaluation.protocols.dreambench import DreamBench
+from evaluation.protocols.benchmark import Benchmark
 from evaluation.protocols.requests import Request, image_seed, spread
 
 GALLERY_SEED_OFFSET = 1_000_000_000  # no data set has so many prompts: a gallery's noise is its own
@@ -28,26 +28,28 @@ class PairGrid:
     rows: list[list[Request]]
 
 
-def shown_subjects(dataset: DreamBench, count: int) -> list[str]:
+def shown_subjects(dataset: Benchmark, count: int) -> list[str]:
     """Subjects for pictures, spread over the data set."""
     return spread(list(dataset.subjects), count)
 
 
-def shown_requests(dataset: DreamBench, requests: Sequence[Request], subject: str, templates: int) -> list[Request]:
+def shown_requests(dataset: Benchmark, requests: Sequence[Request], subject: str, templates: int) -> list[Request]:
     """The first image of some of the subject's prompts, spread over its list."""
     own = [request for request in requests if request.unit == subject]
-    return spread(own[:: dataset.protocol.images_per_prompt], templates)
+    return spread(own[:: getattr(dataset.protocol, "images_per_prompt", 1)], templates)
 
 
 def common_requests(
-    dataset: DreamBench, requests: Sequence[Request], subjects: Sequence[str], templates: int
+    dataset: Benchmark, requests: Sequence[Request], subjects: Sequence[str], templates: int
 ) -> tuple[list[str], dict[str, list[Request]]]:
     """Fed prompts that all of `subjects` share, spread over the list, and each subject's requests for them."""
     first = {
         subject: {request.prompt: request for request in shown_requests(dataset, requests, subject, len(requests))}
         for subject in subjects
     }
-    if dataset.protocol.fed == "class_and_image":  # then prompts hold the class word, and only kinds share them
+    if (
+        getattr(dataset.protocol, "fed", "image") == "class_and_image"
+    ):  # then prompts hold the class word, and only kinds share them
         words = {subject: dataset.subjects[subject].class_noun for subject in subjects}
         first = {s: {p.replace(words[s], "…", 1): r for p, r in found.items()} for s, found in first.items()}
     shared = [prompt for prompt in first[subjects[0]] if all(prompt in found for found in first.values())]
@@ -55,7 +57,7 @@ def common_requests(
     return prompts, {subject: [found[prompt] for prompt in prompts] for subject, found in first.items()}
 
 
-def swap_grid(dataset: DreamBench, gallery: Gallery, start: int = 0) -> SwapGrid:
+def swap_grid(dataset: Benchmark, gallery: Gallery, start: int = 0) -> SwapGrid:
     """Each of `swap_prompts` for each shown subject; indices count from `start`."""
     subjects = shown_subjects(dataset, gallery.subjects)
     rows = []
@@ -65,7 +67,7 @@ def swap_grid(dataset: DreamBench, gallery: Gallery, start: int = 0) -> SwapGrid
     return SwapGrid(list(gallery.swap_prompts), subjects, rows)
 
 
-def pair_grid(dataset: DreamBench, gallery: Gallery, start: int = 0) -> PairGrid | None:
+def pair_grid(dataset: Benchmark, gallery: Gallery, start: int = 0) -> PairGrid | None:
     """`pair_prompt` for each ordered pair of subjects; None where there is no such prompt."""
     if gallery.pair_prompt is None:
         return None
@@ -81,7 +83,7 @@ def pair_grid(dataset: DreamBench, gallery: Gallery, start: int = 0) -> PairGrid
     return PairGrid(gallery.pair_prompt, subjects, rows)
 
 
-def _request(dataset: DreamBench, index: int, prompt: str, subjects: tuple[str, ...], noise: int) -> Request:
+def _request(dataset: Benchmark, index: int, prompt: str, subjects: tuple[str, ...], noise: int) -> Request:
     text = prompt
     for subject in subjects:
         text = text.replace("<i>", f"a {dataset.subjects[subject].class_noun}", 1)

@@ -1,23 +1,23 @@
 """From the images of an evaluation to its report and its PNG sheets."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.images.external import External
 from evaluation.images.manifest import Manifest
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 from evaluation.plan import Evaluation, Table
-from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.requests import spread
 from evaluation.reports import guidance
 from evaluation.reports.breakdown import Part
-from evaluation.reports.curves import charts
 from evaluation.reports.gallery import common_requests, pair_grid, shown_requests, shown_subjects, swap_grid
-from evaluation.reports.report import CaptionBlock, Grid, Input, Report, SubjectBlock, write_report
+from evaluation.reports.plots import loss_charts
+from evaluation.reports.report import Examples, Grid, Input, Report, SubjectBlock, write_report
 from evaluation.reports.sheets import contact_sheet, sheet
 from evaluation.scores.results import Score
 from kosmosg.files import replaced, write_text
 
-SHOWN_CAPTIONS, SHOWN_PROMPTS = 8, 3
+SHOWN_EXAMPLES, SHOWN_PROMPTS = 8, 3
 Manifests = dict[tuple[str, str], Manifest | External]
 """By table and model."""
 
@@ -28,25 +28,29 @@ def draw_pages(
     grids: tuple[Grid | None, Grid | None],
     scores: list[Score],
     parts: list[Part],
+    notes: list[str],
     provenance: dict[str, str],
 ) -> None:
     """Write report.html and sheets/."""
-    config, output = evaluation.config, evaluation.output
+    config, folder = evaluation.config, evaluation.output / "sheets"
+    folder.mkdir(exist_ok=True)
     manifests = {**manifests, **evaluation.external}
-    tables = {table.name: table for table in evaluation.tables}
-    subjects, stages, inputs = [], None, []
-    swap, pair = grids
-    if "dreambench" in tables:
-        subjects = subject_blocks(evaluation, tables["dreambench"], manifests)
-        stages = stage_grid(evaluation, tables["dreambench"], manifests)
-        inputs = input_images(tables["dreambench"])
-        write_sheets(evaluation, tables["dreambench"], manifests, swap, pair)
-        write_stage_sheets(output / "sheets", stages, inputs)
-    if "coco" in tables:
-        write_caption_sheet(evaluation, tables["coco"], manifests)
+    with_subjects = [table for table in evaluation.tables if table.benchmark.subjects]
+    others = [table for table in evaluation.tables if not table.benchmark.subjects]
+    inputs = [image for table in with_subjects for image in input_images(table)]
+    stages = next((stage_grid(evaluation, table, manifests) for table in with_subjects), None)
+    for table in with_subjects:
+        write_sheets(evaluation, table, manifests, *grids)
+    if inputs:
+        save(contact_sheet([i.file for i in inputs], [i.class_noun for i in inputs]), folder / "inputs.png")
+    if stages is not None:
+        rows = [["input", *stages.top]]
+        rows += [[label, *row] for label, row in zip(stages.labels, stages.rows, strict=True)]
+        save(sheet([""] * (1 + len(stages.top)), rows), folder / "stages.png")
+    for table in others:
+        write_example_sheet(evaluation, table, manifests)
     for metric, svg in guidance.charts(scores):
-        write_text(output / "sheets" / f"guidance_{metric}.svg", svg)
-    names = evaluation.rows(tables["coco"]) if "coco" in tables else []
+        write_text(folder / f"guidance_{metric}.svg", svg)
     runs = [
         ("Stage 2, alignment", config.models.before_stage_3),
         ("Stage 3, instruction tuning", config.models.after_stage_3),
@@ -55,24 +59,22 @@ def draw_pages(
         scores=scores,
         parts=parts,
         inputs=inputs,
-        subjects=subjects,
+        subjects=[block for table in with_subjects for block in subject_blocks(evaluation, table, manifests)],
         stages=stages,
-        swap=swap,
-        pair=pair,
+        swap=grids[0],
+        pair=grids[1],
         pair_prompt=config.gallery.pair_prompt or "",
-        caption_systems=names,
-        captions=caption_blocks(tables["coco"], manifests, names) if "coco" in tables else [],
-        curves=charts([(title, Path(run)) for title, run in runs if run is not None]),
-        notes=evaluation.notes(scores),
+        examples=[examples(evaluation, table, manifests) for table in others],
+        curves=loss_charts([(title, Path(run)) for title, run in runs if run is not None]),
+        notes=notes,
         provenance=provenance,
     )
-    write_report(report, output / "report.html")
+    write_report(report, evaluation.output / "report.html")
 
 
 def input_images(table: Table) -> list[Input]:
     """Every subject with the one image that is given of it, as in the paper's Fig. 8."""
-    dataset = table.dataset
-    assert isinstance(dataset, DreamBench)
+    dataset = table.benchmark
     return [
         Input(name, subject.class_noun, dataset.kept_image(name), subject.kind)
         for name, subject in dataset.subjects.items()
@@ -81,13 +83,11 @@ def input_images(table: Table) -> list[Input]:
 
 def stage_grid(evaluation: Evaluation, table: Table, manifests: Manifests) -> Grid | None:
     """The same prompts and noise before and after instruction tuning, as in the paper's Fig. 6; None without both."""
-    dataset, gallery = table.dataset, evaluation.config.gallery
-    assert isinstance(dataset, DreamBench)
     stages = {BEFORE_STAGE_3: "before", AFTER_STAGE_3: "after"}
     if not all((table.name, name) in manifests for name in stages):
         return None
-    subjects = shown_subjects(dataset, gallery.subjects)
-    prompts, requests = common_requests(dataset, table.requests, subjects, SHOWN_PROMPTS)
+    subjects = shown_subjects(table.benchmark, evaluation.config.gallery.subjects)
+    prompts, requests = common_requests(table.benchmark, table.requests, subjects, SHOWN_PROMPTS)
     if not prompts:
         return None
     rows, labels = [], []
@@ -96,13 +96,12 @@ def stage_grid(evaluation: Evaluation, table: Table, manifests: Manifests) -> Gr
             manifest = manifests[table.name, name]
             rows.append([manifest.image_file(requests[subject][place].index) for subject in subjects])
             labels.append(f"{prompt}: {stage}")
-    return Grid(top=[dataset.kept_image(name) for name in subjects], rows=rows, labels=labels)
+    return Grid(top=[table.benchmark.kept_image(name) for name in subjects], rows=rows, labels=labels)
 
 
 def subject_blocks(evaluation: Evaluation, table: Table, manifests: Manifests) -> list[SubjectBlock]:
     """The shown subjects with the images of every system."""
-    dataset, gallery = table.dataset, evaluation.config.gallery
-    assert isinstance(dataset, DreamBench)
+    dataset, gallery = table.benchmark, evaluation.config.gallery
     blocks = []
     for name in shown_subjects(dataset, gallery.subjects):
         requests = shown_requests(dataset, table.requests, name, gallery.templates)
@@ -116,13 +115,12 @@ def subject_blocks(evaluation: Evaluation, table: Table, manifests: Manifests) -
 
 
 def swap_grids(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
-    """Draw the two galleries with KOSMOS-G after stage 3; none without it. The first process has them, all draw."""
-    table = next((table for table in evaluation.tables if isinstance(table.dataset, DreamBench)), None)
+    """Draw the two galleries with KOSMOS-G after stage 3; none without it."""
+    table = next((table for table in evaluation.tables if table.benchmark.subjects), None)
     system = next((system for system in evaluation.systems if system.name == AFTER_STAGE_3), None)
     if table is None or system is None:
         return None, None
-    dataset, gallery = table.dataset, evaluation.config.gallery
-    assert isinstance(dataset, DreamBench)
+    dataset, gallery = table.benchmark, evaluation.config.gallery
     swap = swap_grid(dataset, gallery)
     requests = [request for row in swap.rows for request in row]
     pair = pair_grid(dataset, gallery, start=len(requests))
@@ -131,8 +129,6 @@ def swap_grids(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
     if not requests:
         return None, None
     manifest = evaluation.generate_into("gallery", table, system, requests)
-    if not evaluation.processes.first:
-        return None, None
 
     def files(rows) -> list[list[Path]]:
         return [[manifest.image_file(request.index) for request in row] for row in rows]
@@ -146,21 +142,25 @@ def swap_grids(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
     return drawn, Grid(top=inputs(pair.subjects), left=inputs(pair.subjects), rows=files(pair.rows))
 
 
-def caption_blocks(table: Table, manifests: Manifests, systems: list[str]) -> list[CaptionBlock]:
-    """Some captions with the image of every system."""
-    return [
-        CaptionBlock(request.text, [manifests[table.name, name].image_file(request.index) for name in systems])
-        for request in spread(table.requests, SHOWN_CAPTIONS)
-    ]
+def examples(evaluation: Evaluation, table: Table, manifests: Manifests) -> Examples:
+    """Some prompts with the image of every system."""
+    requests = spread(table.requests, SHOWN_EXAMPLES)
+    return Examples(
+        title=next(iter(table.benchmark.tables.values())),
+        prompts=[request.text for request in requests],
+        inputs=[[table.benchmark.folder / name for name in request.inputs] for request in requests],
+        systems=[
+            (name, [manifests[table.name, name].image_file(request.index) for request in requests])
+            for name in evaluation.rows(table)
+        ],
+    )
 
 
 def write_sheets(
     evaluation: Evaluation, table: Table, manifests: Manifests, swap: Grid | None, pair: Grid | None
 ) -> None:
     """sheets/subjects.png, systems.png, swap.png and pairs.png, for a README."""
-    dataset, gallery, folder = table.dataset, evaluation.config.gallery, evaluation.output / "sheets"
-    assert isinstance(dataset, DreamBench)
-    folder.mkdir(exist_ok=True)
+    dataset, gallery, folder = table.benchmark, evaluation.config.gallery, evaluation.output / "sheets"
     subjects = shown_subjects(dataset, gallery.subjects)
     prompts, requests = common_requests(dataset, table.requests, subjects, gallery.templates)
     names = evaluation.rows(table)
@@ -189,29 +189,21 @@ def write_sheets(
         save(sheet([""] * (1 + len(pair.top)), rows), folder / "pairs.png")
 
 
-def write_stage_sheets(folder: Path, stages: Grid | None, inputs: list[Input]) -> None:
-    """sheets/stages.png and inputs.png."""
-    save(contact_sheet([image.file for image in inputs], [image.class_noun for image in inputs]), folder / "inputs.png")
-    if stages is not None:
-        rows = [["input", *stages.top]]
-        rows += [[label, *row] for label, row in zip(stages.labels, stages.rows, strict=True)]
-        save(sheet([""] * (1 + len(stages.top)), rows), folder / "stages.png")
-
-
-def write_caption_sheet(evaluation: Evaluation, table: Table, manifests: Manifests) -> None:
-    """sheets/captions.png: a caption a row, a system a column; of the runs of one experiment, the first."""
+def write_example_sheet(evaluation: Evaluation, table: Table, manifests: Manifests) -> None:
+    """A prompt a row, a system a column; of the runs of one experiment, the first. COCO's is sheets/captions.png."""
     shown: dict[str, str] = {}
     variants = {system.name: system.variant for system in evaluation.systems if system.variant is not None}
     for name in evaluation.rows(table):
         shown.setdefault(variants[name].experiment if name in variants else name, name)
-    columns = {label.replace("_", " "): manifests[table.name, name] for label, name in shown.items()}
-    rows = [
+    columns: Mapping[str, Manifest | External] = {
+        label.replace("_", " "): manifests[table.name, name] for label, name in shown.items()
+    }
+    rows: Sequence[list] = [
         [request.text, *(manifest.image_file(request.index) for manifest in columns.values())]
-        for request in spread(table.requests, SHOWN_CAPTIONS)
+        for request in spread(table.requests, SHOWN_EXAMPLES)
     ]
-    folder = evaluation.output / "sheets"
-    folder.mkdir(exist_ok=True)
-    save(sheet(["caption", *columns], rows), folder / "captions.png")
+    name = "captions" if table.name == "coco" else table.name
+    save(sheet(["caption", *columns], rows), evaluation.output / "sheets" / f"{name}.png")
 
 
 def save(picture, file: Path) -> None:

@@ -1,8 +1,13 @@
 """What arXiv 2310.02992 prints, for looking up beside our numbers; nothing here was measured by this project."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 CITATION = "arXiv 2310.02992"
+CAUTION = (
+    f"Printed in Table 1 of {CITATION}: other data, other encoders, full-size models. They are here to be looked up, "
+    "not to be compared with the numbers above."
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,12 @@ class Printed:
     values: tuple[float | None, ...]
     remark: str = ""
     experiment: str = ""
+
+    def cells(self, decimals: Sequence[int]) -> list[str]:
+        """A text for each metric."""
+        pairs = zip(self.values, decimals, strict=False)  # what is measured here beside the paper's metrics, it lacks
+        texts = [self.remark or "–" if value is None else f"{value:.{places}f}" for value, places in pairs]
+        return [*texts, *["–"] * (len(decimals) - len(texts))]
 
 
 # DINO, CLIP-I, CLIP-T; 30 subjects, 750 prompts, four images each.
@@ -51,3 +62,8 @@ ALIGNMENT = (
     Printed("AlignerNet of 12 layers", (9.89,), experiment="alignernet_12_layers"),
     Printed("AlignerNet of 24 layers", (9.55,), experiment="alignernet_24_layers"),
 )
+PRINTED = {
+    "dreambench": ("DreamBench", ("dino", "clip_i", "clip_t"), DREAMBENCH),
+    "coco": ("MS-COCO", ("fid",), COCO),
+}
+"""Table 1 by our table: title, metrics, rows."""

@@ -9,11 +9,14 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
+from evaluation.benchmarks import metric, titles
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
+from evaluation.protocols.requests import read_image
 from evaluation.reports import breakdown, guidance, paper
 from evaluation.reports.breakdown import Part
-from evaluation.scores.results import METRICS, TITLES, Score, columns, protocol_of, table_rows, tables_of
+from evaluation.scores.results import Score, columns, headings, protocol_of, table_rows, tables_of
 from kosmosg.files import write_text
+from kosmosg.image_processing import FORMATS
 
 TEMPLATES = Path(__file__).parent / "templates"
 EMBEDDED_SIDE = 256
@@ -52,11 +55,13 @@ class Input:
 
 
 @dataclass(frozen=True)
-class CaptionBlock:
-    """One caption and the image of each system."""
+class Examples:
+    """Some prompts of a benchmark, with their input images, and each system's image of each."""
 
-    caption: str
-    images: list[Path]
+    title: str
+    prompts: list[str]
+    inputs: list[list[Path]]
+    systems: list[tuple[str, list[Path]]]
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,7 @@ class Report:
     swap: Grid | None
     pair: Grid | None
     pair_prompt: str
-    caption_systems: list[str]
-    captions: list[CaptionBlock]
+    examples: list[Examples]
     curves: list[tuple[str, list[tuple[str, str]]]]
     notes: list[str]
     provenance: dict[str, str]
@@ -95,18 +99,18 @@ def write_report(report: Report, file: Path) -> None:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["embed"] = embed
-    environment.filters["number"] = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
+    sections = breakdown.sections(report.parts)
+    systems = list(dict.fromkeys(section.system for section in sections))
     page = environment.get_template("report.html").render(
         report=report,
         tables=[chart_rows(report.scores, table) for table in tables_of(report.scores)],
         findings=findings(report.scores),
-        guidance=[(METRICS[metric], svg) for metric, svg in guidance.charts(report.scores)],
-        breakdowns=[(system, part_tables(report.parts, system)) for system in breakdown.systems_of(report.parts)],
-        shown_system=breakdown.shown_system(report.parts),
-        part_columns=[METRICS[metric] for metric in breakdown.part_columns(report.parts)],
+        guidance=[(metric(name).heading(), svg) for name, svg in guidance.charts(report.scores)],
+        breakdowns=[(system, [section for section in sections if section.system == system]) for system in systems],
+        shown_system=breakdown.shown_system(systems),
         input_of={image.name: image for image in report.inputs},
-        paper_dreambench=[(row.system, *row.values) for row in paper.DREAMBENCH],
-        paper_coco=[(row.system, *row.values) for row in paper.COCO],
+        printed=printed(report.scores),
+        caution=paper.CAUTION,
         after=AFTER_STAGE_3,
     )
     write_text(file, page)
@@ -114,59 +118,60 @@ def write_report(report: Report, file: Path) -> None:
 
 def embed(file: Path) -> str:
     """A picture as a data URI; small ones byte for byte as they were scored."""
-    with Image.open(file) as image:
-        if image.format == "PNG" and max(image.size) <= EMBEDDED_SIDE:
-            return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-        shrunk = image.convert("RGB")
+    with Image.open(file, formats=FORMATS) as image:
+        kind, small = image.format, max(image.size) <= EMBEDDED_SIDE
+    if kind == "PNG" and small:
+        return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    shrunk = read_image(file)
     shrunk.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     shrunk.save(buffer, format="JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def printed(scores: Sequence[Score]) -> list[dict]:
+    """The paper's numbers for the tables that there are."""
+    tables = []
+    for table in tables_of(scores):
+        if table in paper.PRINTED:
+            title, names, rows = paper.PRINTED[table]
+            kinds = [metric(name) for name in names]
+            cells = [(row.system, row.cells([kind.decimals for kind in kinds])) for row in rows]
+            tables.append({"title": title, "columns": [kind.title for kind in kinds], "rows": cells})
+    return tables
+
+
 def chart_rows(scores: Sequence[Score], table: str) -> dict:
     """A table with, for each cell, where its value and interval lie on the column's scale, in percent."""
     rows, metrics = table_rows(scores, table), columns(scores, table)
     scales = {}
-    for metric in metrics:
-        found = [row[metric] for _, row in rows if metric in row]
+    for kind in metrics:
+        found = [row[kind.name] for _, row in rows if kind.name in row]
         if found:
             low, high = min(score.low for score in found), max(score.high for score in found)
             padding = (high - low) * 0.04 or 0.01
-            scales[metric] = (low - padding, high - low + 2 * padding)
+            scales[kind.name] = (low - padding, high - low + 2 * padding)
     drawn = []
     for system, row in rows:
         cells = []
-        for metric in metrics:
-            score = row.get(metric)
+        for kind in metrics:
+            score = row.get(kind.name)
             if score is None:
                 cells.append(None)
                 continue
-            start, width = scales[metric]
+            start, width = scales[kind.name]
             low, at, high = (100 * (value - start) / width for value in (score.low, score.value, score.high))
+            value, _, interval = score.text().partition(" (")
             cells.append(
-                {"text": score.text().split(" ")[0], "score": score, "low": low, "at": at, "width": high - low}
+                {"text": value, "range": interval[:-1], "n": score.n, "low": low, "at": at, "width": high - low}
             )
         drawn.append((system, cells))
     return {
-        "title": TITLES[table],
+        "title": titles()[table],
         "protocol": protocol_of(scores, table),
-        "columns": [METRICS[metric] for metric in metrics],
+        "columns": headings(metrics),
         "rows": drawn,
     }
-
-
-def part_tables(parts: Sequence[Part], system: str) -> list[dict]:
-    """Kinds, subjects, templates and words of a system: title, rows of (name, texts in the order of the columns, n)."""
-    tables, metrics = [], breakdown.part_columns(parts)
-    for by, title in breakdown.TITLES.items():
-        rows = [
-            (name, [found[m].text() if m in found else "–" for m in metrics], breakdown.count(found))
-            for name, found in breakdown.part_rows(parts, system, by)
-        ]
-        if rows:
-            tables.append({"by": by, "title": title, "rows": rows})
-    return tables
 
 
 def findings(scores: Sequence[Score]) -> list[Finding]:
@@ -174,9 +179,9 @@ def findings(scores: Sequence[Score]) -> list[Finding]:
     lines = []
     for table in tables_of(scores):
         rows = dict(table_rows(scores, table))
-        for metric in columns(scores, table):
-            before, after = (rows.get(name, {}).get(metric) for name in (BEFORE_STAGE_3, AFTER_STAGE_3))
+        for kind in columns(scores, table):
+            before, after = (rows.get(name, {}).get(kind.name) for name in (BEFORE_STAGE_3, AFTER_STAGE_3))
             if before is not None and after is not None:
                 apart = before.high < after.low or after.high < before.low
-                lines.append(Finding(TITLES[table], METRICS[metric], before.text(), after.text(), apart))
+                lines.append(Finding(titles()[table], kind.heading(), before.text(), after.text(), apart))
     return lines

@@ -5,14 +5,15 @@ from statistics import mean
 
 from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import Evaluated, obstacles
-from evaluation.scores.results import DECIMALS, Score, cells, sizes
+from evaluation.scores.metric import Metric
+from evaluation.scores.results import Score, cells, sizes
 
 Runs = dict[int, dict[str, Score]]
 """The scores of an experiment by seed and metric."""
 
 
 def seed_groups(
-    evaluations: Sequence[Evaluated], table: str, metrics: Sequence[str], stage: str, names: Mapping[str, str]
+    evaluations: Sequence[Evaluated], table: str, metrics: Sequence[type[Metric]], stage: str, names: Mapping[str, str]
 ) -> Iterator[tuple[str, list[list[str]]]]:
     """Title and rows: for evaluations that compare, the mean over seeds of each experiment, then every seed.
 
@@ -72,16 +73,16 @@ def is_run(score: Score, table: str, stage: str) -> bool:
     return score.table == table and score.stage == stage and score.seed is not None
 
 
-def mean_cells(runs: Runs, metrics: Sequence[str]) -> list[str]:
+def mean_cells(runs: Runs, metrics: Sequence[type[Metric]]) -> list[str]:
     """`9.55 (9.41–9.72)` for each metric, and `3 seeds × 500`."""
     texts = []
     for metric in metrics:
-        values = [found[metric].value for found in runs.values() if metric in found]
-        low, value, high = (f"{f(values):.{DECIMALS[metric]}f}" if values else "–" for f in (min, mean, max))
+        values = [found[metric.name].value for found in runs.values() if metric.name in found]
+        low, value, high = (metric.number(f(values)) if values else "–" for f in (min, mean, max))
         texts.append(f"{value} ({low}–{high})" if len(values) > 1 else value)
     images = dict.fromkeys(sizes(shown(found, metrics)) for found in runs.values())
     return [*texts, f"{len(runs)} seed{'s' * (len(runs) > 1)} × {' or '.join(images)}"]
 
 
-def shown(found: Mapping[str, Score], metrics: Sequence[str]) -> dict[str, Score]:
-    return {metric: found[metric] for metric in metrics if metric in found}
+def shown(found: Mapping[str, Score], metrics: Sequence[type[Metric]]) -> dict[str, Score]:
+    return {metric.name: found[metric.name] for metric in metrics if metric.name in found}

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from evaluation.protocols.requests import read_image
+
 CELL, GAP, MARGIN, DIVIDER = 128, 6, 14, 14  # pixels
 FONT_SIZE, LINE, LETTER = 13, 17, 7
 INK, FAINT, PAPER, RULE = (28, 32, 38), (112, 118, 128), (255, 255, 255), (212, 215, 220)
@@ -59,7 +61,7 @@ def contact_sheet(pictures: Sequence[Path | Image.Image], captions: Sequence[str
 
 def fit(picture: Path | Image.Image, side: int = CELL) -> Image.Image:
     """The picture at the size of a cell; whole multiples of small pictures keep their pixels sharp."""
-    image = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
+    image = picture.convert("RGB") if isinstance(picture, Image.Image) else read_image(picture)
     sharp = side % image.width == 0 and image.width == image.height
     if not sharp:
         shorter = min(image.size)

@@ -10,16 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.benchmarks import METRICS, metric
 from evaluation.images.systems import BEFORE_STAGE_3, REAL_IMAGES, TEXT_SYSTEMS
 from evaluation.protocols.requests import EvaluationError
 from evaluation.reports.compare import Evaluated, read_evaluations
 from evaluation.reports.paper import ALIGNMENT, CITATION, COCO, DREAMBENCH, Printed
 from evaluation.reports.seeds import seed_groups
-from evaluation.scores.results import COLUMNS, DECIMALS, METRICS, OPTIONAL, Score, markdown_table, sizes, table_rows
+from evaluation.scores.metric import Metric
+from evaluation.scores.results import Score, cells, headings, markdown_table, sizes, table_rows
 from kosmosg.files import write_text
 
 PRINTED = f"As printed in {CITATION}"
-LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "#": r"\#", "_": r"\_", "%": r"\%", "&": r"\&", "@": "@"}
+LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "−": "$-$", "…": r"\dots{}"}
+LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " "}
+LATEX |= {letter: f"\\{letter}" for letter in "#_%&${}"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
     """Table 1, left and right, and Table 2, as far as the evaluations have numbers for them."""
     plan = (
         ("table-1-dreambench", "Table 1, left: subjects (DreamBench)", "dreambench",
-         COLUMNS["dreambench"], DREAMBENCH, None, "instruction_tuning"),
+         [kind.name for kind in METRICS["dreambench"]], DREAMBENCH, None, "instruction_tuning"),
         ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ("fid",), COCO, None,
          "instruction_tuning"),
         ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ("fid", "clip_t"), ALIGNMENT,
@@ -56,35 +60,32 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
     )  # fmt: skip
     tables = []
     measured = {score.metric for evaluation in evaluations for score in evaluation.scores}
-    for name, title, table, wanted, printed, systems, stage in plan:
-        metrics = [metric for metric in wanted if metric not in OPTIONAL or metric in measured]
+    for file, title, table, wanted, printed, systems, stage in plan:
+        metrics = [kind for name in wanted if not (kind := metric(name)).optional or name in measured]
         ours = [group for e in evaluations if (group := our_group(e, table, metrics, systems)) is not None]
         names = {row.experiment: row.system for row in printed if row.experiment}
         for heading, rows in seed_groups(evaluations, table, metrics, stage, names):
             ours.append(Group(heading, rows))
         if ours:
-            header = ["System", *(METRICS[metric] for metric in metrics), "n"]
-            tables.append(PaperTable(name, title, header, [printed_group(printed, metrics), *ours]))
+            header = ["System", *headings(metrics), "n"]
+            tables.append(PaperTable(file, title, header, [printed_group(printed, metrics), *ours]))
     return tables
 
 
-def printed_group(printed: Sequence[Printed], metrics: Sequence[str]) -> Group:
-    rows = []
-    for row in printed:
-        values = zip(row.values, metrics, strict=False)  # what is measured here beside the paper's metrics, it lacks
-        cells = [row.remark or "–" if value is None else f"{value:.{DECIMALS[metric]}f}" for value, metric in values]
-        rows.append([row.system, *cells, *["–"] * (len(metrics) - len(cells)), "–"])
-    return Group(PRINTED, rows)
+def printed_group(printed: Sequence[Printed], metrics: Sequence[type[Metric]]) -> Group:
+    decimals = [kind.decimals for kind in metrics]
+    return Group(PRINTED, [[row.system, *row.cells(decimals), "–"] for row in printed])
 
 
-def our_group(evaluation: Evaluated, table: str, metrics: Sequence[str], systems: Sequence[str] | None) -> Group | None:
+def our_group(
+    evaluation: Evaluated, table: str, metrics: Sequence[type[Metric]], systems: Sequence[str] | None
+) -> Group | None:
     """An evaluation's rows, all or those of `systems`, but for runs among several; None where it has no such table."""
     rows = []
     for system, found in table_rows([score for score in evaluation.scores if score.seed is None], table):
-        shown: dict[str, Score] = {metric: found[metric] for metric in metrics if metric in found}
+        shown: dict[str, Score] = {kind.name: found[kind.name] for kind in metrics if kind.name in found}
         if shown and (systems is None or system in systems):
-            cells = [shown[metric].text() if metric in shown else "–" for metric in metrics]
-            rows.append([system, *cells, sizes(shown)])
+            rows.append([system, *cells(shown, metrics), sizes(shown)])
     return Group(f"{evaluation.name}: {evaluation.protocol(table)}", rows) if rows else None
 
 

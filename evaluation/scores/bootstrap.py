@@ -3,6 +3,9 @@
 Shapes: `N` pairs or images, `G` units, `F` features.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +13,23 @@ from torch import Tensor
 LEVEL = 0.95
 NORMAL = 1.96
 QUANTILES = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+DRAWN_AT_ONCE = 1 << 20
+"""Counts of units held at once: 8 MB, however many replicates of 30,000 captions there are."""
+
+
+@dataclass
+class Bootstrap:
+    replicates: int = 2000
+    """Of means."""
+    fid_replicates: int = 200
+    """Of FID, each of which takes the eigenvalues of a covariance matrix."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("replicates", "fid_replicates"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"bootstrap.{name}={getattr(self, name)} is not allowed; it must be at least 2.")
 
 
 def mean_interval(scores: Tensor, units: list[str], replicates: int, seed: int) -> tuple[float, float]:
@@ -20,17 +40,31 @@ def mean_interval(scores: Tensor, units: list[str], replicates: int, seed: int) 
     _, unit_of = np.unique(units, return_inverse=True)
     counts = np.bincount(unit_of)
     sums = np.bincount(unit_of, weights=scores.double().numpy())
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=replicates)
-    means = (drawn @ sums) / (drawn @ counts)
+    means = np.concatenate([(drawn @ sums) / (drawn @ counts) for drawn in draws(len(counts), replicates, seed)])
     low, high = np.quantile(means, QUANTILES)
     return float(low), float(high)
 
 
+def draws(units: int, replicates: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each unit is drawn in each replicate, some replicates at a time."""
+    rng, size = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // units)
+    for start in range(0, replicates, size):
+        yield rng.multinomial(units, np.full(units, 1 / units), size=min(size, replicates - start))
+
+
 def paired_interval(
-    base: list[float], base_units: list[str], other: list[float], other_units: list[str], replicates: int, seed: int
+    base: list[float],
+    base_units: list[str],
+    other: list[float],
+    other_units: list[str],
+    replicates: int,
+    seed: int,
+    floor: float | None = None,
 ) -> tuple[float, float]:
     """Percentile interval of mean(other) − mean(base), drawing the same whole units for both.
+
+    Args:
+        floor: least value of each mean, as the metric's.
 
     Raises:
         ValueError: the units of the two are not the same.
@@ -43,9 +77,11 @@ def paired_interval(
     if not np.all(np.minimum(*counts)):
         alone = names[np.minimum(*counts) == 0].tolist()
         raise ValueError(f"{len(alone)} units have scores on one side only, as {alone[:3]}; a pair needs both.")
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
-    means = [(drawn @ total) / (drawn @ count) for total, count in zip(sums, counts, strict=True)]
-    low, high = np.quantile(means[1] - means[0], QUANTILES)
+    differences = []
+    for drawn in draws(len(names), replicates, seed):
+        means = [((drawn @ total) / (drawn @ count)).clip(floor) for total, count in zip(sums, counts, strict=True)]
+        differences.append(means[1] - means[0])
+    low, high = np.quantile(np.concatenate(differences), QUANTILES)
     return float(low), float(high)
 
 

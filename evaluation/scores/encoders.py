@@ -4,7 +4,8 @@ of FID.
 Shapes: `N` images or texts, `F` features, `L` logits, `S` pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,14 @@ from transformers import (
 )
 
 from evaluation.inception import InceptionV3
-from evaluation.parallel.sharing import Sharing
+from evaluation.parallel.sharing import Encode, Remembered, Sharing
 from evaluation.protocols.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing
-from evaluation.protocols.requests import EvaluationError
+from evaluation.protocols.requests import EvaluationError, read_image
+from evaluation.scores.detection import ObjectDetector, read_crop
+from evaluation.scores.judge import Judge, read_half
+from evaluation.scores.leakage import thumbnails
+from evaluation.scores.resizing import resize
+from evaluation.scores.vision_judge import Answers, load_judge
 
 Preprocess = Callable[[list[Image.Image]], Tensor]
 
@@ -172,32 +178,52 @@ def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
     return lambda images: processor(images, return_tensors="pt")["pixel_values"]
 
 
-class Remembered:
-    """Features of files or texts, computed once for each however often it is asked for.
+def load_networks(
+    benchmark: str,
+    protocol: Any,
+    path_of: Callable[[Encoder], Path],
+    device: torch.device,
+    sharing: Sharing,
+    answers: Path,
+) -> dict[str, Any]:
+    """What metrics ask, by name: functions from files or texts to features, judges, a detector. Those that the protocol
+    names; `pixels` needs no weights.
 
     Args:
-        name: under which all processes of a launch have this encoder.
-        encode: a list of items → N×F.
-        read: applied to an item before it is encoded.
+        path_of: where the weights of an encoder lie.
+        answers: the file that keeps what a vision-language judge answers.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that are missing or of another network.
     """
+    read = partial(read_image, upright=protocol.upright)
 
-    def __init__(
-        self,
-        name: str,
-        encode: Callable[[list], Tensor],
-        sharing: Sharing,
-        read: Callable[[Any], Any] = lambda item: item,
-    ):
-        self.name, self.encode, self.sharing, self.read = name, encode, sharing, read
-        self.features: dict[Any, Tensor] = {}
+    def remembered(name: str, encode: Encode, read: Callable[[Any], Any] = read) -> Remembered:
+        return Remembered(f"{benchmark}.{name}", encode, sharing, read)
 
-    def __call__(self, items: Sequence) -> Tensor:
-        """N items → N×F, in their order."""
-        new = [item for item in dict.fromkeys(items) if item not in self.features]
-        if new:
-            self.features.update(zip(new, self.sharing.compute(self.name, self.batch, new), strict=True))
-        return torch.stack([self.features[item] for item in items])
-
-    def batch(self, items: Sequence) -> Tensor:
-        """N items → N×F, at once and not remembered."""
-        return self.encode([self.read(item) for item in items])
+    found: dict[str, Any] = {"pixels": remembered("pixels", thumbnails)}
+    if (stated := protocol.clip) is not None:
+        clip = CLIPEncoder(stated, path_of(stated), device)
+        found["clip_images"], found["clip_texts"] = (
+            remembered("images", clip.images),
+            remembered("texts", clip.texts, str),
+        )
+    if (stated := getattr(protocol, "dino", None)) is not None:
+        found["dino"] = remembered("dino", DinoEncoder(stated, path_of(stated), device).images)
+    if (stated := getattr(protocol, "judge", None)) is not None:
+        judge = JudgeEncoder(stated, path_of(stated), device)
+        look = remembered("judge", judge.images, partial(read_half, upright=protocol.upright))
+        found["judge"] = Judge(look, judge.labels)
+    if (stated := getattr(protocol, "vlm", None)) is not None:
+        found["vlm"] = Answers(load_judge(stated, path_of(stated), device), answers, sharing, read)
+    if (stated := getattr(protocol, "detector", None)) is not None:
+        detector = ObjectDetector(stated, path_of(stated), device)
+        found["detector"] = remembered("detector", detector.images)
+        found["detector_names"] = detector.names
+        if "clip_images" in found:
+            found["clip_crops"] = remembered("clip_crops", clip.images, partial(read_crop, read=read))
+    if (stated := getattr(protocol, "fid", None)) is not None:
+        images = feature_network(stated, path_of(stated), device).images
+        for side, size in (("fid_real", protocol.real_resize), ("fid_generated", protocol.generated_resize)):
+            found[side] = remembered(side, images, lambda file, size=size: resize(read(file), size))
+    return found

@@ -5,7 +5,7 @@ Shapes: `N` images, `L` logits, `F` features.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluation.protocols.dreambench import LOOKS, DreamBench
-from evaluation.protocols.requests import EvaluationError, ScoredImage, read_image
+from evaluation.protocols.requests import Item, read_image
+from evaluation.scores.metric import Metric, Row
 
-Verdict = tuple[ScoredImage, str, bool]
-"""An image, what it was judged against, and whether it is that."""
 HALF = "#half="
 HALF_TOP = 0.4
 """Where the half-squares of an image of two subjects begin, in units of its side: these stand low in it."""
@@ -79,63 +77,140 @@ class Judge:
         cosines = torch.stack(shown) @ image
         return bool((cosines[0] > cosines[1:]).all())
 
-    def verdicts(self, images: Sequence[ScoredImage]) -> dict[str, list[Verdict]]:
-        """By metric, of the images that it can be told of: kind, colour and pattern where there are such labels,
-        `words` where the prompt asks for something, `identity` where other individuals are known."""
-        images = [image for image in images if not image.slots]
-        if not images:
-            return {}
-        known = [file for image in images for file in (image.given, *image.others) if file is not None]
-        self.encode([*(image.file for image in images), *known])  # all at once; what follows asks for a few at a time
-        found: dict[str, list[Verdict]] = {metric: [] for metric in (*LOOKS, "identity", "words")}
-        for image, answer in zip(images, self.answers([image.file for image in images]), strict=True):
-            for group in LOOKS:
-                if group in image.labels:
-                    found[group].append((image, image.labels[group], answer[group] == image.labels[group]))
-            if image.given is not None and image.others:
-                it = self.is_it(image.file, image.given, image.others)
-                found["identity"].append((image, str(image.given), it))
-            if image.words:
-                obeyed = all(answer[group] == name for group, name in image.words.items())
-                asked = ", ".join(f"{group}: {name}" for group, name in image.words.items())
-                found["words"].append((image, asked, obeyed))
-        return {metric: verdicts for metric, verdicts in found.items() if verdicts}
+    def look(self, items: Sequence[Item]) -> None:
+        """At all that will be asked of these images at once; what follows asks for a few at a time."""
+        known = [file for item in items for file in (item.given, *item.others) if file is not None]
+        self.encode([*(item.file for item in items), *known])
 
-    def pair_verdicts(self, images: Sequence[ScoredImage]) -> dict[str, list[Verdict]]:
-        """Of images of two subjects: `pair_kind` and `pair_identity` of each slot by its half; `swapped`: each half
-        shows the other's kind; `missing`: a kind that neither half shows. Empty where there are no such images."""
-        paired = [image for image in images if image.slots]
-        found: dict[str, list[Verdict]] = defaultdict(list)
-        if not paired:
-            return found
-        kinds = [answer["kind"] for answer in self.answers([half(image.file, i) for image in paired for i in (0, 1)])]
-        for number, image in enumerate(paired):
-            asked, seen = [slot.kind for slot in image.slots], kinds[2 * number : 2 * number + 2]
-            for i, slot in enumerate(image.slots):
-                found["pair_kind"].append((image, slot.kind, seen[i] == slot.kind))
-                it = self.is_it(half(image.file, i), slot.given, slot.others)
-                found["pair_identity"].append((image, str(slot.given), it))
-            found["swapped"].append((image, " + ".join(asked), seen == asked[::-1]))
-            found["missing"].append((image, " + ".join(asked), not set(asked) <= set(seen)))
-        return found
 
-    def require(self, dataset: DreamBench) -> None:
-        """Refuse labels that it does not know.
+class Judged(Metric):
+    """A share of images, by what the judge says of them."""
 
-        Raises:
-            EvaluationError: names the first one, with what is allowed.
-        """
-        told: list[tuple[str, Mapping[str, str]]] = [
-            (f"subject '{name}'", subject.labels) for name, subject in dataset.subjects.items()
+    decimals, needs, optional = 2, ("judge",), True
+
+    def single(self, items: Sequence[Item]) -> tuple[Judge, list[Item]]:
+        """The judge, having looked at the images of one subject; and these."""
+        judge, items = self.context.networks["judge"], [item for item in items if not item.slots]
+        if items:
+            judge.look(items)
+        return judge, items
+
+
+class Kind(Judged):
+    """The judge sees the subject's own label, or what the words change it to."""
+
+    name, title = "kind", "Kind"
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """Of the images that have such a label."""
+        judge, items = self.single(items)
+        shown = [item for item in items if self.name in item.labels]
+        answers = judge.answers([item.file for item in shown]) if shown else []
+        return [
+            Row(item, item.labels[self.name], answer[self.name] == item.labels[self.name])
+            for item, answer in zip(shown, answers, strict=True)
         ]
-        for prompts in dataset.protocol.prompts.values():
-            told += [(f"template '{template}'", labels) for template, _, labels in prompts.rows()]
-        groups = self.groups()
-        for owner, labels in told:
-            for group, name in labels.items():
-                allowed: Iterable[str] = groups.get(group, groups)
-                if name not in groups.get(group, []):
-                    raise EvaluationError(
-                        f"{owner} has the label '{group}: {name}', which the judge does not know; allowed "
-                        f"{'groups' if group not in groups else f'names of {group}'}: {', '.join(allowed)}."
-                    )
+
+
+class Colour(Kind):
+    name, title = "colour", "Colour"
+
+
+class Pattern(Kind):
+    name, title = "pattern", "Pattern"
+
+
+class Identity(Judged):
+    """It is this individual and none of the others of its kind."""
+
+    name, title = "identity", "Identity"
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """Of the images whose input and other individuals are known."""
+        judge, items = self.single(items)
+        return [
+            Row(item, str(item.given), judge.is_it(item.file, item.given, item.others))
+            for item in items
+            if item.given is not None and item.others
+        ]
+
+
+class Words(Judged):
+    """All that the template's words ask for is seen."""
+
+    name, title = "words", "Words"
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """Of the images whose words ask for something."""
+        judge, items = self.single(items)
+        asked = [item for item in items if item.words]
+        answers = judge.answers([item.file for item in asked]) if asked else []
+        return [
+            Row(
+                item,
+                ", ".join(f"{group}: {name}" for group, name in item.words.items()),
+                all(answer[group] == name for group, name in item.words.items()),
+            )
+            for item, answer in zip(asked, answers, strict=True)
+        ]
+
+
+class PairKind(Judged):
+    """Of images of two subjects: each slot's kind is seen in its half."""
+
+    name, title = "pair_kind", "Kind"
+
+    def seen(self, items: Sequence[Item]) -> list[tuple[Item, list[str], list[str]]]:
+        """Each image with the kinds that were asked for and those that its halves show."""
+        paired = [item for item in items if item.slots]
+        if not paired:
+            return []
+        halves = [half(item.file, slot) for item in paired for slot in (0, 1)]
+        kinds = [answer["kind"] for answer in self.context.networks["judge"].answers(halves)]
+        return [
+            (item, [slot.kind for slot in item.slots], kinds[2 * number : 2 * number + 2])
+            for number, item in enumerate(paired)
+        ]
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """A row for each slot."""
+        return [
+            Row(item, kind, there == kind)
+            for item, asked, seen in self.seen(items)
+            for kind, there in zip(asked, seen, strict=True)
+        ]
+
+
+class PairIdentity(Judged):
+    """Of images of two subjects: each slot's individual is in its half."""
+
+    name, title = "pair_identity", "Identity"
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """A row for each slot."""
+        judge = self.context.networks["judge"]
+        return [
+            Row(item, str(slot.given), judge.is_it(half(item.file, i), slot.given, slot.others))
+            for item in items
+            for i, slot in enumerate(item.slots)
+        ]
+
+
+class Swapped(PairKind):
+    """Each half shows the other's kind."""
+
+    name, title, better = "swapped", "Swapped", "↓"
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """A row for each image."""
+        return [Row(item, " + ".join(asked), seen == asked[::-1]) for item, asked, seen in self.seen(items)]
+
+
+class Missing(PairKind):
+    """A kind that neither half shows."""
+
+    name, title, better = "missing", "Missing", "↓"
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """A row for each image."""
+        return [Row(item, " + ".join(asked), not set(asked) <= set(seen)) for item, asked, seen in self.seen(items)]

@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from evaluation.config import Bootstrap, Curve
+from evaluation.config import Curve
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
-from evaluation.protocols.dreambench import DreamBench
+from evaluation.plan import protocol_at
+from evaluation.protocols.dreambench import NEAR_COPY, DreamBench
 from evaluation.protocols.protocol import DreamBenchProtocol, identity
-from evaluation.protocols.requests import ScoredImage
-from evaluation.reports.breakdown import KIND, SUBJECT, TEMPLATE, breakdown, markdown, part_rows, shown_system
-from evaluation.reports.guidance import charts, points_of, protocol_at
+from evaluation.protocols.requests import Item
+from evaluation.reports.breakdown import Part, breakdown, markdown, sections, shown_system
+from evaluation.reports.guidance import charts, points_of
 from evaluation.reports.guidance import markdown as guidance_markdown
+from evaluation.scores.bootstrap import Bootstrap
+from evaluation.scores.metric import Context
 from evaluation.scores.results import Score
-from evaluation.scores.scoring import NEAR_COPY, Encoders, Sample, Scorer
+from evaluation.scores.scoring import Sample, Scorer
 
 BOOTSTRAP = Bootstrap(replicates=200)
 PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=2)
@@ -29,16 +32,15 @@ def test_near_copies_are_those_of_the_input(tmp_path: Path) -> None:
     known = {tmp_path / name: normalize(c * given + (1 - c * c) ** 0.5 * other, dim=0) for name, c in cosines.items()}
     known |= {tmp_path / "given": given, tmp_path / "other": other}
     images = [
-        ScoredImage(tmp_path / name, subject, "", (tmp_path / "other",), given=tmp_path / "given")
+        Item(tmp_path / name, subject, "", (tmp_path / "other",), given=tmp_path / "given")
         for name, subject in zip("abcd", ("dog", "dog", "dog", "cat"), strict=True)
     ]
-    images.append(ScoredImage(tmp_path / "other", "cat", "", (tmp_path / "given",)))  # a photo: nothing was given
+    images.append(Item(tmp_path / "other", "cat", "", (tmp_path / "given",)))  # a photo: nothing was given
 
     def features(items) -> torch.Tensor:
         return torch.stack([known[item] for item in items])
 
-    encoders = Encoders(features, features, dino=features)
-    scores, samples = Scorer("dreambench", "p@1#0", encoders, BOOTSTRAP)("System", images)
+    scores, samples = Scorer("dreambench", "p@1#0", Context({"dino": features}, BOOTSTRAP))("System", images)
     (rate,) = [score for score in scores if score.metric == "near_copies"]
     assert rate.value == 0.5 and rate.n == 4 and rate.low <= 0.5 <= rate.high
     assert [s.score for s in samples if s.metric == "near_copies"] == [1, 0, 1, 0]
@@ -46,9 +48,9 @@ def test_near_copies_are_those_of_the_input(tmp_path: Path) -> None:
 
 def test_images_know_template_and_input(dreambench_folder: Path) -> None:
     dataset = DreamBench(replace(PROTOCOL, max_templates=2), dreambench_folder)
-    found = [dataset.scored(request, Path("x")) for request in dataset.requests()]
-    assert [image.template for image in found[:4]] == ["a {} in the snow"] * 2 + ["a {} wearing a hat"] * 2
-    assert [image.template for image in found[8:]] == ["a {} in the snow"] * 2 + ["a {} on the beach"] * 2
+    found = [dataset.item(request, Path("x")) for request in dataset.requests()]
+    assert [image.group for image in found[:4]] == ["a {} in the snow"] * 2 + ["a {} wearing a hat"] * 2
+    assert [image.group for image in found[8:]] == ["a {} in the snow"] * 2 + ["a {} on the beach"] * 2
     assert {image.unit: image.given.name for image in found if image.given} == {
         "fish": "01.png",
         "dog": "00.png",
@@ -73,25 +75,34 @@ def samples_of(system: str = AFTER_STAGE_3) -> list[Sample]:
 KINDS = {"cat": "live", "dog": "live", "boat": "object"}
 
 
+class Told:
+    """Stands for the benchmark: photos answer no prompts, captions have no subject."""
+
+    def parts(self, unit: str, group: str) -> dict[str, tuple[str, str]]:
+        return {"kind": (KINDS[unit], unit), "subject": (unit, group), "template": (group, unit)} if group else {}
+
+
+def parts_of(samples: list[Sample]) -> list[Part]:
+    return breakdown(samples, {"dreambench": Told(), "coco": Told()}, BOOTSTRAP)  # type: ignore[dict-item]
+
+
 def test_parts_are_means_the_worst_first() -> None:
     photos = [Sample("dreambench", "Real images", "dino", "cat", "a", "b", 1.0)]
     captions = [Sample("coco", AFTER_STAGE_3, "clip_t", "0", "a", "b", 1.0)]
-    parts = breakdown([*samples_of(), *photos, *captions], KINDS, BOOTSTRAP)
+    parts = parts_of([*samples_of(), *photos, *captions])
     assert {part.system for part in parts} == {AFTER_STAGE_3}, "photos answer no prompts, captions have no subject"
-
-    def rows(by: str, metric: str) -> list[tuple[str, float, int]]:
-        found = part_rows(parts, AFTER_STAGE_3, by)
-        return [(name, pytest.approx(row[metric].value), row[metric].n) for name, row in found]
-
-    assert rows(SUBJECT, "dino") == [("cat", 0.2, 2), ("boat", 0.6, 1), ("dog", 0.6, 2)]
-    assert rows(TEMPLATE, "clip_t") == [("wet", 1.4 / 3, 3), ("red", 0.7, 2)]
-    assert rows(KIND, "dino") == [("live", 0.4, 4), ("object", 0.6, 1)]
+    means = {(part.by, part.part, part.metric): (part.value, part.n) for part in parts}
+    assert means["subject", "dog", "dino"] == (pytest.approx(0.6), 2)
+    assert means["template", "wet", "clip_t"] == (pytest.approx(1.4 / 3), 3)
+    assert means["kind", "live", "dino"] == (pytest.approx(0.4), 4)
+    order = {section.by: [name for name, _, _ in section.rows] for section in sections(parts)}
+    assert order == {"kind": ["live", "object"], "subject": ["cat", "boat", "dog"], "template": ["wet", "red"]}
 
 
 def test_intervals_are_over_units() -> None:
     """A kind's over its subjects; a subject's over its templates; none where there is one."""
-    parts = {(part.by, part.part): part for part in breakdown(samples_of(), KINDS, BOOTSTRAP) if part.metric == "dino"}
-    live, dog, boat = parts[KIND, "live"], parts[SUBJECT, "dog"], parts[SUBJECT, "boat"]
+    parts = {(part.by, part.part): part for part in parts_of(samples_of()) if part.metric == "dino"}
+    live, dog, boat = parts["kind", "live"], parts["subject", "dog"], parts["subject", "boat"]
     assert (live.low, live.high) == pytest.approx((0.2, 0.6)) and live.units == 2
     assert (dog.low, dog.high) == pytest.approx((0.4, 0.8)) and dog.units == 2
     assert replace(dog, value=-0.1, low=-0.2, high=0.05).text() == "−0.100 (−0.200 … 0.050)"
@@ -99,8 +110,8 @@ def test_intervals_are_over_units() -> None:
 
 
 def test_results_show_the_last_model() -> None:
-    parts = breakdown([*samples_of(BEFORE_STAGE_3), *samples_of()], KINDS, BOOTSTRAP)
-    assert shown_system(parts) == AFTER_STAGE_3 and shown_system(parts[: len(parts) // 2]) == BEFORE_STAGE_3
+    parts = parts_of([*samples_of(BEFORE_STAGE_3), *samples_of()])
+    assert shown_system([AFTER_STAGE_3, "Theirs"]) == AFTER_STAGE_3 and shown_system([BEFORE_STAGE_3]) == BEFORE_STAGE_3
     text = "\n".join(markdown(parts))
     assert text.count("| live |") == 2 and text.index("| cat |") < text.index("| dog |") < text.index("| wet |")
     assert markdown([]) == [] and shown_system([]) is None

@@ -49,6 +49,12 @@ def test_rows_side_by_side_and_paired_differences(tmp_path, capsys):
     assert told.count("Real images") == 1 and told.count("| one | KOSMOS") == told.count("| two | KOSMOS") == 2
 
 
+def test_differences_are_of_the_means_that_the_tables_show(tmp_path, capsys):
+    """A mean below 0 is shown as 0, so that it does not differ from another one."""
+    assert main(["compare", str(write(tmp_path / "one", shift=-2.0)), str(write(tmp_path / "two", shift=-1.0))]) == 0
+    assert "| two − one | KOSMOS-G after stage 3 | +0.000 (+0.000 … +0.000) |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

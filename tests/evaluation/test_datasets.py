@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from evaluation.config import EvaluationConfig
 from evaluation.protocols.coco import Coco
 from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import KID, CocoProtocol, DreamBenchProtocol, identity
 from evaluation.protocols.requests import DataSetError, read_image, spread
+from evaluation.reports.report import embed
+from evaluation.reports.sheets import fit
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world
@@ -50,8 +53,8 @@ def test_noise_is_shared_where_the_protocol_says_so(dreambench_folder: Path) -> 
 def test_references(dreambench_folder: Path) -> None:
     kept = DreamBench(PROTOCOL, dreambench_folder)
     every = DreamBench(replace(PROTOCOL, references="all"), dreambench_folder)
-    assert [path.name for path in kept.references("fish")] == ["01.png"]
-    assert [path.name for path in every.references("fish")] == ["00.png", "01.png", "02.png"]
+    assert [path.name for path in kept.references_of("fish")] == ["01.png"]
+    assert [path.name for path in every.references_of("fish")] == ["00.png", "01.png", "02.png"]
     others = [image for image in kept.other_real_images() if image.unit == "fish"]
     assert [image.file.name for image in others] == ["00.png", "02.png"], "no photo is compared with itself"
     assert all(image.file not in image.references for image in every.other_real_images())
@@ -89,6 +92,17 @@ def test_unreadable_image_is_named(changeable: Path) -> None:
     (changeable / "fish" / "01.png").write_bytes(b"no image")
     with pytest.raises(DataSetError, match=r"fish/01\.png"):
         read_image(changeable / "fish" / "01.png")
+
+
+def test_a_small_file_of_many_pixels_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "large.png")
+    for read in (read_image, fit):
+        with pytest.raises(DataSetError, match=r"12000×12000, at most 64000000 pixels"):
+            read(tmp_path / "large.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "page.eps")
+    for read in (read_image, fit, embed):
+        with pytest.raises((DataSetError, OSError), match=r"cannot (be read as an|identify) image"):
+            read(tmp_path / "page.eps")
 
 
 def test_identity_follows_every_value(dreambench_folder: Path, changeable: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.images.generation import Batch, System, generate
+from evaluation.images.generation import Batch, System, generate, row_of
 from evaluation.images.manifest import LOCK, Manifest, ManifestError
 from evaluation.parallel.processes import Processes
 from evaluation.protocols.protocol import Sampling
@@ -167,11 +167,25 @@ def test_deleted_image_is_made_again_in_its_place(tmp_path: Path, requests: list
 
 
 def test_changed_image_is_noticed(tmp_path: Path, requests: list[Request]) -> None:
-    manifest = run(tmp_path, requests)
-    manifest.verify()
+    manifest, asked = run(tmp_path, requests), [row_of(SYSTEM, request, SAMPLING) for request in requests]
+    manifest.verify(asked)
     Image.new("RGB", (8, 8)).save(manifest.image_file(7))
     with pytest.raises(ManifestError, match=r"000007\.png"):
-        manifest.verify()
+        manifest.verify(asked)
+
+
+@pytest.mark.parametrize("key", ["prompt", "inputs", "seed", "steps", "guidance_scale", "model", "index", "file"])
+def test_changed_row_is_noticed(tmp_path: Path, requests: list[Request], key: str) -> None:
+    """An image is scored against the request that it was made for, whatever somebody has written into the manifest."""
+    manifest = run(tmp_path, requests)
+    rows = [json.loads(line) for line in manifest.file.read_text().splitlines()]
+    if key == "index":
+        rows[3][key], rows[4][key] = 4, 3
+    other = {"prompt": "a cat", "model": "n", "inputs": ["other.png"], "file": rows[3]["file"]}
+    rows[5][key] = other.get(key, rows[5][key] if key == "index" else 99)
+    manifest.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ManifestError, match=r"is not (what was asked for|the image that was generated)"):
+        Manifest(manifest.folder, IDENTITY).verify([row_of(SYSTEM, request, SAMPLING) for request in requests])
 
 
 @pytest.mark.parametrize("key", ["model", "protocol"])
@@ -192,7 +206,7 @@ def test_damaged_line_is_named(tmp_path: Path, requests: list[Request]) -> None:
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path, requests: list[Request]) -> None:
     other = Manifest(tmp_path / "images-of-double", IDENTITY)
-    with other.locked(Processes.alone()), pytest.raises(ManifestError, match="another process"):
+    with other.locked(Processes()), pytest.raises(ManifestError, match="another process"):
         run(tmp_path, requests)
 
 

@@ -22,8 +22,8 @@ from evaluation.parallel.processes import Processes
 from evaluation.parallel.sharing import Sharing
 from evaluation.protocols.protocol import FeatureNetwork, Resize
 from evaluation.protocols.requests import EvaluationError, read_image
-from evaluation.protocols.resizing import resize
 from evaluation.scores.encoders import feature_network
+from evaluation.scores.resizing import resize
 from evaluation.scores.scoring import load_encoders
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
@@ -134,7 +134,7 @@ def test_each_side_has_its_own_resize(weights, network, encoders_folder: Path, c
         ],
         EvaluationConfig,
     )
-    sharing = Sharing(Processes.alone(), tmp_path / "features", batch_size=4, console=Console(quiet=True))
+    sharing = Sharing(Processes(), tmp_path / "features", batch_size=4, console=Console(quiet=True))
     encoders = load_encoders("coco", config, sharing)
     assert encoders.fid_real is not None and encoders.fid_generated is not None and config.coco is not None
     for encode, stated in (

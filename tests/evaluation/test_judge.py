@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from transformers import ResNetForImageClassification
 
-from evaluation.config import Bootstrap
 from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, identity
-from evaluation.protocols.requests import DataSetError, EvaluationError, ScoredImage, Slot, read_image
-from evaluation.reports.breakdown import SORT, breakdown, markdown, part_rows
+from evaluation.protocols.requests import DataSetError, EvaluationError, Item, Slot, read_image
+from evaluation.scores.bootstrap import Bootstrap
 from evaluation.scores.encoders import JudgeEncoder
 from evaluation.scores.judge import Judge, half, read_half
+from evaluation.scores.metric import Context
 from evaluation.scores.results import markdown as results_markdown
-from evaluation.scores.scoring import Encoders, Scorer
+from evaluation.scores.scoring import Scorer
 
 BOOTSTRAP = Bootstrap(replicates=200)
 PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=1)
@@ -41,26 +41,31 @@ SEEN = {  # image: logits by LABELS, then a feature of two numbers
 A, B, C = (Path(name) for name in ("night", "day", "red"))
 
 
+def blank(files) -> torch.Tensor:
+    return torch.zeros(len(files), 32 * 32 * 3)
+
+
 def judge() -> Judge:
     return Judge(lambda files: torch.tensor([SEEN[str(file)] for file in files]), LABELS)
 
 
-def images() -> list[ScoredImage]:
+def images() -> list[Item]:
     cat = {"kind": "cat", "colour": "blue"}
     shown = {"given": Path("own"), "others": (Path("other"),)}
-    at_night = {"labels": cat | {"light": "night"}, "words": {"light": "night"}, "template": "a {} at night"}
+    at_night = {"labels": cat | {"light": "night"}, "words": {"light": "night"}, "group": "a {} at night"}
     recoloured = {"colour": "red", "light": "none"}
     return [
-        ScoredImage(A, "cat", "", **at_night, **shown),
-        ScoredImage(B, "cat", "", **at_night, **shown),
-        ScoredImage(C, "tom", "", labels=cat | recoloured, words=recoloured, template="a red {}", **shown),
-        ScoredImage(B, "tom", "", template="a {}"),  # nothing is known of what it should show
+        Item(A, "cat", "", **at_night, **shown),
+        Item(B, "cat", "", **at_night, **shown),
+        Item(C, "tom", "", labels=cat | recoloured, words=recoloured, group="a red {}", **shown),
+        Item(B, "tom", "", group="a {}"),  # nothing is known of what it should show
     ]
 
 
 def test_values_by_hand() -> None:
-    zeros = lambda items: torch.ones(len(items), 2)  # noqa: E731
-    scores, samples = Scorer("dreambench", "p@1#0", Encoders(zeros, zeros, judge=judge()), BOOTSTRAP)("S", images())
+    context = Context({"judge": judge(), "pixels": blank}, BOOTSTRAP)
+    scores, samples = Scorer("dreambench", "p@1#0", context)("S", images())
+    scores = [score for score in scores if score.table == "dreambench"]
     found = {score.metric: (score.value, score.n) for score in scores}
     assert found == {
         "kind": (pytest.approx(2 / 3), 3),
@@ -72,14 +77,6 @@ def test_values_by_hand() -> None:
     assert words == [("night", "light: night", 1), ("day", "light: night", 0), ("red", "colour: red, light: none", 1)]
     identities = next(score for score in scores if score.metric == "identity")
     assert (identities.low, identities.high) == (0.5, 1.0), "over subjects: the cat's half and tom's whole"
-    parts = breakdown(
-        samples, {"cat": "live", "tom": "live"}, BOOTSTRAP, {"a {} at night": "light", "a red {}": "colour"}
-    )
-    by_sort = {name: row["words"].value for name, row in part_rows(parts, "S", SORT)}
-    assert by_sort == {"light": 0.5, "colour": 1.0} and list(by_sort) == ["light", "colour"], "the worst first"
-    text = "\n".join(markdown(parts))
-    assert "| Identity ↑ | Words ↑ |" in text and "Pattern" not in text and "Near copies" not in text
-    assert "## By what the words ask for" in text
 
 
 def test_nearness_to_another_as_great_as_to_its_own_is_no_identity() -> None:
@@ -100,9 +97,8 @@ def test_halves_are_judged_by_hand() -> None:
     }
     looking = Judge(lambda files: torch.tensor([seen[str(file)] for file in files]), LABELS)
     slots = tuple(Slot(kind, Path("own"), (Path("other"),)) for kind in ("cat", "dog"))
-    ones = lambda items: torch.ones(len(items), 2)  # noqa: E731
-    pairs = [ScoredImage(file, "cat + dog", "", slots=slots) for file in (A, B, C)]
-    scores, samples = Scorer("dreambench", "p@1#0", Encoders(ones, ones, judge=looking), BOOTSTRAP)("S", pairs)
+    pairs = [Item(file, "cat + dog", "", slots=slots) for file in (A, B, C)]
+    scores, samples = Scorer("dreambench", "p@1#0", Context({"judge": looking}, BOOTSTRAP))("S", pairs)
     assert {(score.table, score.metric): (score.value, score.n) for score in scores} == {
         ("pairs", "pair_kind"): (0.5, 6),
         ("pairs", "pair_identity"): (pytest.approx(5 / 6), 6),
@@ -131,9 +127,9 @@ def test_pairs_are_asked_for_after_all_else(dreambench_folder: Path) -> None:
     assert len(single) == 2 * 9 and (pair.index, again.index) == (18, 19) and pair.seed != again.seed
     assert (pair.prompt, pair.text) == ("<i> and <i> in the snow", "a fish and a dog in the snow")
     assert pair.inputs == ("fish/01.png", "dog/00.png") and pair.unit == "fish + dog"
-    image = dataset.scored(again, Path("x"))
+    image = dataset.item(again, Path("x"))
     assert [slot.kind for slot in image.slots] == ["fish", "dog"] and not image.references and not image.text
-    assert len(dataset.copies_of_input()) == len(single)
+    assert len(dataset.baselines()["Copy of the input"]) == len(single)
     assert len(DreamBench(replace(judged, max_subjects=1), dreambench_folder).requests()) == 2 * 3
 
 
@@ -153,11 +149,13 @@ def test_logits_and_features_are_the_classifiers(encoders_folder: Path, dreamben
 
 def test_images_know_what_they_should_show(dreambench_folder: Path) -> None:
     dataset = DreamBench(PROTOCOL, dreambench_folder)
-    found = [dataset.scored(request, Path("x")) for request in dataset.requests()]
+    found = [dataset.item(request, Path("x")) for request in dataset.requests()]
     assert [image.words for image in found[:3]] == [{"setting": "in the snow"}, {}, {"colour": "red"}]
     assert found[0].labels == {"kind": "fish", "colour": "blue", "setting": "in the snow"}
     assert found[2].labels == {"kind": "fish", "colour": "red"}
     others = tuple(dreambench_folder / "fish" / "others" / name for name in ("00.png", "01.png"))
+    assert dataset.parts("fish", "a {} in the snow")["words"] == ("setting", "fish")
+    assert "words" not in dataset.parts("fish", "a {} wearing a hat") and dataset.parts("fish", "") == {}
     assert found[0].others == others and set(others) < set(dataset.files())
     assert not {image.file for image in dataset.other_real_images()} & set(others)
     assert all(image.labels == dataset.subjects[image.unit].labels for image in dataset.other_real_images())
@@ -215,5 +213,5 @@ def test_unknown_labels_are_refused(
     (folder / "dreambench.json").write_text(json.dumps(facts))
     encoder = JudgeEncoder(Encoder(""), encoders_folder / "judge", torch.device("cpu"))
     with pytest.raises((DataSetError, EvaluationError)) as error:
-        Judge(encoder.images, encoder.labels).require(DreamBench(PROTOCOL, folder))
+        DreamBench(PROTOCOL, folder).check_networks({"judge": Judge(encoder.images, encoder.labels)})
     assert told in str(error.value)

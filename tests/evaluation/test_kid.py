@@ -1,21 +1,21 @@
-"""KID equals its definition, and FID and KID are the same over two processes as over one."""
+"""KID equals its definition, FID and KID the numbers that other programs gave for the same features."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from evaluation.config import Bootstrap
-from evaluation.protocols.protocol import KID
-from evaluation.protocols.requests import ScoredImage
-from evaluation.scores.bootstrap import kid_interval
-from evaluation.scores.metrics import FeatureFID, FeatureKID
+from evaluation.protocols.protocol import KID, CocoProtocol, FeatureNetwork
+from evaluation.protocols.requests import Item
+from evaluation.scores.bootstrap import Bootstrap, kid_interval
+from evaluation.scores.distribution import kid
+from evaluation.scores.metric import Context
 from evaluation.scores.results import Score, markdown
-from evaluation.scores.scoring import Encoders, Scorer
+from evaluation.scores.scoring import Scorer
 from tests.evaluation.test_scores import scipy_fid
-from tests.lightning_modules.processes import run_together
 
 WIDTH, REAL, MADE = 6, 31, 24
 
@@ -23,13 +23,6 @@ WIDTH, REAL, MADE = 6, 31, 24
 def features() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(REAL, WIDTH, generator=generator), torch.randn(MADE, WIDTH, generator=generator) * 1.2 + 0.3
-
-
-def filled(kid: KID, real: torch.Tensor, made: torch.Tensor) -> FeatureKID:
-    metric = FeatureKID(kid)
-    metric.update(real, torch.arange(len(real)), real=True)
-    metric.update(made, torch.arange(len(made)), real=False)
-    return metric
 
 
 def kernel(a: np.ndarray, b: np.ndarray) -> float:
@@ -47,73 +40,58 @@ def direct_kid(real: np.ndarray, made: np.ndarray) -> float:
 def test_kid_of_everything_is_its_definition() -> None:
     real, made = features()
     real = real[:MADE]
-    mean, deviation = filled(KID(subsets=3, subset_size=MADE), real, made).compute()
-    assert float(mean) == pytest.approx(direct_kid(real.double().numpy(), made.double().numpy()), abs=1e-9)
-    assert float(deviation) == pytest.approx(0, abs=1e-9), "each subset is the whole"
+    mean, deviation = kid(real, made, KID(subsets=3, subset_size=MADE))
+    assert mean == pytest.approx(direct_kid(real.double().numpy(), made.double().numpy()), abs=1e-9)
+    assert deviation == pytest.approx(0, abs=1e-9), "each subset is the whole"
 
 
 def test_subsets_are_drawn_by_the_protocols_seed_alone() -> None:
     real, made = features()
-    kid = KID(subsets=4, subset_size=10, seed=3)
+    drawn = KID(subsets=4, subset_size=10, seed=3)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = filled(kid, real, made).compute()
+    first = kid(real, made, drawn)
     assert torch.equal(torch.get_rng_state(), before), "the caller's random state is left alone"
     torch.manual_seed(2)
-    metric = filled(kid, real, made)
-    assert metric.compute() == first
+    assert kid(real, made, drawn) == first
     torch.manual_seed(3)
     draws = []
-    for _ in range(kid.subsets):
+    for _ in range(drawn.subsets):
         rows = torch.randperm(REAL)[:10], torch.randperm(MADE)[:10]
         draws.append(direct_kid(real[rows[0]].double().numpy(), made[rows[1]].double().numpy()))
-    assert float(first[0]) == pytest.approx(np.mean(draws), abs=1e-9)
-    assert float(first[1]) == pytest.approx(np.std(draws), abs=1e-9)
-    assert filled(KID(4, 10, seed=4), real, made).compute() != first
-
-
-def test_order_and_repetition_do_not_matter() -> None:
-    real, made = features()
-    kid = KID(subsets=4, subset_size=10)
-    expected = filled(kid, real, made).compute()
-    metric = FeatureKID(kid)
-    for rows in (torch.arange(REAL).flip(0), torch.tensor([0, 5])):
-        metric.update(real[rows], rows, real=True)
-    for rows in torch.randperm(MADE, generator=torch.Generator().manual_seed(0)).split(7):
-        metric.update(made[rows], rows, real=False)
-    assert metric.compute() == expected
+    assert first == pytest.approx((np.mean(draws), np.std(draws)), abs=1e-9)
+    assert kid(real, made, KID(4, 10, seed=4)) != first
 
 
 def test_scorer_gives_fid_and_kid_of_the_right_sides(tmp_path: Path) -> None:
     """Generated images and real photos go through encoders of their own."""
     real, made = features()
-    photos = [ScoredImage(tmp_path / f"r{i}", str(i), "", real=True) for i in range(MADE)]
-    images = [ScoredImage(tmp_path / f"g{i}", str(i), "") for i in range(MADE)]
+    photos = [Item(tmp_path / f"r{i}", str(i), "", real=True) for i in range(MADE)]
+    images = [Item(tmp_path / f"g{i}", str(i), "") for i in range(MADE)]
 
-    def none(items):
-        raise AssertionError("nothing has a text or a reference")
+    def scores_of(protocol: CocoProtocol, items: list[Item]) -> dict[str, Score]:
+        networks = {"fid_real": lambda files: real[: len(files)], "fid_generated": lambda files: made}
+        benchmark = SimpleNamespace(protocol=protocol)
+        context = Context(networks, Bootstrap(fid_replicates=5), benchmark, lambda: real)  # type: ignore[arg-type]
+        return {score.metric: score for score in Scorer("coco", "p@1#0", context)("System", items)[0]}
 
-    encoders = Encoders(none, none, fid_real=lambda files: real[: len(files)], fid_generated=lambda files: made)
-    scorer = Scorer("coco", "p@1#0", encoders, Bootstrap(fid_replicates=5), real, KID(subsets=6, subset_size=10))
-    scores = {score.metric: score for score in scorer("System", images)[0]}
-    expected = filled(KID(subsets=6, subset_size=10), real, made).compute()
+    protocol = CocoProtocol(captions=MADE, fid=FeatureNetwork("w"), kid=KID(subsets=6, subset_size=10))
+    scores = scores_of(protocol, images)
+    expected = kid(real, made, KID(subsets=6, subset_size=10))
     assert scores["fid"].value == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
-    assert scores["kid"].value == float(expected[0])
-    assert (scores["kid"].low, scores["kid"].high) == kid_interval(*map(float, expected))
+    assert scores["kid"].value == expected[0]
+    assert (scores["kid"].low, scores["kid"].high) == kid_interval(*expected)
     assert scores["kid"].n == scores["fid"].n == MADE
-    of_photos = {score.metric: score for score in scorer("Real images", photos)[0]}
-    assert of_photos["fid"].value == pytest.approx(
+    assert scores_of(protocol, photos)["fid"].value == pytest.approx(
         scipy_fid(real.double().numpy(), real[:MADE].double().numpy()), abs=1e-6
     )
-    without = Scorer("coco", "p@1#0", encoders, Bootstrap(fid_replicates=5), real)("System", images)[0]
-    assert [score.metric for score in without] == ["fid"]
+    assert list(scores_of(replace(protocol, kid=None), images)) == ["fid"]
 
 
 def test_interval_of_kid_covers_a_subset_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     real, made = rng.normal(0, 1, (400, 4)), rng.normal(0, 1.1, (400, 4))
-    metric = filled(KID(subsets=200, subset_size=50), torch.from_numpy(real), torch.from_numpy(made))
-    low, high = kid_interval(*map(float, metric.compute()))
+    low, high = kid_interval(*kid(torch.from_numpy(real), torch.from_numpy(made), KID(subsets=200, subset_size=50)))
     draws = [direct_kid(real[rng.permutation(400)[:50]], made[rng.permutation(400)[:50]]) for _ in range(40)]
     assert np.mean([low <= draw <= high for draw in draws]) >= 0.8 and low < np.mean(draws) < high
 
@@ -126,30 +104,4 @@ def test_the_column_stands_where_there_are_scores() -> None:
     table = markdown([score("fid", 8.0), score("kid", 0.00342)], [])
     assert "| System | FID ↓ | KID ↓ | CLIP-T ↑ | n |" in table
     assert "| System | 8.00 (8.00–8.00) | 0.00342 (0.00242–0.00442) | – | 6 |" in table
-
-
-def reduce_on_rank(output: Path) -> None:
-    dist.init_process_group("gloo")
-    (real, made), rank = features(), dist.get_rank()
-    distance, kernel_distance = FeatureFID(WIDTH), FeatureKID(KID(subsets=4, subset_size=10))
-    for rows, side in ((real, True), (made, False)):
-        mine = torch.arange(rank, len(rows), 2)
-        # Another number of updates on each rank; KID is given one row on both.
-        for part in mine.split(4 + 3 * rank):
-            distance.update(rows[part], real=side)
-            kernel_distance.update(rows[part], part, real=side)
-        kernel_distance.update(rows[:1], torch.tensor([0]), real=side)
-    torch.save([distance.compute(), *kernel_distance.compute()], output / f"rank{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    assert run_together(2, lambda: reduce_on_rank(tmp_path), tmp_path / "log") == [0, 0]
-    real, made = features()
-    expected = filled(KID(subsets=4, subset_size=10), real, made).compute()
-    distance = scipy_fid(real.double().numpy(), made.double().numpy())
-    for rank in range(2):
-        fid, mean, deviation = torch.load(tmp_path / f"rank{rank}")
-        assert float(fid) == pytest.approx(distance, abs=1e-6)
-        assert (mean, deviation) == expected
+    assert "of KID, ±1.96 standard deviations over subsets" in table, "which is no 95 % interval"

@@ -13,7 +13,7 @@ from evaluation.images.references import KEYS, reference_features
 from evaluation.protocols.coco import Coco
 from evaluation.protocols.requests import read_image
 from evaluation.run import evaluate
-from evaluation.scores import scoring
+from evaluation.scores import encoders
 from kosmosg.config import load_config
 
 KEY = {"protocol": "coco/x@1#aaaa", "data": "d", "weights": "w", "n": "6"}
@@ -76,7 +76,7 @@ def test_second_evaluation_looks_at_no_reference(
         read.append(file)
         return read_image(file, **options)
 
-    monkeypatch.setattr(scoring, "read_image", count)
+    monkeypatch.setattr(encoders, "read_image", count)
     results = []
     for output in ("first", "second"):
         read.clear()

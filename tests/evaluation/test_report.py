@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, REAL_IMAGES
-from evaluation.reports.curves import chart, read_curves
+from evaluation.reports.plots import loss_charts, read_losses
 from evaluation.reports.report import findings
 from evaluation.scores.results import Score, markdown, read_results, table_rows, write_results
 
@@ -47,8 +47,7 @@ def test_curves_are_read_from_a_run(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerow({"step": 1, "train/loss": 2.0, "lr": 0.1, "val/loss": ""})
         writer.writerow({"step": 5, "train/loss": 1.0, "lr": 0.1, "val/loss": "nan"})
-    (curve,) = read_curves(tmp_path)
-    assert curve.name == "train/loss" and curve.points == [(1, 2.0), (5, 1.0)]
-    points = re.search(r'points="([^"]+)"', chart(curve))
-    assert points is not None and len(points.group(1).split()) == 2
-    assert read_curves(tmp_path / "nowhere") == []
+    assert read_losses(tmp_path) == {"train/loss": [(1, 2.0), (5, 1.0)]}
+    ((title, ((name, svg),)),) = loss_charts([("Stage 2", tmp_path), ("Stage 3", tmp_path / "nowhere")])
+    points = re.search(r'points="([^"]+)"', svg)
+    assert (title, name) == ("Stage 2", "train/loss") and points is not None and len(points.group(1).split()) == 2

@@ -1,5 +1,6 @@
 """Scores equal a direct computation; intervals behave as intervals must."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,16 @@ from rich.console import Console
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
-from evaluation.config import Bootstrap
 from evaluation.parallel.processes import Processes
-from evaluation.parallel.sharing import Sharing
+from evaluation.parallel.sharing import Remembered, Sharing
 from evaluation.protocols.protocol import Encoder, FeatureNetwork, Preprocessing
-from evaluation.protocols.requests import EvaluationError, ScoredImage, read_image
-from evaluation.scores.bootstrap import fid_interval, mean_interval
-from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, Remembered, ResNetFeatures, load, preprocessing
-from evaluation.scores.metrics import CosineMean, FeatureFID
-from evaluation.scores.scoring import Encoders, Scorer
+from evaluation.protocols.requests import EvaluationError, Item, read_image
+from evaluation.scores.bootstrap import Bootstrap, fid_interval, mean_interval
+from evaluation.scores.cosine import Dino
+from evaluation.scores.distribution import fid
+from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, ResNetFeatures, load, preprocessing
+from evaluation.scores.metric import Context
+from evaluation.scores.scoring import Scorer
 from tests import tiny
 from tests.evaluation import tiny_world
 
@@ -40,12 +42,7 @@ def test_fid_equals_scipy() -> None:
     # Large, so that a result that was rounded to single precision on its way would be off by more than is allowed.
     real = torch.randn(300, 16, generator=generator) * 30
     made = torch.randn(200, 16, generator=generator) * 40 + 5
-    metric = FeatureFID(16)
-    for part in real.split(70):
-        metric.update(part, real=True)
-    for part in made.split(90):
-        metric.update(part, real=False)
-    assert float(metric.compute()) == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
+    assert fid(real, made) == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
 
 
 def test_fid_interval_surrounds_the_value_and_narrows() -> None:
@@ -96,27 +93,26 @@ def test_unequal_subjects_count_by_their_images() -> None:
     assert (low, high) == (0.0, 1.0)
 
 
-def test_cosine_mean_keeps_every_score_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
-    direct = cosine_similarity(left.double(), right.double())
-    metric = CosineMean()
-    order = torch.tensor([5, 1, 3])
-    metric.update(left[order], right[order], order)
-    rest = torch.tensor([0, 2, 3, 4])  # 3 again, as a padded rank would see it
-    metric.update(left[rest], right[rest], rest)
-    assert torch.allclose(metric.samples(), direct)
-    assert float(metric.compute()) == pytest.approx(max(0.0, float(direct.mean())))
-    with pytest.raises(ValueError, match="pairs of features"):
-        metric.update(left, right[:5], torch.arange(6))
-
-
 def test_mean_is_clamped_after_averaging() -> None:
-    metric = CosineMean()
-    one = torch.tensor([[1.0, 0.0]])
-    metric.update(one.repeat(2, 1), torch.tensor([[-1.0, 0.0], [0.6, 0.8]]), torch.arange(2))
-    assert float(metric.compute()) == 0.0
-    assert metric.samples().tolist() == pytest.approx([-1.0, 0.6])
+    known = {"a": [-1.0, 0.0], "b": [0.6, 0.8], "r": [1.0, 0.0]}
+    context = Context({"dino": lambda items: torch.tensor([known[str(item)] for item in items])}, BOOTSTRAP)
+    rows = Dino(context).score([Item(Path(name), name, "", (Path("r"),)) for name in "ab"])
+    assert [row.value for row in rows] == pytest.approx([-1.0, 0.6])
+    assert Dino(context).aggregate(rows).value == 0.0
+    assert Dino(context).aggregate(rows).low == 0.0
+
+
+def test_intervals_of_many_captions_fit_in_memory() -> None:
+    """And are those of all replicates drawn at once."""
+    scores, units = torch.rand(3000, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(3000)]
+    drawn = np.random.default_rng(1).multinomial(3000, np.full(3000, 1 / 3000), size=500)
+    _, of_unit = np.unique(units, return_inverse=True)
+    expected = np.quantile(drawn @ np.bincount(of_unit, weights=scores.double().numpy()) / 3000, (0.025, 0.975))
+    assert mean_interval(scores, units, 500, seed=1) == pytest.approx(expected, abs=1e-12)
+    tracemalloc.start()
+    mean_interval(torch.rand(30_000), [str(i) for i in range(30_000)], 100, seed=0)
+    assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    tracemalloc.stop()
 
 
 def pictures(folder: Path) -> list[Image.Image]:
@@ -174,14 +170,14 @@ def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
         load(ViTModel, encoders_folder / "fid", add_pooling_layer=False)
 
 
-def test_each_item_is_encoded_once(tmp_path: Path) -> None:
+def test_each_item_is_encoded_once() -> None:
     asked: list[list[int]] = []
 
     def encode(items: list[int]) -> torch.Tensor:
         asked.append(items)
         return torch.tensor(items)[:, None].float()
 
-    sharing = Sharing(Processes.alone(), tmp_path, batch_size=2, console=Console(quiet=True))
+    sharing = Sharing(Processes(), batch_size=2, console=Console(quiet=True))
     features = Remembered("numbers", encode, sharing)
     assert features([3, 1, 3, 2]).flatten().tolist() == [3, 1, 3, 2]
     assert features([2, 4]).flatten().tolist() == [2, 4]
@@ -198,8 +194,9 @@ def test_scores_equal_a_direct_computation(tmp_path: Path) -> None:
         return torch.stack([known[item] for item in items])
 
     a, b, first, second = files
-    images = [ScoredImage(a, "dog", "a dog", (first, second)), ScoredImage(b, "fish", "", (first,))]
-    scorer = Scorer("dreambench", "p@1#0", Encoders(features, features, dino=features), BOOTSTRAP)
+    images = [Item(a, "dog", "a dog", (first, second)), Item(b, "fish", "", (first,))]
+    networks = dict.fromkeys(("clip_images", "clip_texts", "dino"), features)
+    scorer = Scorer("dreambench", "p@1#0", Context(networks, BOOTSTRAP))
     scores, samples = scorer("System", images)
 
     def cosine(left, right) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
+from evaluation.images import provenance
 from evaluation.images.conditions import Conditions
 from evaluation.images.generation import Batch
+from evaluation.images.provenance import environment, hash_files
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, text_system
+from evaluation.images.weights import hash_encoder
 from evaluation.protocols.protocol import Sampling
 from evaluation.protocols.requests import EvaluationError
-from evaluation.protocols.resizing import truncated
+from evaluation.scores.resizing import truncated
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import build_scheduler
@@ -26,6 +30,25 @@ from tests.evaluation import tiny_world
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(sampler="ddim", steps=2, guidance_scale=3.0, image_size=tiny.IMAGE_SIZE)
+
+
+def test_provenance_tells_what_was_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    assert environment(CPU)["device"].startswith("CPU, ")
+    assert environment(torch.device("cuda", 0))["device"] == "H100"
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    subprocess.run(["git", "init", "-q", tmp_path.parent], check=True)
+    assert provenance.git_revision() == "unknown", "the repository around it is another's"
+
+
+def test_an_encoder_is_its_own_files(encoders_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoders_folder / "dino", tmp_path / "dino")
+    before = hash_encoder(folder)
+    (folder / "README.md").write_text("downloaded on a Monday")
+    assert hash_encoder(folder) == before == hash_files(folder, folder.glob("*.[js]*"))
+    (folder / "config.json").write_text("{}")
+    assert hash_encoder(folder) != before
 
 
 def pixels(images) -> np.ndarray:

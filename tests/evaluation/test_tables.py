@@ -7,7 +7,7 @@ import pytest
 from evaluate import main
 from evaluation.images.systems import BEFORE_STAGE_3, TEXT_SYSTEMS
 from evaluation.reports.paper import ALIGNMENT, COCO, DREAMBENCH
-from evaluation.scores.results import Score, write_results
+from evaluation.scores.results import Score, markdown, write_results
 from kosmosg.models.stable_diffusion import StableDiffusion
 from tests.evaluation.test_compare import AFTER, write
 
@@ -59,6 +59,20 @@ def test_latex_is_escaped_and_balanced(files):
     assert r"run: dreambench/x\_y@1\#aa\&aa" in table and r"DINO $\uparrow$" in table
     rows = [line for line in table.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {4} and len(rows) == len(DREAMBENCH) + 2
+
+
+def test_names_are_escaped(tmp_path, capsys):
+    """A folder may be called what it likes: nothing of it is a command of LaTeX or a column of Markdown."""
+    names = {
+        r"a \input{x} $y$ ~^": r"a \textbackslash{}input\{x\} \$y\$ \textasciitilde{}\textasciicircum{}",
+        "a|b\nc": "a|b c",
+    }
+    for name, latex in names.items():
+        folder = write(tmp_path / name, protocol="dreambench/x@1#aa")
+        assert main(["tables", str(folder), f"output={tmp_path / 'tables'}"]) == 0
+        assert latex + ": dreambench" in (tmp_path / "tables" / "table-1-dreambench.tex").read_text()
+    row = Score("dreambench", "a|b\nc", "dino", 0.5, 0.4, 0.6, 750, "p@1#0")
+    assert "| a\\|b c | 0.500 (0.400–0.600) |" in markdown([row], [])
 
 
 def test_markdown_columns_agree(files):

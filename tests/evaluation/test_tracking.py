@@ -7,6 +7,7 @@ import socket
 import pytest
 import wandb
 
+from evaluation import tracking
 from evaluation.scores.results import Score
 from evaluation.tracking import Tracking, track
 
@@ -61,6 +62,7 @@ def test_an_offline_run_holds_summary_table_and_artifact(output, monkeypatch, ag
     assert seen["summary"]["coco/fid/KOSMOS-G after stage 3"] == 7.0
     assert list(output.glob(f"wandb/offline-run-*-{seen['id']}/*.wandb"))
     tables = list(output.glob("wandb/offline-run-*/files/media/table/scores*.json"))
+    assert (output / tracking.LOGGED).read_text() == "k"
     assert json.loads(tables[0].read_text())["data"][0][:3] == ["dreambench", "KOSMOS-G after stage 3", "dino"]
 
 
@@ -76,6 +78,25 @@ def test_an_unreachable_server_leaves_an_offline_run(output, monkeypatch, caplog
         track(Tracking(mode="online", project="p", timeout=2.0), output, SCORES, {"key": "k"})
     assert "W&B cannot be reached" in caplog.text and str(output / "wandb") in caplog.text
     assert list(output.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_results_are_logged_once(output, monkeypatch):
+    """On the next start where a kill came between: the marker is written last."""
+    started = []
+
+    def start(*_):
+        started.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracking, "start", start)
+    for logged in ("another key", None):
+        if logged:
+            (output / tracking.LOGGED).write_text(logged)
+        with pytest.raises(KeyboardInterrupt):
+            track(Tracking(mode="offline"), output, SCORES, {"key": "k"})
+    (output / tracking.LOGGED).write_text("k")
+    track(Tracking(mode="offline"), output, SCORES, {"key": "k"})
+    assert len(started) == 2
 
 
 def test_disabled_touches_nothing(output, monkeypatch):
