@@ -7,6 +7,7 @@ checkpoints, logs, images and the finished model. The same command resumes an in
     python train.py configs/toyland/alignment.yaml configs/toyland/short.yaml trainer.max_steps=2
     torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml
     python train.py configs/instruction_tuning.yaml trainer.devices=8 dry_run=true
+    python train.py cache configs/instruction_tuning.yaml data.cached_latents=float32      # see docs/data.md
     python train.py export runs/instruction_tuning output=models/40000 [step=40000] [weights=ema|raw] [dtype=float16]
 """
 
@@ -19,11 +20,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING
 from rich.console import Console
@@ -35,6 +37,7 @@ from callbacks.metrics import MetricsFile, StepMetrics
 from callbacks.progress import RunProgress
 from callbacks.weights_and_biases import WandbConfig, wandb_logger
 from datamodules.alignment import AlignmentData
+from datamodules.data_config import CACHED
 from datamodules.datamodule import MixtureDataModule
 from datamodules.errors import DataError
 from datamodules.instruction import InstructionData
@@ -163,10 +166,13 @@ def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
         layout = batch_layout(experiment.data.micro_batch_size, options)
         tokenizer = build_tokenizer(model)
         module: Any = build_stage(experiment.module, experiment, tokenizer)
-        encoder = module.mllm.encoder(tokenizer)
+        encoder = None if module.mllm is None else module.mllm.encoder(tokenizer)
         data = experiment.datamodule.build(experiment.data, encoder, model.image_size, module.image_decoder)
+        data.networks = cached_networks(experiment)
         grids = []
         if experiment.module.draws_images and experiment.grids.every:
+            if encoder is None:
+                raise ValueError("grids are drawn with networks that data.cached_states leaves out; set grids.every=0")
             decoder = module.image_decoder if module.image_decoder.denoiser is not None else None
             sampler = DiffusionSampler(decoder or load_image_decoder(model.image_decoder, "images"))
             grids = [ImageGrid(experiment.grids, run.grids, sampler, encoder)]
@@ -217,12 +223,59 @@ def export_model(
     wanted = bool(experiment.ema.exported if average is None else average)
     try:
         tokenizer = build_tokenizer(experiment.model)
-        module = build_stage(experiment.module, experiment, tokenizer)
+        module = build_stage(experiment.module, without_caches(experiment), tokenizer)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     load_weights(checkpoint, module, wanted)
     module.to(dtype).save_model(output, tokenizer)
     return wanted
+
+
+def without_caches(experiment: Any) -> Any:
+    """The stage with all its networks."""
+    return replace(experiment, data=experiment.data.without_caches())
+
+
+def cached_networks(experiment: Any) -> dict[str, dict[str, str]]:
+    """What each cache of the run depends on beside its data; the precision of computation counts."""
+    precision = {"computed": experiment.trainer.precision}
+    return {name: found | precision for name, found in experiment.module.cached_networks(experiment).items()}
+
+
+def cache(arguments: Sequence[str]) -> str:
+    """CONFIGURATION…: write the caches that the stage's `data.cached_*` names, by the run's own configuration; what was
+    done, in a sentence.
+
+    Raises:
+        ConfigError: none is named, or what should be cached trains.
+        DataError: see `datamodules.cache.write_cache`.
+    """
+    experiment: Any = load_config(arguments, stage_schema)
+    try:
+        networks = cached_networks(experiment)
+        if not networks:
+            raise ValueError(f"no data.{CACHED}… is set, as data.{CACHED}latents=float32 in stage 3")
+        tokenizer = build_tokenizer(experiment.model)
+        module: Any = build_stage(experiment.module, without_caches(experiment), tokenizer).eval()
+        encoder = module.mllm.encoder(tokenizer)
+        data = experiment.datamodule.build(experiment.data, encoder, experiment.model.image_size, module.image_decoder)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    data.networks = networks
+    options, told = experiment.trainer, []
+    fabric = Fabric(accelerator=options.accelerator, devices=1, precision=options.precision)
+    for name, (network, encode) in module.cache_encoders().items():
+        if name not in networks:
+            continue
+        network.to(fabric.device, torch.bfloat16 if options.precision == "bf16-true" else None)
+        with torch.no_grad(), fabric.autocast():
+            counts = data.write_cache(name, encode)
+        network.cpu()
+        told.append(
+            f"{name}: {counts['written']} shards written, {counts['skipped']} skipped (finished, or another process is "
+            f"at them); {counts['items']} items, {counts['unusable']} unusable."
+        )
+    return "\n".join(told)
 
 
 def export(arguments: Sequence[str]) -> str:
@@ -254,6 +307,9 @@ def export(arguments: Sequence[str]) -> str:
     return f"The {'average' if average else 'weights'} of '{checkpoint}' are the model in '{output}'."
 
 
+COMMANDS = {"cache": cache, "export": export}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
@@ -262,8 +318,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     configure_logging()
     try:
-        if given[0] == "export":
-            print(export(given[1:]))
+        if given[0] in COMMANDS:
+            print(COMMANDS[given[0]](given[1:]))
             return 0
         if len(given) < len(arguments):
             print(describe_schema(type(load_config(given, stage_schema))))

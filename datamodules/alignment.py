@@ -8,12 +8,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from datamodules.data_config import DataConfig, Source
+from datamodules.cache import Cache, Item
+from datamodules.data_config import DataConfig, Precision, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.entities import EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
@@ -24,13 +27,15 @@ from datamodules.reader import SampleReader
 from datamodules.sample import TEXT_MEMBERS, CaptionSample, ConstructedSample, Sample
 from datamodules.shards import ShardList
 from kosmosg.batches import AlignmentBatch, ReadReport
+from kosmosg.condition import Condition
 from kosmosg.models.image_decoder import ImageDecoder
-from kosmosg.prompt import EncodedPrompt, PromptEncoder, PromptTooLongError
+from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder, PromptTooLongError
 
 BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
 REMEMBERED_CHARACTERS = 10_000_000  # of all words together: a hostile caption may be one word of megabytes
 TextTokenize = Callable[[list[str]], Tensor]
 AlignmentRow = tuple[EncodedPrompt, np.ndarray]  # the prompt; ids (Q,) of its caption for the decoder's text model
+CachedRow = tuple[Tensor, Condition]  # the MLLM's states (L,D); t of eq. 5, one row
 
 
 @dataclass
@@ -48,12 +53,20 @@ class AlignmentDataConfig(DataConfig):
     (released-code.md, "Caption rows"), others' without what stands before every caption."""
     max_pieces: int = 85
     """Longer captions are left out: SentencePiece pieces."""
+    cached_states: Precision | None = None
+    """Read the MLLM's and the text model's states of the captions, which `train.py cache` wrote in this precision;
+    neither network is loaded."""
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("max_clip_tokens", "max_pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.cached_states and self.constructed.shards and self.constructed.weight:
+            raise ValueError(
+                f"constructed.shards={self.constructed.shards} is not allowed with cached_states, since its prompts "
+                "are drawn anew each time; allowed: captions alone."
+            )
 
 
 class ClipTokens:
@@ -141,7 +154,7 @@ class CaptionRows(RowBuilder[AlignmentRow]):
 
     def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[AlignmentRow, str] | SampleError]:
         """See `RowBuilder`."""
-        samples = [self._read(request) for request in requests]
+        samples = [read_caption(self.source, request) for request in requests]
         report.reads += len(samples)
         captions = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
         ids, lengths = self.clip(captions)
@@ -153,26 +166,70 @@ class CaptionRows(RowBuilder[AlignmentRow]):
         """See `RowBuilder`."""
         return len(row[0])
 
-    def _read(self, request: Request) -> CaptionSample | SampleError:
-        try:
-            sample = self.source.caption(request.lane, request.row, request.attempt)
-        except SampleError as error:
-            return error
-        assert isinstance(sample, CaptionSample)
-        return sample
-
     def _row(
         self, sample: CaptionSample, text_ids: np.ndarray, length: int, prompt: EncodedPrompt
     ) -> tuple[AlignmentRow, str] | SampleError:
-        if length > self.config.max_clip_tokens:
-            return too_long(sample, length, self.config.max_clip_tokens)
-        pieces = len(prompt) - 1
-        if pieces > self.config.max_pieces:
-            detail = f"{pieces} pieces, at most {self.config.max_pieces}"
-            return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
-        if not pieces:
-            return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
-        return (prompt, text_ids), f"{sample.shard}/{sample.key}"
+        wrong = unfit(sample, length, len(prompt) - 1, self.config)
+        return wrong or ((prompt, text_ids), f"{sample.shard}/{sample.key}")
+
+
+class CachedCaptionRows(RowBuilder[CachedRow]):
+    """What `CaptionRows`' captions are to both networks, from disk: the same samples, in the same order."""
+
+    def __init__(self, source: SampleReader, states: Cache, text: Cache, config: AlignmentDataConfig):
+        super().__init__("captions", source)
+        self.states, self.text, self.config = states, text, config
+
+    def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[CachedRow, str] | SampleError]:
+        """See `RowBuilder`."""
+        report.reads += len(requests)
+        return [self._row(request) for request in requests]
+
+    def tokens(self, row: CachedRow) -> int:
+        """See `RowBuilder`."""
+        return len(row[0])
+
+    def _row(self, request: Request) -> tuple[CachedRow, str] | SampleError:
+        sample = read_caption(self.source, request)
+        if isinstance(sample, SampleError):
+            return sample
+        located = self.source.locate(request.lane, request.row, request.attempt)
+        states, text = (cache(located.shard, located.number) for cache in (self.states, self.text))
+        if states is None or text is None:
+            return not_cached(sample)
+        length = int(text.pop("length"))
+        if wrong := unfit(sample, length, len(states["states"]) - 1, self.config):
+            return wrong
+        target = Condition(**{name: value[None] for name, value in text.items()})
+        return (states["states"], target), f"{sample.shard}/{sample.key}"
+
+
+def read_caption(source: SampleReader, request: Request) -> CaptionSample | SampleError:
+    """The sample of a request without its image, or why there is none."""
+    try:
+        sample = source.caption(request.lane, request.row, request.attempt)
+    except SampleError as error:
+        return error
+    assert isinstance(sample, CaptionSample)
+    return sample
+
+
+def unfit(sample: CaptionSample, length: int, pieces: int, config: AlignmentDataConfig) -> SampleError | None:
+    """Why a caption of `length` tokens of the text model and `pieces` of the MLLM is left out; None if it is not."""
+    if length > config.max_clip_tokens:
+        return too_long(sample, length, config.max_clip_tokens)
+    if pieces > config.max_pieces:
+        detail = f"{pieces} pieces, at most {config.max_pieces}"
+        return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
+    if not pieces:
+        return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
+    return None
+
+
+def not_cached(sample: Sample) -> SampleError:
+    """A sample that can be read, but could not when the cache was written."""
+    detail = "readable, but it was not when the cache was written; write that shard's anew"
+    return SampleError("missing_in_cache", sample.shard, sample.key, detail)
 
 
 class EntityPromptRows(RowBuilder[AlignmentRow]):
@@ -223,8 +280,8 @@ class AlignmentData(MixtureDataModule):
     """Batches of stage 2.
 
     Args:
-        encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens.
-        clip: captions → ids of the image decoder's text model.
+        encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens. None to read caches.
+        clip: captions → ids of the image decoder's text model. None to read caches.
 
     Raises:
         ValueError: `max_clip_tokens` is more than the text model takes.
@@ -235,14 +292,18 @@ class AlignmentData(MixtureDataModule):
 
     @classmethod
     def build(
-        cls, config: AlignmentDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
+        cls, config: AlignmentDataConfig, encoder: PromptEncoder | None, image_size: int, decoder: ImageDecoder | None
     ) -> "AlignmentData":
-        assert decoder is not None
-        return cls(config, encoder, caption_tokens(decoder))
+        return cls(config, encoder, None if decoder is None else caption_tokens(decoder))
 
-    def __init__(self, config: AlignmentDataConfig, encoder: PromptEncoder, clip: ClipTokens | WholeCaptions):
+    def __init__(
+        self, config: AlignmentDataConfig, encoder: PromptEncoder | None, clip: ClipTokens | WholeCaptions | None
+    ):
         super().__init__(config)
-        self.encoder, self.clip = encoder, clip
+        self.encoder: Any = encoder
+        self.clip: Any = clip
+        if encoder is None or clip is None:
+            return
         if config.max_clip_tokens > self.clip.room:
             raise ValueError(
                 f"max_clip_tokens={config.max_clip_tokens} but the image decoder's text model takes captions of at "
@@ -258,16 +319,39 @@ class AlignmentData(MixtureDataModule):
         """Captions, constructed."""
         return {"captions": self.config.captions, "constructed": self.config.constructed}
 
-    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> CaptionRows | EntityPromptRows:
+    def preprocessing(self, cache: str) -> dict[str, str]:
+        """See `MixtureDataModule`. Of longer captions the MLLM's states are kept up to one piece more than are used."""
+        kept = {"max_pieces": str(self.config.max_pieces)} if cache == "states" else {}
+        return {**kept, "precision": str(self.config.cached_states)}
+
+    def items(self, cache: str, sample: Sample) -> Sequence[Item]:
+        """The caption as a prompt, or as ids for the text model and how many tokens it has."""
+        if not isinstance(sample, CaptionSample):
+            return []
+        if cache == "states":
+            (prompt,) = self.encoder.captions([sample.caption])
+            return [lambda: EncodedPrompt(prompt.ids[: self.config.max_pieces + 2], None, [])]
+        ids, (length,) = self.clip([sample.caption])
+        return [lambda: (ids[0], length)]
+
+    def builder(self, name: str, shards: ShardList, order: SampleOrder) -> RowBuilder:
         """Rows of one source."""
         if name == "constructed":
             source = SampleReader(shards, order, ConstructedSample.kind, self.config.limits)
             return EntityPromptRows(source, self.encoder, self.clip, self.config)
         source = SampleReader(shards, order, CaptionSample.kind, self.config.limits, frozenset(TEXT_MEMBERS))
+        states, text = (self.cache(cache, shards) for cache in ("states", "text"))
+        if states is not None and text is not None:
+            return CachedCaptionRows(source, states, text, self.config)
         return CaptionRows(source, self.encoder, self.clip, self.config)
 
-    def collate(self, rows: list[AlignmentRow], report: ReadReport) -> AlignmentBatch:
+    def collate(self, rows: list[Any], report: ReadReport) -> AlignmentBatch:
         """Rows → batch."""
+        if self.networks:
+            states, targets = zip(*rows, strict=True)
+            prompt = PromptBatch.stack([EncodedPrompt([0] * len(row), None, []) for row in states], 0)
+            target = Condition.cat(targets)
+            return AlignmentBatch(prompt=prompt, states=pad_sequence(list(states), True), target=target, report=report)
         prompt = self.encoder.collate([prompt for prompt, _ in rows])
         text_ids = torch.from_numpy(np.stack([text_ids for _, text_ids in rows]))
         return AlignmentBatch(prompt=prompt, text_ids=text_ids, report=report)

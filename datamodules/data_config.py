@@ -1,10 +1,13 @@
 """What every stage can configure about its data; the stages' own schemas extend it."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Self
 
 from datamodules.images import Limits
 from datamodules.remote import RemoteConfig
+
+Precision = Literal["float32", "bfloat16", "float16"]
+CACHED = "cached_"  # what the names of the keys begin with that have a cache read
 
 
 @dataclass
@@ -76,3 +79,7 @@ class DataConfig:
             raise ValueError(f"num_workers={self.num_workers} must be 0 or more.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share={self.max_bad_share} must lie in 0 … 1.")
+
+    def without_caches(self) -> Self:
+        """The same, with nothing read from a cache."""
+        return replace(self, **{item.name: None for item in fields(self) if item.name.startswith(CACHED)})

@@ -8,7 +8,9 @@ undeclared length would lose one.
 import gc
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning
@@ -16,11 +18,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from datamodules.agreement import Agreement, AnsweringDataset
+from datamodules.cache import Cache, Encode, Item, write_cache
 from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
 from datamodules.mixture import TURNS_PER_WEIGHT, BatchPositions, MixtureDataset, RowBuilder
 from datamodules.order import Mixture, SampleOrder, mix, whole_weights
 from datamodules.report import SampleCounter
+from datamodules.sample import Sample
 from datamodules.shards import ShardList, list_shards
 from kosmosg.batches import ReadReport
 from kosmosg.models.image_decoder import ImageDecoder
@@ -83,6 +87,8 @@ class MixtureDataModule(lightning.LightningDataModule):
 
     Attributes:
         micro_batches: of one optimizer step, on each rank.
+        networks: of each cache that is read or written, what it depends on beside the data, see
+            `StageModule.cached_networks`.
     """
 
     Config: ClassVar[type[DataConfig]]
@@ -94,6 +100,7 @@ class MixtureDataModule(lightning.LightningDataModule):
         self.train_dataset: MixtureDataset | None = None
         self.validation_dataset: MixtureDataset | None = None
         self.micro_batches = 1
+        self.networks: dict[str, dict[str, str]] = {}
         self._measured: dict[str, dict[str, float]] = {}
         self._resumed: dict[str, Any] = {}
 
@@ -133,12 +140,18 @@ class MixtureDataModule(lightning.LightningDataModule):
         """
         if self.train_dataset is not None:
             return
+        training, held_out = self._patterns()
+        self.train_dataset = self._dataset(training, self.config.seed, self.config.mixing == "per_batch")
+        if held_out:
+            self.validation_dataset = self._dataset(held_out, seed=0)  # the same samples whatever the run's seed
+        self._check_identity()
+
+    def _patterns(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Shards to train on and held-out ones, of each source in use."""
         used = {name: source for name, source in self.sources().items() if source.shards and source.weight}
         if not used:
             names = ", ".join(f"data.{name}.shards" for name in self.sources())
             raise DataError(f"no source of data is in use; set at least one of {names} and a weight above 0.")
-        training = {name: source.shards for name, source in used.items()}
-        self.train_dataset = self._dataset(training, self.config.seed, self.config.mixing == "per_batch")
         chosen = self.config.validation_sources
         if chosen is not None and (unknown := sorted(set(chosen) - set(self.sources()))):
             raise DataError(f"data.validation_sources names {unknown}; allowed: {', '.join(self.sources())}.")
@@ -147,9 +160,32 @@ class MixtureDataModule(lightning.LightningDataModule):
             for name, source in used.items()
             if source.validation and (chosen is None or name in chosen)
         }
-        if held_out:
-            self.validation_dataset = self._dataset(held_out, seed=0)  # the same samples whatever the run's seed
-        self._check_identity()
+        return {name: source.shards for name, source in used.items()}, held_out
+
+    # Caches.
+    def preprocessing(self, cache: str) -> dict[str, str]:
+        """What is done to an item before the network of a cache reads it, and the `precision` that is kept."""
+        raise NotImplementedError
+
+    def items(self, cache: str, sample: Sample) -> Sequence[Item]:
+        """What the network of a cache reads of a sample, decoded when its turn comes."""
+        raise NotImplementedError
+
+    def cache(self, name: str, shards: ShardList) -> Cache | None:
+        """A cache of some shards; None where there is no such one."""
+        return Cache(shards, self._identity_of(name)) if name in self.networks else None
+
+    def write_cache(self, name: str, encode: Encode) -> Counter[str]:
+        """Write a cache beside all shards in use, held-out ones included, see `datamodules.cache.write_cache`."""
+        config, counts = self.config, Counter()
+        for pattern in sorted({pattern for patterns in self._patterns() for pattern in patterns.values()}):
+            shards, identity = list_shards(pattern, config.remote), self._identity_of(name)
+            items = partial(self.items, name)
+            counts += write_cache(shards, identity, items, encode, config.micro_batch_size, config.limits)
+        return counts
+
+    def _identity_of(self, cache: str) -> dict[str, str]:
+        return {"cache": cache, **self.networks[cache], **self.preprocessing(cache)}
 
     def train_dataloader(self) -> StepLoader:
         """Optimizer steps from the present one to the end of the run.

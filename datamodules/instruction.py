@@ -1,27 +1,28 @@
 """Stage 3 data: constructed : edit : caption = 2 : 2 : 1 (paper section 3.1), each a prompt and its target image.
 
 Where a loss reads them, the captions of the targets come along, for the image decoder's text model.
-With cached latents the target is the VAE's moments of it, read from beside the shards; the image is then not decoded.
+With caches, a target is the VAE's moments of it and an image of a prompt its states in the vision encoder, read from
+beside the shards; images are then not decoded.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from datamodules.alignment import ClipTokens, WholeCaptions, caption_tokens
-from datamodules.cached_latents import CachedLatents, latents_identity
-from datamodules.data_config import DataConfig, Source
+from datamodules.alignment import ClipTokens, WholeCaptions, caption_tokens, not_cached
+from datamodules.cache import Cache, Item
+from datamodules.data_config import CACHED, DataConfig, Precision, Source
 from datamodules.datamodule import MixtureDataModule
 from datamodules.entities import Draws, EntityRules, entity_segments
 from datamodules.errors import FilteredSample, SampleError
 from datamodules.images import SampleImage, StoredImage, load
 from datamodules.mixture import Request, RowBuilder
 from datamodules.order import SampleOrder
-from datamodules.reader import SampleReader
+from datamodules.reader import Located, SampleReader
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, InstructionSample, Sample
 from datamodules.shards import ShardList
 from kosmosg.batches import InstructionBatch, ReadReport
@@ -50,8 +51,12 @@ class InstructionDataConfig(DataConfig):
     """Pixels; image-caption pairs with a smaller width or height are left out (released-code.md, "Caption rows")."""
     max_pieces: int = 128
     """Longer captions of image-caption pairs are left out: SentencePiece pieces."""
-    cached_latents: Literal["float32", "float16"] | None = None
-    """Read the VAE's moments of the targets, which `python -m datamodules.cached_latents` wrote in this precision."""
+    cached_latents: Precision | None = None
+    """Read the VAE's moments of the targets, which `train.py cache` wrote in this precision; the posterior is still
+    sampled in every step."""
+    cached_vision: Precision | None = None
+    """Read the states of the prompts' images before the vision encoder's last blocks, which train; as
+    `cached_latents`. For the paper's MLLM."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,6 +78,44 @@ def edit_segments(sample: EditSample, caption_drop: float, draws: Draws) -> tupl
 InstructionRow = tuple[EncodedPrompt, Tensor, str]  # the prompt; its target, or the moments of it; the target's caption
 
 
+def target_images(sample: Sample) -> list[SampleImage]:
+    """All that `InstructionRows.segments` may give as the target."""
+    if isinstance(sample, EditSample):
+        return [target for _, target in sample.pairs]
+    image = sample.image if isinstance(sample, CaptionSample) else getattr(sample, "target", None)
+    return [] if image is None else [image]
+
+
+def input_images(sample: Sample) -> list[SampleImage]:
+    """All that it may give as images of the prompt."""
+    if isinstance(sample, EditSample):
+        return [source for source, _ in sample.pairs]
+    if isinstance(sample, ConstructedSample):
+        return [image for entity in sample.entities for image in (entity.background, entity.white)]
+    return [item for item in getattr(sample, "segments", []) if not isinstance(item, str)]
+
+
+class CachedImages:
+    """What a cache has of one sample's images.
+
+    Args:
+        images: of the sample, in the cache's order.
+    """
+
+    def __init__(self, cache: Cache, located: Located, images: list[SampleImage]):
+        self.cache, self.located, self.images = cache, located, images
+
+    def __call__(self, image: SampleImage, sample: Sample) -> Tensor:
+        """Raises SampleError: it cannot be read, or could not when it should have been cached."""
+        number = next(place for place, other in enumerate(self.images) if other is image)
+        found = self.cache(self.located.shard, self.located.number, number)
+        if found is None:
+            load(image)  # raises why it was not cached
+            raise not_cached(sample)
+        (value,) = found.values()
+        return value
+
+
 class InstructionRows(RowBuilder[InstructionRow]):
     """Builds prompt and target of one source's samples. Prompts carry no `</s>`: the model never reads one."""
 
@@ -83,10 +126,12 @@ class InstructionRows(RowBuilder[InstructionRow]):
         encoder: PromptEncoder,
         target_transform: TargetTransform,
         config: InstructionDataConfig,
-        latents: CachedLatents | None = None,
+        latents: Cache | None = None,
+        vision: Cache | None = None,
     ):
         super().__init__(name, source)
-        self.encoder, self.target_transform, self.config, self.latents = encoder, target_transform, config, latents
+        self.encoder, self.target_transform, self.config = encoder, target_transform, config
+        self.latents, self.vision = latents, vision
 
     def __call__(
         self, requests: Sequence[Request], report: ReadReport
@@ -97,11 +142,8 @@ class InstructionRows(RowBuilder[InstructionRow]):
         for request in requests:
             try:
                 sample = self.source(request.lane, request.row, request.attempt)
-                moments = None
-                if self.latents is not None:
-                    located = self.source.locate(request.lane, request.row, request.attempt)
-                    moments = self.latents(located.shard, located.number)
-                rows.append((self.build(sample, request.random, moments), f"{sample.shard}/{sample.key}"))
+                located = self.source.locate(request.lane, request.row, request.attempt)
+                rows.append((self.build(sample, request.random, located), f"{sample.shard}/{sample.key}"))
             except SampleError as error:
                 rows.append(error)
         return rows
@@ -110,27 +152,35 @@ class InstructionRows(RowBuilder[InstructionRow]):
         """See `RowBuilder`."""
         return len(row[0])
 
-    def build(self, sample: Sample, random: Random, moments: Tensor | None = None) -> InstructionRow:
-        """One sample → prompt, target (3,H,W), or `moments`, those of it, and the target's caption.
+    def build(self, sample: Sample, random: Random, located: Located | None = None) -> InstructionRow:
+        """One sample → prompt, target (3,H,W) or the moments of it, and the target's caption.
+
+        Args:
+            located: where it is, and what was cached of it.
 
         Raises:
             SampleError: an image cannot be decoded.
             FilteredSample: too long, too small, or see `entity_segments`.
         """
         segments, target = self.segments(sample, random)
+        states: list[Tensor] = []
+        if self.vision is not None and located is not None:
+            cached = CachedImages(self.vision, located, input_images(sample))
+            states = [cached(item, sample) for item in segments if not isinstance(item, str)]
+            stand_in = self.encoder.stand_in("")
+            segments = [item if isinstance(item, str) else stand_in for item in segments]
         try:
-            prompt = self.encoder([item if isinstance(item, str) else load(item) for item in segments])
+            prompt = self.encoder([load(item) if isinstance(item, SampleImage) else item for item in segments])
         except PromptTooLongError as error:
             raise FilteredSample("prompt_too_long", sample.shard, sample.key, str(error)) from error
         if isinstance(sample, CaptionSample) and len(prompt) - 1 > self.config.max_pieces:
             detail = f"{len(prompt) - 1} pieces, at most {self.config.max_pieces}"
             raise FilteredSample("caption_too_long", sample.shard, sample.key, detail)
-        if moments is not None:
+        if states:
+            prompt = replace(prompt, images=states)
+        if self.latents is not None and located is not None:
+            moments = CachedImages(self.latents, located, target_images(sample))(target, sample)
             return prompt, moments, target_caption(sample)
-        if self.latents is not None:
-            load(target)  # raises why its latents were not cached
-            detail = "readable, but it was not when latents were cached; write them anew"
-            raise SampleError("missing_latents", sample.shard, sample.key, detail)
         return prompt, self.target_transform(load(target)), target_caption(sample)
 
     def segments(self, sample: Sample, random: Draws) -> tuple[list[str | SampleImage], SampleImage]:
@@ -164,12 +214,7 @@ class InstructionData(MixtureDataModule):
     Args:
         encoder: of the MLLM's prompts.
         target_transform: PIL image → the VAE's input.
-        latents_identity: of the stage's VAE and of the transform, see `cached_latents.py`; needed with `cached_latents`
-            alone.
         clip: captions → ids of the image decoder's text model, where a loss reads them.
-
-    Raises:
-        ValueError: cached latents are asked for, but not of which VAE.
     """
 
     Config = InstructionDataConfig
@@ -180,24 +225,18 @@ class InstructionData(MixtureDataModule):
         cls, config: InstructionDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
     ) -> "InstructionData":
         assert decoder is not None
-        transform = TargetTransform(image_size)
-        precision = config.cached_latents
-        identity = latents_identity(decoder.autoencoder, transform, precision) if precision else None
-        return cls(config, encoder, transform, identity, caption_tokens(decoder) if decoder.has_text_model else None)
+        clip = caption_tokens(decoder) if decoder.has_text_model else None
+        return cls(config, encoder, TargetTransform(image_size), clip)
 
     def __init__(
         self,
         config: InstructionDataConfig,
         encoder: PromptEncoder,
         target_transform: TargetTransform,
-        latents_identity: str | None = None,
         clip: ClipTokens | WholeCaptions | None = None,
     ):
         super().__init__(config)
-        if config.cached_latents and latents_identity is None:
-            raise ValueError("cached_latents needs latents_identity: of the VAE whose latents may be read.")
         self.encoder, self.target_transform, self.clip = encoder, target_transform, clip
-        self.latents_identity = latents_identity
 
     def sources(self) -> dict[str, Source]:
         """Constructed, edit, captions, instructions."""
@@ -209,10 +248,21 @@ class InstructionData(MixtureDataModule):
         kinds = {"constructed": ConstructedSample.kind, "edit": EditSample.kind, "captions": CaptionSample.kind}
         kinds["instructions"] = InstructionSample.kind
         source = SampleReader(shards, order, kinds[name], self.config.limits)
-        latents = None
-        if self.config.cached_latents and self.latents_identity is not None:
-            latents = CachedLatents(shards, self.latents_identity)
-        return InstructionRows(name, source, self.encoder, self.target_transform, self.config, latents)
+        caches = [self.cache(cache, shards) for cache in ("latents", "vision")]
+        return InstructionRows(name, source, self.encoder, self.target_transform, self.config, *caches)
+
+    def preprocessing(self, cache: str) -> dict[str, str]:
+        """See `MixtureDataModule`."""
+        transform = self.target_transform if cache == "latents" else self.encoder.image_transform
+        return {"images": str(transform), "precision": str(getattr(self.config, f"{CACHED}{cache}"))}
+
+    def items(self, cache: str, sample: Sample) -> Sequence[Item]:
+        """The sample's target images, or those of its prompt, as the VAE or the vision encoder reads them."""
+        if cache == "latents":
+            images, transform = target_images(sample), self.target_transform
+        else:
+            images, transform = input_images(sample), self.encoder.image_transform
+        return [lambda image=image: transform(load(image)) for image in images]
 
     def collate(self, rows: list[InstructionRow], report: ReadReport) -> InstructionBatch:
         """Rows → batch. A caption that the text model would be given cut counts as none."""

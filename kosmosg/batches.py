@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kosmosg.condition import Condition
 from kosmosg.prompt import PromptBatch
 
 Batch = TypeVar("Batch", bound="MicroBatch")
@@ -65,6 +66,8 @@ class MicroBatch:
         for item in fields(self):
             if isinstance(value := getattr(self, item.name), Tensor):
                 values[item.name] = value[index]
+            elif isinstance(value, Condition):
+                values[item.name] = value.rows(index)
         return replace(self, **values)
 
     def to(self: Batch, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -80,7 +83,7 @@ class MicroBatch:
         moved = {
             name: getattr(value, method)(*arguments, **keywords)
             for name, value in values.items()
-            if isinstance(value, Tensor | PromptBatch)
+            if isinstance(value, Tensor | PromptBatch | Condition)
         }
         return replace(self, **moved)
 
@@ -99,9 +102,23 @@ class LanguageModellingBatch(MicroBatch):
 
 @dataclass(kw_only=True)
 class AlignmentBatch(MicroBatch):
-    """Stage 2. `text_ids` B×Q int64: the captions for the image decoder's text model."""
+    """Stage 2.
 
-    text_ids: Tensor
+    Attributes:
+        text_ids: B×Q int64, the captions for the image decoder's text model; None where its states were cached.
+        states: B×L×D, the MLLM's cached states, zero at padding. The prompts then have lengths, but no ids.
+        target: t of eq. 5, cached.
+    """
+
+    text_ids: Tensor | None = None
+    states: Tensor | None = None
+    target: Condition | None = None
+
+    def rows(self, index: list[int]) -> "AlignmentBatch":
+        """Some rows, cut to their own longest as the prompts are."""
+        chosen = super().rows(index)
+        cut = None if chosen.states is None else chosen.states[:, : chosen.prompt.ids.shape[1]]
+        return replace(chosen, states=cut)
 
 
 @dataclass(kw_only=True)

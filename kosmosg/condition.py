@@ -67,6 +67,10 @@ class Condition(NamedTuple):
             None if pooled is None else pooled.to(*arguments, **options),
         )
 
+    def pin_memory(self) -> "Condition":
+        """In page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
     def replace_where(self, chosen: Tensor, other: "Condition") -> "Condition":
         """Rows where `chosen` (bool, B) is True give way to `other`, of one row or B."""
 

@@ -38,6 +38,9 @@ class ClipImageTransform:
     def __init__(self, size: int = 224):
         self.size = size
 
+    def __str__(self) -> str:
+        return f"{self.size}×{self.size}, cropped"
+
     def __call__(self, image: Image.Image) -> Tensor:
         """Any PIL image → float32 3×S×S."""
         bands = cropped(image, self.size, Image.Resampling.BICUBIC).split()
@@ -56,6 +59,9 @@ class TargetTransform:
 
     def __init__(self, size: int = 512):
         self.size = size
+
+    def __str__(self) -> str:
+        return f"{self.size}×{self.size}, cropped"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Any PIL image → float32 3×S×S in [-1, 1]."""

@@ -96,8 +96,8 @@ class EncodedPrompt:
 
 @dataclass
 class PromptBatch:
-    """Prompts padded on the right: ids B×L int64; image_mask B×L, padding B×L bool; images I×3×S×S, or as the
-    vision-language model takes them, or None.
+    """Prompts padded on the right: ids B×L int64; image_mask B×L, padding B×L bool; images I×3×S×S or the vision
+    encoder's cached states of them I×T×width, or as the vision-language model takes them, or None.
 
     Attributes:
         lengths: tokens of each row without padding. Kept on the host, as `images_per_row`, so that dividing a batch
@@ -320,7 +320,8 @@ class PromptEncoder:
     def describe(self, batch: PromptBatch) -> list[tuple[str, list[Image.Image]]]:
         """Text with `<i>` for each image, and the images, of each prompt."""
         described: list[tuple[str, list[Image.Image]]] = []
-        images = to_images(batch.images, CLIP_MEAN, CLIP_STD) if isinstance(batch.images, Tensor) else []
+        pixels = batch.images if isinstance(batch.images, Tensor) and batch.images.ndim == 4 else None  # or states
+        images = [] if pixels is None else to_images(pixels, CLIP_MEAN, CLIP_STD)
         for row, count in enumerate(batch.images_per_row):
             described.append((self._text_of(batch.ids[row].tolist()), images[:count]))
             images = images[count:]

@@ -8,13 +8,15 @@ be what the text model makes of the caption, in which words stand for them. Ther
 would give up what N cannot find again.
 
 Notable: without padding in the loss (`recipe.variant` masked or paper) a caption's loss does not depend on its batch,
-which may then be computed in buckets of similar length.
+which may then be computed in buckets of similar length, and s and t may be read from disk (`data.cached_states`): M and
+N are then the only networks.
 
 Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries, `C` condition width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +25,24 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kosmosg.batches import AlignmentBatch
-from kosmosg.condition import Condition
+from kosmosg.condition import Condition, ConditionSpec
 from kosmosg.losses import AlignmentVariant, reconstruction_loss, text_losses
 from kosmosg.models.aligner import Aligner, AlignerDecoder
-from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm, load_image_decoder
+from kosmosg.models.build import (
+    build_aligner,
+    build_aligner_decoder,
+    build_mllm,
+    image_decoder_class,
+    load_image_decoder,
+    mllm_fingerprint,
+)
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MultimodalLM, VisionTraining
-from kosmosg.prompt import PromptBatch
+from kosmosg.models.storage import fingerprint
+from kosmosg.prompt import EncodedPrompt, PromptBatch
 from lightning_modules.base import (
+    CacheEncoder,
     LoadDecoder,
     PromptShape,
     PromptTokenizer,
@@ -82,9 +93,30 @@ class AlignmentRecipe:
         if self.trainable == "all" and self.rec_weight:
             raise ValueError(f"recipe.rec_weight is {self.rec_weight}; allowed with recipe.trainable=all: 0")
 
+    def require_constant_states(self) -> None:
+        """Refuse cached states where the MLLM's change, or where their padding counts.
+
+        Raises:
+            ValueError: names the key.
+        """
+        for key, value, allowed in (
+            ("trainable", self.trainable, self.trainable == "aligner"),
+            ("frozen_dropout", self.frozen_dropout, not self.frozen_dropout),
+            ("variant", self.variant, self.variant != "released"),
+        ):
+            if not allowed:
+                raise ValueError(
+                    f"recipe.{key} is {value}; allowed with data.cached_states: recipe.trainable=aligner, "
+                    "recipe.frozen_dropout=false and recipe.variant=masked or paper"
+                )
+
 
 class AlignmentModule(StageModule):
     """See `AlignmentBatch`.
+
+    Args:
+        mllm, image_decoder: None where their states come from disk.
+        spec: the image decoder's.
 
     Raises:
         ValueError: M's queries, width or pooled width are not the text model's.
@@ -92,19 +124,22 @@ class AlignmentModule(StageModule):
 
     Recipe = AlignmentRecipe
     draws_images = True
+    mllm: MultimodalLM
+    image_decoder: ImageDecoder
 
     def __init__(
         self,
-        mllm: MultimodalLM,
+        mllm: MultimodalLM | None,
         aligner: Aligner,
         aligner_decoder: AlignerDecoder | None,
-        image_decoder: ImageDecoder,
+        image_decoder: ImageDecoder | None,
         recipe: AlignmentRecipe,
         optimizer: OptimizerConfig,
         seed: int,
+        spec: ConditionSpec | None = None,
     ):
         super().__init__(optimizer, seed)
-        spec = image_decoder.spec
+        self.spec = spec = spec or image_decoder.spec  # type: ignore[union-attr]
         for key, ours, theirs in (
             ("num_queries", aligner.config.num_queries, spec.tokens),
             ("width", aligner.config.width, spec.width),
@@ -114,11 +149,11 @@ class AlignmentModule(StageModule):
                 raise ValueError(
                     f"model.aligner.{key} is {ours}, but the text model of model.image_decoder has {theirs}"
                 )
-        self.mllm, self.aligner, self.aligner_decoder = mllm, aligner, aligner_decoder
-        self.image_decoder, self.recipe = image_decoder, recipe
-        if recipe.trainable == "all":
+        self.mllm, self.aligner, self.aligner_decoder = mllm, aligner, aligner_decoder  # type: ignore[assignment]
+        self.image_decoder, self.recipe = image_decoder, recipe  # type: ignore[assignment]
+        if mllm is not None and recipe.trainable == "all":
             mllm.set_trainable(recipe.vision_training)
-        else:
+        elif mllm is not None:
             mllm.requires_grad_(False)
         aligner.requires_grad_(True)
 
@@ -126,15 +161,46 @@ class AlignmentModule(StageModule):
     def build(
         cls, experiment: StageExperiment, tokenizer: PromptTokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "AlignmentModule":
-        return cls(
-            build_mllm(experiment.model, tokenizer, experiment.init_from),
-            build_aligner(experiment.model, None if experiment.recipe.new_aligner else experiment.init_from),
-            build_aligner_decoder(experiment.model) if experiment.recipe.rec_weight else None,
-            load_decoder(experiment.model.image_decoder, "text"),
-            experiment.recipe,
-            experiment.optimizer,
-            experiment.seed,
-        )
+        model, recipe, mllm, decoder, spec = experiment.model, experiment.recipe, None, None, None
+        # First, so that their first weights are the same whatever else is built.
+        aligner = build_aligner(model, None if recipe.new_aligner else experiment.init_from)
+        aligner_decoder = build_aligner_decoder(model) if recipe.rec_weight else None
+        if experiment.data.cached_states:
+            recipe.require_constant_states()
+            with torch.device("meta"):
+                spec = image_decoder_class(model.image_decoder).from_config(model.image_decoder, "text").spec
+        else:
+            mllm = build_mllm(model, tokenizer, experiment.init_from)
+            decoder = load_decoder(model.image_decoder, "text")
+        return cls(mllm, aligner, aligner_decoder, decoder, recipe, experiment.optimizer, experiment.seed, spec)
+
+    @classmethod
+    def cached_networks(cls, experiment: StageExperiment) -> dict[str, dict[str, str]]:
+        if not experiment.data.cached_states:
+            return {}
+        experiment.recipe.require_constant_states()
+        kind, model = image_decoder_class(experiment.model.image_decoder), experiment.model
+        return {
+            "states": mllm_fingerprint(model, experiment.init_from),
+            "text": {"network": fingerprint(model.image_decoder, *kind.text_parts())},
+        }
+
+    def cache_encoders(self) -> dict[str, CacheEncoder]:
+        def states(prompts: list[EncodedPrompt]) -> list[dict[str, Tensor]]:
+            batch = PromptBatch.stack(prompts, self.mllm.unconditional_prompt().pad_id).to(self.mllm.device)
+            hidden, _ = self.mllm.hidden_states(batch)
+            return [{"states": row[:length]} for row, length in zip(hidden, batch.lengths, strict=True)]
+
+        def text(captions: list[tuple[Tensor, int]]) -> list[dict[str, Tensor]]:
+            ids = torch.stack([ids for ids, _ in captions]).to(next(self.image_decoder.parameters()).device)
+            condition = self.image_decoder.text_condition(ids)._asdict()
+            return [
+                {"length": torch.tensor([length])}
+                | {name: value[row] for name, value in condition.items() if value is not None}
+                for row, (_, length) in enumerate(captions)
+            ]
+
+        return {"states": CacheEncoder(self.mllm, states), "text": CacheEncoder(self.image_decoder, text)}
 
     @property
     def model(self) -> KosmosG:
@@ -143,7 +209,8 @@ class AlignmentModule(StageModule):
 
     def frozen_modules(self) -> Sequence[nn.Module]:
         trains = self.recipe.trainable == "all"
-        return (self.image_decoder,) if trains or self.recipe.frozen_dropout else (self.mllm, self.image_decoder)
+        networks = (self.image_decoder,) if trains or self.recipe.frozen_dropout else (self.mllm, self.image_decoder)
+        return [network for network in networks if network is not None]
 
     def sharded_modules(self) -> Sequence[nn.Module]:
         networks = (self.mllm, self.aligner, self.aligner_decoder)
@@ -151,14 +218,14 @@ class AlignmentModule(StageModule):
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """`loss`, `mse_loss` (eq. 5) and, with N, `rec_loss` (eq. 6) of a batch."""
-        target = self.image_decoder.text_condition(batch.text_ids)
+        if batch.target is None:
+            batch = replace(batch, target=self.image_decoder.text_condition(batch.text_ids))
         buckets = length_buckets(batch.prompt.lengths, self.recipe.length_buckets)
-        prompts = [batch.prompt] if len(buckets) == 1 else [batch.prompt.rows(rows) for rows in buckets]
-        targets = [target] if len(buckets) == 1 else [target.rows(rows) for rows in buckets]
+        parts = [batch] if len(buckets) == 1 else [batch.rows(rows) for rows in buckets]
         wants_image = self.recipe.trainable == "all" and batch.prompt.images is None
         means = [
-            torch.stack(self._bucket_losses(prompt, target, wants_image and not number)) * (len(prompt) / len(batch))
-            for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
+            torch.stack(self._bucket_losses(part, wants_image and not number)) * (len(part) / len(batch))
+            for number, part in enumerate(parts)
         ]
         mse, *rec = torch.stack(means).sum(dim=0)
         loss = self.recipe.mse_weight * mse
@@ -166,14 +233,17 @@ class AlignmentModule(StageModule):
             return {"loss": loss, "mse_loss": mse}
         return {"loss": loss + self.recipe.rec_weight * rec[0], "mse_loss": mse, "rec_loss": rec[0]}
 
-    def _bucket_losses(self, prompt: PromptBatch, target: Condition, wants_image: bool) -> tuple[Tensor, ...]:
-        """L_mse and, with N, L_rec, means over the captions of `prompt`."""
-        variant = self.recipe.variant
+    def _bucket_losses(self, batch: Any, wants_image: bool) -> tuple[Tensor, ...]:
+        """L_mse and, with N, L_rec, means over the captions of `batch`."""
+        variant, prompt, target = self.recipe.variant, batch.prompt, batch.target
         if self.recipe.trainable == "all":
             condition = self.condition(prompt, self.mllm, self.aligner, wants_image or self.is_sharded)
             return (text_losses(condition, target, variant).mean(),)
-        with torch.no_grad():
-            hidden, padding = self.mllm.hidden_states(prompt)
+        if batch.states is None:
+            with torch.no_grad():
+                hidden, padding = self.mllm.hidden_states(prompt)
+        else:
+            hidden, padding = batch.states, prompt.padding
         condition = self.aligner(hidden, padding)
         mse = text_losses(condition, target, variant).mean()
         if self.aligner_decoder is None:
@@ -187,13 +257,27 @@ class AlignmentModule(StageModule):
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
         constructed = experiment.data.constructed
-        with_images = bool(constructed.shards and constructed.weight)
+        with_images = bool(constructed.shards and constructed.weight and not experiment.data.cached_states)
         return usual_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES) if with_images else PromptShape(CAPTION_TOKENS, 0)
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> AlignmentBatch:
+        if self.mllm is None:
+            return self._fake_cached(rows, shape.tokens)
         prompt = fake_prompts(self.mllm, rows, shape)
         text_ids = torch.zeros(rows, self.image_decoder.spec.tokens, dtype=torch.int64, device=prompt.ids.device)
         return AlignmentBatch(prompt=prompt, text_ids=text_ids, indices=list(range(rows)))
+
+    def _fake_cached(self, rows: int, tokens: int) -> AlignmentBatch:
+        spec, make = self.spec, partial(torch.zeros, rows, device=self.aligner.device)
+        masked, pooled = spec.masked, spec.pooled
+        target = Condition(
+            make(spec.tokens, spec.width),
+            make(spec.tokens, dtype=torch.bool) if masked else None,
+            None if pooled is None else make(pooled),
+        )
+        prompt = PromptBatch.stack([EncodedPrompt([0] * tokens, None, [])] * rows, 0).to(self.aligner.device)
+        states = make(tokens, self.aligner.config.input_width)
+        return AlignmentBatch(prompt=prompt, states=states, target=target, indices=list(range(rows)))
 
     def reference_images(self, batch: Any, sample: Sample) -> list[Image.Image]:
         """What the image decoder draws for the captions by itself."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import lightning
 import torch
@@ -53,6 +53,13 @@ class StageExperiment(Protocol):
     optimizer: OptimizerConfig
     init_from: str | None
     seed: int
+
+
+class CacheEncoder(NamedTuple):
+    """What makes a cache: a frozen network, and from what is read of some items to the values kept of each."""
+
+    network: nn.Module
+    encode: Callable[[list[Any]], list[dict[str, Tensor]]]
 
 
 @dataclass
@@ -130,6 +137,20 @@ class StageModule(lightning.LightningModule):
     def sharded_modules(self) -> Sequence[nn.Module]:
         """Networks that FSDP2 shards; the others are whole on every rank. Each must be run by calling it."""
         return ()
+
+    @classmethod
+    def cached_networks(cls, experiment: StageExperiment) -> dict[str, dict[str, str]]:
+        """The caches that `data.cached_*` names, and what each depends on beside samples and their preprocessing: the
+        fingerprint of the network, and what is read of it.
+
+        Raises:
+            ValueError: what should be cached trains.
+        """
+        return {}
+
+    def cache_encoders(self) -> dict[str, CacheEncoder]:
+        """By name, how these caches are made; of a module that was built without any."""
+        return {}
 
     def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
         """Write the stage's result as a model folder."""

@@ -27,12 +27,14 @@ from kosmosg.condition import Condition
 from kosmosg.image_processing import to_images
 from kosmosg.losses import TimestepWeighting, diffusion_loss, text_losses
 from kosmosg.models.aligner import Aligner
-from kosmosg.models.build import build_aligner, build_mllm, load_image_decoder
+from kosmosg.models.build import build_aligner, build_mllm, load_image_decoder, mllm_fingerprint
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.mllm import MultimodalLM, VisionTraining
+from kosmosg.models.mllm import MLLM, MultimodalLM, VisionTraining
+from kosmosg.models.storage import fingerprint
 from kosmosg.prompt import PromptBatch
 from lightning_modules.base import (
+    CacheEncoder,
     LoadDecoder,
     PromptShape,
     PromptTokenizer,
@@ -109,6 +111,7 @@ class InstructionTuningModule(StageModule):
 
     Recipe = InstructionTuningRecipe
     draws_images = True
+    cached_latents = False
 
     def __init__(
         self,
@@ -143,14 +146,53 @@ class InstructionTuningModule(StageModule):
     def build(
         cls, experiment: StageExperiment, tokenizer: PromptTokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "InstructionTuningModule":
-        return cls(
-            build_mllm(experiment.model, tokenizer, experiment.init_from),
-            build_aligner(experiment.model, None if experiment.recipe.new_aligner else experiment.init_from),
-            load_decoder(experiment.model.image_decoder, "all" if experiment.recipe.mse_weight else "images"),
-            experiment.recipe,
-            experiment.optimizer,
-            experiment.seed,
-        )
+        model, recipe, data = experiment.model, experiment.recipe, experiment.data
+        mllm: Any = build_mllm(model, tokenizer, experiment.init_from)
+        aligner = build_aligner(model, None if recipe.new_aligner else experiment.init_from)
+        decoder = load_decoder(model.image_decoder, "all" if recipe.mse_weight else "images")
+        module = cls(mllm, aligner, decoder, recipe, experiment.optimizer, experiment.seed)
+        if data.cached_vision:
+            require_frozen_vision(experiment)
+            mllm.vision.keep_blocks(recipe.vision_training.blocks)
+        if data.cached_latents:
+            decoder.drop_encoder()
+        module.cached_latents = bool(data.cached_latents)
+        return module
+
+    @classmethod
+    def cached_networks(cls, experiment: StageExperiment) -> dict[str, dict[str, str]]:
+        model, data, found = experiment.model, experiment.data, {}
+        if data.cached_latents:
+            found["latents"] = {"network": fingerprint(model.image_decoder, "vae")}
+        if data.cached_vision:
+            require_frozen_vision(experiment)
+            blocks = experiment.recipe.vision_training.blocks
+            kept = model.mllm.vision.layers - blocks
+
+            def wanted(name: str) -> bool:
+                _, _, layer = name.partition("vision.clip.encoder.layers.")
+                frozen = not layer or int(layer.partition(".")[0]) < kept
+                return name.startswith("vision.clip.") and "post_layernorm" not in name and frozen
+
+            network = mllm_fingerprint(model, experiment.init_from, wanted)["network"]
+            found["vision"] = {"network": network, "layer": str(kept)}
+        return found
+
+    def cache_encoders(self) -> dict[str, CacheEncoder]:
+        def latents(images: list[Tensor]) -> list[dict[str, Tensor]]:
+            device = next(self.image_decoder.autoencoder.parameters()).device
+            return [{"moments": row} for row in self.image_decoder.moments(torch.stack(images).to(device))]
+
+        encoders = {"latents": CacheEncoder(self.image_decoder.autoencoder, latents)}
+        if isinstance(self.mllm, MLLM):
+            vision, blocks = self.mllm.vision, self.recipe.vision_training.blocks
+
+            def states(images: list[Tensor]) -> list[dict[str, Tensor]]:
+                device = vision.clip.post_layernorm.weight.device
+                return [{"states": row} for row in vision.states_before(torch.stack(images).to(device), blocks)]
+
+            encoders["vision"] = CacheEncoder(vision, states)
+        return encoders
 
     @property
     def model(self) -> KosmosG:
@@ -256,6 +298,11 @@ class InstructionTuningModule(StageModule):
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> InstructionBatch:
         prompt = fake_prompts(self.mllm, rows, shape)
         targets = torch.zeros(rows, 3, image_size, image_size, device=prompt.ids.device)
+        if self.cached_latents:
+            channels, *sides = self.image_decoder.latent_shape(targets)
+            targets = targets.new_zeros(rows, channels, *sides)
+            if not self.image_decoder.are_moments(targets):  # means and log-variances
+                targets = targets.repeat(1, 2, 1, 1)
         text_ids = None
         if self.recipe.mse_weight:
             text_ids = torch.zeros(rows, self.image_decoder.spec.tokens, dtype=torch.int64, device=prompt.ids.device)
@@ -273,3 +320,18 @@ class InstructionTuningModule(StageModule):
         """mllm/, aligner/ and tokenizer/. LoRA's updates are merged, so that the module trains no more."""
         merge_lora(self.mllm)
         self.model.save_pretrained(folder, tokenizer)
+
+
+def require_frozen_vision(experiment: StageExperiment) -> None:
+    """Refuse cached states where what makes them trains, or is not the paper's vision encoder.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if experiment.model.language_model is not None:
+        raise ValueError("data.cached_vision is set with model.language_model; allowed: the paper's MLLM")
+    if experiment.recipe.vision_training.blocks == -1:
+        raise ValueError(
+            "recipe.vision_training.blocks is -1, so that the whole vision encoder trains; allowed with "
+            "data.cached_vision: 0 or more"
+        )

@@ -1,6 +1,7 @@
 """From the configuration to the parts of the model, fresh or with the weights of an earlier stage."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ from kosmosg.models.published import CONFIGS
 from kosmosg.models.sana import Sana
 from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.models.stable_diffusion_xl import StableDiffusionXL
-from kosmosg.models.storage import Part, find_model, load_network, load_part, require_class, require_same_config
-from kosmosg.models.vision_language_model import LanguageProcessor, VisionLanguageModel, language_config
+from kosmosg.models.storage import (
+    Part,
+    find_model,
+    fingerprint,
+    load_network,
+    load_part,
+    require_class,
+    require_same_config,
+)
+from kosmosg.models.vision_language_model import NETWORK, LanguageProcessor, VisionLanguageModel, language_config
 from kosmosg.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-5
@@ -120,6 +129,32 @@ def build_language_model(config: ModelConfig, init_from: str | Path | None) -> V
     model = VisionLanguageModel.from_pretrained(folder)
     model.register_to_config(**options)
     return model.train()
+
+
+def mllm_fingerprint(
+    config: ModelConfig, init_from: str | Path | None, wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, str]:
+    """What the states of `build_mllm`'s model depend on beside the prompts.
+
+    Args:
+        wanted: which weights count, by name.
+
+    Raises:
+        FileNotFoundError: `init_from` holds no model.
+        ValueError: the weights would be random.
+    """
+    folder = None if init_from is None else find_model(init_from) / "mllm"
+    if config.language_model is not None:
+        own = None if folder is None else folder / NETWORK
+        source = own if own is not None and own.is_dir() else config.language_model
+        return {
+            "network": fingerprint(source, wanted=wanted),
+            "tokenizer": fingerprint(config.language_model, wanted=lambda _: False),
+            "layer": str(config.hidden_layer),
+        }
+    if folder is None:
+        raise ValueError("init_from is null, so the MLLM has random weights, which no cache can be of.")
+    return {"network": fingerprint(folder, wanted=wanted), "tokenizer": fingerprint(config.tokenizer)}
 
 
 def mllm_width(config: ModelConfig) -> int:

@@ -212,6 +212,11 @@ class ImageDecoder(nn.Module):
     def autoencoder(self) -> Any:
         """The network whose latents it draws, a diffusers model: what cached latents depend on."""
 
+    def drop_encoder(self) -> Self:
+        """Without the part of the autoencoder that only encodes: targets must then be moments."""
+        self.autoencoder.encoder = None
+        return self
+
     def check(self, condition: Condition) -> None:
         """Refuse a condition of another form.
 

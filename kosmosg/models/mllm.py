@@ -178,10 +178,10 @@ class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
 
     def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
         """`<s>` and a blank image."""
-        tokens, size = self.config.image_tokens, self.vision.image_size
+        tokens = self.config.image_tokens
         # Lists, because a tensor of a dry run cannot be read.
         mask = [False] + [True] * tokens
-        row = EncodedPrompt([self.config.bos_id] * (1 + tokens), mask, [torch.zeros(3, size, size)])
+        row = EncodedPrompt([self.config.bos_id] * (1 + tokens), mask, [self.vision.blank()])
         return PromptBatch.stack([row], self.config.pad_id)
 
     def set_trainable(self, vision: VisionTraining) -> None:

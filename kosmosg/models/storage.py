@@ -1,7 +1,9 @@
 """Model folders: writing them whole, finding them, and loading that refuses weights of another model."""
 
+import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
 
 from kosmosg.files import clear_leftovers, replaced
@@ -16,6 +20,8 @@ from kosmosg.files import clear_leftovers, replaced
 Part = TypeVar("Part", bound=ModelMixin)
 Network = TypeVar("Network", bound=nn.Module)
 CONFIG_FILE = "config.json"
+FINGERPRINTED = ("*.json", "*.txt", "*.model", "*.safetensors")
+VARIANT = re.compile(r".+\..+\.(safetensors|json)")  # as model.fp16.safetensors, which is not read, and their index
 
 
 def find_model(folder: str | Path) -> Path:
@@ -164,3 +170,44 @@ def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] =
     ]
     if different:
         raise ValueError(f"'{folder}' is a checkpoint of another model: " + "; ".join(different) + ".")
+
+
+def fingerprint(source: str | Path, *parts: str, wanted: Callable[[str], bool] = lambda _: True) -> str:
+    """SHA-256 of the settings and weights of some parts of a folder or hub id, without building a network.
+
+    Args:
+        parts: folders in `source`; none for `source` itself.
+        wanted: which weights count, by name.
+
+    Raises:
+        FileNotFoundError: a part holds nothing that is read.
+    """
+    if not Path(source).is_dir():
+        patterns = [f"{part}/{pattern}" for part in parts for pattern in FINGERPRINTED] or FINGERPRINTED
+        source = snapshot_download(str(source), allow_patterns=list(patterns))
+    digest = hashlib.sha256()
+    for part in parts or (".",):
+        files = sorted({file for pattern in FINGERPRINTED for file in (Path(source) / part).glob(pattern)})
+        files = [file for file in files if not VARIANT.fullmatch(file.name)]
+        if not files:
+            raise FileNotFoundError(f"'{Path(source) / part}' holds no {', '.join(FINGERPRINTED)}.")
+        tensors: dict[str, Path] = {}
+        for file in files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    tensors |= dict.fromkeys(opened.keys(), file)
+                continue
+            content = file.read_bytes()
+            if file.name == CONFIG_FILE:  # what begins with "_" tells which software wrote it
+                settings = json.loads(content)
+                kept = {name: value for name, value in settings.items() if not name.startswith("_")}
+                content = json.dumps(kept, sort_keys=True).encode()
+            digest.update(f"{part}/{file.name} {len(content)}\n".encode() + content)
+        # By name, however they are divided into files.
+        for name, file in sorted(tensors.items()):
+            if wanted(name):
+                with safe_open(file, "pt") as opened:
+                    tensor = opened.get_tensor(name)
+                digest.update(f"{part}/{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
