@@ -46,9 +46,10 @@ def image_decoder_index(source: str | Path) -> dict[str, Any]:
         ValueError: a pipeline without a class here.
     """
     index: dict[str, Any] = {}
-    if str(source) in CONFIGS:  # known without asking the hub, so that a dry run needs no network
+    folder = Path(source).is_dir()
+    if str(source) in CONFIGS and not folder:  # known without asking the hub, so that a dry run needs no network
         index = CONFIGS[str(source)]["model_index"]
-    elif not Path(source).is_dir() or (Path(source) / DiffusionPipeline.config_name).is_file():
+    elif not folder or (Path(source) / DiffusionPipeline.config_name).is_file():
         with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
             index = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
     usual = next(iter(IMAGE_DECODERS))

@@ -413,9 +413,11 @@ def language_config(source: str | Path) -> PretrainedConfig:
     Raises:
         ValueError: there is none; under FakeTensorMode, as in a dry run, a hub id whose sizes are not known here.
     """
+    if Path(source).is_dir():  # also where a folder has the name of a hub id, as its weights are then read from there
+        return read_config(source)
     if str(source) in LANGUAGE_MODELS:
         return AutoConfig.for_model(**LANGUAGE_MODELS[str(source)])
-    if type(torch.empty(0)) is not Tensor and not Path(source).is_dir():
+    if type(torch.empty(0)) is not Tensor:
         known = ", ".join(f"'{name}'" for name in LANGUAGE_MODELS)
         raise ValueError(
             f"model.language_model is '{source}', whose sizes a dry run does not know; allowed: a folder, or {known}"

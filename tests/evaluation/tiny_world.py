@@ -83,8 +83,8 @@ def write_coco(folder: Path) -> Path:
     return folder
 
 
-def write_encoders(folder: Path) -> Path:
-    """clip/ dino/ fid/ judge/ as transformers writes them, with random weights."""
+def write_encoders(folder: Path, side: int = SIDE) -> Path:
+    """clip/ dino/ fid/ judge/ as transformers writes them, with random weights; CLIP and DINO read images of `side`."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -97,9 +97,9 @@ def write_encoders(folder: Path) -> Path:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        vision = {**sizes, "image_size": SIDE, "patch_size": 16}
+        vision = {**sizes, "image_size": side, "patch_size": 16}
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        dino = ViTModel(ViTConfig(**sizes, image_size=SIDE, patch_size=16), add_pooling_layer=False)
+        dino = ViTModel(ViTConfig(**sizes, image_size=side, patch_size=16), add_pooling_layer=False)
         resnet = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
         fid = ResNetForImageClassification(ResNetConfig(**resnet, num_labels=3))
         judge = ResNetForImageClassification(ResNetConfig(**resnet, id2label=dict(enumerate(JUDGED))))
@@ -108,7 +108,7 @@ def write_encoders(folder: Path) -> Path:
         fid.save_pretrained(folder / "fid")
         judge.save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "clip")
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder / "clip")
     for name in ("dino", "fid", "judge"):
         ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder / name)
     return folder
