@@ -261,7 +261,7 @@ class FolderCheckpoints(Strategy):
         targets = {f"{MODEL}{name}": parameter.detach() for name, parameter in parameters.items()}
         average = {name: empty_average(parameters[name]) for name in _below(EMA, shapes)}
         targets |= _prefixed(EMA, average)
-        (optimizer,) = self.optimizers
+        optimizer: Any = self.optimizers[0]
         written = _below(OPTIMIZER, shapes)
         for name in {place.rpartition(".")[0] for place in written}:  # none before the first step
             optimizer.state[parameters[name]] = optimizer.empty_state(parameters[name])

@@ -52,7 +52,7 @@ class MultimodalLM(nn.Module):
         decoder: the causal language model in it.
     """
 
-    decoder: nn.Module
+    decoder: Any
     width: int
     max_tokens: int
     device: torch.device

@@ -296,7 +296,7 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         return output.last_hidden_state if self.layer == self.last_layer else output.hidden_states[self.layer]
 
     @property
-    def decoder(self) -> nn.Module:  # type: ignore[override]
+    def decoder(self) -> Any:  # type: ignore[override]
         return self.network.get_decoder()
 
     def encoder(self, tokenizer: Any, max_length: int | None = None) -> ProcessorEncoder:
