@@ -51,14 +51,14 @@ def test_resumed_run_of_lora_and_8_bit_moments_is_the_same_to_the_last_bit(
 def test_sharded_8_bit_moments_go_on_on_one_rank(configs: dict[str, Path], tmp_path: Path) -> None:
     """Two ranks train as one does, and either reads what the other wrote."""
     one, two = tmp_path / "one", tmp_path / "two"
-    options = ["optimizer.eight_bit=true", "trainer.checkpoint_every=2"]
+    options = ["optimizer.eight_bit=true", "recipe.lora_rank=2", "trainer.checkpoint_every=2"]
     for ranks, run in ((1, one), (2, two)):
         finish(ranks, configs[STAGE], run, *options)
     back_to(two, 2)
     finish(1, configs[STAGE], two, *options)
     for row, other in zip(numbers(one, STAGE), numbers(two, STAGE), strict=True):
         assert other[:-1] == pytest.approx(row[:-1], rel=1e-3)
-    plain = [str(configs[STAGE]), f"run={two}", "trainer.global_batch_size=4", "data.micro_batch_size=4"]
+    plain = [str(configs[STAGE]), f"run={two}", "recipe.lora_rank=2", "trainer.global_batch_size=4", "data.micro_batch_size=4"]
     back_to(two, 2)
     assert train.main([*plain, "data.validation_samples=8", "model.mllm.dropout=0"]) == 2, output(two)
 
