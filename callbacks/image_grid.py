@@ -15,7 +15,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from kosmosg.batches import MicroBatch
 from kosmosg.condition import Condition
@@ -156,5 +156,5 @@ def contact_sheet(rows: Sequence[Row], titles: Sequence[str]) -> Image.Image:
             # Miniature images are enlarged in whole steps, so that what the model drew is not smoothed over.
             enlarge = image.width < CELL and CELL % image.width == 0
             resampling = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
-            sheet.paste(image.convert("RGB").resize((CELL, CELL), resampling), (lefts[column], top))
+            sheet.paste(ImageOps.pad(image.convert("RGB"), (CELL, CELL), resampling, PAPER), (lefts[column], top))
     return sheet

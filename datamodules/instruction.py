@@ -51,6 +51,9 @@ class InstructionDataConfig(DataConfig):
     """Pixels; image-caption pairs with a smaller width or height are left out (released-code.md, "Caption rows")."""
     max_pieces: int = 128
     """Longer captions of image-caption pairs are left out: SentencePiece pieces."""
+    aspect_ratio_multiple: int | None = None
+    """Targets are cropped to the nearest of eleven aspect ratios from 1:2 to 2:1, with about model.image_size² pixels
+    and sides that are multiples of this; 64 is usual. null: to squares, as in the paper."""
     cached_latents: Precision | None = None
     """Read the VAE's moments of the targets, which `train.py cache` wrote in this precision; the posterior is still
     sampled in every step."""
@@ -62,8 +65,8 @@ class InstructionDataConfig(DataConfig):
         super().__post_init__()
         if not 0 <= self.edit_caption_drop <= 1:
             raise ValueError(f"edit_caption_drop={self.edit_caption_drop} must lie in 0 … 1.")
-        for name, least in (("min_image_side", 0), ("max_pieces", 1)):
-            if getattr(self, name) < least:
+        for name, least in (("min_image_side", 0), ("max_pieces", 1), ("aspect_ratio_multiple", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
 
@@ -225,8 +228,10 @@ class InstructionData(MixtureDataModule):
         cls, config: InstructionDataConfig, encoder: PromptEncoder, image_size: int, decoder: ImageDecoder | None
     ) -> "InstructionData":
         assert decoder is not None
-        clip = caption_tokens(decoder) if decoder.has_text_model else None
-        return cls(config, encoder, TargetTransform(image_size), clip)
+        transform = TargetTransform(image_size, config.aspect_ratio_multiple)
+        for size in transform.sizes:
+            decoder.latent_shape(torch.empty(1, 3, *size, device="meta"))  # raises where the VAE cannot divide them
+        return cls(config, encoder, transform, caption_tokens(decoder) if decoder.has_text_model else None)
 
     def __init__(
         self,
@@ -272,6 +277,6 @@ class InstructionData(MixtureDataModule):
             text_ids, lengths = self.clip(captions)
             told = [bool(words) and length <= self.clip.room for words, length in zip(captions, lengths, strict=True)]
             text_ids = text_ids.masked_fill(~torch.tensor(told)[:, None], -1)
-        return InstructionBatch(
-            prompt=self.encoder.collate(prompts), targets=torch.stack(targets), text_ids=text_ids, report=report
-        )
+        of_one_size = len({target.shape for target in targets}) == 1
+        targets = torch.stack(targets) if of_one_size else list(targets)
+        return InstructionBatch(prompt=self.encoder.collate(prompts), targets=targets, text_ids=text_ids, report=report)

@@ -68,6 +68,8 @@ class MicroBatch:
                 values[item.name] = value[index]
             elif isinstance(value, Condition):
                 values[item.name] = value.rows(index)
+            elif is_tensors(value):
+                values[item.name] = [value[row] for row in index]
         return replace(self, **values)
 
     def to(self: Batch, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -85,6 +87,9 @@ class MicroBatch:
             for name, value in values.items()
             if isinstance(value, Tensor | PromptBatch | Condition)
         }
+        for name, value in values.items():
+            if is_tensors(value):
+                moved[name] = [getattr(tensor, method)(*arguments, **keywords) for tensor in value]
         return replace(self, **moved)
 
 
@@ -126,10 +131,16 @@ class InstructionBatch(MicroBatch):
     """Stage 3.
 
     Attributes:
-        targets: B×3×H×W float32 in [-1, 1], or their cached latents: the VAE's moments B×8×h×w.
+        targets: B×3×H×W float32 in [-1, 1], or their cached latents: the VAE's moments B×8×h×w. Where they are not of
+            one size, a list of B.
         text_ids: captions of the targets for the image decoder's text model, B×Q int64, -1 in rows without one; None
             where no loss reads them.
     """
 
-    targets: Tensor
+    targets: Tensor | list[Tensor]
     text_ids: Tensor | None = None
+
+
+def is_tensors(value: Any) -> bool:
+    """Whether it is a list of tensors, one row each."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)

@@ -5,12 +5,15 @@ Values are those of float64 arithmetic rounded once, at the end: that is how the
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+ImageFit = Literal["crop", "pad"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -29,21 +32,23 @@ EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 class ClipImageTransform:
-    """What the vision encoder reads: shorter side bicubic, centre crop, CLIP's mean and deviation.
+    """What the vision encoder reads: bicubic, centre crop or padding, CLIP's mean and deviation.
 
     Args:
         size: pixels on a side, `S`.
+        fit: an image that is not square is cropped, its shorter side S, or padded with white, its longer side S.
     """
 
-    def __init__(self, size: int = 224):
-        self.size = size
+    def __init__(self, size: int = 224, fit: ImageFit = "crop"):
+        self.size, self.fit = size, fit
 
     def __str__(self) -> str:
-        return f"{self.size}×{self.size}, cropped"
+        return f"{self.size}×{self.size}, {self.fit}"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Any PIL image → float32 3×S×S."""
-        bands = cropped(image, self.size, Image.Resampling.BICUBIC).split()
+        fitted = padded if self.fit == "pad" else cropped
+        bands = fitted(image, (self.size, self.size), Image.Resampling.BICUBIC).split()
         pixels = torch.empty(3, self.size, self.size)
         for channel, band, mean, deviation in zip(pixels.numpy(), bands, CLIP_MEAN, CLIP_STD, strict=True):
             channel[:] = (np.asarray(band, dtype=np.float64) / 255.0 - mean) / deviation
@@ -51,23 +56,33 @@ class ClipImageTransform:
 
 
 class TargetTransform:
-    """What the VAE reads: shorter side bilinear, centre crop, [-1, 1].
+    """What the VAE reads: bilinear, centre crop, [-1, 1].
 
     Args:
         size: pixels on a side, `S`.
+        multiple: for sizes near an image's own aspect ratio, from 1:2 to 2:1: their area is about S², and their sides
+            are multiples of this. None for squares alone.
+
+    Attributes:
+        sizes: (height, width) of what it gives.
     """
 
-    def __init__(self, size: int = 512):
-        self.size = size
+    def __init__(self, size: int = 512, multiple: int | None = None):
+        self.size, self.multiple, self.sizes = size, multiple, [(size, size)]
+        if multiple is not None:
+            self.sizes = generate_aspect_ratio_buckets(size, multiple)
 
     def __str__(self) -> str:
-        return f"{self.size}×{self.size}, cropped"
+        squares = self.multiple is None
+        return f"{self.size}×{self.size}, crop" if squares else f"{self.size}² in multiples of {self.multiple}, crop"
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Any PIL image → float32 3×S×S in [-1, 1]."""
+        """Any PIL image → float32 3×H×W in [-1, 1], of one of `sizes`."""
+        image = rgb(image)
+        size = self.sizes[find_nearest_bucket(image.height, image.width, self.sizes) or 0]
         # (2x - 255)/255 in float32 is x/127.5 - 1 rounded from float64 for each of the 256 values, and half the time.
-        bands = cropped(image, self.size, Image.Resampling.BILINEAR).split()
-        pixels = torch.empty(3, self.size, self.size)
+        bands = cropped(image, size, Image.Resampling.BILINEAR).split()
+        pixels = torch.empty(3, *size)
         for channel, band in zip(pixels.numpy(), bands, strict=True):
             channel[:] = np.asarray(band)
         return pixels.mul_(2).sub_(255).div_(255)
@@ -89,26 +104,41 @@ def read_image(file: str | Path) -> Image.Image:
         raise ValueError(f"the image '{file}' cannot be read: {error}") from error
 
 
-def cropped(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
-    """Shorter side to `size`, centre crop; RGB.
+def cropped(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    """Resized to cover (height, width), centre crop; RGB.
 
     Raises:
         ValueError: the image has no pixels, is too long for its width, or has no meaning in RGB.
     """
+    image = readable(image, size)
+    height, width = size
+    # The other side is cut off, not rounded: one pixel would shift the crop.
+    if height * image.width >= width * image.height:
+        resized = max(width, int(height * image.width / image.height)), height
+    else:
+        resized = width, max(height, int(width * image.height / image.width))
+    if resized != image.size:
+        image = image.resize(resized, resampling)
+    left, top = round((resized[0] - width) / 2.0), round((resized[1] - height) / 2.0)
+    return image.crop((left, top, left + width, top + height))
+
+
+def padded(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    """Resized to fit into (height, width), white around it; RGB. Errors as `cropped`."""
+    return ImageOps.pad(readable(image, size), (size[1], size[0]), resampling, "white")
+
+
+def readable(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image in RGB, if it can be resized; see `cropped`."""
     image = rgb(image)
     width, height = image.size
     shorter = min(width, height)
     if not shorter or max(width, height) > LONGEST_ASPECT * shorter:
         raise ValueError(
-            f"an image of {width}×{height} pixels cannot be resized to {size}×{size}; allowed: at least one pixel and "
-            f"a longer side of at most {LONGEST_ASPECT} times the shorter."
+            f"an image of {width}×{height} pixels cannot be resized to {size[1]}×{size[0]}; allowed: at least one "
+            f"pixel and a longer side of at most {LONGEST_ASPECT} times the shorter."
         )
-    if shorter != size:
-        # The longer side is cut off, not rounded: one pixel would shift the crop.
-        width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
-        image = image.resize((width, height), resampling)
-    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-    return image.crop((left, top, left + size, top + size))
+    return image
 
 
 def rgb(image: Image.Image, turn: bool = True) -> Image.Image:

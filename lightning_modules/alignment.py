@@ -257,7 +257,7 @@ class AlignmentModule(StageModule):
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
         constructed = experiment.data.constructed
-        with_images = bool(constructed.shards and constructed.weight and not experiment.data.cached_states)
+        with_images = bool(constructed.shards and constructed.weight)
         return usual_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES) if with_images else PromptShape(CAPTION_TOKENS, 0)
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> AlignmentBatch:

@@ -14,7 +14,7 @@ Shapes: `B` batch, `n` timesteps of each sample, `L` tokens, `Q` queries, `C` co
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,13 @@ from kosmosg.condition import Condition
 from kosmosg.image_processing import to_images
 from kosmosg.losses import TimestepWeighting, diffusion_loss, text_losses
 from kosmosg.models.aligner import Aligner
-from kosmosg.models.build import build_aligner, build_mllm, load_image_decoder, mllm_fingerprint
+from kosmosg.models.build import (
+    build_aligner,
+    build_mllm,
+    image_decoder_class,
+    load_image_decoder,
+    mllm_fingerprint,
+)
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM, MultimodalLM, VisionTraining
@@ -163,7 +169,8 @@ class InstructionTuningModule(StageModule):
     def cached_networks(cls, experiment: StageExperiment) -> dict[str, dict[str, str]]:
         model, data, found = experiment.model, experiment.data, {}
         if data.cached_latents:
-            found["latents"] = {"network": fingerprint(model.image_decoder, "vae")}
+            _, autoencoder = image_decoder_class(model.image_decoder).networks
+            found["latents"] = {"network": fingerprint(model.image_decoder, autoencoder)}
         if data.cached_vision:
             require_frozen_vision(experiment)
             blocks = experiment.recipe.vision_training.blocks
@@ -181,7 +188,7 @@ class InstructionTuningModule(StageModule):
     def cache_encoders(self) -> dict[str, CacheEncoder]:
         def latents(images: list[Tensor]) -> list[dict[str, Tensor]]:
             device = next(self.image_decoder.autoencoder.parameters()).device
-            return [{"moments": row} for row in self.image_decoder.moments(torch.stack(images).to(device))]
+            return [{"moments": moments} for moments in self.moments([image.to(device) for image in images])]
 
         encoders = {"latents": CacheEncoder(self.image_decoder.autoencoder, latents)}
         if isinstance(self.mllm, MLLM):
@@ -251,14 +258,28 @@ class InstructionTuningModule(StageModule):
             return conditions, self.image_decoder.spec.null(conditions.rows(slice(0, 1)))
         return conditions.rows(slice(0, rows)), conditions.rows(slice(rows, None))
 
+    def diffusion_losses(
+        self, purpose: str, batch: InstructionBatch, conditions: tuple[Condition, Condition], dropout: float = 0.0
+    ) -> Tensor:
+        """`sample_losses` of a batch with its own draws; rows whose targets are of one size go through the decoder
+        together, whatever else is in the batch."""
+        condition, null = conditions
+        if isinstance(batch.targets, Tensor):
+            return self.sample_losses(condition, null, batch.targets, self.draws(purpose, batch), dropout)
+        losses: dict[int, Tensor] = {}
+        for rows, targets in size_groups(batch.targets):
+            draws = self.draws(purpose, replace(batch, targets=targets, indices=[batch.indices[row] for row in rows]))
+            found = self.sample_losses(condition.rows(rows), null, targets, draws, dropout)
+            losses |= zip(rows, found.view(len(rows), -1), strict=True)
+        return torch.cat([losses[row] for row in range(len(batch))])
+
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """`loss`; with an alignment term also its parts, `diffusion_loss` and `mse_loss`."""
-        draws, recipe = self.draws("train", batch), self.recipe
-        condition, null = self.conditions(batch.prompt)
-        diffusion = self.sample_losses(condition, null, batch.targets, draws, recipe.condition_dropout).mean()
+        recipe, conditions = self.recipe, self.conditions(batch.prompt)
+        diffusion = self.diffusion_losses("train", batch, conditions, recipe.condition_dropout).mean()
         if not recipe.mse_weight:
             return {"loss": diffusion}
-        mse = self.text_loss(condition, batch.text_ids)
+        mse = self.text_loss(conditions[0], batch.text_ids)
         return {"loss": diffusion + recipe.mse_weight * mse, "diffusion_loss": diffusion, "mse_loss": mse}
 
     def text_loss(self, condition: Condition, text_ids: Tensor) -> Tensor:
@@ -269,9 +290,9 @@ class InstructionTuningModule(StageModule):
 
     def draws(self, purpose: str, batch: InstructionBatch) -> DiffusionDraws:
         """n timesteps and noises for each row, by its index."""
-        each, decoder, targets = self.recipe.timesteps_per_sample, self.image_decoder, batch.targets
-        each = each if purpose == "train" else 1
-        shape = decoder.latent_shape(targets)
+        each = self.recipe.timesteps_per_sample if purpose == "train" else 1
+        assert isinstance(batch.targets, Tensor)
+        shape = self.image_decoder.latent_shape(batch.targets)
         indices = [index * each + number for index in batch.indices for number in range(each)]
         low_discrepancy = self.recipe.timestep_sampling == "low_discrepancy"
         return draw_diffusion(self.seed, purpose, indices, shape, low_discrepancy).to(self.device)
@@ -279,18 +300,28 @@ class InstructionTuningModule(StageModule):
     def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
         """`diffusion_loss` on draws that never change; over samples with images also `diffusion_loss_with_image` and
         the same with each image replaced by its neighbour in the batch, `diffusion_loss_mismatched_images`."""
-        decoder, draws = self.image_decoder, self.draws("validation", batch)
-        targets = batch.targets if decoder.are_moments(batch.targets) else decoder.moments(batch.targets)
-        right = self.sample_losses(*self.conditions(batch.prompt), targets, draws, dropout=0.0)
+        batch = replace(batch, targets=self.moments(batch.targets))
+        right = self.diffusion_losses("validation", batch, self.conditions(batch.prompt))
         losses = {"diffusion_loss": (right.mean(), len(batch))}
         images = batch.prompt.images
         if self.any_rank(images is not None and len(images) > 1):
-            wrong = self.sample_losses(*self.conditions(batch.prompt.roll_images()), targets, draws, dropout=0.0)
+            wrong = self.diffusion_losses("validation", batch, self.conditions(batch.prompt.roll_images()))
             with_image = torch.tensor([count > 0 for count in batch.prompt.images_per_row], device=right.device)
             count = sum(count > 0 for count in batch.prompt.images_per_row)
             losses["diffusion_loss_with_image"] = (right[with_image].sum() / max(1, count), count)
             losses["diffusion_loss_mismatched_images"] = (wrong[with_image].sum() / max(1, count), count)
         return losses
+
+    def moments(self, targets: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Of targets, if they are not moments already."""
+        if isinstance(targets, list):
+            found = {
+                row: value
+                for rows, group in size_groups(targets)
+                for row, value in zip(rows, self.moments(group), strict=True)
+            }
+            return [found[row] for row in range(len(targets))]
+        return targets if self.image_decoder.are_moments(targets) else self.image_decoder.moments(targets)
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
         return usual_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES)
@@ -311,6 +342,9 @@ class InstructionTuningModule(StageModule):
     def reference_images(self, batch: Any, sample: Sample) -> list[Image.Image]:
         """The samples' own targets."""
         targets, decoder = batch.targets, self.image_decoder
+        if isinstance(targets, list):
+            each = (replace(batch, targets=target[None]) for target in targets)
+            return [image for one in each for image in self.reference_images(one, sample)]
         if decoder.are_moments(targets):
             noise = torch.zeros(len(targets), *decoder.latent_shape(targets), device=self.device)
             targets = decoder.decode(decoder.latents(targets.to(self.device), noise))
@@ -320,6 +354,14 @@ class InstructionTuningModule(StageModule):
         """mllm/, aligner/ and tokenizer/. LoRA's updates are merged, so that the module trains no more."""
         merge_lora(self.mllm)
         self.model.save_pretrained(folder, tokenizer)
+
+
+def size_groups(targets: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Rows whose targets are of one size, and those targets stacked."""
+    rows: dict[torch.Size, list[int]] = {}
+    for row, target in enumerate(targets):
+        rows.setdefault(target.shape, []).append(row)
+    return [(group, torch.stack([targets[row] for row in group])) for _, group in sorted(rows.items())]
 
 
 def require_frozen_vision(experiment: StageExperiment) -> None:

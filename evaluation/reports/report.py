@@ -179,7 +179,7 @@ def findings(scores: Sequence[Score]) -> list[Finding]:
     lines = []
     for table in tables_of(scores):
         rows = dict(table_rows(scores, table))
-        for kind in columns(scores, table):
+        for kind in (kind for kind in columns(scores, table) if kind.headline):
             before, after = (rows.get(name, {}).get(kind.name) for name in (BEFORE_STAGE_3, AFTER_STAGE_3))
             if before is not None and after is not None:
                 apart = before.high < after.low or after.high < before.low

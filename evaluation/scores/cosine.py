@@ -53,7 +53,7 @@ class NearCopies(Fidelity):
     """The share of images that are nearly their input image."""
 
     name, title, better, needs, network = "near_copies", "Near copies", "", ("dino",), "dino"
-    optional = True
+    optional, headline = True, False
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """1 for a near copy, else 0."""

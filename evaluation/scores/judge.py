@@ -99,7 +99,7 @@ class Judged(Metric):
 class Kind(Judged):
     """The judge sees the subject's own label, or what the words change it to."""
 
-    name, title = "kind", "Kind"
+    name, title, headline = "kind", "Kind", False
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """Of the images that have such a label."""
@@ -158,7 +158,7 @@ class Words(Judged):
 class PairKind(Judged):
     """Of images of two subjects: each slot's kind is seen in its half."""
 
-    name, title = "pair_kind", "Kind"
+    name, title, headline = "pair_kind", "Kind", False
 
     def seen(self, items: Sequence[Item]) -> list[tuple[Item, list[str], list[str]]]:
         """Each image with the kinds that were asked for and those that its halves show."""

@@ -70,7 +70,7 @@ class Shown(Metric):
 class ShownKind(Shown):
     """Against the inputs of other kinds."""
 
-    name, title = "shown_kind", "Kind"
+    name, title, headline = "shown_kind", "Kind", False
 
     def values(self, items: Sequence[Item]) -> list[tuple[Item, float | None]]:
         """By the judge's feature."""
@@ -88,7 +88,7 @@ class ShownKind(Shown):
 class ShownLook(Shown):
     """Against other individuals of the kind."""
 
-    name, title = "shown_look", "Look"
+    name, title, headline = "shown_look", "Look", False
 
     def values(self, items: Sequence[Item]) -> list[tuple[Item, float | None]]:
         """By the judge's feature."""
@@ -104,7 +104,7 @@ class ShownLook(Shown):
 class ShownBackground(Shown):
     """Against the inputs of all other subjects."""
 
-    name, title, better = "shown_background", "Background", "↓"
+    name, title, better, headline = "shown_background", "Background", "↓", False
 
     def values(self, items: Sequence[Item]) -> list[tuple[Item, float | None]]:
         """By the mean colours of the four corners."""
@@ -129,7 +129,7 @@ class ShownBackground(Shown):
 class ShownPose(Shown):
     """Against the mirror image of the input."""
 
-    name, title, better = "shown_pose", "Pose", "↓"
+    name, title, better, headline = "shown_pose", "Pose", "↓", False
 
     def values(self, items: Sequence[Item]) -> list[tuple[Item, float | None]]:
         """By pixels."""

@@ -69,6 +69,8 @@ class Metric(ABC):
     floor: ClassVar[float | None] = 0.0
     """Least value of the mean and its interval; None where it may be negative."""
     interval: ClassVar[str] = "95 % interval"
+    headline: ClassVar[bool] = True
+    """Whether it stands in the report's first lines; parts of other metrics do not."""
     samples: ClassVar[bool] = True
     """Whether the values of rows are numbers, which samples.csv keeps."""
 

@@ -18,6 +18,7 @@ from kosmosg.models.sana import Sana
 from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.models.stable_diffusion_xl import StableDiffusionXL
 from kosmosg.models.storage import (
+    CHANGEABLE,
     Part,
     find_model,
     fingerprint,
@@ -108,6 +109,7 @@ def build_mllm(
         "xpos": mllm.xpos,
         "pad_id": tokenizer.pad_id,
         "bos_id": tokenizer.bos_id,
+        "image_fit": mllm.image_fit,
     }
     model = built(MLLM, arguments, init_from, "mllm")
     if init_from is None:
@@ -207,9 +209,9 @@ def built(kind: type[Part], arguments: dict[str, Any], init_from: str | Path | N
     folder = find_model(init_from) / name
     require_class(kind, folder)
     require_same_config(folder, arguments)
-    # The configuration's dropout holds, which need not be what the earlier stage used.
+    # The configuration's dropout and image_fit hold, which need not be what the earlier stage used.
     saved = load_part(kind, folder)
-    if saved.config.get("dropout") == arguments.get("dropout"):
+    if all(saved.config.get(name) == arguments.get(name) for name in CHANGEABLE):
         return saved.train()
     model = kind(**arguments)
     model.load_state_dict(saved.state_dict())

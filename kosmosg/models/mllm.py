@@ -96,6 +96,7 @@ class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
         dropout: on embeddings, after each attention and feed-forward, on the resampler's attention weights.
         xpos: see `positions.XPos`; the released model leaves it off.
         bos_id: `<s>`, of which the null condition consists.
+        image_fit: of its prompts' images, see `ClipImageTransform`.
     """
 
     config_name = "config.json"
@@ -114,6 +115,7 @@ class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
         xpos: bool = False,
         pad_id: int = 1,
         bos_id: int = 0,
+        image_fit: str = "crop",
     ):
         super().__init__()
         self.vision = VisionEncoder(vision_config)
@@ -165,9 +167,8 @@ class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
         return F.linear(hidden, self.output_matrix)
 
     def encoder(self, tokenizer: Tokenizer, max_length: int | None = None) -> PromptEncoder:
-        return PromptEncoder(
-            tokenizer, ClipImageTransform(self.vision.image_size), self.config.image_tokens, max_length
-        )
+        transform = ClipImageTransform(self.vision.image_size, self.config.image_fit)
+        return PromptEncoder(tokenizer, transform, self.config.image_tokens, max_length)
 
     def hidden_states(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         return self(batch), batch.padding

@@ -5,6 +5,8 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from kosmosg.image_processing import ImageFit
+
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
@@ -63,6 +65,8 @@ class MLLMConfig:
     """Width of the feed-forward."""
     image_tokens: int = 64
     """Slots of one image in the prompt, K."""
+    image_fit: ImageFit = "crop"
+    """What is done to an image of a prompt that is not square: crop its middle, or pad it with white."""
     resampler_gain: float = 1.0
     """Factor on the initial weights of the resampler's input projection. The image tokens have length 1, so that with 1
     (the released code) they enter about √(3 · vision.width) times smaller than the latents beside them."""

@@ -20,6 +20,7 @@ from kosmosg.files import clear_leftovers, replaced
 Part = TypeVar("Part", bound=ModelMixin)
 Network = TypeVar("Network", bound=nn.Module)
 CONFIG_FILE = "config.json"
+CHANGEABLE = ("dropout", "image_fit")  # from stage to stage, over the same weights
 FINGERPRINTED = ("*.json", "*.txt", "*.model", "*.safetensors")
 VARIANT = re.compile(r".+\..+\.(safetensors|json)")  # as model.fp16.safetensors, which is not read, and their index
 
@@ -153,7 +154,7 @@ def require_class(kind: type[ModelMixin], folder: Path) -> None:
         raise ValueError(f"'{folder}' holds a {saved}, not a {kind.__name__}: it is of another model.")
 
 
-def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] = ("dropout",)) -> None:
+def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] = CHANGEABLE) -> None:
     """Refuse a saved part whose sizes differ from `expected`, constructor arguments by name.
 
     Raises:
@@ -180,34 +181,33 @@ def fingerprint(source: str | Path, *parts: str, wanted: Callable[[str], bool] =
         wanted: which weights count, by name.
 
     Raises:
-        FileNotFoundError: a part holds nothing that is read.
+        FileNotFoundError: a part holds nothing that is read, or a network whose weights are no safetensors.
     """
     if not Path(source).is_dir():
         patterns = [f"{part}/{pattern}" for part in parts for pattern in FINGERPRINTED] or FINGERPRINTED
-        source = snapshot_download(str(source), allow_patterns=list(patterns))
+        source = snapshot_download(str(source), allow_patterns=list(patterns), ignore_patterns=["*.*.safetensors"])
     digest = hashlib.sha256()
     for part in parts or (".",):
         files = sorted({file for pattern in FINGERPRINTED for file in (Path(source) / part).glob(pattern)})
         files = [file for file in files if not VARIANT.fullmatch(file.name)]
-        if not files:
-            raise FileNotFoundError(f"'{Path(source) / part}' holds no {', '.join(FINGERPRINTED)}.")
-        tensors: dict[str, Path] = {}
-        for file in files:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as opened:
-                    tensors |= dict.fromkeys(opened.keys(), file)
-                continue
-            content = file.read_bytes()
-            if file.name == CONFIG_FILE:  # what begins with "_" tells which software wrote it
-                settings = json.loads(content)
-                kept = {name: value for name, value in settings.items() if not name.startswith("_")}
-                content = json.dumps(kept, sort_keys=True).encode()
-            digest.update(f"{part}/{file.name} {len(content)}\n".encode() + content)
-        # By name, however they are divided into files.
-        for name, file in sorted(tensors.items()):
-            if wanted(name):
-                with safe_open(file, "pt") as opened:
-                    tensor = opened.get_tensor(name)
+        weights = any(file.suffix == ".safetensors" for file in files)
+        if not files or (not weights and (Path(source) / part / CONFIG_FILE).is_file()):
+            raise FileNotFoundError(f"'{Path(source) / part}' holds none of {', '.join(FINGERPRINTED)} to know it by.")
+        with ExitStack() as stack:
+            tensors: dict[str, Any] = {}
+            for file in files:
+                if file.suffix == ".safetensors":
+                    opened = stack.enter_context(safe_open(file, "pt"))
+                    tensors |= dict.fromkeys(opened.keys(), opened)
+                    continue
+                content = file.read_bytes()
+                if file.name == CONFIG_FILE:  # what begins with "_" tells which software wrote it
+                    settings = {k: v for k, v in json.loads(content).items() if not k.startswith("_")}
+                    content = json.dumps(settings, sort_keys=True).encode()
+                digest.update(f"{part}/{file.name} {len(content)}\n".encode() + content)
+            # By name, however they are divided into files.
+            for name in sorted(filter(wanted, tensors)):
+                tensor = tensors[name].get_tensor(name)
                 digest.update(f"{part}/{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -5,8 +5,9 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm
+from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.model_config import AlignerConfig, AlignerDecoderConfig, MLLMConfig, ModelConfig, VisionConfig
-from kosmosg.models.storage import save_model
+from kosmosg.models.storage import fingerprint, save_model
 from kosmosg.tokenizer import Tokenizer
 from tests import tiny
 
@@ -120,3 +121,25 @@ def test_image_tower_of_a_clip_folder(config, tokenizer, tmp_path):
     other = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, vision=narrow))
     with pytest.raises(ValueError, match="patch_size is 16 there and 32"):
         build_mllm(other, tokenizer)
+
+
+def test_a_fingerprint_is_of_settings_and_weights_however_they_are_stored(tiny_model, tmp_path):
+    model = KosmosG.from_pretrained(tiny_model)
+    model.mllm.save_pretrained(tmp_path / "whole")
+    model.mllm.save_pretrained(tmp_path / "divided", max_shard_size="50KB")
+    assert len(list((tmp_path / "divided").glob("*.safetensors"))) > 2
+    (tmp_path / "whole" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never read")
+    expected = fingerprint(tiny_model, "mllm")
+    assert fingerprint(tmp_path, "whole") != expected  # the part's name counts
+    assert {fingerprint(tmp_path / name) for name in ("whole", "divided")} == {fingerprint(tiny_model / "mllm")}
+    vision = {"wanted": lambda name: name.startswith("vision.")}
+    before = [fingerprint(tmp_path / "whole"), fingerprint(tmp_path / "whole", **vision)]
+    with torch.no_grad():
+        model.mllm.decoder.embed_tokens.weight[0, 0] += 1
+    model.mllm.save_pretrained(tmp_path / "whole")
+    after = [fingerprint(tmp_path / "whole"), fingerprint(tmp_path / "whole", **vision)]
+    assert before[0] != after[0] and before[1] == after[1]
+    for file in (tmp_path / "divided").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="divided' holds none of"):
+        fingerprint(tmp_path / "divided")

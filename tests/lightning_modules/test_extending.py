@@ -131,7 +131,8 @@ class FlowDecoder(ImageDecoder):
         return Condition(states, text_ids > 0, states.mean(1)[:, :POOLED])
 
     def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
-        return CHANNELS, targets.shape[-2] // 4, targets.shape[-1] // 4
+        factor = 1 if self.are_moments(targets) else 4
+        return CHANNELS, targets.shape[-2] // factor, targets.shape[-1] // factor
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         return height or 4 * SIDE, width or 4 * SIDE
