@@ -30,7 +30,11 @@ LOSSES = {
     "instruction_tuning": ("train/loss", "val/diffusion_loss", "val/diffusion_loss_mismatched_images"),
 }
 REPOSITORY = Path(train.__file__).parent
-SHIPPED = [file for file in sorted(REPOSITORY.glob("configs/**/*.yaml")) if "\nstage:" in file.read_text()]
+SHIPPED = [
+    file
+    for file in sorted(REPOSITORY.glob("configs/**/*.yaml"))
+    if "\nstage:" in file.read_text() or file.parent.parent.name in ("gpu", "scale")
+]
 
 
 @pytest.fixture(scope="module")
@@ -309,11 +313,13 @@ def test_shipped_configurations_load() -> None:
         assert f"train.py configs/{file.relative_to(REPOSITORY / 'configs')}" in file.read_text()
 
 
-def test_short_form_fits_every_stage() -> None:
+def test_short_forms_fit_every_stage() -> None:
     for stage in STAGES:
-        toyland = REPOSITORY / "configs" / "toyland"
-        experiment = load_config([str(toyland / f"{stage}.yaml"), str(toyland / "short.yaml")], train.stage_schema)
-        assert (experiment.stage, experiment.trainer.max_steps) == (stage, 4)
+        for form, steps in (("short", 4), ("half", 400)):
+            toyland = REPOSITORY / "configs" / "toyland"
+            files = [str(toyland / f"{name}.yaml") for name in (stage, form)]
+            experiment = load_config(files, train.stage_schema)
+            assert (experiment.stage, experiment.trainer.max_steps) == (stage, steps)
 
 
 def test_help_lists_stages_and_keys(configs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:

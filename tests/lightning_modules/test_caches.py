@@ -118,6 +118,22 @@ def test_captions_one_by_one_are_equal_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_all_that_makes_a_run_small_goes_on_bit_for_bit(configs: dict[str, Path], tmp_path: Path) -> None:
+    """Caches, LoRA, moments in 8 bits, frozen weights in 8 bits, recomputed layers."""
+    stage = "instruction_tuning"
+    small = ["recipe.lora_rank=2", "optimizer.eight_bit=true", "trainer.frozen_storage=float8"]
+    small += ["trainer.activation_checkpointing=full", *cached(stage)]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder in (whole, resumed):
+        assert run(configs[stage], *small, f"run={folder}") == 0
+    back_to(resumed, 2)
+    assert run(configs[stage], *small, f"run={resumed}") == 0
+    assert miniature.losses(resumed, TRACKED[stage]) == miniature.losses(whole, TRACKED[stage])
+    tensors = exported(resumed)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in exported(whole).items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", CACHED)
 def test_two_sharded_ranks_read_caches_as_one(stage: str, configs: dict[str, Path], tmp_path: Path) -> None:
     for ranks in (1, 2):

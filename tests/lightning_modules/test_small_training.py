@@ -58,7 +58,13 @@ def test_sharded_8_bit_moments_go_on_on_one_rank(configs: dict[str, Path], tmp_p
     finish(1, configs[STAGE], two, *options)
     for row, other in zip(numbers(one, STAGE), numbers(two, STAGE), strict=True):
         assert other[:-1] == pytest.approx(row[:-1], rel=1e-3)
-    plain = [str(configs[STAGE]), f"run={two}", "recipe.lora_rank=2", "trainer.global_batch_size=4", "data.micro_batch_size=4"]
+    plain = [
+        str(configs[STAGE]),
+        f"run={two}",
+        "recipe.lora_rank=2",
+        "trainer.global_batch_size=4",
+        "data.micro_batch_size=4",
+    ]
     back_to(two, 2)
     assert train.main([*plain, "data.validation_samples=8", "model.mllm.dropout=0"]) == 2, output(two)
 
