@@ -12,7 +12,6 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read at import
 import queue
 import re
 import shlex
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -48,6 +47,7 @@ class Served:
         arguments: of `kosmosg generate`, the model's name and what loads it.
         identity: as in the pictures' metadata.
         examples: pairs of a prompt and an image's file.
+        beside: other models that draw the same prompt from the same noise.
     """
 
     pipeline: Any
@@ -56,6 +56,7 @@ class Served:
     guidance_scale: float = 6.0
     steps: int = 50
     examples: Sequence[tuple[str, str]] = ()
+    beside: Sequence["Served"] = ()
     lock: Any = field(default_factory=threading.Lock)
 
 
@@ -133,14 +134,13 @@ def command(served: Served, request: Any, settings: generation.Settings) -> str:
     return shlex.join(words)
 
 
-def draw(served: Served, request: Any, settings: generation.Settings) -> Iterator[tuple[int, list[Any]]]:
-    """Steps done, with previews of the pictures now and then; at last the files of the pictures.
+def draw(served: Served, request: Any, settings: generation.Settings, folder: Path) -> Iterator[tuple[int, list[Any]]]:
+    """Steps done, with previews of the pictures now and then; at last the pictures' files in `folder`.
 
     Raises:
         ValueError: as the pipeline does.
     """
-    folder = tempfile.mkdtemp(prefix="kosmosg-")
-    jobs = generation.plan([request], settings, Path(folder), served.identity)
+    jobs = generation.plan([request], settings, folder, served.identity)
     made: queue.Queue[Any] = queue.Queue()
     decoder, steps = served.pipeline.image_decoder, settings.num_inference_steps
     every = max(1, steps // 4)  # a preview costs about as much as a step
@@ -170,16 +170,13 @@ def draw(served: Served, request: Any, settings: generation.Settings) -> Iterato
             made.put(error)
 
     threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            found = made.get()
-            if isinstance(found, Exception):
-                raise found
-            yield found
-            if found[1] and isinstance(found[1][0], str):
-                return
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gradio has a copy
+    while True:
+        found = made.get()
+        if isinstance(found, Exception):
+            raise found
+        yield found
+        if found[1] and isinstance(found[1][0], str):
+            return
 
 
 def restored(file: str, identity: dict[str, str]) -> tuple[dict[str, Any], str]:
@@ -254,10 +251,19 @@ def build(served: Served) -> gr.Blocks:
                 chosen_sampler = None if sampler == OWN_SAMPLER else sampler
                 settings = generation.Settings(int(steps), float(guidance), chosen_sampler)
                 request = build_request(prompt, negative, seed, count, images[:SLOTS], images[SLOTS:])
-                for done, shown in draw(served, request, settings):
-                    progress((done, settings.num_inference_steps), unit="steps")
-                    if shown:
-                        yield shown, command(served, request, settings)
+                models, lines, kept = [served, *served.beside], [], []
+                with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:  # gradio copies what it shows
+                    for place, model in enumerate(models):
+                        name = model.arguments[0] if served.beside else None
+                        lines.append(command(model, request, settings))
+                        shown: list[Any] = []
+                        for done, now in draw(model, request, settings, Path(folder) / str(place)):
+                            total = settings.num_inference_steps
+                            progress((place * total + done, len(models) * total), unit="steps")
+                            shown = [(picture, name) for picture in now]
+                            if shown:
+                                yield kept + shown, "\n".join(lines)
+                        kept += shown
             except (ValueError, FileNotFoundError) as error:
                 raise gr.Error(str(error), print_exception=False) from error
 

@@ -2,7 +2,7 @@
 
     kosmosg app kosmos-g
     kosmosg app toyland                 # the trained miniature in a clone of the repository, with examples
-    kosmosg app runs/instruction_tuning --port 7861
+    kosmosg app runs/instruction_tuning --beside runs/alignment models/step-20000
 
 It needs gradio: pip install 'kosmosg[app]'. The page is served on this machine alone; --host 0.0.0.0 lets others in,
 who may then draw with this machine. Nothing is sent elsewhere.
@@ -18,6 +18,9 @@ EXAMPLES = ("<1> on the beach", "<1> in the snow", "<1> in the jungle", "<1> at 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="MODEL", help="models to draw the same with, to compare"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: this machine alone")
     parser.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
 
@@ -42,6 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
         examples = [(EXAMPLES[number % len(EXAMPLES)], str(file)) for number, file in enumerate(files)]
     device, dtype = placement(arguments)
     identity = {"model": model_name(arguments), "dtype": dtype}
-    served = Served(load(arguments, device, dtype), own, identity, examples=examples, **options)
+    beside = []
+    for model in arguments.beside:
+        other = argparse.Namespace(**{**vars(arguments), "model": model})
+        named = [model, *(["--image-decoder", str(other.image_decoder)] if other.image_decoder else [])]
+        beside.append(Served(load(other, device, dtype), named, {"model": model_name(other), "dtype": dtype}))
+    served = Served(load(arguments, device, dtype), own, identity, examples=examples, beside=beside, **options)
     serve(served, arguments.host, arguments.port)
     return 0

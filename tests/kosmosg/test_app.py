@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,9 @@ def test_what_is_refused_is_named(files, tmp_path):
 
 def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, files, tmp_path, monkeypatch):
     request = ask(files, weights=(0.5, 1, 1, 1), count=2)
-    *steps, (_, drawn) = app.draw(served, request, SETTINGS)
+    *steps, (_, kept) = app.draw(served, request, SETTINGS, tmp_path / "drawn")
     assert [number for number, _ in steps] == [1, 2]
-    kept = []
-    for _, pictures in app.draw(served, request, SETTINGS):
-        kept = [shutil.copy(file, tmp_path) for file in pictures if isinstance(file, str)]
-    assert [Path(file).name for file in kept] == ["image-5.png", "image-6.png"] and len(drawn) == 2
+    assert [Path(file).name for file in kept] == ["image-5.png", "image-6.png"]
     found, note = app.restored(kept[1], served.identity)
     assert found["prompt"] == "<1> in the suit of <2>" and found["seed"] == 6 and found["image_weights"] == [1.0, 0.5]
     assert "image 1: hero.png" in note and "another model" not in note
@@ -91,8 +89,10 @@ def test_hints_are_told_as_text(files):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; Debian's package chromium has it")
-def test_in_a_browser(served, files, tmp_path, monkeypatch):
-    """Typed, dropped, drawn, restored, refused; nothing is asked of another host, and a second visitor sees nothing."""
+def test_in_a_browser(served, files, tmp_path):
+    """Typed, dropped, drawn beside another model, restored, refused; nothing is asked of another host, and a second
+    visitor sees nothing."""
+    served = replace(served, beside=[replace(served, arguments=["another"])])
     sync_api = pytest.importorskip("playwright.sync_api")
     _, address, _ = app.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     try:
@@ -108,8 +108,8 @@ def test_in_a_browser(served, files, tmp_path, monkeypatch):
             page.get_by_text("begins with 'a'").wait_for()
             page.click("#draw")
             page.wait_for_function("document.querySelector('#command textarea').value.includes('hero.png')")
-            source = page.locator("#pictures img").first.get_attribute("src")
-            page.wait_for_function("document.querySelector('#pictures img').src.includes('image-0')")
+            page.wait_for_function("document.querySelectorAll('#pictures img[src*=image-0]').length == 2")
+            page.get_by_text("another", exact=True).first.wait_for()
             source = page.locator("#pictures img").first.get_attribute("src")
             picture = tmp_path / "drawn.png"
             picture.write_bytes(page.request.get(source).body())
