@@ -141,6 +141,7 @@ toyland-pretrained: setup
 	$(call resumable,$(RUN) -m datamodules.toyland.pretrained output=runs/toyland-pretrained)
 
 RECIPES ?=
+rehearsal: export HF_HUB_OFFLINE := 1
 rehearsal: export OMP_NUM_THREADS ?= 1
 rehearsal: setup
 	$(RUN) -m tests.rehearsal $(RECIPES)

@@ -25,6 +25,7 @@ from pathlib import Path
 import yaml
 from PIL import Image, ImageDraw
 
+from evaluate import quiet_libraries
 from kosmosg.config import load_config
 from kosmosg.models.sana import TOKENS
 from tests import tiny
@@ -35,8 +36,8 @@ from train import stage_schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "recipes.md"
-LINKED = ("train.py", "evaluate.py", "configs", "datamodules")  # what a clone holds, from where the page is followed
-LIMIT_SECONDS = 300
+LINKED = ("train.py", "evaluate.py", "configs")  # of the clone in which the page is followed
+LIMIT_SECONDS = 600
 SAMPLES = 16
 STEPS = 8
 
@@ -232,12 +233,12 @@ class Workspace:
 
     def follow(self, command: str) -> None:
         """Run a command of the page; a training is stopped once and resumed. Raises RehearsalError."""
+        os.chdir(self.folder)
         command, appended = changed(command)
         words = [*shlex.split(command), *appended]
         started = time.monotonic()
         note = ""
         if command.startswith(DOWNLOADERS):
-            os.chdir(self.folder)
             download(words)
             note = "written here"
         elif re.search(r"train\.py configs", command) and "dry_run=true" not in words:
@@ -277,7 +278,6 @@ class Workspace:
 
     def _start(self, words: list[str], log: Path) -> list[int]:
         """Ids of the processes that run a command."""
-        os.chdir(self.folder)
         if (action := in_process(words)) is not None:
             return processes.start(1, action, log)
         return processes.start(1, lambda: os.execvpe(words[0], words, self.environment), log)
@@ -328,6 +328,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "rehearsal", help="emptied first")
     given = parser.parse_args(arguments)
     chosen = given.recipes or list(known)
+    quiet_libraries()
     started, here, folder = time.monotonic(), Path.cwd(), given.folder.resolve()
     spaces: dict[str, Workspace] = {}
     try:
