@@ -15,7 +15,7 @@ TOYLAND_RUNS ?= runs/toyland
 # A resumable command; says so, too, when it is stopped before it can say it itself.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
-.PHONY: help setup test toyland toyland-long toyland-table-2 toyland-image-prompts toyland-decoders toyland-short toyland-pretrained gpu-check lint docs clean-toyland
+.PHONY: help setup test toyland toyland-long toyland-table-2 toyland-image-prompts toyland-decoders toyland-short toyland-pretrained rehearsal gpu-check lint docs clean-toyland
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make toyland-decoders  stages 2 and 3 on a tiny Stable Diffusion XL and a tiny Sana, after make toyland"
 	@echo "make toyland-short  the same in a few steps, to see that everything runs"
 	@echo "make toyland-pretrained  train the tiny pretrained models anew, into runs/toyland-pretrained"
+	@echo "make rehearsal      docs/recipes.md's own commands on tiny random files, into runs/rehearsal; under ten minutes (RECIPES=B)"
 	@echo "make gpu-check      every stage and sampling on one GPU, beside dry run and diffusers; under ten minutes"
 	@echo "make lint           ruff, pyright and the documentation's links"
 	@echo "make docs           the documentation as pages, into runs/site"
@@ -138,6 +139,12 @@ toyland-short: setup
 
 toyland-pretrained: setup
 	$(call resumable,$(RUN) -m datamodules.toyland.pretrained output=runs/toyland-pretrained)
+
+RECIPES ?=
+rehearsal: export HF_HUB_OFFLINE := 1
+rehearsal: export OMP_NUM_THREADS ?= 1
+rehearsal: setup
+	$(RUN) -m tests.rehearsal $(RECIPES)
 
 SIZE ?= gpu
 PARTS ?=

@@ -26,6 +26,7 @@ LONG_FILES = (
     "lightning_modules/test_fault_injection",
     "callbacks/test_wandb_faults",
     "lightning_modules/test_extending",
+    "test_rehearsal",
 )
 
 

@@ -1,9 +1,10 @@
-"""The recipes of docs/recipes.md at the size of a test: python -m tests.rehearsal [A B C …] [--folder F] [--fork]
+"""The recipes of docs/recipes.md at the size of a test: python -m tests.rehearsal [A B C …] [--folder FOLDER]
 
 Each command of the page's `bash` blocks is run as it stands there, in a folder where the names of the public files are
 tiny random models and sets in the same layouts. What differs is in `DOWNLOADS`, `REPLACED` and `APPENDED` below: the
 public sets, the number of processes, sizes and lengths. So a command that no longer works fails here. Each training is
-stopped after its first checkpoint, and the same command resumes it. --fork saves the libraries' import in each command.
+stopped after its first checkpoint, and the same command resumes it. `python` and `kosmosg` are called in forks of this
+process, which saves the libraries' import in each of them; everything else, torchrun too, is started as it is.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -25,6 +25,7 @@ from pathlib import Path
 import yaml
 from PIL import Image, ImageDraw
 
+from evaluate import quiet_libraries
 from kosmosg.config import load_config
 from kosmosg.models.sana import TOKENS
 from tests import tiny
@@ -35,8 +36,8 @@ from train import stage_schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "recipes.md"
-LINKED = ("train.py", "evaluate.py", "configs", "datamodules")  # what a clone holds, from where the page is followed
-LIMIT_SECONDS = 300
+LINKED = ("train.py", "evaluate.py", "configs")  # of the clone in which the page is followed
+LIMIT_SECONDS = 600
 SAMPLES = 16
 STEPS = 8
 
@@ -210,16 +211,17 @@ def download(arguments: list[str]) -> None:
 
 # Commands.
 class Workspace:
-    """A folder in which the page is followed.
+    """A folder in which the page is followed."""
 
-    Args:
-        fork: run commands of Python in forks of this process.
-    """
-
-    def __init__(self, folder: Path, fork: bool):
-        self.folder, self.fork = folder.resolve(), fork
-        self.log = self.folder / "logs"
-        self.count = 0
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.log, self.count = self.folder / "logs", 0
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
 
     def build(self) -> None:
         """Everything anew, from which the first command starts."""
@@ -231,12 +233,12 @@ class Workspace:
 
     def follow(self, command: str) -> None:
         """Run a command of the page; a training is stopped once and resumed. Raises RehearsalError."""
+        os.chdir(self.folder)
         command, appended = changed(command)
         words = [*shlex.split(command), *appended]
         started = time.monotonic()
         note = ""
         if command.startswith(DOWNLOADERS):
-            os.chdir(self.folder)
             download(words)
             note = "written here"
         elif re.search(r"train\.py configs", command) and "dry_run=true" not in words:
@@ -276,17 +278,9 @@ class Workspace:
 
     def _start(self, words: list[str], log: Path) -> list[int]:
         """Ids of the processes that run a command."""
-        if self.fork and words[0] in PROGRAMS:
-            ranks, action = in_process(words)
-            os.chdir(self.folder)
-            return processes.start(ranks, action, log)
-        environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(REPOSITORY),
-            "HF_HUB_OFFLINE": "1",
-        }
-        with log.open("w") as file:
-            return [subprocess.Popen(words, cwd=self.folder, env=environment, stdout=file, stderr=file).pid]
+        if (action := in_process(words)) is not None:
+            return processes.start(1, action, log)
+        return processes.start(1, lambda: os.execvpe(words[0], words, self.environment), log)
 
 
 def alive(child: int) -> bool:
@@ -294,22 +288,20 @@ def alive(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def in_process(words: list[str]) -> tuple[int, Callable[[], int | None]]:
-    """How many ranks a command of Python has, and what each of them does."""
+def in_process(words: list[str]) -> Callable[[], int | None] | None:
+    """What a command of `python` or `kosmosg` does, to be called in a fork; None for others."""
     import evaluate
     import kosmosg.cli
     import train
     from datamodules import cached_latents
 
-    ranks = 1
-    if words[0] == "torchrun":
-        ranks, words = int(words[2]), ["python", *words[3:]]
     if words[0] == "kosmosg":
-        return 1, lambda: kosmosg.cli.main(words[1:])
-    if words[1] == "-m":
-        words = words[1:]
-    main = {"train.py": train.main, "evaluate.py": evaluate.main, "datamodules.cached_latents": cached_latents.main}
-    return ranks, lambda: main[words[1]](words[2:])
+        return lambda: kosmosg.cli.main(words[1:])
+    if words[0] != "python":
+        return None
+    program, *arguments = words[2:] if words[1] == "-m" else words[1:]
+    mains = {"train.py": train.main, "evaluate.py": evaluate.main, "datamodules.cached_latents": cached_latents.main}
+    return lambda: mains[program](arguments)
 
 
 # What came of it.
@@ -334,16 +326,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"{', '.join(known)}; default: all")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "rehearsal", help="emptied first")
-    parser.add_argument("--fork", action="store_true", help="run commands in forks of this process")
     given = parser.parse_args(arguments)
     chosen = given.recipes or list(known)
+    quiet_libraries()
     started, here, folder = time.monotonic(), Path.cwd(), given.folder.resolve()
     spaces: dict[str, Workspace] = {}
     try:
         for letter in chosen:
             place = SHARED.get(letter, letter)
             if place not in spaces:
-                spaces[place] = Workspace(folder / place, given.fork)
+                spaces[place] = Workspace(folder / place)
                 spaces[place].build()
             print(f"Recipe {letter}", flush=True)
             for command in known[letter]:

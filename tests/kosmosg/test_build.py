@@ -1,12 +1,21 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from kosmosg.models.build import build_aligner, build_aligner_decoder, build_mllm
+from kosmosg.models.build import (
+    build_aligner,
+    build_aligner_decoder,
+    build_mllm,
+    image_decoder_class,
+    mllm_width,
+)
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.model_config import AlignerConfig, AlignerDecoderConfig, MLLMConfig, ModelConfig, VisionConfig
+from kosmosg.models.published import QWEN_2_5_VL_3B, STABLE_DIFFUSION_1_5
+from kosmosg.models.stable_diffusion_xl import StableDiffusionXL
 from kosmosg.models.storage import fingerprint, save_model
 from kosmosg.tokenizer import Tokenizer
 from tests import tiny
@@ -143,3 +152,11 @@ def test_a_fingerprint_is_of_settings_and_weights_however_they_are_stored(tiny_m
         file.unlink()
     with pytest.raises(FileNotFoundError, match="divided' holds none of"):
         fingerprint(tmp_path / "divided")
+
+
+def test_a_folder_with_the_name_of_a_published_model_is_that_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tiny.write_language_model(Path(QWEN_2_5_VL_3B), "qwen2_5_vl")
+    assert mllm_width(ModelConfig(tokenizer="", language_model=str(source))) == 48
+    tiny.write_stable_diffusion_xl(Path(STABLE_DIFFUSION_1_5))
+    assert image_decoder_class(STABLE_DIFFUSION_1_5) is StableDiffusionXL
