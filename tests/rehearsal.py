@@ -68,16 +68,15 @@ EVALUATION = (
 )
 # To commands that hold the words on the left, in this order: later wins.
 APPENDED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("train.py configs", (*MODEL, *TRAINING)),
-    ("train.py configs.*/alignment.yaml", ("data.max_clip_tokens=22",)),
-    ("train.py configs.*/instruction_tuning.yaml", ("data.min_image_side=0",)),
-    ("train.py configs", (f"model.aligner.num_queries={tiny.QUERIES}",)),
-    ("train.py configs.*/stable_diffusion_xl.yaml", (f"model.aligner.pooled_width={tiny.POOLED_WIDTH}",)),
-    ("train.py configs.*/sana.yaml", (f"model.aligner.num_queries={TOKENS}",)),
-    ("torchrun.* train.py configs", ("trainer.devices=2",)),
+    ("train.py (cache )?configs", (*MODEL, *TRAINING)),
+    ("train.py (cache )?configs.*/alignment.yaml", ("data.max_clip_tokens=22",)),
+    ("train.py (cache )?configs.*/instruction_tuning.yaml", ("data.min_image_side=0",)),
+    ("train.py (cache )?configs", (f"model.aligner.num_queries={tiny.QUERIES}",)),
+    ("train.py (cache )?configs.*/stable_diffusion_xl.yaml", (f"model.aligner.pooled_width={tiny.POOLED_WIDTH}",)),
+    ("train.py (cache )?configs.*/sana.yaml", (f"model.aligner.num_queries={TOKENS}",)),
+    ("torchrun.* train.py (cache )?configs", ("trainer.devices=2",)),
     ("kosmosg data convert", ("processes=1",)),
     ("kosmosg data convert instructions", ("samples_per_shard=4",)),
-    ("datamodules.cached_latents", ("image_size=64",)),
     ("kosmosg generate", ("--steps", "4", "--device", "cpu")),
     ("evaluate.py configs", EVALUATION),
 )
@@ -293,14 +292,13 @@ def in_process(words: list[str]) -> Callable[[], int | None] | None:
     import evaluate
     import kosmosg.cli
     import train
-    from datamodules import cached_latents
 
     if words[0] == "kosmosg":
         return lambda: kosmosg.cli.main(words[1:])
     if words[0] != "python":
         return None
     program, *arguments = words[2:] if words[1] == "-m" else words[1:]
-    mains = {"train.py": train.main, "evaluate.py": evaluate.main, "datamodules.cached_latents": cached_latents.main}
+    mains = {"train.py": train.main, "evaluate.py": evaluate.main}
     return lambda: mains[program](arguments)
 
 
