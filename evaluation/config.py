@@ -138,9 +138,10 @@ class EvaluationConfig(Protocols):
             if self.data.get(name) is None:
                 raise ValueError(f"data.{name} has no value; set it to the data set's folder.")
             for _, metrics in tables_of(name):
-                for field_name in (need for metric in metrics if not metric.optional for need in metric.needs):
-                    if getattr(protocol, field_name, None) is None:
-                        raise ValueError(f"{name}.{field_name} has no value; a protocol names its encoders.")
+                for need in (need for metric in metrics if not metric.optional for need in metric.needs):
+                    encoder = need.partition("_")[0]
+                    if getattr(protocol, encoder, None) is None:
+                        raise ValueError(f"{name}.{encoder} has no value; a protocol names its encoders.")
 
     def protocols(self) -> dict[str, Protocol]:
         """Of the benchmarks that are asked for, by name."""

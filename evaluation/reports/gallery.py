@@ -1,31 +1,13 @@
 """Pictures that show by eye what a score cannot: the same prompt with another input image, in each slot."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import count
 
 from evaluation.config import Gallery
 from evaluation.protocols.benchmark import Benchmark
 from evaluation.protocols.requests import Request, image_seed, spread
 
 GALLERY_SEED_OFFSET = 1_000_000_000  # no data set has so many prompts: a gallery's noise is its own
-
-
-@dataclass(frozen=True)
-class SwapGrid:
-    """Requests of `prompts` × `subjects`; a row shares its prompt and its noise."""
-
-    prompts: list[str]
-    subjects: list[str]
-    rows: list[list[Request]]
-
-
-@dataclass(frozen=True)
-class PairGrid:
-    """Requests of `subjects` × `subjects`; row in the first slot, column in the second; all share their noise."""
-
-    prompt: str
-    subjects: list[str]
-    rows: list[list[Request]]
 
 
 def shown_subjects(dataset: Benchmark, count: int) -> list[str]:
@@ -47,9 +29,8 @@ def common_requests(
         subject: {request.prompt: request for request in shown_requests(dataset, requests, subject, len(requests))}
         for subject in subjects
     }
-    if (
-        getattr(dataset.protocol, "fed", "image") == "class_and_image"
-    ):  # then prompts hold the class word, and only kinds share them
+    # Where prompts hold the class word, only kinds share them.
+    if getattr(dataset.protocol, "fed", "image") == "class_and_image":
         words = {subject: dataset.subjects[subject].class_noun for subject in subjects}
         first = {s: {p.replace(words[s], "…", 1): r for p, r in found.items()} for s, found in first.items()}
     shared = [prompt for prompt in first[subjects[0]] if all(prompt in found for found in first.values())]
@@ -57,33 +38,20 @@ def common_requests(
     return prompts, {subject: [found[prompt] for prompt in prompts] for subject, found in first.items()}
 
 
-def swap_grid(dataset: Benchmark, gallery: Gallery, start: int = 0) -> SwapGrid:
-    """Each of `swap_prompts` for each shown subject; indices count from `start`."""
-    subjects = shown_subjects(dataset, gallery.subjects)
-    rows = []
-    for number, prompt in enumerate(gallery.swap_prompts):
-        first = start + number * len(subjects)
-        rows.append([_request(dataset, first + i, prompt, (name,), number) for i, name in enumerate(subjects)])
-    return SwapGrid(list(gallery.swap_prompts), subjects, rows)
+def swaps_and_pairs(dataset: Benchmark, gallery: Gallery) -> tuple[list[list[Request]], list[list[Request]]]:
+    """Rows of two grids. Each of `swap_prompts` for each shown subject, from a noise of the row's own; then
+    `pair_prompt` for each ordered pair of subjects, row in the first slot, column in the second, from one noise."""
+    subjects, sides = (shown_subjects(dataset, side) for side in (gallery.subjects, gallery.pair_subjects))
+    rows = [(prompt, [(name,) for name in subjects], noise) for noise, prompt in enumerate(gallery.swap_prompts)]
+    swaps = len(rows)
+    if (prompt := gallery.pair_prompt) is not None:
+        rows += [(prompt, [(first, second) for second in sides], swaps) for first in sides]
+    numbers = count()
+    found = [[_request(dataset, next(numbers), prompt, names, noise) for names in row] for prompt, row, noise in rows]
+    return found[:swaps], found[swaps:]
 
 
-def pair_grid(dataset: Benchmark, gallery: Gallery, start: int = 0) -> PairGrid | None:
-    """`pair_prompt` for each ordered pair of subjects; None where there is no such prompt."""
-    if gallery.pair_prompt is None:
-        return None
-    subjects = shown_subjects(dataset, gallery.pair_subjects)
-    noise = len(gallery.swap_prompts)
-    rows = [
-        [
-            _request(dataset, start + row * len(subjects) + column, gallery.pair_prompt, (first, second), noise)
-            for column, second in enumerate(subjects)
-        ]
-        for row, first in enumerate(subjects)
-    ]
-    return PairGrid(gallery.pair_prompt, subjects, rows)
-
-
-def _request(dataset: Benchmark, index: int, prompt: str, subjects: tuple[str, ...], noise: int) -> Request:
+def _request(dataset: Benchmark, index: int, prompt: str, subjects: Sequence[str], noise: int) -> Request:
     text = prompt
     for subject in subjects:
         text = text.replace("<i>", f"a {dataset.subjects[subject].class_noun}", 1)

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluation.images.external import External
 from evaluation.images.manifest import Manifest
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
 from evaluation.plan import Evaluation, Table
-from evaluation.protocols.requests import spread
+from evaluation.protocols.requests import Request, spread
 from evaluation.reports import guidance
 from evaluation.reports.breakdown import Part
-from evaluation.reports.gallery import common_requests, pair_grid, shown_requests, shown_subjects, swap_grid
+from evaluation.reports.gallery import common_requests, shown_requests, shown_subjects, swaps_and_pairs
 from evaluation.reports.plots import loss_charts
 from evaluation.reports.report import Examples, Grid, Input, Report, SubjectBlock, write_report
 from evaluation.reports.sheets import contact_sheet, sheet
@@ -121,25 +122,20 @@ def swap_grids(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
     if table is None or system is None:
         return None, None
     dataset, gallery = table.benchmark, evaluation.config.gallery
-    swap = swap_grid(dataset, gallery)
-    requests = [request for row in swap.rows for request in row]
-    pair = pair_grid(dataset, gallery, start=len(requests))
-    if pair is not None:
-        requests += [request for row in pair.rows for request in row]
+    swaps, pairs = swaps_and_pairs(dataset, gallery)
+    requests = [request for row in (*swaps, *pairs) for request in row]
     if not requests:
         return None, None
     manifest = evaluation.generate_into("gallery", table, system, requests)
 
-    def files(rows) -> list[list[Path]]:
-        return [[manifest.image_file(request.index) for request in row] for row in rows]
+    def grid(rows: list[list[Request]], **headers: Any) -> Grid | None:
+        if not rows:
+            return None
+        drawn = [[manifest.image_file(request.index) for request in row] for row in rows]
+        return Grid([dataset.folder / request.inputs[-1] for request in rows[0]], drawn, **headers)
 
-    def inputs(subjects: list[str]) -> list[Path]:
-        return [dataset.kept_image(name) for name in subjects]
-
-    drawn = Grid(top=inputs(swap.subjects), rows=files(swap.rows), labels=swap.prompts) if swap.prompts else None
-    if pair is None:
-        return drawn, None
-    return drawn, Grid(top=inputs(pair.subjects), left=inputs(pair.subjects), rows=files(pair.rows))
+    left = [dataset.folder / row[0].inputs[0] for row in pairs]
+    return grid(swaps, labels=gallery.swap_prompts), grid(pairs, left=left)
 
 
 def examples(evaluation: Evaluation, table: Table, manifests: Manifests) -> Examples:

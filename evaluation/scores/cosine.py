@@ -36,13 +36,13 @@ class Dino(Fidelity):
 
 
 class ClipI(Fidelity):
-    name, title, needs, network = "clip_i", "CLIP-I", ("clip",), "clip_images"
+    name, title, needs, network = "clip_i", "CLIP-I", ("clip_images",), "clip_images"
 
 
 class ClipT(Fidelity):
     """Every image against its text."""
 
-    name, title, needs, network = "clip_t", "CLIP-T", ("clip",), "clip_images"
+    name, title, needs, network = "clip_t", "CLIP-T", ("clip_images", "clip_texts"), "clip_images"
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """Cosines of features."""

@@ -100,7 +100,7 @@ def relations(a: Found, b: Found, threshold: float) -> set[str]:
 class Correct(Metric):
     """All that the prompt asks for is there, and nothing that it excludes."""
 
-    name, title, decimals, needs = "correct", "Correct", 3, ("detector", "clip")
+    name, title, decimals, needs = "correct", "Correct", 3, ("detector", "clip_texts", "clip_crops")
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """Of every image, with what is wrong."""
@@ -159,7 +159,8 @@ class Correct(Metric):
 
     def stated(self) -> Detector:
         """Thresholds of the protocol."""
-        return Detector() if self.context.benchmark is None else self.context.benchmark.protocol.detector
+        assert self.context.benchmark is not None
+        return self.context.benchmark.protocol.detector
 
     def aggregate(self, rows: Sequence[Row]) -> Measured:
         """The mean over kinds of task, each of them the mean over its images; intervals by drawing prompts of each."""

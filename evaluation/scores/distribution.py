@@ -20,7 +20,7 @@ from evaluation.scores.metric import Measured, Metric, Row
 class Fid(Metric):
     """Distance of a system's images from the benchmark's real ones; rows hold features."""
 
-    name, title, decimals, better, needs = "fid", "FID", 2, "↓", ("fid",)
+    name, title, decimals, better, needs = "fid", "FID", 2, "↓", ("fid_real", "fid_generated")
     samples = False
 
     def score(self, items: Sequence[Item]) -> list[Row]:
@@ -44,9 +44,13 @@ class Fid(Metric):
 
 
 class Kid(Fid):
-    name, title, decimals, needs = "kid", "KID", 5, ("fid", "kid")
+    name, title, decimals = "kid", "KID", 5
     optional = True
     interval = "±1.96 standard deviations over subsets"
+
+    def score(self, items: Sequence[Item]) -> list[Row]:
+        """The same features; none where the protocol has no KID."""
+        return super().score(items) if self.context.benchmark and self.context.benchmark.protocol.kid else []
 
     def aggregate(self, rows: Sequence[Row]) -> Measured:
         """The mean over subsets, and how it varies over them."""

@@ -51,7 +51,7 @@ class Context:
 
     networks: Mapping[str, Any]
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
-    benchmark: Benchmark | None = None
+    benchmark: Benchmark | None = None  # of metrics that read its protocol
     real: Callable[[], Tensor | None] | None = None
 
 
@@ -63,9 +63,9 @@ class Metric(ABC):
     decimals: ClassVar[int] = 3
     better: ClassVar[Literal["↑", "↓", ""]] = "↑"
     needs: ClassVar[tuple[str, ...]] = ()
-    """Fields of the protocol that must have a value."""
+    """Networks by name; a protocol's field is called as the first word of what it gives."""
     optional: ClassVar[bool] = False
-    """Whether the column is left out where `needs` is not met or no image has what it compares; else a mistake."""
+    """Whether the column is left out where it has no scores; a protocol must name the networks of all others."""
     floor: ClassVar[float | None] = 0.0
     """Least value of the mean and its interval; None where it may be negative."""
     interval: ClassVar[str] = "95 % interval"

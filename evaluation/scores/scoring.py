@@ -47,7 +47,7 @@ class Scorer:
         samples: list[Sample] = []
         for table, metrics in tables_of(self.benchmark):
             for kind in metrics:
-                if not self.has(kind.needs):
+                if any(name not in self.context.networks for name in kind.needs):
                     continue
                 metric = kind(self.context)
                 rows = metric.score(items)
@@ -72,12 +72,6 @@ class Scorer:
                         for row in rows
                     ]
         return scores, samples
-
-    def has(self, needs: Sequence[str]) -> bool:
-        """Whether the protocol has a value for all that a metric needs."""
-        if self.context.benchmark is None:
-            return all(any(name.startswith(need) for name in self.context.networks) for need in needs)
-        return all(getattr(self.context.benchmark.protocol, need, None) is not None for need in needs)
 
 
 def write_samples(samples: Sequence[Sample], file: Path, folder: Path) -> None:

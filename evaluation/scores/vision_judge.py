@@ -141,7 +141,8 @@ class Judgement(Metric):
         """Of the images that are asked about; answers without a score are left out, and refused where they are many."""
         asked = [item for item in items if self.name in item.asked]
         answers = self.context.networks["vlm"]([item.asked[self.name] for item in asked])
-        highest = self.context.benchmark.protocol.highest if self.context.benchmark is not None else 1
+        assert self.context.benchmark is not None
+        highest = self.context.benchmark.protocol.highest
         rows = [
             Row(item, shorten(answer, 200), value)
             for item, answer in zip(asked, answers, strict=True)

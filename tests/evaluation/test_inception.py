@@ -22,9 +22,8 @@ from evaluation.parallel.processes import Processes
 from evaluation.parallel.sharing import Sharing
 from evaluation.protocols.protocol import FeatureNetwork, Resize
 from evaluation.protocols.requests import EvaluationError, read_image
-from evaluation.scores.encoders import feature_network
+from evaluation.scores.encoders import feature_network, load_networks
 from evaluation.scores.resizing import resize
-from evaluation.scores.scoring import load_encoders
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world
@@ -134,16 +133,17 @@ def test_each_side_has_its_own_resize(weights, network, encoders_folder: Path, c
         ],
         EvaluationConfig,
     )
-    sharing = Sharing(Processes(), tmp_path / "features", batch_size=4, console=Console(quiet=True))
-    encoders = load_encoders("coco", config, sharing)
-    assert encoders.fid_real is not None and encoders.fid_generated is not None and config.coco is not None
-    for encode, stated in (
-        (encoders.fid_real, Resize(40, "tensor", "bilinear", False)),
-        (encoders.fid_generated, Resize(32, "pil", "bilinear", True)),
+    assert config.coco is not None
+    sharing = Sharing(Processes(), batch_size=4, console=Console(quiet=True))
+    options = (config.encoder_path, torch.device("cpu"), sharing, tmp_path / "unused")
+    networks = load_networks("coco", config.coco, *options)
+    for name, stated in (
+        ("fid_real", Resize(40, "tensor", "bilinear", False)),
+        ("fid_generated", Resize(32, "pil", "bilinear", True)),
     ):
         pixels = torch.from_numpy(np.array(resize(read_image(photo), stated))).permute(2, 0, 1)
-        assert torch.allclose(encode([photo])[0], network(pixels[None])["2048"][0], atol=1e-5)
-    assert (encoders.fid_real([photo]) - encoders.fid_generated([photo])).abs().max() > 1e-4
+        assert torch.allclose(networks[name]([photo])[0], network(pixels[None])["2048"][0], atol=1e-5)
+    assert (networks["fid_real"]([photo]) - networks["fid_generated"]([photo])).abs().max() > 1e-4
 
 
 def test_hash_is_the_files_own(tmp_path: Path) -> None:

@@ -90,8 +90,7 @@ def test_second_evaluation_looks_at_no_reference(
             ],
             EvaluationConfig,
         )
-        assert config.coco is not None and config.data.coco is not None
-        references = set(Coco(config.coco, Path(config.data.coco)).references())
+        references = set(Coco(config.protocols()["coco"], config.folder_of("coco")).references())
         evaluate(config, Console(quiet=True))
         assert (references <= set(read)) == (output == "first") and (references & set(read) == set()) == (
             output != "first"

@@ -1,5 +1,7 @@
 """Scores equal a direct computation; intervals behave as intervals must."""
 
+import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -168,6 +170,17 @@ def test_fid_features_are_pooled(encoders_folder: Path, dreambench_folder: Path)
 def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
     with pytest.raises(EvaluationError, match=r"is no ViTModel: \d+ weights are missing or misshapen"):
         load(ViTModel, encoders_folder / "fid", add_pooling_layer=False)
+
+
+def test_an_encoder_with_code_of_its_own_is_refused(encoders_folder: Path, tmp_path: Path) -> None:
+    """By name and without a question; its code does not run."""
+    folder = shutil.copytree(encoders_folder / "dino", tmp_path / "dino")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    own = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "code.Own"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    with pytest.raises(EvaluationError, match="dino' has no preprocessing that can be used"):
+        preprocessing(None, folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_each_item_is_encoded_once() -> None:
