@@ -98,7 +98,7 @@ def requests_command(arguments: Sequence[str]) -> None:
         arguments, _ = benchmark_arguments("requests", arguments)
     config = load_config(arguments, EvaluationConfig)
     for name, benchmark in benchmarks(config).items():
-        print(write_requests(name, benchmark.requests(), Path(config.output) / "requests"))
+        print(write_requests(name, benchmark.requests(), Path(config.output) / "requests", benchmark.folder))
 
 
 def score_command(arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 import evaluate
 from evaluation.benchmarks import METRICS, benchmark_of
+from kosmosg.generation import read_manifest
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import *  # noqa: F403  the tiny world's fixtures
 from tests.lightning_modules.processes import start, wait
@@ -325,7 +326,10 @@ def test_a_rival_with_our_images_has_our_scores(
 def test_a_folder_of_images_is_scored_without_any_model(
     finished: Path, rival: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Files named after the request; what is drawn here and there compares by the task."""
+    """Files named after the request, or as `kosmosg generate` does; what is drawn by either compares by the task."""
+    asked, wrong = read_manifest(tmp_path / "requests" / "dreambench.generate.jsonl")
+    assert asked and not wrong and asked[0].name == "000000" and Path(asked[0].images[0]).is_file()
+    (rival / "dreambench" / "0.png").rename(rival / "dreambench" / f"{asked[0].name}-{asked[0].seed}.png")
     images, data = rival / "dreambench", dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     (images / "manifest.jsonl").unlink()
     short = ["dreambench.max_subjects=4", "dreambench.max_templates=3", "dreambench.sampling.steps=3"]

@@ -2,7 +2,8 @@
 
 `evaluate.py requests evaluation.yaml` writes what is to be drawn to `<output>/requests/<table>.jsonl`: index, prompt
 with `<i>`, text, input files, seed. A folder answers with images named after the index, `<table>/000000.png` (any
-number of leading zeros; .jpg, .jpeg and .webp, too), or with `<table>/manifest.jsonl`, a line for each index:
+number of leading zeros; .jpg, .jpeg and .webp, too; `000000-7.png` of seed 7, as `kosmosg generate` names the images of
+`<output>/requests/<table>.generate.jsonl`), or with `<table>/manifest.jsonl`, a line for each index:
 
     {"index": 0, "file": "backpack/jungle.png", "prompt": "backpack in the jungle"}
 
@@ -11,6 +12,7 @@ table alone is scored, the images may lie in the folder itself.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from kosmosg.files import decode_text, write_text
 from kosmosg.image_processing import FORMATS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NAMED = re.compile(r"[0-9]+(-[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,26 @@ class External:
         return self.files[index]
 
 
-def write_requests(table: str, requests: Sequence[Request], folder: Path) -> Path:
-    """`<folder>/<table>.jsonl`."""
+def write_requests(table: str, requests: Sequence[Request], folder: Path, data: Path) -> Path:
+    """`<folder>/<table>.jsonl`, and beside it `<table>.generate.jsonl`, a manifest of `kosmosg generate`.
+
+    Args:
+        data: the folder that holds the input images.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{table}.jsonl"
     write_text(file, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in requests))
+    manifest = [
+        {
+            "prompt": request.prompt,
+            "images": [str((data / name).resolve()) for name in request.inputs],
+            "seed": request.seed,
+            "name": f"{request.index:06d}",
+        }
+        for request in requests
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in manifest)
+    write_text(file.with_suffix(".generate.jsonl"), text)
     return file
 
 
@@ -115,8 +133,8 @@ def listed(manifest: Path, problems: list[str]) -> Iterator[tuple[str, Any, Path
 def named(folder: Path) -> Iterator[tuple[str, int, Path, None]]:
     """(file name, index, file, None) of the images that are named after an index."""
     for file in sorted(folder.iterdir()):
-        if file.stem.isdecimal() and file.suffix.lower() in SUFFIXES:
-            yield file.name, int(file.stem), file, None
+        if NAMED.fullmatch(file.stem) and file.suffix.lower() in SUFFIXES:
+            yield file.name, int(file.stem.partition("-")[0]), file, None
 
 
 def unlike(file: Path, size: int) -> str | None:
