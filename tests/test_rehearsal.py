@@ -14,7 +14,7 @@ def test_trainings_of_the_page_are_configurations(monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(rehearsal.REPOSITORY)
     commands = [shlex.split(command) for known in rehearsal.recipes().values() for command in known]
     trainings = [words[words.index("train.py") + 1 :] for words in commands if "train.py" in words]
-    started = [load_config(words, stage_schema) for words in trainings if words[0] != "export"]
+    started = [load_config(words[words[0] == "cache" :], stage_schema) for words in trainings if words[0] != "export"]
     assert {config.stage for config in started} == {"alignment", "instruction_tuning"} and len(started) >= 8
     assert rehearsal.recipes().keys() == {"A", "B", "C"}
 

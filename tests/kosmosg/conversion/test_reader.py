@@ -31,7 +31,7 @@ class Runs:
 def test_code_is_not_run_and_is_named(tmp_path, capsys):
     for place in ["args", "cfg", "model", "extra_state"]:
         marker, path = tmp_path / "marker", tmp_path / "checkpoint.pt"
-        for function, argument, name in ((os.system, f"touch {marker}", "posix.system"), (print, "ran", "print"),
+        for function, argument, name in ((os.system, f"touch {marker}", "posix.system"), (exec, "print('ran')", "exec"),
                                          (eval, f"open({str(marker)!r}, 'w')", "eval")):  # fmt: skip
             torch.save({"model": WEIGHTS, **{place: {"a": Runs(function, argument)}}}, path)
             assert main(["convert", str(path), str(tmp_path / "out")]) == 2
