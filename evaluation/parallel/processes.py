@@ -62,9 +62,9 @@ class Processes:
     def __enter__(self) -> "Processes":
         if self.count > 1:
             self._store.set(f"host/{self.rank}", socket.gethostname())
-            dist.init_process_group(
-                "gloo", store=self._store, rank=self.rank, world_size=self.count, timeout=LONGEST_WAIT
-            )
+            options = {"store": self._store, "rank": self.rank, "world_size": self.count, "timeout": LONGEST_WAIT}
+            # One that fails right after it connected keeps others from connecting to each other.
+            self._together(lambda: dist.init_process_group("gloo", **options))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
