@@ -147,7 +147,7 @@ def _what_is_there(path: Path, wanted: dict[str, str]) -> str:
             if (found := (header or {}).get(key)) != wanted[key]
         ]
         told.append(f"In '{file.name}' {'; '.join(different)}." if header else f"'{file.name}' is damaged.")
-    return " ".join(told) or "There is none beside it."
+    return " ".join(told) or "The shard has none."
 
 
 def write_cache(

@@ -35,6 +35,7 @@ LARGEST_FILE = "20mb"
 WAITING = 32  # requests; more are refused
 OWN_SAMPLER = "the model's own"
 NUMBER = re.compile(r"<(\d+)>")
+RESTORED = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "sampler")
 FONT = ["system-ui", "sans-serif"]  # gradio's own would be loaded from elsewhere
 KEPT_SECONDS = 24 * 3600
 
@@ -87,6 +88,8 @@ def check_size(file: str) -> None:
 def told(prompt: str, *files: str | None) -> str:
     """Hints about what is typed, as Markdown."""
     try:
+        for file in filter(None, files):
+            check_size(file)
         text, numbers = named_images(prompt, files)
         found = hints(text, [read_image(str(files[number])) for number in numbers])
     except ValueError as error:
@@ -108,7 +111,7 @@ def build_request(prompt: str, negative: str | None, seed: int, count: int, file
         text,
         images=tuple(str(files[number]) for number in numbers),
         negative_prompt=negative or "",
-        seed=int(seed),
+        seed=int(seed or 0),
         count=int(count),
         image_weights=() if all(weight == 1 for weight in chosen) else chosen,
         name="image",
@@ -189,12 +192,17 @@ def restored(file: str, identity: dict[str, str]) -> tuple[dict[str, Any], str]:
     found = generation.read_parameters(Path(file))
     if found is None:
         raise ValueError(f"'{Path(file).name}' holds no settings; pictures of this page and of kosmosg generate do.")
-    numbers = iter(range(1, len(found["images"]) + 1))
-    prompt = re.sub(PLACEHOLDER, lambda _: f"<{next(numbers)}>", found["prompt"])
-    notes = [f"Put in as image {n}: {image['file']}." for n, image in enumerate(found["images"], 1)]
+    try:
+        numbers = iter(range(1, len(found["images"]) + 1))
+        prompt = re.sub(PLACEHOLDER, lambda _: f"<{next(numbers)}>", found["prompt"])
+        notes = [f"Put in as image {n}: {image['file']}." for n, image in enumerate(found["images"], 1)]
+        own = {name: found[name] for name in RESTORED}
+    except (KeyError, TypeError, StopIteration) as error:  # anyone can write metadata
+        raise ValueError(f"'{Path(file).name}' holds settings that kosmosg generate did not write.") from error
     if any(found.get(name) != value for name, value in identity.items()):
         notes.append("It was drawn by another model.")
-    return {**found, "prompt": prompt}, " ".join(["Settings restored.", *notes])
+    own |= {"prompt": prompt, "image_weights": found.get("image_weights", [])}
+    return own, " ".join(["Settings restored.", *notes])
 
 
 def picked(event: gr.SelectData) -> int:
@@ -209,7 +217,7 @@ def build(served: Served) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(
-                    label="Prompt", placeholder="<1> in the suit of <2>", max_length=2000, elem_id="prompt"
+                    "", label="Prompt", placeholder="<1> in the suit of <2>", max_length=2000, elem_id="prompt"
                 )
                 notes = gr.Markdown(elem_id="hints")
                 slots, weights = [], []
@@ -274,7 +282,7 @@ def build(served: Served) -> gr.Blocks:
                 found, note = restored(file, served.identity)
             except ValueError as error:
                 raise gr.Error(str(error), print_exception=False) from error
-            own = [*found.get("image_weights", ()), *[1] * SLOTS][:SLOTS]
+            own = [*found["image_weights"], *[1] * SLOTS][:SLOTS]
             numbers = found["num_inference_steps"], found["guidance_scale"], found["seed"], 1
             sampler = found["sampler"] or OWN_SAMPLER
             return [found["prompt"], found["negative_prompt"], *numbers, sampler, *own, note]

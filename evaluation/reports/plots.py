@@ -17,7 +17,7 @@ ACCENT = "#c2410c"
 
 @dataclass(frozen=True)
 class Point:
-    """A place in a chart with its intervals, and what stands beside it."""
+    """A point of a chart with its intervals and its label."""
 
     x: tuple[float, float, float]
     """Value, low, high."""

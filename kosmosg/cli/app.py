@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("kosmosg app needs gradio; install it by: pip install 'kosmosg[app]'") from error
     from kosmosg.app import Served, serve
 
-    own = [arguments.model]
-    if arguments.image_decoder:
-        own += ["--image-decoder", arguments.image_decoder]
+    loading = {"--image-decoder": arguments.image_decoder, "--dtype": arguments.dtype, "--device": arguments.device}
+    given = [word for flag, value in loading.items() if value for word in (flag, value)]
+    own = [arguments.model, *given]
     options, examples = {}, []
     if arguments.model == MINIATURE and not Path(MINIATURE).is_dir():
         arguments.model, shipped = miniature()
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     beside = []
     for model in arguments.beside:
         other = argparse.Namespace(**{**vars(arguments), "model": model})
-        named = [model, *(["--image-decoder", str(other.image_decoder)] if other.image_decoder else [])]
+        own_decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
+        named = [model, *(own_decoder if "--image-decoder" not in given else []), *given]
         beside.append(Served(load(other, device, dtype), named, {"model": model_name(other), "dtype": dtype}))
     served = Served(load(arguments, device, dtype), own, identity, examples=examples, beside=beside, **options)
     serve(served, arguments.host, arguments.port)

@@ -111,7 +111,7 @@ def test_what_is_done_or_under_way_is_skipped(tmp_path: Path) -> None:
 
 def test_what_a_cache_is_not_of_is_named_with_what_was_wanted(tmp_path: Path) -> None:
     pattern = edits(tmp_path)
-    with pytest.raises(ShardError, match=r"no cache 'latents'.*none beside it.*train\.py cache"):
+    with pytest.raises(ShardError, match=r"no cache 'latents'.*The shard has none.*train\.py cache"):
         Cache(list_shards(pattern), IDENTITY)
     write(pattern)
     for key, value in (("network", "b" * 64), ("images", "32×32"), ("precision", "float16")):

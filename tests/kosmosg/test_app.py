@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from kosmosg import app
 from kosmosg.cli import main
@@ -59,6 +60,12 @@ def test_what_is_refused_is_named(files, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ask(changed, **options)
+    assert "10000×5000 pixels" in app.told("<1>", str(large)), "not read for a hint either"
+    foreign, info = tmp_path / "foreign.png", PngInfo()
+    info.add_itxt("kosmosg", '{"prompt": "<i>"}')
+    Image.new("RGB", (8, 8)).save(foreign, pnginfo=info)
+    with pytest.raises(ValueError, match=r"'foreign\.png' holds settings that"):
+        app.restored(str(foreign), {})
 
 
 def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, files, tmp_path, monkeypatch):
