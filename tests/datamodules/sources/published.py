@@ -1,4 +1,4 @@
-"""Small copies of the published layouts, written as their authors' code writes them."""
+"""Small copies of the published layouts, written as their authors' code writes them, and their conversion."""
 
 import base64
 import csv
@@ -7,8 +7,18 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from pkgutil import resolve_name
 
 from PIL import Image, ImageDraw
+from rich.console import Console
+
+from datamodules.checks.check import CheckConfig, check
+from datamodules.sample import Sample, decode
+from datamodules.shards import list_shards
+from datamodules.sources import CONVERTERS, conversion
+from datamodules.tar import read_shard
+from kosmosg.config import load_config
+from tests.datamodules.worlds import add
 
 SIDE = 64  # what the tiny model reads
 CAPTIONS = ("a red fish", "a small dog", "a green bird", "a cat")
@@ -26,12 +36,6 @@ def jpeg(number: int, width: int = SIDE, height: int = SIDE) -> bytes:
     stream = io.BytesIO()
     picture(number, width, height).save(stream, "JPEG", quality=95)
     return stream.getvalue()
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    tar.addfile(entry, io.BytesIO(content))
 
 
 def write(path: Path, content: bytes | str) -> Path:
@@ -206,3 +210,31 @@ def tsv(file: Path, kind: str, count: int = 6) -> Path:
         "laion": lambda i: [f"id{i}", CAPTIONS[i % 4], encoded(i), "512", "400", "end"],
     }
     return write(file, "".join("\t".join(makers[kind](i)) + "\n" for i in range(count)))
+
+
+QUIET = Console(quiet=True)
+
+
+def convert(layout: str, source: Path, output: Path, *settings: str) -> conversion.Conversion:
+    kind = resolve_name(CONVERTERS[layout])
+    store = [f"store={source}/images"] if (source / "images").is_dir() else []
+    config = load_config(["processes=1", *store, *settings], kind.schema)
+    return conversion.convert(layout, kind(source, config), output, QUIET)
+
+
+def samples(folder: Path) -> list[Sample]:
+    return [decode(members, name, key) for name, key, members in stored(folder)]
+
+
+def stored(folder: Path) -> list[tuple[str, str, dict[str, bytes]]]:
+    """Shard, key and members of every sample."""
+    shards = list_shards(str(folder / "train-*.tar"))
+    found = [(path.name, *read) for path in shards.paths for read in read_shard(path)]
+    assert len(found) == len(shards)
+    return found
+
+
+def checked(folder: Path, **options) -> dict:
+    found = check(str(folder / "train-*.tar"), CheckConfig(processes=1, **options)).record()
+    assert found["samples"] == found["good"] + sum(found["dropped"].values())
+    return found

@@ -10,49 +10,17 @@ import signal
 import zipfile
 from collections import Counter
 from pathlib import Path
-from pkgutil import resolve_name
 
 import pytest
-from rich.console import Console
 
 from datamodules.checks.check import CheckConfig, check
 from datamodules.errors import DataError
 from datamodules.images import load
-from datamodules.sample import Sample, decode
 from datamodules.shard_writer import ShardWriter
-from datamodules.shards import list_shards
-from datamodules.sources import CONVERTERS, conversion
-from datamodules.tar import read_shard
-from kosmosg.config import ConfigError, load_config
+from datamodules.sources import conversion
+from kosmosg.config import ConfigError
 from tests.datamodules.sources import published
-
-QUIET = Console(quiet=True)
-
-
-def convert(layout: str, source: Path, output: Path, *settings: str) -> conversion.Conversion:
-    kind = resolve_name(CONVERTERS[layout])
-    store = [f"store={source}/images"] if (source / "images").is_dir() else []
-    config = load_config(["processes=1", *store, *settings], kind.schema)
-    return conversion.convert(layout, kind(source, config), output, QUIET)
-
-
-def samples(folder: Path) -> list[Sample]:
-    return [decode(members, name, key) for name, key, members in stored(folder)]
-
-
-def stored(folder: Path) -> list[tuple[str, str, dict[str, bytes]]]:
-    """Shard, key and members of every sample."""
-    shards = list_shards(str(folder / "train-*.tar"))
-    found = [(path.name, *read) for path in shards.paths for read in read_shard(path)]
-    assert len(found) == len(shards)
-    return found
-
-
-def checked(folder: Path, **options) -> dict:
-    found = check(str(folder / "train-*.tar"), CheckConfig(processes=1, **options)).record()
-    assert found["samples"] == found["good"] + sum(found["dropped"].values())
-    return found
-
+from tests.datamodules.sources.published import checked, convert, samples, stored
 
 LAYOUT_CASES = {
     "mmc4": (published.mmc4, "mmc4", (), "interleaved", 6),

@@ -13,7 +13,7 @@ from datamodules.sample import decode
 from datamodules.sources.files import Record
 from datamodules.sources.image_store import ImageStore
 from tests.datamodules.sources import published
-from tests.datamodules.sources.test_conversion import convert, samples
+from tests.datamodules.sources.published import convert, samples
 
 RECORD = Record(0, 0, "docs.jsonl", None)
 BOM = "\ufeff"

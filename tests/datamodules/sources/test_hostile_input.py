@@ -12,9 +12,9 @@ import pytest
 from datamodules.errors import DataError, SampleError
 from datamodules.sources.files import Record
 from datamodules.sources.image_store import ImageStore
+from tests.datamodules.bad_inputs import Marker, bomb
 from tests.datamodules.sources import published
-from tests.datamodules.sources.test_conversion import convert, samples
-from tests.datamodules.test_sample import Marker, bomb
+from tests.datamodules.sources.published import convert, samples
 
 RECORD = Record(0, 0, "docs.jsonl", None)
 

@@ -15,7 +15,7 @@ from datamodules.images import load
 from datamodules.sample import InstructionSample, decode
 from kosmosg.config import ConfigError
 from tests.datamodules.sources import published
-from tests.datamodules.sources.test_conversion import checked, convert, samples
+from tests.datamodules.sources.published import checked, convert, samples
 
 COLOURS = [published.picture(number).getpixel((1, 1)) for number in range(6)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.cli import add_arguments, run
 from tests.datamodules.sources import published
-from tests.datamodules.sources.test_conversion import convert
+from tests.datamodules.sources.published import convert
 
 parquet = pytest.importorskip("pyarrow.parquet")
 
