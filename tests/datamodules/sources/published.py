@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 from pkgutil import resolve_name
 
+import pyarrow
+import pyarrow.parquet
 from PIL import Image, ImageDraw
 from rich.console import Console
 
@@ -48,11 +50,14 @@ def jsonl(rows: list) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def parquet(rows: list[dict], **options) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), stream, **options)
+    return stream.getvalue()
+
+
 def img2dataset(folder: Path, good: int = 12, failed: int = 3) -> Path:
     """`00000.tar`, `.parquet` and `_stats.json`; an image that failed is in the parquet alone."""
-    import pyarrow
-    import pyarrow.parquet
-
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     with tarfile.open(folder / "00000.tar", "w") as tar:
@@ -69,7 +74,7 @@ def img2dataset(folder: Path, good: int = 12, failed: int = 3) -> Path:
                 add(tar, f"{key}.txt", caption.encode())
                 add(tar, f"{key}.json", json.dumps(row, indent=4).encode())
             rows.append(row)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
+    write(folder / "00000.parquet", parquet(rows))
     write(folder / "00000_stats.json", json.dumps({"count": len(rows), "successes": good, "failed_to_download": 3}))
     return folder
 
@@ -111,12 +116,9 @@ def obelics_rows(documents: int = 6) -> list[dict]:
 
 def obelics(folder: Path, documents: int = 6) -> Path:
     """The documents as Parquet, the images as img2dataset fetched them: tars whose json tells the URL."""
-    import pyarrow
-    import pyarrow.parquet
-
     folder.mkdir(parents=True, exist_ok=True)
     rows = obelics_rows(documents)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=2)
+    write(folder / "train-00000.parquet", parquet(rows, row_group_size=2))
     with tarfile.open(folder / "00000.tar", "w") as tar:
         urls = [url for row in rows for url in row["images"] if url]
         for i, url in enumerate(urls):
