@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kosmosg.files import replaced
 from kosmosg.image_processing import ClipImageTransform, read_image
 from kosmosg.prompt import PLACEHOLDER, check_negative_prompt, parse_prompt
 from kosmosg.sampling import LARGEST_SEED, check_numbers, scheduler_class
+from kosmosg.steering import masked
 
 METADATA_KEY = "kosmosg"
 LONGEST_NAME = 240  # bytes; a file system takes 255, and a temporary name is a little longer
@@ -44,6 +46,8 @@ class Request:
     count: int = 1
     image_weights: tuple[float, ...] = ()
     """How much each image counts; none: 1 each."""
+    image_masks: tuple[str | None, ...] = ()
+    """Files, white where the subject of each image is; None: the image is read whole."""
     name: str = ""
     place: str = "the prompt"
     """Where it was read, for messages."""
@@ -55,10 +59,9 @@ class Request:
             raise GenerationError(
                 f"the prompt has {placeholders} placeholders {PLACEHOLDER} but {len(self.images)} images"
             )
-        if self.image_weights and len(self.image_weights) != len(self.images):
-            raise GenerationError(
-                f"{len(self.image_weights)} image weights for {len(self.images)} images; give one each"
-            )
+        for what, given in (("weights", self.image_weights), ("masks", self.image_masks)):
+            if given and len(given) != len(self.images):
+                raise GenerationError(f"{len(given)} image {what} for {len(self.images)} images; give one each")
         if wrong := [weight for weight in self.image_weights if not 0 <= weight < math.inf]:
             raise GenerationError(f"the image weight {wrong[0]} is not allowed; allowed: 0 or more")
         check_negative_prompt(self.negative_prompt)
@@ -153,19 +156,24 @@ def read_request(values: Any, default_name: str, folder: Path, place: str) -> Re
     weights = values.get("image_weights", [])
     if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
         raise GenerationError(f"image_weights={weights!r}; allowed: a list of numbers")
+    masks = values.get("image_masks", [])
+    if not isinstance(masks, list) or not all(mask is None or isinstance(mask, str) for mask in masks):
+        raise GenerationError(f"image_masks={masks!r}; allowed: a list of paths, or null for none")
     for name, kind in (("prompt", str), ("negative_prompt", str), ("name", str), ("seed", int), ("count", int)):
         if name in values and type(values[name]) is not kind:
             raise GenerationError(f"{name}={values[name]!r}; allowed: {kind.__name__}")
     paths = tuple(str(folder / image) for image in images)
-    own = {"images": paths, "image_weights": tuple(weights), "place": place}
+    mask_paths = tuple(None if mask is None else str(folder / mask) for mask in masks)
+    own = {"images": paths, "image_weights": tuple(weights), "image_masks": mask_paths, "place": place}
     return Request(**{"name": default_name, **values, **own})
 
 
 def check_images(request: Request) -> None:
-    """Raises ValueError: an image that cannot be read or resized; names it."""
-    for name in request.images:
+    """Raises ValueError: an image or a mask that cannot be read or used; names it."""
+    for name, mask in zip(request.images, request.image_masks or (None,) * len(request.images), strict=True):
         try:
-            ClipImageTransform(1)(read_image(name))
+            image = read_image(name)
+            ClipImageTransform(1)(image if mask is None else masked(image, read_image(mask)))
         except ValueError as error:
             raise GenerationError(str(error) if name in str(error) else f"the image '{name}': {error}") from error
 
@@ -191,17 +199,15 @@ def plan(requests: Sequence[Request], settings: Settings, output: Path, identity
     Args:
         identity: what else the images depend on: the weights and their precision.
     """
-    hashes = {name: file_hash(Path(name)) for request in requests for name in request.images}
+    record = cache(file_record)
     jobs = []
     for request in requests:
-        # A file's name may be bytes that are no text, which metadata cannot hold.
-        inputs = [
-            {"file": os.fsencode(Path(name).name).decode(errors="replace"), "sha256": hashes[name]}
-            for name in request.images
-        ]
+        inputs = [record(name) for name in request.images]
         shared = {"prompt": request.prompt, "images": inputs, "negative_prompt": request.negative_prompt}
         if request.image_weights:
             shared["image_weights"] = list(request.image_weights)
+        if any(request.image_masks):
+            shared["image_masks"] = [mask and record(mask) for mask in request.image_masks]
         for seed in range(request.seed, request.seed + request.count):
             parameters = {**shared, "seed": seed, **asdict(settings), **identity}
             jobs.append(Job(request, seed, output / f"{request.name}-{seed}.png", parameters))
@@ -250,18 +256,32 @@ def generate(pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size:
     """
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        opened = {name: read_image(name) for name in {name for job in batch for name in job.request.images}}
-        drawn = pipeline(
-            [job.request.prompt for job in batch],
-            images=[[opened[name] for name in job.request.images] for job in batch],
-            negative_prompt=[job.request.negative_prompt for job in batch],
-            image_weights=[job.request.image_weights or (1.0,) * len(job.request.images) for job in batch],
-            seeds=[job.seed for job in batch],
-            **asdict(settings),
-        ).images
-        for job, image in zip(batch, drawn, strict=True):
+        for job, image in zip(batch, draw(pipeline, batch, settings), strict=True):
             store(image, job)
             yield job
+
+
+def draw(pipeline: Any, jobs: Sequence[Job], settings: Settings, **options: Any) -> list[Image.Image]:
+    """The images of some jobs, drawn together.
+
+    Args:
+        pipeline: a KosmosGPipeline.
+        options: of its call, as callback_on_step_end=.
+    """
+    requests, read = [job.request for job in jobs], cache(read_image)
+    return pipeline(
+        [request.prompt for request in requests],
+        images=[[read(name) for name in request.images] for request in requests],
+        negative_prompt=[request.negative_prompt for request in requests],
+        image_weights=[request.image_weights or (1.0,) * len(request.images) for request in requests],
+        image_masks=[
+            [mask and read(mask) for mask in request.image_masks or (None,) * len(request.images)]
+            for request in requests
+        ],
+        seeds=[job.seed for job in jobs],
+        **asdict(settings),
+        **options,
+    ).images
 
 
 def store(image: Image.Image, job: Job) -> None:
@@ -292,6 +312,12 @@ def fingerprint(folder: Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(PROBE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def file_record(name: str) -> dict[str, str]:
+    """A file as metadata name it."""
+    # A file's name may be bytes that are no text, which metadata cannot hold.
+    return {"file": os.fsencode(Path(name).name).decode(errors="replace"), "sha256": file_hash(Path(name))}
 
 
 def file_hash(file: Path) -> str:

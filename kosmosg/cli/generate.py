@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-weights", nargs="+", type=float, metavar="W", help="how much each image counts; default: 1 each"
     )
+    parser.add_argument(
+        "--image-masks", nargs="+", metavar="FILE", help="of each image, white where its subject is; - for none"
+    )
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help="a file of prompts instead of one")
     parser.add_argument(
         "--skip-bad", action="store_true", help="draw the manifest's good lines although others are bad"
@@ -140,7 +143,7 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
 
     if (arguments.prompt is None) == (arguments.manifest is None):
         raise generation.GenerationError("give either a prompt or --manifest")
-    names = ("images", "image_weights", "negative_prompt", "seed", "count")
+    names = ("images", "image_weights", "image_masks", "negative_prompt", "seed", "count")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.manifest is not None:
         if given:
@@ -149,10 +152,9 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
         return generation.read_manifest(arguments.manifest)
     if arguments.skip_bad:
         raise generation.GenerationError("--skip-bad belongs to --manifest")
-    request = generation.Request(
-        arguments.prompt,
-        **{**given, **{name: tuple(given.get(name, ())) for name in ("images", "image_weights")}, "name": "image"},
-    )
+    lists = {name: tuple(given.get(name, ())) for name in ("images", "image_weights")}
+    masks = tuple(None if mask == "-" else mask for mask in given.get("image_masks", ()))
+    request = generation.Request(arguments.prompt, **{**given, **lists, "image_masks": masks, "name": "image"})
     generation.check_images(request)
     return [request], []
 
