@@ -1,4 +1,4 @@
-"""What README and docs say can be typed: commands take their arguments, and every file that the README names is there."""
+"""What README and docs say can be typed: commands take their arguments, and the README's files are there."""
 
 import re
 import shlex
