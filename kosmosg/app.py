@@ -9,13 +9,16 @@ import os
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read at import
 
+import base64
+import hashlib
+import io
 import queue
 import re
 import shlex
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from kosmosg import generation
 from kosmosg.image_processing import read_image, to_images
 from kosmosg.prompt import PLACEHOLDER
 from kosmosg.sampling import SAMPLERS
-from kosmosg.steering import hints
+from kosmosg.steering import hints, masked
 
 SLOTS = 4
 MOST_PIXELS = 25_000_000
@@ -38,6 +41,52 @@ NUMBER = re.compile(r"<(\d+)>")
 RESTORED = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "sampler")
 FONT = ["system-ui", "sans-serif"]  # gradio's own would be loaded from elsewhere
 KEPT_SECONDS = 24 * 3600
+EDITED_SIDE = 512  # of the image that is painted on; small ones are enlarged, so that they can be
+PAINT = "#ff4040"
+# gradio's own editor sends three files at every move of the pointer, and needs WebGL.
+BRUSH_HTML = """<canvas></canvas>
+<div><label>Size <input type="range" min="8" max="160" value="48"></label>
+<label><input type="checkbox"> Erase</label></div>"""
+BRUSH_CSS = """
+canvas { display: block; width: 100%; max-width: 512px; margin: auto; cursor: crosshair; touch-action: none }
+div { display: flex; gap: 2em; justify-content: center; align-items: center; padding: 0.5em }
+"""
+BRUSH_JS = f"""
+const [view, mask] = [element.querySelector("canvas"), document.createElement("canvas")];
+const [pen, ink] = [view.getContext("2d"), mask.getContext("2d")];
+const [size, erase] = element.querySelectorAll("input");
+let picture, last = null;
+const read = async url => {{ const image = new Image(); image.src = url; await image.decode(); return image; }};
+const show = () => {{
+  pen.globalAlpha = 1; pen.drawImage(picture, 0, 0);
+  pen.globalAlpha = 0.6; pen.drawImage(mask, 0, 0);
+}};
+const load = async () => {{
+  if (!props.value.image) return;
+  picture = await read(props.value.image);
+  view.width = mask.width = picture.width;
+  view.height = mask.height = picture.height;
+  if (props.value.mask) ink.drawImage(await read(props.value.mask), 0, 0);
+  show();
+}};
+const stroke = event => {{
+  const box = view.getBoundingClientRect(), scale = view.width / box.width;
+  const point = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+  ink.globalCompositeOperation = erase.checked ? "destination-out" : "source-over";
+  Object.assign(ink, {{ lineWidth: size.value, lineCap: "round", strokeStyle: "{PAINT}" }});
+  ink.beginPath(); ink.moveTo(...(last ?? point)); ink.lineTo(...point); ink.stroke();
+  last = point;
+  show();
+}};
+view.onpointerdown = event => {{ view.setPointerCapture(event.pointerId); stroke(event); }};
+view.onpointermove = event => last && stroke(event);
+view.onpointerup = view.onpointercancel = () => {{
+  if (last) trigger("input", {{ mask: mask.toDataURL() }});
+  last = null;
+}};
+watch("value", load);
+load();
+"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +98,7 @@ class Served:
         identity: as in the pictures' metadata.
         examples: pairs of a prompt and an image's file.
         beside: other models that draw the same prompt from the same noise.
+        segmenter: (image, words) → mask; None: masks are painted by hand alone.
     """
 
     pipeline: Any
@@ -58,6 +108,7 @@ class Served:
     steps: int = 50
     examples: Sequence[tuple[str, str]] = ()
     beside: Sequence["Served"] = ()
+    segmenter: Callable[[Image.Image, str], Image.Image] | None = None
     lock: Any = field(default_factory=threading.Lock)
 
 
@@ -99,12 +150,15 @@ def told(prompt: str, *files: str | None) -> str:
     return "\n".join(f"- {hint}" for hint in found).replace("<", "&lt;")
 
 
-def build_request(prompt: str, negative: str | None, seed: int, count: int, files: Sequence, weights: Sequence) -> Any:
+def build_request(
+    prompt: str, negative: str | None, seed: int, count: int, files: Sequence, weights: Sequence, masks: Sequence
+) -> Any:
     """What the page asks for. Raises ValueError."""
-    for file in filter(None, files):
+    for file in filter(None, (*files, *masks)):
         check_size(file)
     text, numbers = named_images(prompt, files)
     chosen = tuple(float(weights[number]) for number in numbers)
+    chosen_masks = tuple(masks[number] or None for number in numbers)
     if count > MOST_PICTURES:
         raise ValueError(f"{count} pictures are asked for; allowed: at most {MOST_PICTURES}.")
     request = generation.Request(
@@ -114,6 +168,7 @@ def build_request(prompt: str, negative: str | None, seed: int, count: int, file
         seed=int(seed or 0),
         count=int(count),
         image_weights=() if all(weight == 1 for weight in chosen) else chosen,
+        image_masks=chosen_masks if any(chosen_masks) else (),
         name="image",
     )
     generation.check_images(request)
@@ -127,6 +182,8 @@ def command(served: Served, request: Any, settings: generation.Settings) -> str:
         words += ["--images", *(Path(file).name for file in request.images)]
     if request.image_weights:
         words += ["--image-weights", *(f"{weight:g}" for weight in request.image_weights)]
+    if request.image_masks:
+        words += ["--image-masks", *(Path(mask).name if mask else "-" for mask in request.image_masks)]
     if request.negative_prompt:
         words += ["--negative-prompt", request.negative_prompt]
     words += ["--seed", str(request.seed), "--count", str(request.count)]
@@ -156,16 +213,7 @@ def draw(served: Served, request: Any, settings: generation.Settings, folder: Pa
     def work() -> None:
         try:
             with served.lock:  # a visitor who left may still be drawn for
-                pictures = served.pipeline(
-                    request.prompt,
-                    images=[read_image(file) for file in request.images],
-                    image_weights=list(request.image_weights or (1.0,) * len(request.images)),
-                    negative_prompt=request.negative_prompt,
-                    num_images_per_prompt=request.count,
-                    seeds=[job.seed for job in jobs],
-                    callback_on_step_end=follow,
-                    **asdict(settings),
-                ).images
+                pictures = generation.draw(served.pipeline, jobs, settings, callback_on_step_end=follow)
             for picture, job in zip(pictures, jobs, strict=True):
                 generation.store(picture, job)
             made.put((steps, [str(job.file) for job in jobs]))
@@ -196,6 +244,8 @@ def restored(file: str, identity: dict[str, str]) -> tuple[dict[str, Any], str]:
         numbers = iter(range(1, len(found["images"]) + 1))
         prompt = re.sub(PLACEHOLDER, lambda _: f"<{next(numbers)}>", found["prompt"])
         notes = [f"Put in as image {n}: {image['file']}." for n, image in enumerate(found["images"], 1)]
+        masks = enumerate(found.get("image_masks", []), 1)
+        notes += [f"Its mask: {mask['file']} for image {n}." for n, mask in masks if mask]
         own = {name: found[name] for name in RESTORED}
     except (KeyError, TypeError, StopIteration) as error:  # anyone can write metadata
         raise ValueError(f"'{Path(file).name}' holds settings that kosmosg generate did not write.") from error
@@ -203,6 +253,44 @@ def restored(file: str, identity: dict[str, str]) -> tuple[dict[str, Any], str]:
         notes.append("It was drawn by another model.")
     own |= {"prompt": prompt, "image_weights": found.get("image_weights", [])}
     return own, " ".join(["Settings restored.", *notes])
+
+
+def opened(file: str, mask: str | None) -> dict[str, str]:
+    """What the brush shows: an image, and what of it is masked already, as data URLs. Raises ValueError."""
+    check_size(file)
+    image = read_image(file)
+    size = [max(1, round(EDITED_SIDE * side / max(image.size))) for side in image.size]
+    shown = {"image": data_url(image.resize(size, Image.Resampling.NEAREST)), "mask": ""}
+    if mask:
+        paint = Image.new("RGBA", size, PAINT)
+        paint.putalpha(read_image(mask).convert("L").resize(size, Image.Resampling.NEAREST))
+        shown["mask"] = data_url(paint)
+    return shown
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as text that a browser shows."""
+    image.save(content := io.BytesIO(), "png")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def painted(url: str, size: tuple[int, int]) -> Image.Image | None:
+    """What the brush painted, as a mask of `size`; None where it painted nothing. Raises ValueError."""
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=["PNG"]) as image:
+        if max(image.size) > EDITED_SIDE:  # not from the page
+            raise ValueError(
+                f"the mask has {image.width}×{image.height} pixels; allowed: at most {EDITED_SIDE} a side."
+            )
+        alpha = image.convert("RGBA").getchannel("A").resize(size, Image.Resampling.BOX)
+    mask = alpha.point([255 * (value > 127) for value in range(256)])
+    return mask if mask.getbbox() else None
+
+
+def stored(mask: Image.Image, folder: str) -> str:
+    """The file of a mask, called by its content."""
+    name = hashlib.sha256(mask.tobytes()).hexdigest()[:8]
+    mask.save(file := f"{folder}/mask-{name}.png")
+    return file
 
 
 def picked(event: gr.SelectData) -> int:
@@ -220,7 +308,7 @@ def build(served: Served) -> gr.Blocks:
                     "", label="Prompt", placeholder="<1> in the suit of <2>", max_length=2000, elem_id="prompt"
                 )
                 notes = gr.Markdown(elem_id="hints")
-                slots, weights = [], []
+                slots, weights, masks, mask_buttons = [], [], [], []
                 with gr.Row():
                     for number in range(1, SLOTS + 1):
                         with gr.Column(min_width=120):
@@ -231,6 +319,24 @@ def build(served: Served) -> gr.Blocks:
                                 )
                             )  # fmt: skip
                             weights.append(gr.Slider(0, 2, 1, step=0.05, label="weight", elem_id=f"weight-{number}"))
+                            mask_buttons.append(gr.Button("Mask", size="sm", elem_id=f"mask-{number}"))
+                            masks.append(
+                                gr.Image(
+                                    label="white is read", type="filepath", image_mode=None, height=110,
+                                    buttons=["download"], visible=False, interactive=False, elem_id=f"masked-{number}",
+                                )
+                            )  # fmt: skip
+                edited = gr.State(0)
+                with gr.Column(variant="panel", visible=False, elem_id="brush") as panel:
+                    title = gr.Markdown()
+                    editor = gr.HTML({}, html_template=BRUSH_HTML, css_template=BRUSH_CSS, js_on_load=BRUSH_JS)
+                    words = gr.Textbox(
+                        label="Find the subject by words", visible=served.segmenter is not None, elem_id="words"
+                    )
+                    with gr.Row():
+                        given = gr.UploadButton("From a file", file_types=[".png"], size="sm", min_width=90)
+                        removed = gr.Button("Remove", size="sm", min_width=90)
+                        done = gr.Button("Close", size="sm", min_width=90, elem_id="close-brush")
                 with gr.Accordion("Settings", open=False):
                     negative = gr.Textbox("", label="Steer away from", max_length=2000)
                     with gr.Row():
@@ -258,7 +364,8 @@ def build(served: Served) -> gr.Blocks:
             try:
                 chosen_sampler = None if sampler == OWN_SAMPLER else sampler
                 settings = generation.Settings(int(steps), float(guidance), chosen_sampler)
-                request = build_request(prompt, negative, seed, count, images[:SLOTS], images[SLOTS:])
+                steering = [images[begin : begin + SLOTS] for begin in range(0, 3 * SLOTS, SLOTS)]
+                request = build_request(prompt, negative, seed, count, *steering)
                 models, lines, kept = [served, *served.beside], [], []
                 with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:  # gradio copies what it shows
                     for place, model in enumerate(models):
@@ -294,9 +401,59 @@ def build(served: Served) -> gr.Blocks:
             file = pictures[min(index, len(pictures) - 1)][0]
             return [file if number == place else gr.skip() for number in range(SLOTS)]
 
+        def edit(number):
+            def show(file, mask):
+                if not file:
+                    raise gr.Error(f"Put in image {number + 1} first.", print_exception=False)
+                try:
+                    value = opened(file, mask)
+                except ValueError as error:
+                    raise gr.Error(str(error), print_exception=False) from error
+                text = f"Paint over the subject of **&lt;{number + 1}&gt;**; the rest is read as white."
+                return number, text, value, gr.update(visible=True)
+
+            return show
+
+        def set_mask(number, mask):
+            return [gr.update(value=mask, visible=bool(mask)) if n == number else gr.skip() for n in range(SLOTS)]
+
+        def paint(event: gr.EventData, number, *files):
+            mask = painted(event.mask, read_image(files[number]).size)
+            with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:  # gradio copies what it shows
+                yield set_mask(number, mask and stored(mask, folder))
+
+        def find(number, words, *files):
+            assert served.segmenter is not None
+            mask = served.segmenter(read_image(files[number]), words)
+            if not mask.getbbox():
+                raise gr.Error(f"'{words}' is not seen in image {number + 1}.", print_exception=False)
+            with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:
+                yield [opened(files[number], file := stored(mask, folder)), *set_mask(number, file)]
+
+        def take(number, file, *files):
+            try:
+                check_size(file)
+                masked(read_image(files[number]), read_image(file))
+            except ValueError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+            return [opened(files[number], file), *set_mask(number, file)]
+
+        for number, button in enumerate(mask_buttons):
+            shown = [edited, title, editor, panel]
+            button.click(edit(number), [slots[number], masks[number]], shown, show_progress="hidden")
+            slots[number].change(lambda: (gr.update(value=None, visible=False), gr.update(visible=False)), None,
+                                 [masks[number], panel], queue=False)  # fmt: skip
+        editor.input(paint, [edited, *slots], masks, show_progress="hidden", trigger_mode="always_last")
+        words.submit(find, [edited, words, *slots], [editor, *masks])
+        given.upload(take, [edited, given, *slots], [editor, *masks])
+        removed.click(
+            lambda number: [gr.update(visible=False), *set_mask(number, None)], edited, [panel, *masks], queue=False
+        )
+        done.click(lambda: gr.update(visible=False), None, panel, queue=False)
+
         inputs = [prompt, negative, steps, guidance, seed, count, sampler]
-        start.click(run, [*inputs, *slots, *weights], [pictures, line])
-        prompt.submit(run, [*inputs, *slots, *weights], [pictures, line])
+        start.click(run, [*inputs, *slots, *weights, *masks], [pictures, line])
+        prompt.submit(run, [*inputs, *slots, *weights, *masks], [pictures, line])
         for component in (prompt, *slots):
             component.change(told, [prompt, *slots], notes, show_progress="hidden", queue=False)
         dropped.upload(restore, dropped, [*inputs, *weights, notes])

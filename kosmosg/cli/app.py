@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beside", nargs="+", default=[], metavar="MODEL", help="models to draw the same with, to compare"
     )
+    parser.add_argument(
+        "--segmenter", metavar="ID", help="folder or hub id of a CLIPSeg, which finds subjects by words"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: this machine alone")
     parser.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
 
@@ -51,6 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         own_decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
         named = [model, *(own_decoder if "--image-decoder" not in given else []), *given]
         beside.append(Served(load(other, device, dtype), named, {"model": model_name(other), "dtype": dtype}))
+    if arguments.segmenter:
+        from kosmosg.looking import Segmenter
+
+        options["segmenter"] = Segmenter(arguments.segmenter, device)
     served = Served(load(arguments, device, dtype), own, identity, examples=examples, beside=beside, **options)
     serve(served, arguments.host, arguments.port)
     return 0
