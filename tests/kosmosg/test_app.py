@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from kosmosg import app
+from kosmosg.app import page as app_page
+from kosmosg.app import requests as app
 from kosmosg.cli import main
-from kosmosg.generation import Settings, read_parameters
+from kosmosg.drawing import load_controlnet, load_loras
+from kosmosg.generation import Settings, file_record, read_parameters
 from kosmosg.looking import Segmenter
 from kosmosg.pipeline import KosmosGPipeline
+from tests import tiny
 from tests.datamodules.curation.tiny_models import write_clipseg
 
 SETTINGS = Settings(2, 3.0)
@@ -39,7 +42,7 @@ def files(tmp_path):
 
 
 def ask(files, prompt="<2> in the suit of <1>", weights=(1, 1, 1, 1), count=1, masks=(None,) * 4):
-    return app.build_request(prompt, "", 5, count, files, weights, masks)
+    return app.build_request(prompt, files, weights, masks, seed=5, count=count)
 
 
 def test_numbers_name_images_in_any_order(files):
@@ -74,7 +77,7 @@ def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, 
     mask = app.stored(half_mask(), str(tmp_path))
     request = ask(files, weights=(0.5, 1, 1, 1), count=2, masks=(mask, None, None, None))
     *steps, (_, kept) = app.draw(served, request, SETTINGS, tmp_path / "drawn")
-    assert [number for number, _ in steps] == [1, 2]
+    assert [share for share, _ in steps] == [0.5, 1]
     assert [Path(file).name for file in kept] == ["image-5.png", "image-6.png"]
     found, note = app.restored(kept[1], served.identity)
     assert found["prompt"] == "<1> in the suit of <2>" and found["seed"] == 6 and found["image_weights"] == [1.0, 0.5]
@@ -93,6 +96,29 @@ def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, 
     whole = list(app.draw(served, replace(request, image_masks=()), SETTINGS, tmp_path / "whole"))[-1][1]
     assert not np.array_equal(np.asarray(Image.open(whole[0])), np.asarray(Image.open(kept[0])))
     assert "image_masks" not in read_parameters(Path(whole[0]))
+
+
+def test_controlnet_lora_and_an_initial_image_are_repeated_and_restored(served, files, tmp_path, monkeypatch):
+    pipeline = KosmosGPipeline.from_pretrained(served.arguments[0])
+    controlnet, lora = tiny.write_controlnet_and_lora(tmp_path, pipeline.unet)
+    load_loras(pipeline, [str(lora)])
+    network = load_controlnet(str(controlnet), pipeline)
+    identity = served.identity | {"controlnet": "some", "loras": [file_record(str(lora))]}
+    served = replace(
+        served, pipeline=pipeline, identity=identity, controlnet=("controlnet", network), loras=["lora.safetensors"]
+    )
+    more = {"control_image": files[0], "control_scale": 0.5, "init_image": files[1], "strength": 0.6}
+    request = app.build_request("<1> there", files, (1,) * 4, (None,) * 4, seed=5, **more)
+    settings = Settings(5, 3.0)
+    *steps, (_, kept) = app.draw(served, request, settings, tmp_path / "drawn", [0.5])
+    assert [share for share, _ in steps] == pytest.approx([1 / 3, 2 / 3, 1])  # three of five steps
+    found, note = app.restored(kept[0], identity)
+    assert (found["control_image"], found["init_image"], found["lora_scales"]) == (0.5, 0.6, [0.5])
+    assert "control image: dog.png" in note and "initial image: hero.png" in note and "another" not in note
+    assert "other LoRA files" in app.restored(kept[0], identity | {"loras": []})[1]
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(app.command(served, request, settings, [0.5]))[1:], "--output", "again"]) == 0
+    assert np.array_equal(np.asarray(Image.open("again/image-5.png")), np.asarray(Image.open(kept[0])))
 
 
 def half_mask():
@@ -135,7 +161,7 @@ def test_in_a_browser(served, files, tmp_path):
     visitor sees nothing."""
     served = replace(served, beside=[replace(served, arguments=["another"])])
     sync_api = pytest.importorskip("playwright.sync_api")
-    _, address, _ = app.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    _, address, _ = app_page.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     try:
         with sync_api.sync_playwright() as browsers:
             browser = browsers.chromium.launch(executable_path=CHROMIUM, args=QUIET)
@@ -179,4 +205,4 @@ def test_in_a_browser(served, files, tmp_path):
             assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
             browser.close()
     finally:
-        app.gr.close_all()
+        app_page.gr.close_all()
