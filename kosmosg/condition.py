@@ -62,7 +62,9 @@ class Condition(NamedTuple):
         counts = self.mask.sum(dim=1, keepdim=True)
         order = (~self.mask).long().argsort(dim=1, stable=True)  # those that count first
         places = order.gather(1, torch.arange(tokens, device=order.device) * counts // tokens)
-        return self._replace(states=self.states.gather(1, places[..., None].expand_as(self.states)), mask=None)
+        return self._replace(
+            states=self.states.gather(1, places[..., None].expand(-1, -1, self.states.shape[2])), mask=None
+        )
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> "Condition":
         """Some rows."""
