@@ -28,7 +28,7 @@ from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, identity,
 from evaluation.protocols.requests import EvaluationError, Request
 
 FOLDER_DIGITS = 8
-CODE = Path(__file__).parent
+CODE, LOOKING = Path(__file__).parent, "kosmosg/looking.py"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Evaluation:
         curve = [(p.scale, p.table.protocol, [system.name for system in p.systems]) for p in self.points]
         return hash_json(
             [
-                hash_files(CODE, (file for kind in ("*.py", "*.html") for file in CODE.rglob(kind))),
+                hash_files(CODE.parent, [*CODE.rglob("*.py"), *CODE.rglob("*.html"), CODE.parent / LOOKING]),
                 [(table.protocol, table.data) for table in self.tables],
                 [(system.name, system.model) for system in self.systems],
                 [(table, rival.name, rival.model) for (table, _), rival in self.external.items()],

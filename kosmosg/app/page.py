@@ -1,6 +1,7 @@
 """How the page looks, and what its parts do when they are used."""
 
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kosmosg.app.requests import (
     opened,
     painted,
     restored,
+    score_table,
     stored,
     told,
 )
@@ -91,6 +93,17 @@ def has_initial(served: Served) -> bool:
         return False
 
 
+def short_names(models: list[str]) -> list[str]:
+    """What columns are called: the last parts of folders, if they differ."""
+    names = [Path(model).name for model in models]
+    return names if len(set(names)) == len(names) else [f"{number} {name}" for number, name in enumerate(names, 1)]
+
+
+def in_rows(columns: list[list[Any]]) -> list[Any]:
+    """What a gallery shows row by row, so that each model has a column."""
+    return [picture for row in zip_longest(*columns) for picture in row if picture is not None]
+
+
 def build(served: Served) -> gr.Blocks:
     """The page."""
     with gr.Blocks(title="kosmosg", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as page:
@@ -154,8 +167,13 @@ def build(served: Served) -> gr.Blocks:
                 start = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=2):
                 pictures = gr.Gallery(
-                    label="Pictures", columns=2, object_fit="contain", interactive=False, elem_id="pictures"
+                    label="Pictures",
+                    columns=1 + len(served.beside) if served.beside else 2,
+                    object_fit="contain",
+                    interactive=False,
+                    elem_id="pictures",
                 )
+                scores = gr.Markdown(elem_id="scores")
                 chosen = gr.State(0)
                 again = gr.Button("Use the picture as an image", size="sm")
                 line = gr.Textbox(label="Command", interactive=False, buttons=["copy"], elem_id="command")
@@ -184,18 +202,19 @@ def build(served: Served) -> gr.Blocks:
                     strength=float(values[strength]),
                 )
                 scales = list(map(float, of(loras)))
-                models, lines, kept = [served, *served.beside], [], []
+                models, lines = [served, *served.beside], []
+                names = short_names([model.arguments[0] for model in models])
+                columns: list[list[Any]] = [[] for _ in models]
                 with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:  # gradio copies what it shows
                     for place, model in enumerate(models):
-                        name = model.arguments[0] if served.beside else None
                         lines.append(command(model, request, settings, scales))
-                        shown: list[Any] = []
                         for share, now in draw(model, request, settings, Path(folder) / str(place), scales):
                             progress((place + share) / len(models))
-                            shown = [(picture, name) for picture in now]
-                            if shown:
-                                yield kept + shown, "\n".join(lines)
-                        kept += shown
+                            if now:
+                                columns[place] = [(picture, names[place] if served.beside else None) for picture in now]
+                                yield in_rows(columns), "\n".join(lines), ""
+                    drawn = {name: [file for file, _ in column] for name, column in zip(names, columns, strict=True)}
+                    yield in_rows(columns), "\n".join(lines), score_table(served, request, drawn)
             except (ValueError, FileNotFoundError) as error:
                 raise gr.Error(str(error), print_exception=False) from error
 
@@ -278,8 +297,8 @@ def build(served: Served) -> gr.Blocks:
 
         settings = [prompt, negative, steps, guidance, seed, count, sampler, control_scale, strength, *weights, *loras]
         asked = {*settings, *slots, *masks, control, initial}
-        start.click(run, asked, [pictures, line])
-        prompt.submit(run, asked, [pictures, line])
+        start.click(run, asked, [pictures, line, scores])
+        prompt.submit(run, asked, [pictures, line, scores])
         initial.change(lambda file: gr.update(visible=bool(file)), initial, strength, queue=False)
         for component in (prompt, *slots):
             component.change(told, [prompt, *slots], notes, show_progress="hidden", queue=False)

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch.nn.functional import cosine_similarity
 
 from kosmosg.app import page as app_page
 from kosmosg.app import requests as app
 from kosmosg.cli import main
 from kosmosg.drawing import load_controlnet, load_loras
 from kosmosg.generation import Settings, file_record, read_parameters
-from kosmosg.looking import Segmenter
+from kosmosg.image_processing import read_image
+from kosmosg.looking import CLIPEncoder, DinoEncoder, Segmenter
 from kosmosg.pipeline import KosmosGPipeline
 from tests import tiny
+from tests.conftest import REPOSITORY
 from tests.datamodules.curation.tiny_models import write_clipseg
 
 SETTINGS = Settings(2, 3.0)
@@ -146,6 +149,23 @@ def test_a_segmenter_masks_what_words_name(tmp_path):
     for bias, value in ((50.0, 255), (-50.0, 0)):
         certain.data.fill_(bias)
         assert np.unique(np.asarray(segment(image, "a dog"))) == value
+
+
+def test_scores_compare_with_the_images_that_were_read_and_with_the_text(served, files, tmp_path):
+    weights = REPOSITORY / "datamodules" / "toyland" / "weights"
+    clip, dino = CLIPEncoder(weights / "clip"), DinoEncoder(weights / "dino")
+    mug, boot = (str(weights.parent / "examples" / f"{name}.png") for name in ("mug", "boot"))
+    request = app.build_request("<1> and <2> there", [mug, boot, None, None], (1,) * 4, (None,) * 4)
+    seen = replace(served, scores={"clip": clip, "dino": dino})
+    table = app.score_table(seen, request, {"one": [mug], "both": [mug, boot]}).splitlines()
+    assert table[0] == "|  | DINO | CLIP | text |" and app.score_table(served, request, {"one": [mug]}) == ""
+    images = [read_image(mug), read_image(boot)]
+    across = float(cosine_similarity(*dino.images(images).split(1)))
+    text = [float(cosine_similarity(clip.images([image]), clip.texts(["and there"]))) for image in images]
+    one, both = (line.split("|")[2:5] for line in table[2:])
+    assert one[0].strip() == f"1.00, {across:.2f}" and one[2].strip() == f"{text[0]:.2f}"
+    assert both[0].strip() == f"{(1 + across) / 2:.2f}, {(1 + across) / 2:.2f}"
+    assert float(both[2]) == pytest.approx(sum(text) / 2, abs=0.006)
 
 
 def test_hints_are_told_as_text(files):
