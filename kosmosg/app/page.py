@@ -85,6 +85,13 @@ def picked(event: gr.SelectData) -> int:
     return event.index
 
 
+def image_file(**options: Any) -> gr.Image:
+    """An image whose value is its file, which gradio does not open: of one that is none it would say nothing."""
+    image = gr.Image(type="filepath", image_mode=None, **options)
+    image.preprocess = lambda payload: payload and payload.path
+    return image
+
+
 def has_initial(served: Served) -> bool:
     """Whether diffusers can start from an image with these image decoders."""
     try:
@@ -119,17 +126,17 @@ def build(served: Served) -> gr.Blocks:
                     for number in range(1, SLOTS + 1):
                         with gr.Column(min_width=120):
                             slots.append(
-                                gr.Image(
-                                    label=f"<{number}>", type="filepath", image_mode=None, height=150,
-                                    sources=["upload", "clipboard"], elem_id=f"image-{number}",
+                                image_file(
+                                    label=f"<{number}>", height=150, sources=["upload", "clipboard"],
+                                    elem_id=f"image-{number}",
                                 )
                             )  # fmt: skip
                             weights.append(gr.Slider(0, 2, 1, step=0.05, label="weight", elem_id=f"weight-{number}"))
                             mask_buttons.append(gr.Button("Mask", size="sm", elem_id=f"mask-{number}"))
                             masks.append(
-                                gr.Image(
-                                    label="white is read", type="filepath", image_mode=None, height=110,
-                                    buttons=["download"], visible=False, interactive=False, elem_id=f"masked-{number}",
+                                image_file(
+                                    label="white is read", height=110, buttons=["download"], visible=False,
+                                    interactive=False, elem_id=f"masked-{number}",
                                 )
                             )  # fmt: skip
                 edited = gr.State(0)
@@ -152,15 +159,14 @@ def build(served: Served) -> gr.Blocks:
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
                         count = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures")
                         sampler = gr.Dropdown([OWN_SAMPLER, *SAMPLERS], value=OWN_SAMPLER, label="Sampler")
-                uploads: dict[str, Any] = {"type": "filepath", "image_mode": None, "height": 200}
-                uploads |= {"sources": ["upload", "clipboard"]}
+                uploads: dict[str, Any] = {"height": 200, "sources": ["upload", "clipboard"]}
                 with gr.Accordion("Start from an image", open=False, visible=has_initial(served)):
-                    initial = gr.Image(label="Initial image", elem_id="initial", **uploads)
+                    initial = image_file(label="Initial image", elem_id="initial", **uploads)
                     strength = gr.Slider(
                         0.05, 1, 0.7, step=0.05, label="Strength: how much is drawn anew", visible=False
                     )
                 with gr.Accordion("ControlNet", open=False, visible=served.controlnet is not None):
-                    control = gr.Image(label="What the ControlNet reads", elem_id="control", **uploads)
+                    control = image_file(label="What the ControlNet reads", elem_id="control", **uploads)
                     control_scale = gr.Slider(0, 2, 1, step=0.05, label="Scale")
                 with gr.Accordion("LoRA", open=False, visible=bool(served.loras)):
                     loras = [gr.Slider(-2, 2, 1, step=0.05, label=Path(file).name) for file in served.loras]

@@ -206,8 +206,11 @@ def draw(
 
 
 def score_table(served: Served, request: generation.Request, pictures: Mapping[str, Sequence[str]]) -> str:
-    """How like the images that were read pictures are, and how like the prompt without them: a Markdown table with a row
-    for each model, of means over its pictures' files."""
+    """How like the images that were read pictures are, and how like the prompt without them, in Markdown.
+
+    Args:
+        pictures: of each model, whose means are a row.
+    """
     if not served.scores:
         return ""
     masks = request.image_masks or (None,) * len(request.images)
