@@ -1,6 +1,7 @@
 """How the page looks, and what its parts do when they are used."""
 
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kosmosg.app.requests import (
     opened,
     painted,
     restored,
+    score_table,
     stored,
     told,
 )
@@ -83,12 +85,30 @@ def picked(event: gr.SelectData) -> int:
     return event.index
 
 
+def image_file(**options: Any) -> gr.Image:
+    """An image whose value is its file, which gradio does not open: of one that is none it would say nothing."""
+    image = gr.Image(type="filepath", image_mode=None, **options)
+    image.preprocess = lambda payload: payload and payload.path
+    return image
+
+
 def has_initial(served: Served) -> bool:
     """Whether diffusers can start from an image with these image decoders."""
     try:
         return all(composed_kind(model.pipeline.config["family"], False, True) for model in (served, *served.beside))
     except ValueError:
         return False
+
+
+def short_names(models: list[str]) -> list[str]:
+    """What columns are called: the last parts of folders, if they differ."""
+    names = [Path(model).name for model in models]
+    return names if len(set(names)) == len(names) else [f"{number} {name}" for number, name in enumerate(names, 1)]
+
+
+def in_rows(columns: list[list[Any]]) -> list[Any]:
+    """What a gallery shows row by row, so that each model has a column."""
+    return [picture for row in zip_longest(*columns) for picture in row if picture is not None]
 
 
 def build(served: Served) -> gr.Blocks:
@@ -106,17 +126,17 @@ def build(served: Served) -> gr.Blocks:
                     for number in range(1, SLOTS + 1):
                         with gr.Column(min_width=120):
                             slots.append(
-                                gr.Image(
-                                    label=f"<{number}>", type="filepath", image_mode=None, height=150,
-                                    sources=["upload", "clipboard"], elem_id=f"image-{number}",
+                                image_file(
+                                    label=f"<{number}>", height=150, sources=["upload", "clipboard"],
+                                    elem_id=f"image-{number}",
                                 )
                             )  # fmt: skip
                             weights.append(gr.Slider(0, 2, 1, step=0.05, label="weight", elem_id=f"weight-{number}"))
                             mask_buttons.append(gr.Button("Mask", size="sm", elem_id=f"mask-{number}"))
                             masks.append(
-                                gr.Image(
-                                    label="white is read", type="filepath", image_mode=None, height=110,
-                                    buttons=["download"], visible=False, interactive=False, elem_id=f"masked-{number}",
+                                image_file(
+                                    label="white is read", height=110, buttons=["download"], visible=False,
+                                    interactive=False, elem_id=f"masked-{number}",
                                 )
                             )  # fmt: skip
                 edited = gr.State(0)
@@ -139,23 +159,27 @@ def build(served: Served) -> gr.Blocks:
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
                         count = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures")
                         sampler = gr.Dropdown([OWN_SAMPLER, *SAMPLERS], value=OWN_SAMPLER, label="Sampler")
-                uploads: dict[str, Any] = {"type": "filepath", "image_mode": None, "height": 200}
-                uploads |= {"sources": ["upload", "clipboard"]}
+                uploads: dict[str, Any] = {"height": 200, "sources": ["upload", "clipboard"]}
                 with gr.Accordion("Start from an image", open=False, visible=has_initial(served)):
-                    initial = gr.Image(label="Initial image", elem_id="initial", **uploads)
+                    initial = image_file(label="Initial image", elem_id="initial", **uploads)
                     strength = gr.Slider(
                         0.05, 1, 0.7, step=0.05, label="Strength: how much is drawn anew", visible=False
                     )
                 with gr.Accordion("ControlNet", open=False, visible=served.controlnet is not None):
-                    control = gr.Image(label="What the ControlNet reads", elem_id="control", **uploads)
+                    control = image_file(label="What the ControlNet reads", elem_id="control", **uploads)
                     control_scale = gr.Slider(0, 2, 1, step=0.05, label="Scale")
                 with gr.Accordion("LoRA", open=False, visible=bool(served.loras)):
                     loras = [gr.Slider(-2, 2, 1, step=0.05, label=Path(file).name) for file in served.loras]
                 start = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=2):
                 pictures = gr.Gallery(
-                    label="Pictures", columns=2, object_fit="contain", interactive=False, elem_id="pictures"
+                    label="Pictures",
+                    columns=1 + len(served.beside) if served.beside else 2,
+                    object_fit="contain",
+                    interactive=False,
+                    elem_id="pictures",
                 )
+                scores = gr.Markdown(elem_id="scores")
                 chosen = gr.State(0)
                 again = gr.Button("Use the picture as an image", size="sm")
                 line = gr.Textbox(label="Command", interactive=False, buttons=["copy"], elem_id="command")
@@ -184,18 +208,19 @@ def build(served: Served) -> gr.Blocks:
                     strength=float(values[strength]),
                 )
                 scales = list(map(float, of(loras)))
-                models, lines, kept = [served, *served.beside], [], []
+                models, lines = [served, *served.beside], []
+                names = short_names([model.arguments[0] for model in models])
+                columns: list[list[Any]] = [[] for _ in models]
                 with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:  # gradio copies what it shows
                     for place, model in enumerate(models):
-                        name = model.arguments[0] if served.beside else None
                         lines.append(command(model, request, settings, scales))
-                        shown: list[Any] = []
                         for share, now in draw(model, request, settings, Path(folder) / str(place), scales):
                             progress((place + share) / len(models))
-                            shown = [(picture, name) for picture in now]
-                            if shown:
-                                yield kept + shown, "\n".join(lines)
-                        kept += shown
+                            if now:
+                                columns[place] = [(picture, names[place] if served.beside else None) for picture in now]
+                                yield in_rows(columns), "\n".join(lines), ""
+                    drawn = {name: [file for file, _ in column] for name, column in zip(names, columns, strict=True)}
+                    yield in_rows(columns), "\n".join(lines), score_table(served, request, drawn)
             except (ValueError, FileNotFoundError) as error:
                 raise gr.Error(str(error), print_exception=False) from error
 
@@ -278,8 +303,8 @@ def build(served: Served) -> gr.Blocks:
 
         settings = [prompt, negative, steps, guidance, seed, count, sampler, control_scale, strength, *weights, *loras]
         asked = {*settings, *slots, *masks, control, initial}
-        start.click(run, asked, [pictures, line])
-        prompt.submit(run, asked, [pictures, line])
+        start.click(run, asked, [pictures, line, scores])
+        prompt.submit(run, asked, [pictures, line, scores])
         initial.change(lambda file: gr.update(visible=bool(file)), initial, strength, queue=False)
         for component in (prompt, *slots):
             component.change(told, [prompt, *slots], notes, show_progress="hidden", queue=False)

@@ -7,7 +7,7 @@ import queue
 import re
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from PIL import Image
 from kosmosg import generation
 from kosmosg.drawing import scale_loras
 from kosmosg.image_processing import read_image, to_images
+from kosmosg.looking import similarities
 from kosmosg.prompt import PLACEHOLDER
-from kosmosg.steering import hints
+from kosmosg.steering import hints, masked
 
 MOST_PIXELS = 25_000_000
 MOST_PICTURES = 8
@@ -40,6 +41,7 @@ class Served:
         segmenter: (image, words) → mask; None: masks are painted by hand alone.
         controlnet: its name and the network, None where there is none.
         loras: files that are loaded into the pipeline.
+        scores: networks of `similarities`, by name; none: pictures are shown without scores.
     """
 
     pipeline: Any
@@ -52,6 +54,7 @@ class Served:
     segmenter: Callable[[Image.Image, str], Image.Image] | None = None
     controlnet: tuple[str, Any] | None = None
     loras: Sequence[str] = ()
+    scores: Mapping[str, Any] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.Lock)
 
 
@@ -200,6 +203,30 @@ def draw(
         yield found
         if found[1] and isinstance(found[1][0], str):
             return
+
+
+def score_table(served: Served, request: generation.Request, pictures: Mapping[str, Sequence[str]]) -> str:
+    """How like the images that were read pictures are, and how like the prompt without them, in Markdown.
+
+    Args:
+        pictures: of each model, whose means are a row.
+    """
+    if not served.scores:
+        return ""
+    masks = request.image_masks or (None,) * len(request.images)
+    images = [read_image(image) for image in request.images]
+    seen = [
+        image if mask is None else masked(image, read_image(mask)) for image, mask in zip(images, masks, strict=True)
+    ]
+    text = " ".join(request.prompt.replace(PLACEHOLDER, "").split())
+    rows = []
+    for model, files in pictures.items():
+        found = [similarities(read_image(file), seen, text, **served.scores) for file in files]
+        means = {name: [sum(values) / len(files) for values in zip(*(one[name] for one in found), strict=True)]
+                 for name in found[0]}  # fmt: skip
+        rows.append([model.replace("|", "/"), *(", ".join(f"{mean:.2f}" for mean in means[name]) for name in means)])
+    lines = [["", *found[0]], ["---"] * len(rows[0]), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def restored(file: str, identity: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segmenter", metavar="ID", help="folder or hub id of a CLIPSeg, which finds subjects by words"
     )
+    scores = "folder or hub id, for scores below the pictures; the miniature has its own"
+    parser.add_argument("--clip", metavar="ID", help=f"a CLIP: {scores}")
+    parser.add_argument("--dino", metavar="ID", help=f"a DINO of transformers: {scores}")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: this machine alone")
     parser.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
 
@@ -45,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kosmosg.app.page import serve
     from kosmosg.app.requests import Served
     from kosmosg.drawing import load_controlnet, load_loras
+    from kosmosg.looking import CLIPEncoder, DinoEncoder, Segmenter
 
     loading = {"--image-decoder": arguments.image_decoder, "--dtype": arguments.dtype, "--device": arguments.device}
     given = [word for flag, value in loading.items() if value for word in (flag, value)]
@@ -55,14 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model, shipped = miniature()
         arguments.image_decoder = arguments.image_decoder or shipped
         options = {"guidance_scale": 4.0, "steps": 20}
+        weights = Path(shipped).parent
+        arguments.clip, arguments.dino = arguments.clip or weights / "clip", arguments.dino or weights / "dino"
         files = sorted((Path(arguments.model).parent / "examples").glob("*.png"))
         examples = [(EXAMPLES[number % len(EXAMPLES)], str(file)) for number, file in enumerate(files)]
     device, dtype = placement(arguments)
     added = {"dtype": dtype, **added_networks(arguments)}
     if arguments.segmenter:
-        from kosmosg.looking import Segmenter
-
         options["segmenter"] = Segmenter(arguments.segmenter, device)
+
+    networks = {"clip": (CLIPEncoder, arguments.clip), "dino": (DinoEncoder, arguments.dino)}
+    options["scores"] = {name: kind(source, device) for name, (kind, source) in networks.items() if source}
 
     def loaded(model: argparse.Namespace, words: list[str], **options: Any) -> Served:
         pipeline = load(model, device, dtype)
