@@ -43,8 +43,9 @@ def language_modelling_loss(
 def text_losses(condition: Condition, target: Condition, variant: AlignmentVariant = "released") -> Tensor:
     """‖t − M(s)‖² (eq. 5) of each caption, B; their mean is L_mse.
 
-    A mean over the elements of the states that count (`target.mask`); for `paper` the sum over them. A pooled vector's
-    error is a further term, averaged or summed over its own elements.
+    A mean over elements; for `paper` the sum over them. A pooled vector's error is a further term, averaged or summed
+    over its own elements. Of a target with a mask, M learns the states that count, spread over all queries
+    (`Condition.spread`), as the image decoder reads all that M gives.
 
     Args:
         condition: M(s), states B×Q×C.
@@ -60,11 +61,8 @@ def text_losses(condition: Condition, target: Condition, variant: AlignmentVaria
         )
     if variant not in ALIGNMENT_VARIANTS:
         raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: {', '.join(ALIGNMENT_VARIANTS)}.")
-    error = (condition.states.float() - target.states.float()).square()
-    if target.mask is not None:  # so that a mean over all states is one over those that count
-        share = 1.0 if variant == "paper" else target.mask.shape[1] / target.mask.sum(dim=1)[:, None, None]
-        error = error * target.mask[..., None] * share
-    errors = [error.flatten(1)]
+    target = target.spread()
+    errors = [(condition.states.float() - target.states.float()).square().flatten(1)]
     if condition.pooled is not None and target.pooled is not None:
         errors.append((condition.pooled.float() - target.pooled.float()).square())
     return torch.stack([error.sum(dim=1) if variant == "paper" else error.mean(dim=1) for error in errors]).sum(dim=0)

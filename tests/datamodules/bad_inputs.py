@@ -20,7 +20,7 @@ from datamodules.shards import LISTING
 from datamodules.tar import OpenFiles, Tar
 from tests.datamodules import worlds
 
-USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "left out by a filter", "refused"
+USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "filtered", "refused"
 WAYS = {
     DROPPED: "Dropped: replaced by another sample of its source, counted under the reason, named in the log",
     FILTERED: "Left out by a filter: replaced and counted, but no fault of the data",
@@ -237,10 +237,10 @@ BOMB = bomb(9_000, 9_000, bytes(9_000 * 1_126), 1, 0)
 COMMENT = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(32_000_000)))
 
 IMAGES = [
-    ("JPEG that breaks off", DROPPED, "unreadable_image", encoded(worlds.image(3, 200), "JPEG")[:500]),
-    ("PNG that breaks off", DROPPED, "unreadable_image", GOOD[:60]),
+    ("truncated JPEG", DROPPED, "unreadable_image", encoded(worlds.image(3, 200), "JPEG")[:500]),
+    ("truncated PNG", DROPPED, "unreadable_image", GOOD[:60]),
     ("PNG with a flipped bit", DROPPED, "unreadable_image", GOOD[:45] + bytes([GOOD[45] ^ 4]) + GOOD[46:]),
-    ("image of no bytes", DROPPED, "unreadable_image", b""),
+    ("empty image file", DROPPED, "unreadable_image", b""),
     ("web page in place of an image (dead link)", DROPPED, "unreadable_image", b"<!doctype html><title>404</title>"),
     ("GIF", DROPPED, "unreadable_image", encoded(Image.new("RGB", (4, 4)), "GIF")),
     ("TIFF", DROPPED, "unreadable_image", encoded(Image.new("RGB", (4, 4)), "TIFF")),
@@ -263,7 +263,7 @@ IMAGES = [
     ("animated WebP", USED, "first frame", animated("WEBP")),
     ("animated PNG", USED, "first frame", animated("PNG")),
     ("EXIF orientation", USED, "turned upright", oriented(6)),
-    ("EXIF data that are none", USED, "as stored", encoded(worlds.image(3), "JPEG", exif=BROKEN_EXIF)),
+    ("invalid EXIF data", USED, "as stored", encoded(worlds.image(3), "JPEG", exif=BROKEN_EXIF)),
 ]
 
 TEXTS = [
@@ -274,14 +274,14 @@ TEXTS = [
     ("caption of 100 kB", FILTERED, "caption_too_long", b"a dog " * 17_000),
     ("caption of 60 kB without a blank", FILTERED, "caption_too_long", b"dog" * 20_000),
     ("NUL in a caption", USED, "a character", b"a \0 dog"),
-    ("`<image>` written in a caption", USED, "ordinary text, no slot", b"a <image></image> dog"),
+    ("`<image>` written in a caption", USED, "ordinary text", b"a <image></image> dog"),
     ("`</s>` and `<pad>` written in a caption", USED, "ordinary text", b"a </s> dog <pad><pad>"),
     ("terminal escapes in a caption", USED, "escaped in the log", b"a \x1b[2J dog\r"),
     ("emoji, right-to-left marks", USED, "", "кошка 😀 \u202e dog".encode()),
 ]
 
 RECORDS = [
-    ("JSON that breaks off", DROPPED, "invalid_json", {"json": b'{"kind": "edit"'}, "edit"),
+    ("truncated JSON", DROPPED, "invalid_json", {"json": b'{"kind": "edit"'}, "edit"),
     ("JSON that is a list", DROPPED, "invalid_json", {"json": b"[1]"}, "edit"),
     ("JSON nested 100,000 deep", DROPPED, "invalid_json", {"json": b"[" * 60_000}, "text"),
     ("JSON number of 10,000 digits", DROPPED, "invalid_json", {"json": b'{"n": ' + b"1" * 10_000 + b"}"}, "text"),
@@ -339,7 +339,7 @@ RECORDS = [
 MEMBERS = [
     BadInput("pair without an image", DROPPED, "missing_member", {"txt": FINE}),
     BadInput("pair without a caption", DROPPED, "missing_member", {"png": GOOD}),
-    BadInput("image whose suffix lies", USED, "its content decides", {"txt": FINE, "jpg": GOOD}),
+    BadInput("image with a wrong suffix", USED, "its content decides", {"txt": FINE, "jpg": GOOD}),
     BadInput("suffix in capitals", USED, "", {"TXT": FINE, "JPG": encoded(worlds.image(3), "JPEG")}),
     BadInput("members that the schema does not know", USED, "ignored", {"txt": FINE, "png": GOOD, "npy": b"\x93NUMPY"}),
     *(
@@ -386,24 +386,24 @@ ENTRIES = [
 ]
 
 SHARDS = [
-    BadInput("shard that breaks off after it was listed", DROPPED, "truncated_tar", spoil=cut_third, count=3),
-    BadInput("shard that breaks off before it was listed", DROPPED, "truncated_tar", spoil=cut_last),
-    BadInput("shard that breaks off between two samples", DROPPED, "truncated_tar", spoil=cut_between, count=4),
+    BadInput("shard truncated after it was listed", DROPPED, "truncated_tar", spoil=cut_third, count=3),
+    BadInput("shard truncated before it was listed", DROPPED, "truncated_tar", spoil=cut_last),
+    BadInput("shard truncated between two samples", DROPPED, "truncated_tar", spoil=cut_between, count=4),
     BadInput("flipped bit in the header of the fourth of eight samples", DROPPED, "damaged_tar", spoil=flip, count=5),
-    BadInput("shard that goes away in mid-run", DROPPED, "unreachable_shard", spoil=remove, count=8, during=True),
+    BadInput("shard deleted during the run", DROPPED, "unreachable_shard", spoil=remove, count=8, during=True),
     BadInput(
-        "noise in place of a shard", DROPPED, "damaged_tar", spoil=written(bytes(range(256)) * 30), count=8, two=True
+        "random bytes in place of a shard", DROPPED, "damaged_tar", spoil=written(bytes(range(256)) * 30), count=8, two=True
     ),
-    BadInput("shard of no bytes", DROPPED, "truncated_tar", spoil=written(b""), count=8, two=True),
+    BadInput("empty shard", DROPPED, "truncated_tar", spoil=written(b""), count=8, two=True),
     BadInput("shard of zeros", DROPPED, "truncated_tar", spoil=written(bytes(4096)), count=8, two=True),
     BadInput("compressed shard", DROPPED, "damaged_tar", spoil=written(gzip.compress(b"a" * 4096)), count=8, two=True),
     BadInput("shard that is larger than listed", REFUSED, "written anew", spoil=lengthen),
     BadInput("shard that is listed and missing", REFUSED, "is missing", spoil=remove_second),
     BadInput("shards without a listing", REFUSED, "kosmosg data index", spoil=unlisted),
-    BadInput("listing that is none", REFUSED, "not a list of shards", spoil=empty_listing),
+    BadInput("listing without a list of shards", REFUSED, "not a list of shards", spoil=empty_listing),
     BadInput("listing that is a pickle", REFUSED, "not a list of shards", spoil=poisoned_listing),
     BadInput("folder without a shard", REFUSED, "no shard at", spoil=lambda shard, _: str(shard.parent.parent)),
-    BadInput("pattern that nothing matches", REFUSED, "no shard at", spoil=lambda shard, _: f"{shard.parent}/x-*.tar"),
+    BadInput("pattern without a match", REFUSED, "no shard at", spoil=lambda shard, _: f"{shard.parent}/x-*.tar"),
     BadInput("`pipe:` URL", REFUSED, "not a local path", spoil=lambda _, marker: f"pipe:touch {marker}"),
     BadInput("pattern with a shell pipe", REFUSED, "not a local path", spoil=lambda _, marker: f"touch {marker} |"),
     BadInput("protocol that is not allowed", REFUSED, "not a local path", spoil=lambda *_: "http://example.org/a.tar"),
@@ -424,7 +424,7 @@ def table() -> str:
     """The bad inputs as Markdown."""
     lines = []
     for part, inputs in BAD_INPUTS.items():
-        lines += [f"| {part} | what becomes of it | |", "|---|---|---|"]
+        lines += [f"| {part} | result | |", "|---|---|---|"]
         for bad in inputs:
             remark = f"`{bad.reason}`" if bad.way in (DROPPED, FILTERED) else bad.reason
             lines.append(f"| {bad.name} | {bad.way} | {f'“{remark}”' if bad.way == REFUSED else remark} |")

@@ -10,10 +10,15 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from kosmosg import app
+from kosmosg.app import page as app_page
+from kosmosg.app import requests as app
 from kosmosg.cli import main
-from kosmosg.generation import Settings, read_parameters
+from kosmosg.drawing import load_controlnet, load_loras
+from kosmosg.generation import Settings, file_record, read_parameters
+from kosmosg.looking import Segmenter
 from kosmosg.pipeline import KosmosGPipeline
+from tests import tiny
+from tests.datamodules.curation.tiny_models import write_clipseg
 
 SETTINGS = Settings(2, 3.0)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -36,8 +41,8 @@ def files(tmp_path):
     return [str(tmp_path / "dog.png"), str(tmp_path / "hero.png"), None, None]
 
 
-def ask(files, prompt="<2> in the suit of <1>", weights=(1, 1, 1, 1), count=1):
-    return app.build_request(prompt, "", 5, count, files, weights)
+def ask(files, prompt="<2> in the suit of <1>", weights=(1, 1, 1, 1), count=1, masks=(None,) * 4):
+    return app.build_request(prompt, files, weights, masks, seed=5, count=count)
 
 
 def test_numbers_name_images_in_any_order(files):
@@ -69,13 +74,15 @@ def test_what_is_refused_is_named(files, tmp_path):
 
 
 def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, files, tmp_path, monkeypatch):
-    request = ask(files, weights=(0.5, 1, 1, 1), count=2)
+    mask = app.stored(half_mask(), str(tmp_path))
+    request = ask(files, weights=(0.5, 1, 1, 1), count=2, masks=(mask, None, None, None))
     *steps, (_, kept) = app.draw(served, request, SETTINGS, tmp_path / "drawn")
-    assert [number for number, _ in steps] == [1, 2]
+    assert [share for share, _ in steps] == [0.5, 1]
     assert [Path(file).name for file in kept] == ["image-5.png", "image-6.png"]
     found, note = app.restored(kept[1], served.identity)
     assert found["prompt"] == "<1> in the suit of <2>" and found["seed"] == 6 and found["image_weights"] == [1.0, 0.5]
     assert "image 1: hero.png" in note and "another model" not in note
+    assert f"mask: {Path(mask).name} for image 2" in note
     assert "another model" in app.restored(kept[1], {"model": "other"})[1]
     with pytest.raises(ValueError, match=r"'dog\.png' holds no settings"):
         app.restored(files[0], served.identity)
@@ -86,6 +93,59 @@ def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, 
         again = tmp_path / "again" / Path(file).name
         assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(file)))
         assert read_parameters(again)["image_weights"] == [1.0, 0.5]
+    whole = list(app.draw(served, replace(request, image_masks=()), SETTINGS, tmp_path / "whole"))[-1][1]
+    assert not np.array_equal(np.asarray(Image.open(whole[0])), np.asarray(Image.open(kept[0])))
+    assert "image_masks" not in read_parameters(Path(whole[0]))
+
+
+def test_controlnet_lora_and_an_initial_image_are_repeated_and_restored(served, files, tmp_path, monkeypatch):
+    pipeline = KosmosGPipeline.from_pretrained(served.arguments[0])
+    controlnet, lora = tiny.write_controlnet_and_lora(tmp_path, pipeline.unet)
+    load_loras(pipeline, [str(lora)])
+    network = load_controlnet(str(controlnet), pipeline)
+    identity = served.identity | {"controlnet": "some", "loras": [file_record(str(lora))]}
+    served = replace(
+        served, pipeline=pipeline, identity=identity, controlnet=("controlnet", network), loras=["lora.safetensors"]
+    )
+    more = {"control_image": files[0], "control_scale": 0.5, "init_image": files[1], "strength": 0.6}
+    request = app.build_request("<1> there", files, (1,) * 4, (None,) * 4, seed=5, **more)
+    settings = Settings(5, 3.0)
+    *steps, (_, kept) = app.draw(served, request, settings, tmp_path / "drawn", [0.5])
+    assert [share for share, _ in steps] == pytest.approx([1 / 3, 2 / 3, 1])  # three of five steps
+    found, note = app.restored(kept[0], identity)
+    assert (found["control_image"], found["init_image"], found["lora_scales"]) == (0.5, 0.6, [0.5])
+    assert "control image: dog.png" in note and "initial image: hero.png" in note and "another" not in note
+    assert "other LoRA files" in app.restored(kept[0], identity | {"loras": []})[1]
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(app.command(served, request, settings, [0.5]))[1:], "--output", "again"]) == 0
+    assert np.array_equal(np.asarray(Image.open("again/image-5.png")), np.asarray(Image.open(kept[0])))
+
+
+def half_mask():
+    mask = Image.new("L", (70, 80))
+    mask.paste(255, (0, 0, 35, 80))
+    return mask
+
+
+def test_what_the_brush_painted_is_a_mask_of_the_images_size(files, tmp_path):
+    shown = app.opened(files[0], app.stored(half_mask(), str(tmp_path)))
+    assert np.array_equal(np.asarray(app.painted(shown["mask"], (70, 80))), np.asarray(half_mask()))
+    nothing = app.data_url(Image.new("RGBA", (448, 512)))
+    assert app.painted(nothing, (70, 80)) is None
+    with pytest.raises(ValueError, match="5000×10 pixels; allowed: at most 512 a side"):
+        app.painted(app.data_url(Image.new("RGBA", (5000, 10))), (70, 80))
+
+
+def test_a_segmenter_masks_what_words_name(tmp_path):
+    segment = Segmenter(write_clipseg(tmp_path / "clipseg"))
+    image = Image.effect_noise((70, 50), 100).convert("RGB")
+    masks = [segment(image, words) for words in ("a dog", "a boat")]
+    assert {mask.size for mask in masks} == {(70, 50)} and {mask.mode for mask in masks} == {"L"}
+    assert set(np.unique(np.asarray(masks[0]))) <= {0, 255}
+    certain = segment.model.decoder.transposed_convolution.bias
+    for bias, value in ((50.0, 255), (-50.0, 0)):
+        certain.data.fill_(bias)
+        assert np.unique(np.asarray(segment(image, "a dog"))) == value
 
 
 def test_hints_are_told_as_text(files):
@@ -101,7 +161,7 @@ def test_in_a_browser(served, files, tmp_path):
     visitor sees nothing."""
     served = replace(served, beside=[replace(served, arguments=["another"])])
     sync_api = pytest.importorskip("playwright.sync_api")
-    _, address, _ = app.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    _, address, _ = app_page.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     try:
         with sync_api.sync_playwright() as browsers:
             browser = browsers.chromium.launch(executable_path=CHROMIUM, args=QUIET)
@@ -113,14 +173,25 @@ def test_in_a_browser(served, files, tmp_path):
                 page.locator(f"#image-{number} img").wait_for()
             page.fill("#prompt textarea", "a <1> in the suit of <2>")
             page.get_by_text("begins with 'a'").wait_for()
+            page.click("#mask-2")
+            page.wait_for_function("document.querySelector('#brush canvas')?.height == 512")
+            page.locator("#brush canvas").scroll_into_view_if_needed()
+            brush = page.locator("#brush canvas").bounding_box()
+            page.mouse.move(brush["x"] + brush["width"] / 4, brush["y"] + brush["height"] / 2)
+            page.mouse.down()
+            page.mouse.move(brush["x"] + brush["width"] / 2, brush["y"] + brush["height"] / 2, steps=3)
+            page.mouse.up()
+            page.locator("#masked-2 img").wait_for()
             page.click("#draw")
             page.wait_for_function("document.querySelector('#command textarea').value.includes('hero.png')")
+            assert "--image-masks - mask-" in page.locator("#command textarea").input_value()
             page.wait_for_function("document.querySelectorAll('#pictures img[src*=image-0]').length == 2")
             page.get_by_text("another", exact=True).first.wait_for()
             source = page.locator("#pictures img").first.get_attribute("src")
             picture = tmp_path / "drawn.png"
             picture.write_bytes(page.request.get(source).body())
-            assert read_parameters(picture)["prompt"] == "a <i> in the suit of <i>"
+            parameters = read_parameters(picture)
+            assert parameters["prompt"] == "a <i> in the suit of <i>" and parameters["image_masks"][0] is None
             page.fill("#prompt textarea", "")
             page.locator("#restore input[type=file]").set_input_files(picture)
             page.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('a <1>')")
@@ -134,4 +205,4 @@ def test_in_a_browser(served, files, tmp_path):
             assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
             browser.close()
     finally:
-        app.gr.close_all()
+        app_page.gr.close_all()
