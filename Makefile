@@ -111,15 +111,17 @@ define image_prompts_run
 endef
 
 # Stages 2 and 3 on two more image decoders, which are trained first. What Gemma makes of a caption behind its long
-# instruction is computed once; flow matching has no other w(t) than 1.
+# instruction is computed once. Where words stand in Sana's condition depends on the caption's length, which takes M
+# about 800 steps to see; N is left out. Flow matching has no other w(t) than 1.
 DECODERS := $(TOYLAND_RUNS)/decoders
-SANA_STATES := recipe.variant=masked grids.every=0 data.cached_states=bfloat16
+SANA_ALIGNMENT := data.cached_states=bfloat16 recipe.variant=masked recipe.rec_weight=0 grids.every=0 \
+  trainer.max_steps=4000 optimizer.lr=2e-3 optimizer.warmup_steps=100
 toyland-decoders: export HF_HUB_OFFLINE := 1
 toyland-decoders: setup
 	$(call resumable,$(RUN) -m datamodules.toyland.pretrained.decoders output=$(DECODERS))
 	$(call decoder_run,stable_diffusion_xl)
-	$(call resumable,$(RUN) train.py cache $(call decoder_alignment,sana) $(SANA_STATES))
-	$(call decoder_run,sana,$(SANA_STATES),recipe.timestep_weighting=uniform)
+	$(call resumable,$(RUN) train.py cache $(call decoder_alignment,sana) $(SANA_ALIGNMENT))
+	$(call decoder_run,sana,$(SANA_ALIGNMENT),recipe.timestep_weighting=uniform)
 
 decoder_alignment = configs/toyland/alignment.yaml configs/toyland/decoders/$(1).yaml \
   init_from=$(TOYLAND_RUNS)/language_modelling

@@ -58,8 +58,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if given[0] in COMMANDS:
             COMMANDS[given[0]](given[1:])
-            return 0
-        evaluate(load_config(given, EvaluationConfig))
+        else:
+            evaluate(load_config(given, EvaluationConfig))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head` has read enough; what is left is flushed to nowhere at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, EvaluationError, FileNotFoundError) as error:
         tell(error)
         return 2

@@ -50,18 +50,21 @@ class Condition(NamedTuple):
             return self
         return self._replace(mask=torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device))
 
-    def spread(self) -> "Condition":
-        """Without a mask: the states that count, each repeated as often as all others (or once more), in their order.
+    def spread(self, tokens: int) -> "Condition":
+        """`tokens` states without a mask: those that count in their order, each repeated as often as the others or once
+        more; as it is, where all count.
 
         Attention over them, which knows no positions, is what it was over those that count where their number divides
-        `Q`, and close to it elsewhere. A network without a mask can be taught these states.
+        `tokens`, and close to it elsewhere. A network that gives no mask can be taught these states.
         """
         if self.mask is None:
             return self
-        tokens, counts = self.mask.shape[1], self.mask.sum(dim=1, keepdim=True)
+        counts = self.mask.sum(dim=1, keepdim=True)
         order = (~self.mask).long().argsort(dim=1, stable=True)  # those that count first
         places = order.gather(1, torch.arange(tokens, device=order.device) * counts // tokens)
-        return self._replace(states=self.states.gather(1, places[..., None].expand_as(self.states)), mask=None)
+        return self._replace(
+            states=self.states.gather(1, places[..., None].expand(-1, -1, self.states.shape[2])), mask=None
+        )
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> "Condition":
         """Some rows."""

@@ -84,7 +84,7 @@ def load_controlnet(source: str, pipeline: Any) -> Any:
     """The ControlNet in a folder or of a hub id, where the pipeline's denoiser is.
 
     Raises:
-        ValueError: its weights are not those of its sizes, or it reads conditions of another width.
+        ValueError: its weights are not those of its sizes, or it reads conditions or images of another size.
     """
     sana = pipeline.config["family"].startswith("Sana")
     kind = diffusers.SanaControlNetModel if sana else diffusers.ControlNetModel
@@ -92,6 +92,9 @@ def load_controlnet(source: str, pipeline: Any) -> Any:
     key = "caption_channels" if sana else "cross_attention_dim"
     if network.config[key] != (wanted := pipeline.image_decoder.spec.width):
         raise ValueError(f"--controlnet '{source}' has {key}={network.config[key]}; the image decoder's is {wanted}.")
+    channels = network.config.get("conditioning_embedding_out_channels")  # it halves the image at each but one
+    if channels and (factor := 2 ** (len(channels) - 1)) != (wanted := pipeline.image_decoder.downscale):
+        raise ValueError(f"--controlnet '{source}' reads images {factor} times the latents' size; here: {wanted}.")
     return network.eval().requires_grad_(False).to(pipeline.denoiser.device)
 
 

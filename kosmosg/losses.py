@@ -44,16 +44,17 @@ def text_losses(condition: Condition, target: Condition, variant: AlignmentVaria
     """‖t − M(s)‖² (eq. 5) of each caption, B; their mean is L_mse.
 
     A mean over elements; for `paper` the sum over them. A pooled vector's error is a further term, averaged or summed
-    over its own elements. Of a target with a mask, M learns the states that count, spread over all queries
-    (`Condition.spread`), as the image decoder reads all that M gives.
+    over its own elements. Of a target with a mask, M learns the states that count, spread over its queries
+    (`Condition.spread`), since the image decoder reads all that M gives.
 
     Args:
         condition: M(s), states B×Q×C.
-        target: t, what the image decoder's text model makes of the caption, states B×Q×C.
+        target: t, what the image decoder's text model makes of the caption, states B×Q×C; with a mask any number.
 
     Raises:
         ValueError: an unknown variant, or a target unlike the condition in shape.
     """
+    target = target.spread(condition.states.shape[1])
     if condition.states.shape != target.states.shape:
         raise ValueError(
             f"the condition is {tuple(condition.states.shape)} but the text target {tuple(target.states.shape)}: M's "
@@ -61,7 +62,6 @@ def text_losses(condition: Condition, target: Condition, variant: AlignmentVaria
         )
     if variant not in ALIGNMENT_VARIANTS:
         raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: {', '.join(ALIGNMENT_VARIANTS)}.")
-    target = target.spread()
     errors = [(condition.states.float() - target.states.float()).square().flatten(1)]
     if condition.pooled is not None and target.pooled is not None:
         errors.append((condition.pooled.float() - target.pooled.float()).square())

@@ -141,7 +141,7 @@ class AlignmentModule(StageModule):
         super().__init__(optimizer, seed)
         self.spec = spec = spec or image_decoder.spec  # type: ignore[union-attr]
         for key, ours, theirs in (
-            ("num_queries", aligner.config.num_queries, spec.tokens),
+            ("num_queries", aligner.config.num_queries, aligner.config.num_queries if spec.masked else spec.tokens),
             ("width", aligner.config.width, spec.width),
             ("pooled_width", getattr(aligner.config, "pooled_width", None), spec.pooled),
         ):

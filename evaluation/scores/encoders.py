@@ -14,13 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
     ResNetForImageClassification,
     ResNetModel,
-    ViTModel,
 )
 
 from evaluation.inception import InceptionV3
@@ -32,44 +28,7 @@ from evaluation.scores.judge import Judge, read_half
 from evaluation.scores.leakage import thumbnails
 from evaluation.scores.resizing import resize
 from evaluation.scores.vision_judge import Answers, load_judge
-
-Preprocess = Callable[[list[Image.Image]], Tensor]
-
-
-class CLIPEncoder:
-    """Projected image and text embeddings of a CLIP."""
-
-    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
-        self.model = load(CLIPModel, folder).to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
-
-    @torch.inference_mode()
-    def images(self, images: list[Image.Image]) -> Tensor:
-        """N images → N×F."""
-        return self.model.get_image_features(pixel_values=self.preprocess(images).to(self.device)).pooler_output.cpu()
-
-    @torch.inference_mode()
-    def texts(self, texts: list[str]) -> Tensor:
-        """N texts, cut at the model's length → N×F."""
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
-
-
-class DinoEncoder:
-    """The CLS output of a DINO ViT's last layer."""
-
-    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
-        self.model = load(ViTModel, folder, add_pooling_layer=False).to(device)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
-
-    @torch.inference_mode()
-    def images(self, images: list[Image.Image]) -> Tensor:
-        """N images → N×F."""
-        return self.model(pixel_values=self.preprocess(images).to(self.device)).last_hidden_state[:, 0].cpu()
+from kosmosg.looking import CLIPEncoder, DinoEncoder, Preprocess, own_preprocessing
 
 
 class ResNetFeatures:
@@ -164,17 +123,16 @@ def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
     """PIL images → N×3×S×S, as the protocol states, or as the encoder's folder does."""
     if stated is None:
         try:
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            return own_preprocessing(folder)
         except ValueError as error:
             raise EvaluationError(f"'{folder}' has no preprocessing that can be used: {error}") from error
-    else:
-        processor = CLIPImageProcessorPil(
-            size={"shortest_edge": stated.resize},
-            crop_size={"height": stated.crop, "width": stated.crop},
-            resample=Image.Resampling[stated.interpolation.upper()],
-            image_mean=stated.mean,
-            image_std=stated.std,
-        )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": stated.resize},
+        crop_size={"height": stated.crop, "width": stated.crop},
+        resample=Image.Resampling[stated.interpolation.upper()],
+        image_mean=stated.mean,
+        image_std=stated.std,
+    )
     return lambda images: processor(images, return_tensors="pt")["pixel_values"]
 
 
@@ -203,13 +161,16 @@ def load_networks(
 
     found: dict[str, Any] = {"pixels": remembered("pixels", thumbnails)}
     if (stated := protocol.clip) is not None:
-        clip = CLIPEncoder(stated, path_of(stated), device)
+        folder = path_of(stated)
+        clip = CLIPEncoder(folder, device, preprocessing(stated.preprocessing, folder))
         found["clip_images"], found["clip_texts"] = (
             remembered("images", clip.images),
             remembered("texts", clip.texts, str),
         )
     if (stated := getattr(protocol, "dino", None)) is not None:
-        found["dino"] = remembered("dino", DinoEncoder(stated, path_of(stated), device).images)
+        folder = path_of(stated)
+        dino = DinoEncoder(folder, device, preprocessing(stated.preprocessing, folder))
+        found["dino"] = remembered("dino", dino.images)
     if (stated := getattr(protocol, "judge", None)) is not None:
         judge = JudgeEncoder(stated, path_of(stated), device)
         look = remembered("judge", judge.images, partial(read_half, upright=protocol.upright))

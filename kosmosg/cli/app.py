@@ -9,9 +9,19 @@ who may then draw with this machine. Nothing is sent elsewhere.
 """
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from kosmosg.cli.generate import MINIATURE, add_loading_arguments, load, miniature, model_name, placement
+from kosmosg.cli.generate import (
+    MINIATURE,
+    add_loading_arguments,
+    added_networks,
+    load,
+    miniature,
+    model_name,
+    placement,
+)
 
 EXAMPLES = ("<1> on the beach", "<1> in the snow", "<1> in the jungle", "<1> at night")
 
@@ -24,40 +34,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segmenter", metavar="ID", help="folder or hub id of a CLIPSeg, which finds subjects by words"
     )
+    scores = "folder or hub id, for scores below the pictures; the miniature has its own"
+    parser.add_argument("--clip", metavar="ID", help=f"a CLIP: {scores}")
+    parser.add_argument("--dino", metavar="ID", help=f"a DINO of transformers: {scores}")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: this machine alone")
     parser.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until it is interrupted. Raises ValueError and FileNotFoundError with a message for the user."""
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError("kosmosg app needs gradio; install it by: pip install 'kosmosg[app]'") from error
-    from kosmosg.app import Served, serve
+    if find_spec("gradio") is None:
+        raise ValueError("kosmosg app needs gradio; install it by: pip install 'kosmosg[app]'")
+    from kosmosg.app.page import serve
+    from kosmosg.app.requests import Served
+    from kosmosg.drawing import load_controlnet, load_loras
+    from kosmosg.looking import CLIPEncoder, DinoEncoder, Segmenter
 
     loading = {"--image-decoder": arguments.image_decoder, "--dtype": arguments.dtype, "--device": arguments.device}
     given = [word for flag, value in loading.items() if value for word in (flag, value)]
     own = [arguments.model, *given]
-    options, examples = {}, []
+    options: dict[str, Any] = {}
+    examples = []
     if arguments.model == MINIATURE and not Path(MINIATURE).is_dir():
         arguments.model, shipped = miniature()
         arguments.image_decoder = arguments.image_decoder or shipped
         options = {"guidance_scale": 4.0, "steps": 20}
+        weights = Path(shipped).parent
+        arguments.clip, arguments.dino = arguments.clip or weights / "clip", arguments.dino or weights / "dino"
         files = sorted((Path(arguments.model).parent / "examples").glob("*.png"))
         examples = [(EXAMPLES[number % len(EXAMPLES)], str(file)) for number, file in enumerate(files)]
     device, dtype = placement(arguments)
-    identity = {"model": model_name(arguments), "dtype": dtype}
+    added = {"dtype": dtype, **added_networks(arguments)}
+    if arguments.segmenter:
+        options["segmenter"] = Segmenter(arguments.segmenter, device)
+
+    networks = {"clip": (CLIPEncoder, arguments.clip), "dino": (DinoEncoder, arguments.dino)}
+    options["scores"] = {name: kind(source, device) for name, (kind, source) in networks.items() if source}
+
+    def loaded(model: argparse.Namespace, words: list[str], **options: Any) -> Served:
+        pipeline = load(model, device, dtype)
+        load_loras(pipeline, arguments.lora)
+        if arguments.controlnet:
+            options["controlnet"] = arguments.controlnet, load_controlnet(arguments.controlnet, pipeline)
+        return Served(pipeline, words, {"model": model_name(model), **added}, loras=arguments.lora, **options)
+
     beside = []
     for model in arguments.beside:
         other = argparse.Namespace(**{**vars(arguments), "model": model})
         own_decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
-        named = [model, *(own_decoder if "--image-decoder" not in given else []), *given]
-        beside.append(Served(load(other, device, dtype), named, {"model": model_name(other), "dtype": dtype}))
-    if arguments.segmenter:
-        from kosmosg.looking import Segmenter
-
-        options["segmenter"] = Segmenter(arguments.segmenter, device)
-    served = Served(load(arguments, device, dtype), own, identity, examples=examples, beside=beside, **options)
+        beside.append(loaded(other, [model, *(own_decoder if "--image-decoder" not in given else []), *given]))
+    served = loaded(arguments, own, examples=examples, beside=beside, **options)
     serve(served, arguments.host, arguments.port)
     return 0

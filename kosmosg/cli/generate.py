@@ -16,6 +16,7 @@ Image number k of a prompt has seed + k. The PNG files hold their parameters; th
 """
 
 import argparse
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.lint:
         return lint(requests)
     device, dtype = placement(arguments)
-    identity = {"model": model_name(arguments), "dtype": dtype, **added_networks(arguments)}
+    identity = {"model": model_name(arguments), "dtype": dtype, **added_networks(arguments, arguments.lora_scales)}
     jobs = generation.plan(requests, settings, arguments.output, identity)
     left = generation.outstanding(jobs, arguments.overwrite)
     if len(left) < len(jobs):
@@ -201,7 +202,7 @@ def model_name(arguments: argparse.Namespace) -> str:
     return f"{model} + {fingerprint(Path(decoder)) if Path(decoder).is_dir() else decoder}"
 
 
-def added_networks(arguments: argparse.Namespace) -> dict[str, Any]:
+def added_networks(arguments: argparse.Namespace, lora_scales: Sequence[float] = ()) -> dict[str, Any]:
     """What the images' metadata say of ControlNet and LoRA. Raises ValueError: other scales than files."""
     from kosmosg.generation import file_record, fingerprint
 
@@ -209,7 +210,7 @@ def added_networks(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.controlnet:
         local = Path(arguments.controlnet).is_dir()
         found["controlnet"] = fingerprint(Path(arguments.controlnet)) if local else arguments.controlnet
-    scales = arguments.lora_scales or [1.0] * len(arguments.lora)
+    scales = lora_scales or [1.0] * len(arguments.lora)
     if len(scales) != len(arguments.lora):
         raise ValueError(f"{len(scales)} --lora-scales for {len(arguments.lora)} files of --lora; give one each")
     if arguments.lora:

@@ -392,7 +392,12 @@ SHARDS = [
     BadInput("flipped bit in the header of the fourth of eight samples", DROPPED, "damaged_tar", spoil=flip, count=5),
     BadInput("shard deleted during the run", DROPPED, "unreachable_shard", spoil=remove, count=8, during=True),
     BadInput(
-        "random bytes in place of a shard", DROPPED, "damaged_tar", spoil=written(bytes(range(256)) * 30), count=8, two=True
+        "random bytes in place of a shard",
+        DROPPED,
+        "damaged_tar",
+        spoil=written(bytes(range(256)) * 30),
+        count=8,
+        two=True,
     ),
     BadInput("empty shard", DROPPED, "truncated_tar", spoil=written(b""), count=8, two=True),
     BadInput("shard of zeros", DROPPED, "truncated_tar", spoil=written(bytes(4096)), count=8, two=True),

@@ -12,15 +12,14 @@ from diffusers import (
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
 )
-from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from kosmosg.cli import main
 from kosmosg.generation import read_parameters
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import build_scheduler
+from tests import tiny
 from tests.conftest import REPOSITORY
 
 
@@ -284,17 +283,12 @@ def test_one_side_leaves_the_other_to_the_model(model, tmp_path):
 
 @pytest.fixture
 def added(model, images):
-    """A ControlNet that does something, and a LoRA file."""
     pipe = KosmosGPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    network = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
-    for parameter in [*network.controlnet_down_blocks.parameters(), *network.controlnet_mid_block.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.3)
-    network.save_pretrained(images / "controlnet")
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(images, get_peft_model_state_dict(pipe.unet))
-    pipe.unet.delete_adapters("default")
-    return pipe, network.eval(), images / "pytorch_lora_weights.safetensors"
+    sizes = {"conditioning_channels": 3, "conditioning_embedding_out_channels": (16, 32, 96)}
+    ControlNetModel.from_unet(pipe.unet, **sizes).save_pretrained(images / "other")
+    controlnet, lora = tiny.write_controlnet_and_lora(images, pipe.unet)
+    return pipe, ControlNetModel.from_pretrained(controlnet).eval(), lora
 
 
 def test_controlnet_initial_image_and_lora_are_drawn_as_the_pipeline_composes_them(model, images, added, capsys):
@@ -340,6 +334,7 @@ def test_controlnet_initial_image_and_lora_are_drawn_as_the_pipeline_composes_th
         (["--init-image", images / "hero.png", "--strength", "0.1"], "strength=0.1 of 2 steps is not one step"),
         (["--init-image", images / "hero.png", "--strength", "1.5"], "strength=1.5 is not allowed"),
         (["--init-image", images / "none.png"], "none.png"),
+        ([*control, "--controlnet", images / "other"], "reads images 4 times the latents' size; here: 8"),
         (["--lora-scales", "1"], "1 --lora-scales for 0 files"),
         (["--lora", images / "dog.png"], "--lora '"),
     ):

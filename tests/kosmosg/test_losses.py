@@ -56,10 +56,11 @@ def test_a_target_with_a_mask_is_spread_over_all_queries():
     """Attention over spread states is that over those that count, whose places in between do not matter."""
     states = torch.randn(3, 6, 4)
     mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0]]).bool()
-    spread = Condition(states, mask).spread()
-    assert spread.mask is None and Condition(states).spread().states is states
+    spread = Condition(states, mask).spread(6)
+    assert spread.mask is None and Condition(states).spread(6).states is states
     for row, places in enumerate(([0, 0, 0, 1, 1, 1], [0, 0, 2, 2, 5, 5], [0, 0, 1, 2, 2, 3])):
         assert torch.equal(spread.states[row], states[row, places])
+    assert torch.equal(Condition(states, mask).spread(3).states[1], states[1, [0, 2, 5]])
     query = torch.randn(3, 2, 4)
     attention = torch.nn.functional.scaled_dot_product_attention
     expected = attention(query, states, states, attn_mask=mask[:, None])
