@@ -117,7 +117,7 @@ VELOCITY_CEILING = 25.0
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Literal["epsilon", "v_prediction"]) -> Tensor:
     """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556) for each ᾱ_t: min(SNR, γ) / SNR for the error in ε, / (SNR + 1)
-    for that in v, with SNR = ᾱ_t / (1 − ᾱ_t). Either is min(SNR, γ) times the error in z_0."""
+    for that in v, with SNR = ᾱ_t / (1 − ᾱ_t). Both equal min(SNR, γ) times the error in z_0."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
 
