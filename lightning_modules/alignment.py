@@ -71,7 +71,7 @@ class AlignmentRecipe:
     """Parts of similar length into which a micro-batch is split, to save padding; more than 1 needs a variant that does
     not count padding."""
     trainable: Literal["aligner", "all"] = "aligner"
-    """aligner: AlignerNet alone; all: the MLLM, too, for prompts with images (`data.constructed`), with rec_weight=0."""
+    """aligner: AlignerNet; all: the MLLM, too, for prompts with images (`data.constructed`); needs rec_weight=0."""
     new_aligner: bool = True
     """Start M from random weights; false: read it from init_from, too."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)

@@ -83,8 +83,8 @@ class InstructionTuningRecipe:
     lora_rank: int = 0
     """Above 0, the language model's linear maps train by updates of this rank (LoRA); the rest of it is frozen."""
     length_buckets: int = 1
-    """Parts of similar length into which prompts are split to compute their conditions, to save padding. The loss is the
-    same, except that dropout draws other numbers."""
+    """Parts of similar length into which prompts are split to compute their conditions, to save padding. The loss is
+    the same, except that dropout draws other numbers."""
 
     def __post_init__(self) -> None:
         for name in ("length_buckets", "timesteps_per_sample"):
