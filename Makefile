@@ -111,8 +111,8 @@ define image_prompts_run
 endef
 
 # Stages 2 and 3 on two more image decoders, which are trained first. What Gemma makes of a caption behind its long
-# instruction is computed once. Where words stand in Sana's condition depends on the caption's length, which takes M
-# about 800 steps to see; N is left out. Flow matching has no other w(t) than 1.
+# instruction is computed once. Where words stand in Sana's condition depends on the caption's length, so M takes more
+# steps, without N. Flow matching has no other w(t) than 1.
 DECODERS := $(TOYLAND_RUNS)/decoders
 SANA_ALIGNMENT := data.cached_states=bfloat16 recipe.variant=masked recipe.rec_weight=0 grids.every=0 \
   trainer.max_steps=4000 optimizer.lr=2e-3 optimizer.warmup_steps=100
