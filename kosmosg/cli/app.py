@@ -3,6 +3,7 @@
     kosmosg app kosmos-g
     kosmosg app toyland                 # the trained miniature in a clone of the repository, with examples
     kosmosg app runs/instruction_tuning --beside runs/alignment models/step-20000
+    kosmosg app --run runs/instruction_tuning       # its grids and losses, without a model
 
 It needs gradio: pip install 'kosmosg[app]'. The page is served on this machine alone; --host 0.0.0.0 lets others in,
 who may then draw with this machine. Nothing is sent elsewhere.
@@ -27,7 +28,8 @@ EXAMPLES = ("<1> on the beach", "<1> in the snow", "<1> in the jungle", "<1> at 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_loading_arguments(parser)
+    add_loading_arguments(parser, nargs="?")
+    parser.add_argument("--run", type=Path, dest="training_run", metavar="RUN", help="show a training run's folder")
     parser.add_argument(
         "--beside",
         nargs="+",
@@ -50,6 +52,19 @@ def run(arguments: argparse.Namespace) -> int:
     if find_spec("gradio") is None:
         raise ValueError("kosmosg app needs gradio; install it by: pip install 'kosmosg[app]'")
     from kosmosg.app.page import serve
+    from kosmosg.app.run import check_run
+
+    if arguments.training_run is not None:
+        check_run(arguments.training_run)
+    elif arguments.model is None:
+        raise ValueError("give a model, or --run and the folder of a training run")
+    served = None if arguments.model is None else load_served(arguments)
+    serve(served, arguments.host, arguments.port, arguments.training_run)
+    return 0
+
+
+def load_served(arguments: argparse.Namespace) -> Any:
+    """All that the command line names, loaded."""
     from kosmosg.app.requests import Served
     from kosmosg.drawing import load_controlnet, load_loras
     from kosmosg.looking import CLIPEncoder, DinoEncoder, Segmenter
@@ -87,6 +102,4 @@ def run(arguments: argparse.Namespace) -> int:
         other = argparse.Namespace(**{**vars(arguments), "model": model})
         own_decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
         beside.append(loaded(other, [model, *(own_decoder if "--image-decoder" not in given else []), *given]))
-    served = loaded(arguments, own, examples=examples, beside=beside, **options)
-    serve(served, arguments.host, arguments.port)
-    return 0
+    return loaded(arguments, own, examples=examples, beside=beside, **options)

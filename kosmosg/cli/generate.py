@@ -25,9 +25,11 @@ from typing import Any
 MINIATURE = "toyland"
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+def add_loading_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """Which model, and how it is loaded."""
-    parser.add_argument("model", help="pipeline folder or hub id, the folder of a training run, or toyland")
+    parser.add_argument(
+        "model", nargs=nargs, help="pipeline folder or hub id, the folder of a training run, or toyland"
+    )
     parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model names none")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"

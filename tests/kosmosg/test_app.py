@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from kosmosg.app import page as app_page
 from kosmosg.app import requests as app
+from kosmosg.app import run as run_page
 from kosmosg.cli import main
 from kosmosg.drawing import load_controlnet, load_loras
 from kosmosg.generation import Settings, file_record, read_parameters
@@ -177,6 +178,33 @@ def test_hints_are_told_as_text(files):
     assert "no image 3" in app.told("<3>", *files)
 
 
+@pytest.fixture
+def training_run(tmp_path):
+    run = tmp_path / "runs" / "stage"
+    (run / "grids" / "before").mkdir(parents=True)
+    for step, colour in ((100, "red"), (200, "blue")):
+        Image.new("RGB", (60, 40), colour).save(run / "grids" / f"step-{step:08d}.png")
+    rows = [f"{step},{2 / step},{'' if step % 2 else 3},0.1" for step in range(1, 5001)]
+    (run / "metrics.csv").write_text("\n".join(["step,train/loss,val/loss,lr", *rows]))
+    (tmp_path / "runs" / "evaluation").mkdir()
+    (tmp_path / "runs" / "evaluation" / "report.html").write_text('<p>Does it "keep" the subject?</p>')
+    return run
+
+
+def test_a_runs_folder_is_read_while_it_grows(training_run, tmp_path, capsys):
+    assert list(run_page.grids(training_run)) == [100, 200]
+    table = run_page.losses(training_run)
+    assert set(table["name"]) == {"train/loss", "val/loss"} and len(table) <= 2 * run_page.MOST_POINTS
+    curve = table[table["name"] == "train/loss"]
+    assert np.allclose(curve["loss"], 2 / curve["step"]) and curve["step"].max() > 4900
+    assert table[table["name"] == "val/loss"]["loss"].eq(3).all()
+    (training_run / "metrics.csv").unlink()
+    assert run_page.losses(training_run).empty
+    assert main(["app", "--run", str(tmp_path)]) == 2
+    assert "is no training run: it has neither metrics.csv nor grids" in capsys.readouterr().err
+    assert main(["app"]) == 2
+
+
 def resident():
     """Bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -228,12 +256,12 @@ def test_twenty_requests_at_once_are_answered_in_order_with_bounded_memory(serve
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; Debian's package chromium has it")
-def test_in_a_browser(served, files, tmp_path):
+def test_in_a_browser(served, files, training_run, tmp_path):
     """Typed, dropped, masked, drawn beside another model, restored, refused, served anew; nothing is asked of another
     host, and a second visitor sees nothing of the first's."""
     served = replace(served, beside=[replace(served, arguments=["another"])])
     sync_api = pytest.importorskip("playwright.sync_api")
-    running, address, _ = app_page.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    running, address, _ = app_page.serve(served, "127.0.0.1", None, training_run, prevent_thread_lock=True, quiet=True)
     foreign, visited = [], []
 
     def visit(browser):
@@ -304,15 +332,23 @@ def test_in_a_browser(served, files, tmp_path):
                 page.locator(".toast-body").get_by_text(message).first.wait_for()
                 page.get_by_label("Remove Image").last.click()
 
+            page.evaluate("window.opened = true")
             running.get_blocks().server.force_exit = True  # as a process that ends, it waits for no open connection
             app_page.gr.close_all()
             page.get_by_text("Connection to the server was lost").wait_for()
-            app_page.serve(
-                served, "127.0.0.1", int(address.split(":")[2].strip("/")), prevent_thread_lock=True, quiet=True
-            )
-            page.wait_for_function("document.querySelector('#prompt textarea')?.value == ''")  # it has loaded anew
+            port = int(address.split(":")[2].strip("/"))
+            app_page.serve(served, "127.0.0.1", port, training_run, prevent_thread_lock=True, quiet=True)
+            page.wait_for_function("!window.opened && document.querySelector('#draw')")  # it has loaded anew
+            page.goto(address)
             put_in(page, 1, files[0])
             draw(page, "<1> there", "dog.png")
+            page.get_by_role("tab", name="Run").click()
+            page.get_by_text("Step 200").wait_for()
+            page.get_by_label("range slider for Grid").press("ArrowLeft")
+            page.get_by_text("Step 100").wait_for()
+            page.locator("#losses canvas, #losses svg").first.wait_for()
+            page.get_by_role("button", name="Report of the evaluation").click()
+            page.frame_locator("#report iframe").get_by_text('Does it "keep" the subject?').wait_for()
             assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
             browser.close()
     finally:
