@@ -380,3 +380,12 @@ def test_a_rival_that_does_not_answer(rival: Path, arguments: list[str], tmp_pat
         manifest.write_text("\n".join(damage(lines)))
         assert evaluate.main([*arguments, f"output={tmp_path / 'out'}", f"models.external.Rival={rival}"]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `evaluate.py tables … | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert evaluate.main(["tables", str(finished), f"output={tmp_path}"]) == 0

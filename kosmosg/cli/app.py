@@ -1,4 +1,4 @@
-"""Try a model in a browser: prompts with images in them, steered, previewed, repeated.
+"""Try a model in a browser, with prompts that contain images.
 
     kosmosg app kosmos-g
     kosmosg app toyland                 # the trained miniature in a clone of the repository, with examples
@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser, nargs="?")
     parser.add_argument("--run", type=Path, dest="training_run", metavar="RUN", help="show a training run's folder")
     parser.add_argument(
-        "--beside", nargs="+", default=[], metavar="MODEL", help="models to draw the same with, to compare"
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="further models that draw the same prompts, for comparison",
     )
     parser.add_argument(
         "--segmenter", metavar="ID", help="folder or hub id of a CLIPSeg, which finds subjects by words"
@@ -39,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scores = "folder or hub id, for scores below the pictures; the miniature has its own"
     parser.add_argument("--clip", metavar="ID", help=f"a CLIP: {scores}")
     parser.add_argument("--dino", metavar="ID", help=f"a DINO of transformers: {scores}")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: this machine alone")
-    parser.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: only this machine")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Draw images for a prompt, or for a file of prompts.
+"""Generate images for a prompt, or for a file of prompts.
 
     kosmosg generate kosmos-g "<i> in the suit of <i>" --images dog.png hero.png --count 4
     kosmosg generate kosmos-g --manifest prompts.jsonl --output drawn
@@ -8,11 +8,12 @@
 
 `toyland` is the trained miniature in a clone of the repository; its images are 32 pixels wide.
 
-A line of the manifest, whose paths are relative to it; only the prompt is needed:
+The manifest has one JSON object per line. Only the prompt is required; paths are relative to the manifest:
 
     {"prompt": "<i> in the snow", "images": ["dog.png"], "negative_prompt": "", "seed": 0, "count": 4, "name": "dog"}
 
-Image number k of a prompt has seed + k. The PNG files hold their parameters; the same command goes on where it was.
+Image k of a prompt uses seed + k. Each PNG file stores its parameters. Repeat the command to continue after an
+interrupt.
 """
 
 import argparse
@@ -29,19 +30,19 @@ def add_loading_arguments(parser: argparse.ArgumentParser, nargs: str | None = N
     parser.add_argument(
         "model", nargs=nargs, help="pipeline folder or hub id, the folder of a training run, or toyland"
     )
-    parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model's names none")
+    parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model names none")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"
     )
-    parser.add_argument("--device", help="as cuda:1; default: a GPU if there is one")
+    parser.add_argument("--device", help="such as cuda:1; default: a GPU if there is one")
     parser.add_argument("--controlnet", metavar="ID", help="folder or hub id of a ControlNet for the image decoder")
     parser.add_argument("--lora", nargs="+", default=[], metavar="FILE", help="LoRA files for the image decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
-    parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="images of the placeholders, in order")
+    parser.add_argument("prompt", nargs="?", help="text with one <i> per image")
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="the images that <i> stands for, in order")
     parser.add_argument(
         "--image-weights", nargs="+", type=float, metavar="W", help="how much each image counts; default: 1 each"
     )
@@ -55,20 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-scales", nargs="+", type=float, default=[], metavar="W", help="default: 1 each")
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help="a file of prompts instead of one")
     parser.add_argument(
-        "--skip-bad", action="store_true", help="draw the manifest's good lines although others are bad"
+        "--skip-bad", action="store_true", help="draw the valid lines of the manifest even if others are invalid"
     )
     parser.add_argument("--output", type=Path, default=Path("images"), metavar="DIR", help="default: images/")
-    parser.add_argument("--lint", action="store_true", help="print hints about the prompts, and draw nothing")
+    parser.add_argument("--lint", action="store_true", help="print hints about the prompts and exit")
     parser.add_argument("--overwrite", action="store_true", help="replace files that were drawn with other parameters")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    parser.add_argument("--seed", type=int, help="of the first image; default: 0")
-    parser.add_argument("--count", type=int, help="images of the prompt; default: 1")
+    parser.add_argument("--seed", type=int, help="seed of the first image; default: 0")
+    parser.add_argument("--count", type=int, help="images per prompt; default: 1")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps; default: 50")
     parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale; default: 6")
     parser.add_argument("--sampler", help="dpm, ddim, pndm, or a scheduler of diffusers; default: the pipeline's own")
     parser.add_argument("--height", type=int, help="pixels; default: what the image decoder was trained on")
     parser.add_argument("--width", type=int, help="pixels")
-    parser.add_argument("--batch-size", type=int, default=4, help="images at once; default: 4")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per batch; default: 4")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from diffusers import StableDiffusionPipeline
 import train
 from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
-from kosmosg.models.sana import TOKENS
 from lightning_modules import dry_run
 from lightning_modules.base import StageModule
 from lightning_modules.dry_run import count, size_up
@@ -166,7 +165,7 @@ def test_states_of_a_language_model_and_of_other_text_models(
 ) -> None:
     """A pooled vector, a mask, and the states of a vision-language model, which is not copied into the run."""
     makers: dict[str, Callable[[Path], Path]] = {"xl": tiny.write_stable_diffusion_xl, "sana": tiny.write_sana}
-    keys = {"xl": f"model.aligner.pooled_width={tiny.POOLED_WIDTH}", "sana": f"model.aligner.num_queries={TOKENS}"}
+    keys = {"xl": f"model.aligner.pooled_width={tiny.POOLED_WIDTH}", "sana": "model.aligner.num_queries=12"}
     model = [f"model.image_decoder={makers[decoder](tmp_path / 'decoder')}", keys[decoder], "init_from=null"]
     model += [f"model.language_model={tiny.write_language_model(tmp_path / 'language', 'qwen2_5_vl')}"]
     model += ["data.max_pieces=100", "trainer.max_steps=2", "trainer.val_every=2"]

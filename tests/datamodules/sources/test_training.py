@@ -8,7 +8,7 @@ import yaml
 import train
 from tests.datamodules import worlds
 from tests.datamodules.sources import published
-from tests.datamodules.sources.test_conversion import convert
+from tests.datamodules.sources.published import convert
 from tests.lightning_modules import miniature
 
 TEXT = published.jsonl([{"text": f"A fish, {i}. It swims. The dog sleeps!"} for i in range(12)])
