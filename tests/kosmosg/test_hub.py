@@ -72,7 +72,8 @@ def test_the_card_says_what_the_files_say(run, tmp_path):
     assert "edit" not in card and "By template" not in card and "{" not in card
     settings = yaml.safe_load((tmp_path / "plain" / "config.yaml").read_text())
     assert settings == {"model": {"image_decoder": "stable-diffusion-v1-5/stable-diffusion-v1-5"}}
-    assert "It was not evaluated" in hub.card(run, "x", "mit", {}, None, None, None)
+    assert export(run, tmp_path / "plain") == 2 and export(run, tmp_path / "plain", "--overwrite") == 0
+    assert "It was not evaluated" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_smaller_folders_load_as_the_model(run, tiny_model, tmp_path, monkeypatch):
