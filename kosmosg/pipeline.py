@@ -45,6 +45,7 @@ from kosmosg.models.build import IMAGE_DECODERS, image_decoder_index
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.models.kosmosg import KosmosG, load_mllm, load_tokenizer
 from kosmosg.models.mllm import MLLM
+from kosmosg.models.packing import PACKED, unpacked
 from kosmosg.models.storage import check_weights, find_model, load_network
 from kosmosg.models.vision_language_model import LanguageProcessor, VisionLanguageModel
 from kosmosg.prompt import ImageInput, Prompt, PromptEncoder, Segment, check_negative_prompt, read_prompts
@@ -160,6 +161,9 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             chosen = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
             folder = snapshot_download(str(folder), ignore_patterns=list(PICKLES), **chosen)
         image_decoder = image_decoder or decoder_of_run(folder)
+        if (Path(folder) / PACKED).is_file():
+            with unpacked(Path(folder)) as temporary:
+                return cls.from_pretrained(temporary, image_decoder, dtype, **options)
         whole = (Path(folder) / MODEL_INDEX).is_file()
         folder = Path(folder) if whole else find_model(folder)
         if image_decoder is not None:

