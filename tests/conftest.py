@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # They come first: of workers that take file after file, none is left alone with a long one at the end.
 LONG_FILES = (
     "lightning_modules/test_ranks",
+    "lightning_modules/test_matrix",
     "lightning_modules/test_parallelize",
     "test_benchmarks",
     "test_train",
@@ -23,6 +24,7 @@ LONG_FILES = (
     "datamodules/toyland/test_data_sets",
     "test_evaluate",
     "lightning_modules/test_image_decoders",
+    "lightning_modules/test_caches",
     "kosmosg/conversion/test_convert",
     "kosmosg/conversion/test_memory",
     "kosmosg/test_wheel",

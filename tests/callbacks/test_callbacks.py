@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,17 +103,17 @@ def test_the_average_warms_up_and_passes_over_skipped_steps() -> None:
     assert average.average["weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["versions.json", "finished.json"])
-@pytest.mark.parametrize("content", ["", "{", "\0\0"])
-def test_damaged_side_files_are_set_aside(
-    name: str, content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = RunFolder(tmp_path)
-    (tmp_path / name).write_text(content)
-    with caplog.at_level(logging.WARNING), run.lock({"stage": "x"}, lambda _: None):
-        assert run.finished() is None
-    assert f"damaged-{name}" in caplog.text and (tmp_path / f"damaged-{name}").is_file()
-    assert len(json.loads((tmp_path / "versions.json").read_text())) == 1
+def test_damaged_side_files_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, content in enumerate(("", "{", "\0\0")):
+        for name in ("versions.json", "finished.json"):
+            folder = tmp_path / f"{number}-{name}"
+            folder.mkdir()
+            (folder / name).write_text(content)
+            caplog.clear()
+            with RunFolder(folder).lock({"stage": "x"}, lambda _: None):
+                assert RunFolder(folder).finished() is None
+            assert f"damaged-{name}" in caplog.text and (folder / f"damaged-{name}").is_file()
+            assert len(json.loads((folder / "versions.json").read_text())) == 1
 
 
 @pytest.fixture
