@@ -8,7 +8,7 @@ import torch
 from omegaconf import MISSING
 
 from evaluation.benchmarks import BENCHMARKS, Protocols, tables_of
-from evaluation.images.weights import encoder_file, encoder_folder
+from evaluation.images.provenance import encoder_file, encoder_folder
 from evaluation.protocols.protocol import Encoder, Protocol
 from evaluation.scores.bootstrap import Bootstrap
 from evaluation.tracking import Tracking

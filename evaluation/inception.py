@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, linear, max_pool2d
 
-from evaluation.protocols.requests import EvaluationError
+from evaluation.protocols.benchmark import EvaluationError
 
 SIDE = 299
 CLASSES = 1008

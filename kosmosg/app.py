@@ -167,7 +167,7 @@ def draw(served: Served, request: Any, settings: generation.Settings, folder: Pa
                     **asdict(settings),
                 ).images
             for picture, job in zip(pictures, jobs, strict=True):
-                generation.store(picture, job)
+                generation.store(picture, job.file, job.parameters)
             made.put((steps, [str(job.file) for job in jobs]))
         except Exception as error:
             made.put(error)

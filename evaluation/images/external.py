@@ -20,10 +20,10 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.images.manifest import MANIFEST
+from evaluation.images.generation import MANIFEST
 from evaluation.images.provenance import hash_files
 from evaluation.images.systems import TABLE_ORDER
-from evaluation.protocols.requests import EvaluationError, Request, named_problems
+from evaluation.protocols.benchmark import EvaluationError, Request, named_problems
 from kosmosg.files import decode_text, write_text
 from kosmosg.image_processing import FORMATS
 
@@ -38,10 +38,6 @@ class External:
     name: str
     files: dict[int, Path]
     model: str
-
-    def image_file(self, index: int) -> Path:
-        """Where the image of a request lies."""
-        return self.files[index]
 
 
 def write_requests(table: str, requests: Sequence[Request], folder: Path, data: Path) -> Path:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark
+from evaluation.protocols.benchmark import REAL_IMAGES, SHOWN_PROBLEMS, Benchmark, DataSetError, Item, Prompt
 from evaluation.protocols.protocol import CocoProtocol
-from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Item, Request, image_seed
 
 ANNOTATIONS = "annotations/captions_val2014.json"
 IMAGES = "val2014"
@@ -45,6 +44,10 @@ class Coco(Benchmark):
             raise DataSetError(f"'{file}' is not of COCO's structure: {type(error).__name__}: {error}") from error
         self._check_annotations()
         self.taken = self._taken()
+        self.prompts = [
+            Prompt(caption, caption, (), Item(Path(), str(index), caption))
+            for index, (_, caption) in enumerate(self.taken)
+        ]
         self._check_images()
 
     def _check_images(self) -> None:
@@ -102,25 +105,6 @@ class Coco(Benchmark):
                 "whole."
             )
         return taken
-
-    def requests(self) -> list[Request]:
-        """The taken captions, each once."""
-        sampling = self.protocol.sampling
-        return [
-            Request(
-                index=index,
-                prompt=caption,
-                text=caption,
-                inputs=(),
-                seed=image_seed(sampling.seed, index, period=sampling.noise_period),
-                unit=str(index),
-            )
-            for index, (_, caption) in enumerate(self.taken)
-        ]
-
-    def item(self, request: Request, file: Path) -> Item:
-        """A made image with its caption."""
-        return Item(file, request.unit, request.text)
 
     def baselines(self) -> dict[str, list[Item]]:
         """Held-out photos, where the protocol halves the images."""

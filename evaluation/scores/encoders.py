@@ -4,7 +4,7 @@ of FID.
 Shapes: `N` images or texts, `F` features, `L` logits, `S` pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import (
     AutoImageProcessor,
     CLIPImageProcessorPil,
@@ -24,31 +25,58 @@ from transformers import (
 )
 
 from evaluation.inception import InceptionV3
-from evaluation.parallel.sharing import Encode, Remembered, Sharing
-from evaluation.protocols.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing
-from evaluation.protocols.requests import EvaluationError, read_image
-from evaluation.scores.detection import ObjectDetector, read_crop
-from evaluation.scores.judge import Judge, read_half
+from evaluation.processes import Encode, Remembered, Sharing
+from evaluation.protocols.benchmark import EvaluationError, read_image
+from evaluation.protocols.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing, Resize
+from evaluation.scores.detection import ObjectDetector
+from evaluation.scores.judge import Judge
 from evaluation.scores.leakage import thumbnails
-from evaluation.scores.resizing import resize
-from evaluation.scores.vision_judge import Answers, load_judge
+from evaluation.scores.vision_judge import kept_answers, load_judge
 
 Preprocess = Callable[[list[Image.Image]], Tensor]
 
 
-class CLIPEncoder:
-    """Projected image and text embeddings of a CLIP."""
+class ImageEncoder:
+    """A network of transformers in float32, which sees images as the protocol states.
 
-    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
-        self.model = load(CLIPModel, folder).to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
+    Raises:
+        EvaluationError: weights that would have stayed random; the first few are named.
+    """
+
+    kind: Any
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, stated: Encoder, folder: Path, device: torch.device):
+        options = {**self.options, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        model, report = self.kind.from_pretrained(folder, **options)
+        if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+            raise EvaluationError(
+                f"'{folder}' is no {self.kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}."
+            )
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.preprocess, self.device = preprocessing(stated.preprocessing, folder), device
 
     @torch.inference_mode()
     def images(self, images: list[Image.Image]) -> Tensor:
         """N images → N×F."""
-        return self.model.get_image_features(pixel_values=self.preprocess(images).to(self.device)).pooler_output.cpu()
+        return self.features(self.preprocess(images).to(self.device)).cpu()
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """N×3×S×S → N×F."""
+        raise NotImplementedError
+
+
+class CLIPEncoder(ImageEncoder):
+    """Projected image and text embeddings of a CLIP."""
+
+    kind = CLIPModel
+
+    def __init__(self, stated: Encoder, folder: Path, device: torch.device):
+        super().__init__(stated, folder, device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
@@ -58,41 +86,31 @@ class CLIPEncoder:
         return self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
 
 
-class DinoEncoder:
+class DinoEncoder(ImageEncoder):
     """The CLS output of a DINO ViT's last layer."""
 
-    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
-        self.model = load(ViTModel, folder, add_pooling_layer=False).to(device)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
+    kind, options = ViTModel, {"add_pooling_layer": False}
 
-    @torch.inference_mode()
-    def images(self, images: list[Image.Image]) -> Tensor:
-        """N images → N×F."""
-        return self.model(pixel_values=self.preprocess(images).to(self.device)).last_hidden_state[:, 0].cpu()
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.model(pixel_values=pixels).last_hidden_state[:, 0]
 
 
-class ResNetFeatures:
+class ResNetFeatures(ImageEncoder):
     """Globally averaged features of a ResNet classifier: FID's network where Inception's 299 px make no sense."""
 
-    def __init__(self, encoder: FeatureNetwork, folder: Path, device: torch.device):
-        self.model = load(ResNetModel, folder).to(device)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
+    kind = ResNetModel
 
-    @torch.inference_mode()
-    def images(self, images: list[Image.Image]) -> Tensor:
-        """N images → N×F."""
-        return self.model(pixel_values=self.preprocess(images).to(self.device)).pooler_output.flatten(1).cpu()
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels).pooler_output.flatten(1)
 
 
-class JudgeEncoder:
-    """Logits, then globally averaged features, of a classifier whose `id2label` reads `group: name`."""
+class JudgeEncoder(ImageEncoder):
+    """Logits, then globally averaged features, of a classifier whose `id2label` reads `group: name`: N×(L+F)."""
 
-    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
-        self.model = load(ResNetForImageClassification, folder).to(device)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
+    kind = ResNetForImageClassification
+
+    def __init__(self, stated: Encoder, folder: Path, device: torch.device):
+        super().__init__(stated, folder, device)
         names = [self.model.config.id2label[number] for number in range(self.model.config.num_labels)]
         self.labels = tuple((group, name) for group, _, name in (label.partition(": ") for label in names))
         if nameless := [label for label, (_, name) in zip(names, self.labels, strict=True) if not name]:
@@ -100,11 +118,9 @@ class JudgeEncoder:
                 f"'{folder}' is no judge: its id2label has {nameless[0]!r}, where 'group: name' is expected."
             )
 
-    @torch.inference_mode()
-    def images(self, images: list[Image.Image]) -> Tensor:
-        """N images → N×(L+F)."""
-        features = self.model.resnet(self.preprocess(images).to(self.device)).pooler_output
-        return torch.cat([self.model.classifier(features), features.flatten(1)], dim=1).cpu()
+    def features(self, pixels: Tensor) -> Tensor:
+        found = self.model.resnet(pixels).pooler_output
+        return torch.cat([self.model.classifier(found), found.flatten(1)], dim=1)
 
 
 class InceptionFeatures:
@@ -144,22 +160,6 @@ def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device)
     return FEATURE_NETWORKS[encoder.network](encoder, folder, device)
 
 
-def load(kind: type, folder: Path, **options) -> Any:
-    """`kind.from_pretrained` in eval mode, refusing a folder that lacks some of the weights.
-
-    Raises:
-        EvaluationError: weights that would have stayed random; the first few are named.
-    """
-    options |= {"dtype": torch.float32, "trust_remote_code": False}
-    model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
-    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if wrong:
-        raise EvaluationError(
-            f"'{folder}' is no {kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}."
-        )
-    return model.eval().requires_grad_(False)
-
-
 def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
     """PIL images → N×3×S×S, as the protocol states, or as the encoder's folder does."""
     if stated is None:
@@ -191,39 +191,71 @@ def load_networks(
 
     Args:
         path_of: where the weights of an encoder lie.
-        answers: the file that keeps what a vision-language judge answers.
+        answers: the folder that keeps what a vision-language judge answers.
 
     Raises:
         FileNotFoundError, ValueError: weights that are missing or of another network.
     """
     read = partial(read_image, upright=protocol.upright)
 
+    def stated(name: str) -> Any:
+        return getattr(protocol, name, None)
+
     def remembered(name: str, encode: Encode, read: Callable[[Any], Any] = read) -> Remembered:
         return Remembered(f"{benchmark}.{name}", encode, sharing, read)
 
     found: dict[str, Any] = {"pixels": remembered("pixels", thumbnails)}
-    if (stated := protocol.clip) is not None:
-        clip = CLIPEncoder(stated, path_of(stated), device)
-        found["clip_images"], found["clip_texts"] = (
-            remembered("images", clip.images),
-            remembered("texts", clip.texts, str),
-        )
-    if (stated := getattr(protocol, "dino", None)) is not None:
-        found["dino"] = remembered("dino", DinoEncoder(stated, path_of(stated), device).images)
-    if (stated := getattr(protocol, "judge", None)) is not None:
-        judge = JudgeEncoder(stated, path_of(stated), device)
-        look = remembered("judge", judge.images, partial(read_half, upright=protocol.upright))
-        found["judge"] = Judge(look, judge.labels)
-    if (stated := getattr(protocol, "vlm", None)) is not None:
-        found["vlm"] = Answers(load_judge(stated, path_of(stated), device), answers, sharing, read)
-    if (stated := getattr(protocol, "detector", None)) is not None:
-        detector = ObjectDetector(stated, path_of(stated), device)
-        found["detector"] = remembered("detector", detector.images)
-        found["detector_names"] = detector.names
-        if "clip_images" in found:
-            found["clip_crops"] = remembered("clip_crops", clip.images, partial(read_crop, read=read))
-    if (stated := getattr(protocol, "fid", None)) is not None:
-        images = feature_network(stated, path_of(stated), device).images
+    if encoder := stated("clip"):
+        clip = CLIPEncoder(encoder, path_of(encoder), device)
+        found["clip_images"] = remembered("images", clip.images)
+        found["clip_texts"] = remembered("texts", clip.texts, str)
+    if encoder := stated("dino"):
+        found["dino"] = remembered("dino", DinoEncoder(encoder, path_of(encoder), device).images)
+    if encoder := stated("judge"):
+        judge = JudgeEncoder(encoder, path_of(encoder), device)
+        found["judge"] = Judge(remembered("judge", judge.images), judge.labels)
+    if encoder := stated("vlm"):
+        ask = kept_answers(load_judge(encoder, path_of(encoder), device), answers, read)
+        found["vlm"] = remembered("vlm", ask, lambda question: question).answers
+    if encoder := stated("detector"):
+        detector = ObjectDetector(encoder, path_of(encoder), device)
+        found["detector"], found["detector_names"] = remembered("detector", detector.images).answers, detector.names
+    if encoder := stated("fid"):
+        images = feature_network(encoder, path_of(encoder), device).images
         for side, size in (("fid_real", protocol.real_resize), ("fid_generated", protocol.generated_resize)):
             found[side] = remembered(side, images, lambda file, size=size: resize(read(file), size))
     return found
+
+
+def resize(image: Image.Image, stated: Resize | None) -> Image.Image:
+    """Shorter side to `stated.size`, then the centre crop of that side; None: the image as it is.
+
+    Sizes are torchvision's, which the field's scripts use: the longer side is cut off to whole pixels, the crop's
+    corner rounded to the nearest pixel, halves to even.
+    """
+    if stated is None:
+        return image
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(stated.size * width / short), int(stated.size * height / short)
+    resized = (by_pil if stated.library == "pil" else by_tensor)(image, width, height, stated)
+    left, top = round((width - stated.size) / 2), round((height - stated.size) / 2)
+    return resized.crop((left, top, left + stated.size, top + stated.size))
+
+
+def by_pil(image: Image.Image, width: int, height: int, stated: Resize) -> Image.Image:
+    return image.resize((width, height), Image.Resampling[stated.interpolation.upper()])
+
+
+def by_tensor(image: Image.Image, width: int, height: int, stated: Resize) -> Image.Image:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    pixels = interpolate(
+        pixels[None], (height, width), mode=stated.interpolation, align_corners=False, antialias=stated.antialias
+    )
+    # Clamped because bicubic weights overshoot.
+    return truncated(pixels[0].clamp(0, 1).permute(1, 2, 0).numpy())
+
+
+def truncated(pixels: np.ndarray) -> Image.Image:
+    """H×W×3 in [0, 1] → bytes as torchmetrics makes them with normalize=True: 255·x, not rounded."""
+    return Image.fromarray((pixels * 255).astype(np.uint8))

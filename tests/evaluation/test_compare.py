@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from evaluate import main
+from evaluation.protocols.benchmark import Item
 from evaluation.scores.bootstrap import paired_interval
-from evaluation.scores.results import Score, write_results
-from evaluation.scores.scoring import Sample, write_samples
+from evaluation.scores.results import Sample, Score, write_results, write_samples
 
 AFTER = "KOSMOS-G after stage 3"
 
@@ -25,8 +25,8 @@ def write(
     """A finished evaluation of some subjects with two prompts each; `shift` is added to every cosine."""
     folder.mkdir(parents=True)
     cosines = [(f"subject{k // 2}", 0.1 * k + shift) for k in range(2 * subjects)]
-    samples = [Sample("dreambench", AFTER, "dino", unit, "a.png", "b.png", score) for unit, score in cosines]
-    write_samples(samples, folder / "samples.csv", folder)
+    samples = [Sample("dreambench", AFTER, "dino", Item(Path("a.png"), u, ""), "b.png", score) for u, score in cosines]
+    write_samples(samples, folder / "samples.csv")
     mean = float(np.mean([score for _, score in cosines]))
     scores = [
         Score("dreambench", "Real images", "dino", 0.8, 0.7, 0.9, 4, protocol),

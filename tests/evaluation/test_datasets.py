@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from evaluation.config import EvaluationConfig
+from evaluation.protocols.benchmark import DataSetError, read_image, spread
 from evaluation.protocols.coco import Coco
 from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import KID, CocoProtocol, DreamBenchProtocol, identity
-from evaluation.protocols.requests import DataSetError, read_image, spread
+from evaluation.reports.galleries import fit
 from evaluation.reports.report import embed
-from evaluation.reports.sheets import fit
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world

@@ -16,14 +16,12 @@ from torch.nn.functional import interpolate
 
 from evaluation import inception
 from evaluation.config import EvaluationConfig
-from evaluation.images.weights import hash_encoder
+from evaluation.images.provenance import hash_encoder
 from evaluation.inception import InceptionV3
-from evaluation.parallel.processes import Processes
-from evaluation.parallel.sharing import Sharing
+from evaluation.processes import Processes, Sharing
+from evaluation.protocols.benchmark import EvaluationError, read_image
 from evaluation.protocols.protocol import FeatureNetwork, Resize
-from evaluation.protocols.requests import EvaluationError, read_image
-from evaluation.scores.encoders import feature_network, load_networks
-from evaluation.scores.resizing import resize
+from evaluation.scores.encoders import feature_network, load_networks, resize
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world

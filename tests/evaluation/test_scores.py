@@ -14,16 +14,15 @@ from rich.console import Console
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
-from evaluation.parallel.processes import Processes
-from evaluation.parallel.sharing import Remembered, Sharing
+from evaluation.processes import Processes, Remembered, Sharing
+from evaluation.protocols.benchmark import EvaluationError, Item, read_image
 from evaluation.protocols.protocol import Encoder, FeatureNetwork, Preprocessing
-from evaluation.protocols.requests import EvaluationError, Item, read_image
 from evaluation.scores.bootstrap import Bootstrap, fid_interval, mean_interval
 from evaluation.scores.cosine import Dino
 from evaluation.scores.distribution import fid
-from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, ResNetFeatures, load, preprocessing
+from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, ResNetFeatures, preprocessing
 from evaluation.scores.metric import Context
-from evaluation.scores.scoring import Scorer
+from evaluation.scores.results import score_images
 from tests import tiny
 from tests.evaluation import tiny_world
 
@@ -169,7 +168,7 @@ def test_fid_features_are_pooled(encoders_folder: Path, dreambench_folder: Path)
 
 def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
     with pytest.raises(EvaluationError, match=r"is no ViTModel: \d+ weights are missing or misshapen"):
-        load(ViTModel, encoders_folder / "fid", add_pooling_layer=False)
+        DinoEncoder(Encoder(""), encoders_folder / "fid", CPU)
 
 
 def test_an_encoder_with_code_of_its_own_is_refused(encoders_folder: Path, tmp_path: Path) -> None:
@@ -209,8 +208,7 @@ def test_scores_equal_a_direct_computation(tmp_path: Path) -> None:
     a, b, first, second = files
     images = [Item(a, "dog", "a dog", (first, second)), Item(b, "fish", "", (first,))]
     networks = dict.fromkeys(("clip_images", "clip_texts", "dino"), features)
-    scorer = Scorer("dreambench", "p@1#0", Context(networks, BOOTSTRAP))
-    scores, samples = scorer("System", images)
+    scores, samples = score_images("dreambench", "p@1#0", Context(networks, BOOTSTRAP), "System", images)
 
     def cosine(left, right) -> float:
         return float(cosine_similarity(known[left].double(), known[right].double(), dim=0))

@@ -11,8 +11,8 @@ from PIL import Image
 from evaluate import main
 from evaluation.config import EvaluationConfig
 from evaluation.images.systems import TEXT_SYSTEMS, run_folders, run_system
-from evaluation.protocols.requests import EvaluationError
-from evaluation.reports.sheets import CELL, GAP
+from evaluation.protocols.benchmark import EvaluationError
+from evaluation.reports.galleries import CELL, GAP
 from evaluation.run import evaluate
 from evaluation.scores.results import Score, read_results, write_results
 from kosmosg.config import load_config
@@ -44,7 +44,7 @@ def write_run(folder: Path, model: Path, **config) -> Path:
 )  # fmt: skip
 def test_a_run_folder_names_its_row(tiny_model, tiny_stable_diffusion, tmp_path, config, name, stage):
     system = run_system(write_run(tmp_path / "run", tiny_model, **config), str(tiny_stable_diffusion), CPU)
-    assert system.name == name and system.variant.stage == stage
+    assert system.name == name and system.stage == stage
 
 
 def test_patterns_take_what_is_finished(tiny_model, tmp_path):

@@ -14,14 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from evaluation.images import provenance
-from evaluation.images.conditions import Conditions
 from evaluation.images.generation import Batch
-from evaluation.images.provenance import environment, hash_files
-from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, text_system
-from evaluation.images.weights import hash_encoder
+from evaluation.images.provenance import environment, hash_encoder, hash_files
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, Conditions, kosmosg_system, text_system
+from evaluation.protocols.benchmark import EvaluationError
 from evaluation.protocols.protocol import Sampling
-from evaluation.protocols.requests import EvaluationError
-from evaluation.scores.resizing import truncated
+from evaluation.scores.encoders import truncated
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import build_scheduler

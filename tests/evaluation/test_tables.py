@@ -7,9 +7,11 @@ import pytest
 from evaluate import main
 from evaluation.images.systems import BEFORE_STAGE_3, TEXT_SYSTEMS
 from evaluation.reports.paper import ALIGNMENT, COCO, DREAMBENCH
-from evaluation.scores.results import Score, markdown, write_results
+from evaluation.reports.tables import results_markdown
+from evaluation.scores.results import Score, write_results
 from kosmosg.models.stable_diffusion import StableDiffusion
 from tests.evaluation.test_compare import AFTER, write
+from tests.evaluation.test_report import NO_PARTS
 
 STABLE_DIFFUSION_TEXT = TEXT_SYSTEMS[StableDiffusion]
 
@@ -72,7 +74,7 @@ def test_names_are_escaped(tmp_path, capsys):
         assert main(["tables", str(folder), f"output={tmp_path / 'tables'}"]) == 0
         assert latex + ": dreambench" in (tmp_path / "tables" / "table-1-dreambench.tex").read_text()
     row = Score("dreambench", "a|b\nc", "dino", 0.5, 0.4, 0.6, 750, "p@1#0")
-    assert "| a\\|b c | 0.500 (0.400–0.600) |" in markdown([row], [])
+    assert "| a\\|b c | 0.500 (0.400–0.600) |" in results_markdown([row], [], NO_PARTS)
 
 
 def test_markdown_columns_agree(files):

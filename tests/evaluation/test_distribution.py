@@ -1,5 +1,6 @@
-"""KID equals its definition, FID and KID the figures recorded for fixed features."""
+"""FID and KID equal their definitions and recorded figures; the real side's features are computed once."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,14 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import save_file
 
+from evaluation.config import EvaluationConfig
+from evaluation.processes import Processes
+from evaluation.protocols.benchmark import Item, read_image
+from evaluation.protocols.coco import Coco
 from evaluation.protocols.protocol import KID, CocoProtocol, FeatureNetwork
-from evaluation.protocols.requests import Item
-from evaluation.scores.bootstrap import Bootstrap, kid_interval
-from evaluation.scores.distribution import fid, kid
+from evaluation.run import evaluate
+from evaluation.scores import encoders
+from evaluation.scores.bootstrap import Bootstrap
+from evaluation.scores.distribution import fid, kept_features, kid
 from evaluation.scores.metric import Context
-from evaluation.scores.results import Score, markdown
-from evaluation.scores.scoring import Scorer
+from evaluation.scores.results import Score, score_images
+from kosmosg.config import load_config
 from tests.evaluation.test_scores import scipy_fid
 
 WIDTH, REAL, MADE = 6, 31, 24
@@ -88,14 +96,15 @@ def test_scorer_gives_fid_and_kid_of_the_right_sides(tmp_path: Path) -> None:
         networks = {"fid_real": lambda files: real[: len(files)], "fid_generated": lambda files: made}
         benchmark = SimpleNamespace(protocol=protocol)
         context = Context(networks, Bootstrap(fid_replicates=5), benchmark, lambda: real)  # type: ignore[arg-type]
-        return {score.metric: score for score in Scorer("coco", "p@1#0", context)("System", items)[0]}
+        return {score.metric: score for score in score_images("coco", "p@1#0", context, "System", items)[0]}
 
     protocol = CocoProtocol(captions=MADE, fid=FeatureNetwork("w"), kid=KID(subsets=6, subset_size=10))
     scores = scores_of(protocol, images)
     expected = kid(real, made, KID(subsets=6, subset_size=10))
     assert scores["fid"].value == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
     assert scores["kid"].value == expected[0]
-    assert (scores["kid"].low, scores["kid"].high) == kid_interval(*expected)
+    spread = 1.96 * expected[1]
+    assert (scores["kid"].low, scores["kid"].high) == (expected[0] - spread, expected[0] + spread)
     assert scores["kid"].n == scores["fid"].n == MADE
     assert scores_of(protocol, photos)["fid"].value == pytest.approx(
         scipy_fid(real.double().numpy(), real[:MADE].double().numpy()), abs=1e-6
@@ -106,17 +115,71 @@ def test_scorer_gives_fid_and_kid_of_the_right_sides(tmp_path: Path) -> None:
 def test_interval_of_kid_covers_a_subset_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     real, made = rng.normal(0, 1, (400, 4)), rng.normal(0, 1.1, (400, 4))
-    low, high = kid_interval(*kid(torch.from_numpy(real), torch.from_numpy(made), KID(subsets=200, subset_size=50)))
+    value, deviation = kid(torch.from_numpy(real), torch.from_numpy(made), KID(subsets=200, subset_size=50))
+    low, high = value - 1.96 * deviation, value + 1.96 * deviation
     draws = [direct_kid(real[rng.permutation(400)[:50]], made[rng.permutation(400)[:50]]) for _ in range(40)]
     assert np.mean([low <= draw <= high for draw in draws]) >= 0.8 and low < np.mean(draws) < high
 
 
-def test_the_column_stands_where_there_are_scores() -> None:
-    def score(metric: str, value: float) -> Score:
-        return Score("coco", "System", metric, value, value - 0.001, value + 0.001, 6, "p@1#0")
+KEY = {"protocol": "coco/x@1#aaaa", "data": "d", "weights": "w"}
 
-    assert "KID" not in markdown([score("fid", 8.0)], []).partition("# The paper")[0].partition("##")[2]
-    table = markdown([score("fid", 8.0), score("kid", 0.00342)], [])
-    assert "| System | FID ↓ | KID ↓ | CLIP-T ↑ | n |" in table
-    assert "| System | 8.00 (8.00–8.00) | 0.00342 (0.00242–0.00442) | – | 6 |" in table
-    assert "of KID, ±1.96 standard deviations over subsets" in table, "which is no 95 % interval"
+
+def test_features_of_the_real_side_are_kept(tmp_path: Path) -> None:
+    """For the same protocol, data and weights; a damaged file is written anew."""
+    calls: list[int] = []
+
+    def features_of(**changed: str) -> torch.Tensor | None:
+        def compute() -> torch.Tensor:
+            calls.append(len(calls))
+            return torch.full((6, 4), float(calls[-1]))
+
+        return kept_features(tmp_path, KEY | changed, compute, Processes())
+
+    first = features_of()
+    assert torch.equal(features_of(), first) and len(calls) == 1
+    for changed in ({"protocol": "coco x 1 aaaa"}, {"data": "e"}, {"weights": "v"}):
+        assert not torch.equal(features_of(**changed), first), changed
+    assert torch.equal(features_of(), first) and len(calls) == 4
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"half")
+    assert features_of() is not None and len(calls) == 5
+    for path in tmp_path.iterdir():
+        save_file({"statistics": torch.zeros(2)}, path)
+    assert features_of() is not None and len(calls) == 6
+
+
+def test_second_evaluation_looks_at_no_reference(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def count(file: Path, **options):
+        read.append(file)
+        return read_image(file, **options)
+
+    monkeypatch.setattr(encoders, "read_image", count)
+    results = []
+    for output in ("first", "second"):
+        read.clear()
+        config = load_config(
+            [
+                *arguments,
+                "dreambench=null",
+                "coco.kid={subsets: 5, subset_size: 4, seed: 0}",
+                f"reference_features={tmp_path / 'kept'}",
+                f"output={tmp_path / output}",
+            ],
+            EvaluationConfig,
+        )
+        references = set(Coco(config.protocols()["coco"], config.folder_of("coco")).references())
+        evaluate(config, Console(quiet=True))
+        assert (references <= set(read)) == (output == "first") and (references & set(read) == set()) == (
+            output != "first"
+        )
+        assert read, "generated images are looked at both times"
+        results.append(json.loads((tmp_path / output / "results.json").read_text()))
+    assert results[0] == results[1]
+    kid = [row for row in results[0] if row["metric"] == "kid"]
+    assert len(kid) == 4 and all(row["low"] < row["value"] < row["high"] and row["n"] == 6 for row in kid)
+    page, table = ((tmp_path / "second" / name).read_text() for name in ("report.html", "results.md"))
+    assert "KID ↓" in page and "KID ↓" in table and "the mean over 5 subsets of 4 images" in table
