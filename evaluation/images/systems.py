@@ -78,57 +78,24 @@ def text_system(weights: str, device: torch.device, acceleration: Acceleration |
 
 
 def kosmosg_system(
-    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+    name: str, folder: str | Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
 ) -> System:
-    """KOSMOS-G, fed the interleaved prompt.
+    """KOSMOS-G of a model or run folder of any stage after the first, fed the interleaved prompt.
 
     Args:
-        name: BEFORE_STAGE_3 or AFTER_STAGE_3.
-        folder: a model folder, or the run folder of the stage that the name says.
+        name: of the row; a run folder must be of the stage that BEFORE_STAGE_3 and AFTER_STAGE_3 say.
         image_decoder: the diffusers folder or hub id that it was aligned with.
 
     Raises:
-        FileNotFoundError: there is no finished model.
+        FileNotFoundError: there is no finished model, or one of stage 1.
         EvaluationError: a run of another stage, or a model that was aligned with another image decoder.
     """
-    require_stage(name, Path(folder))
-    return model_system(name, folder, image_decoder, device, acceleration)
-
-
-def run_folders(patterns: Sequence[str]) -> list[Path]:
-    """The run folders that are named, and of patterns the finished ones, each once.
-
-    Raises:
-        EvaluationError: a folder that is no finished run, or patterns that fit none.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
-        finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
-        if not finished and not glob.has_magic(pattern):
-            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
-        found += [folder for folder in finished if folder not in found]
-    if patterns and not found:
-        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
-    return found
-
-
-def run_system(
-    folder: Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
-) -> System:
-    """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
-    config = OmegaConf.load(folder / RUN_CONFIG)
-    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trainable")}
-    stage, seed = "alignment" if values["recipe.trainable"] == "aligner" else values["stage"], values["seed"]
-    experiment = values["ablation"] or stage
-    system = model_system(f"{experiment}, seed {seed}", str(folder), image_decoder, device, acceleration)
-    return replace(system, experiment=experiment, stage=stage, seed=seed)
-
-
-def model_system(
-    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
-) -> System:
-    """KOSMOS-G of a model or run folder of any stage after the first; see `kosmosg_system`."""
+    config = Path(folder) / RUN_CONFIG
+    stage = OmegaConf.select(OmegaConf.load(config), "stage") if config.is_file() else None
+    if stage is not None and stage != STAGES.get(name, stage):
+        raise EvaluationError(
+            f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
+        )
     model, decoder = find_model(folder), decoder_folder(image_decoder)
     require_fit(name, model, decoder)
 
@@ -155,6 +122,36 @@ def model_system(
 
     model_hash = hash_json([hash_parts(model, MODEL_PARTS), hash_parts(decoder, image_parts(decoder))])
     return System(name, load, model_hash, reads_images=True)
+
+
+def run_system(
+    folder: Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
+    """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
+    config = OmegaConf.load(folder / RUN_CONFIG)
+    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trainable")}
+    stage, seed = "alignment" if values["recipe.trainable"] == "aligner" else values["stage"], values["seed"]
+    experiment = values["ablation"] or stage
+    system = kosmosg_system(f"{experiment}, seed {seed}", folder, image_decoder, device, acceleration)
+    return replace(system, experiment=experiment, stage=stage, seed=seed)
+
+
+def run_folders(patterns: Sequence[str]) -> list[Path]:
+    """The run folders that are named, and of patterns the finished ones, each once.
+
+    Raises:
+        EvaluationError: a folder that is no finished run, or patterns that fit none.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
+        finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
+        if not finished and not glob.has_magic(pattern):
+            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
+        found += [folder for folder in finished if folder not in found]
+    if patterns and not found:
+        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
+    return found
 
 
 class Conditions:
@@ -203,22 +200,6 @@ def output_type(sampling: Sampling) -> Literal["np", "pil"]:
 def as_bytes(images: list[Image.Image] | np.ndarray) -> list[Image.Image]:
     """What a pipeline gave; floats B×H×W×3 in [0, 1] are truncated."""
     return [truncated(image) for image in images] if isinstance(images, np.ndarray) else images
-
-
-def require_stage(name: str, folder: Path) -> None:
-    """Refuse a run folder of another stage than the row's.
-
-    Raises:
-        EvaluationError: says which stage was run and which is needed.
-    """
-    file = folder / RUN_CONFIG
-    if not file.is_file():
-        return
-    stage = OmegaConf.select(OmegaConf.load(file), "stage")
-    if stage != STAGES[name]:
-        raise EvaluationError(
-            f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
-        )
 
 
 def require_fit(name: str, model: Path, decoder: Path) -> None:

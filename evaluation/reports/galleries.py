@@ -108,7 +108,7 @@ def draw_galleries(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
         return Grid([[corner, *(dataset.folder / request.inputs[-1] for request in rows[0])], *drawn])
 
     inputs: list[Cell] = [dataset.folder / row[0].inputs[0] for row in pairs]
-    return grid("input", swaps, [*gallery.swap_prompts]), grid("first input ↓ second input →", pairs, inputs)
+    return grid("input", swaps, [*gallery.swap_prompts]), grid("first input: at the left; second: above", pairs, inputs)
 
 
 def swaps_and_pairs(dataset: Benchmark, gallery: Gallery) -> tuple[list[list[Request]], list[list[Request]]]:

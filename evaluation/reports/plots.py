@@ -45,7 +45,7 @@ def guidance_charts(scores: Sequence[Score]) -> dict[str, str]:
                 color = ACCENT if system == AFTER_STAGE_3 else COLORS[place % len(COLORS)]
                 x, y = ([row[of] for _, row in line] for of in (EDITABILITY, name))
                 across, up = [score.value for score in x], [score.value for score in y]
-                spread = {"xerr": errors(x), "yerr": errors(y), "ecolor": f"{color}59", "elinewidth": 1}
+                spread = {"xerr": errors(x), "yerr": errors(y), "ecolor": f"{color}80", "elinewidth": 1}
                 axes.errorbar(across, up, **spread, color=color, marker="o", markersize=5, linewidth=1.4, label=system)
                 for (scale, _), *at in zip(line, across, up, strict=True):
                     axes.annotate(f"{scale:g}", at, xytext=(5, 4), textcoords="offset points")  # type: ignore[arg-type]
