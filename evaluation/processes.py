@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from textwrap import shorten
 from types import TracebackType
@@ -203,36 +204,20 @@ def progress(
                 line()
 
 
+@dataclass(frozen=True)
 class Sharing:
-    """What networks say of many items, computed in shares by all processes.
+    """How networks look at many items: all processes together, `batch_size` items at once."""
 
-    All processes ask for the same in the same order. Batches are cut by position alone and go to whoever is free, so
-    that features, and with them every score, are bit for bit those of one process.
-
-    Args:
-        batch_size: items that are encoded at once.
-    """
-
-    def __init__(self, processes: Processes, batch_size: int, console: Console):
-        self.processes, self.batch_size, self.console = processes, batch_size, console
-
-    def compute(self, name: str, encode: Encode, items: Sequence) -> list:
-        """What `encode` gives for each of N items, in all processes."""
-        batches = [list(items[start : start + self.batch_size]) for start in range(0, len(items), self.batch_size)]
-        if len(batches) == 1:
-            return list(encode(batches[0]))
-        done, found = self.processes.counter(), {}
-        with progress(name, len(items), 0, self.console, passing=True) as show:
-            for number in self.processes.take(len(batches)):
-                found[number] = encode(batches[number])
-                show(done(len(batches[number])))
-        for others in self.processes.gather(found):
-            found |= others
-        return [row for number in range(len(batches)) for row in found[number]]
+    processes: Processes
+    batch_size: int
+    console: Console
 
 
 class Remembered:
     """What a network says of files or texts, computed once for each however often it is asked for.
+
+    All processes ask for the same in the same order. Batches are cut by position alone and go to whoever is free, so
+    that features, and with them every score, are bit for bit those of one process.
 
     Args:
         name: shown with the progress.
@@ -244,15 +229,29 @@ class Remembered:
         self.name, self.encode, self.sharing, self.read = name, encode, sharing, read
         self.known: dict[Any, Any] = {}
 
-    def answers(self, items: Sequence) -> list:
-        """N items → N answers, in their order."""
-        if new := [item for item in dict.fromkeys(items) if item not in self.known]:
-            self.known.update(zip(new, self.sharing.compute(self.name, self._batch, new), strict=True))
-        return [self.known[item] for item in items]
-
     def __call__(self, items: Sequence) -> Tensor:
         """N items → N×F, in their order."""
         return torch.stack(self.answers(items))
 
-    def _batch(self, items: Sequence) -> Any:
+    def answers(self, items: Sequence) -> list:
+        """N items → N answers, in their order."""
+        if new := [item for item in dict.fromkeys(items) if item not in self.known]:
+            self.known.update(zip(new, self._compute(new), strict=True))
+        return [self.known[item] for item in items]
+
+    def _compute(self, items: Sequence) -> list:
+        processes, size = self.sharing.processes, self.sharing.batch_size
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        if len(batches) == 1:  # not worth a meeting
+            return list(self._encode(batches[0]))
+        done, found = processes.counter(), {}
+        with progress(self.name, len(items), 0, self.sharing.console, passing=True) as show:
+            for number in processes.take(len(batches)):
+                found[number] = self._encode(batches[number])
+                show(done(len(batches[number])))
+        for others in processes.gather(found):
+            found |= others
+        return [row for number in range(len(batches)) for row in found[number]]
+
+    def _encode(self, items: Sequence) -> Any:
         return self.encode([self.read(item) for item in items])

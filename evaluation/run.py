@@ -28,7 +28,7 @@ from evaluation.processes import Processes, Sharing
 from evaluation.protocols.benchmark import Item
 from evaluation.reports.breakdown import breakdown, write_breakdown
 from evaluation.reports.galleries import draw_galleries
-from evaluation.reports.report import Report, write_report
+from evaluation.reports.report import write_report
 from evaluation.reports.tables import results_markdown
 from evaluation.scores.distribution import kept_features
 from evaluation.scores.encoders import load_networks
@@ -105,7 +105,7 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
     ]
     write_text(output / "results.md", results_markdown(scores, notes, parts))
     provenance = provenance_of(evaluation, time.monotonic() - started)
-    write_report(Report(evaluation, images, galleries, scores, parts, notes, provenance))
+    write_report(evaluation, images, galleries, scores, parts, notes, provenance)
     content = {"key": evaluation.key(), "written": provenance, "config": asdict(config)}
     write_text(output / PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False))
     return scores

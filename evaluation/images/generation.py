@@ -157,12 +157,14 @@ def made(folder: Path, wanted: Mapping[int, dict[str, Any]], names: Mapping[int,
         told = {row["index"]: (row.pop("sha256"), row) for row in rows}
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # damaged from outside; it is written anew
+    # Listed, not looked for: a network file system may remember for a while that a file is not there.
+    there = {f"{IMAGES}/{image.name}" for image in (folder / IMAGES).glob("*")}
     for index, parameters in wanted.items():
-        if (image := folder / names[index]).is_file():
-            sha256 = file_hash(image)
+        if (name := names[index]) in there:
+            sha256 = file_hash(folder / name)
             known, row = told.get(index, (sha256, None))
-            row = {**(read_parameters(image) or {}), "file": names[index]} if row is None else row
-            if known == sha256 and row == {**parameters, "file": names[index]}:
+            row = {**(read_parameters(folder / name) or {}), "file": name} if row is None else row
+            if known == sha256 and row == {**parameters, "file": name}:
                 found[index] = sha256
     return found
 
@@ -171,13 +173,13 @@ def write_manifest(
     folder: Path, wanted: Mapping[int, dict[str, Any]], names: Mapping[int, str], known: Mapping[int, str]
 ) -> None:
     """A JSON line for each image. Raises GenerationError: one is not there."""
-    lost = [index for index in wanted if index not in known and not (folder / names[index]).is_file()]
-    if lost:
+    try:
+        hashes = {index: known.get(index) or file_hash(folder / names[index]) for index in wanted}
+    except FileNotFoundError as error:
         raise GenerationError(
-            f"'{folder}' lacks {len(lost)} of {len(wanted)} images, as {lost[0]}, though all were made: are all "
-            "processes given the same folder? Start the same command again, and they are made anew."
-        )
-    hashes = {index: known.get(index) or file_hash(folder / names[index]) for index in wanted}
+            f"'{error.filename}' is missing, though it was made: are all processes given the same folder? Start the "
+            "same command again, and it is made anew."
+        ) from error
     rows = ({**parameters, "file": names[i], "sha256": hashes[i]} for i, parameters in wanted.items())
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_text(encoding="utf-8") != text:

@@ -93,34 +93,21 @@ def image_parts(decoder: Path) -> tuple[str, ...]:
     return (*image_decoder_class(decoder).networks, "scheduler")
 
 
-def encoder_folder(weights: str, revision: str | None = None) -> Path:
-    """A transformers folder or hub id as a folder.
+def encoder_path(weights: str, revision: str | None = None) -> Path:
+    """A weight file, a transformers folder, or a hub id as a folder.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: none of them.
     """
-    folder = Path(weights)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.is_dir() or not HUB_ID.fullmatch(weights):
+    path = Path(weights)
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    if path.is_dir() or not HUB_ID.fullmatch(weights):
         raise FileNotFoundError(
-            f"'{weights}' holds no encoder: config.json is missing. Give a transformers folder or hub id."
+            f"'{weights}' holds no encoder: it is no weight file, no hub id, and no folder with a config.json. Tell "
+            f"where it lies by local_weights={{{weights}: /path/to/file}}."
         )
     return Path(snapshot_download(weights, revision=revision, allow_patterns=list(ENCODER_FILES)))
-
-
-def encoder_file(weights: str) -> Path:
-    """The weight file of a network that is not of transformers.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    if not Path(weights).is_file():
-        raise FileNotFoundError(
-            f"there is no weight file '{weights}'; download it, and tell where it lies by "
-            f"local_weights={{{weights}: /path/to/file}}."
-        )
-    return Path(weights)
 
 
 def hash_encoder(path: Path) -> str:

@@ -225,14 +225,19 @@ def read_rows(file: Path, lines: bool) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         raise DataSetError(f"'{file}' does not exist; see docs/evaluation.md for the layout that is expected.")
+
+    def read(text: bytes) -> list[dict[str, Any]]:
+        found: Any = json.loads(decode_text(text)) if text.strip() else []
+        rows = [found] if lines and text.strip() else found
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"this is no {'object' if lines else 'list of objects'}")
+        return rows
+
     # Lines end at "\n" alone: a string of JSON may hold other line separators.
     texts = file.read_bytes().split(b"\n") if lines else [file.read_bytes()]
-    found = read_all(
-        texts, lambda text: json.loads(decode_text(text)) if text.strip() else None, f"'{file}' is no JSON"
-    )
-    rows = [row for row in found if row is not None] if lines else found[0]
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataSetError(f"'{file}' holds no {'JSON objects, one a line' if lines else 'JSON list of objects'}.")
+    rows = [row for found in read_all(texts, read, f"'{file}'") for row in found]
+    if not rows:
+        raise DataSetError(f"'{file}' is empty.")
     return rows
 
 

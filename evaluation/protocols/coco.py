@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.protocols.benchmark import REAL_IMAGES, SHOWN_PROBLEMS, Benchmark, DataSetError, Item, Prompt
+from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark, DataSetError, Item, Prompt, named_problems
 from evaluation.protocols.protocol import CocoProtocol
 
 ANNOTATIONS = "annotations/captions_val2014.json"
@@ -53,29 +53,21 @@ class Coco(Benchmark):
     def _check_images(self) -> None:
         needed = sorted({path.name for path in self._images()})
         there = {path.name for path in (self.folder / IMAGES).iterdir()} if (self.folder / IMAGES).is_dir() else set()
-        missing = [name for name in needed if name not in there]
-        if missing:
-            shown = ", ".join(missing[:SHOWN_PROBLEMS])
-            raise DataSetError(
-                f"COCO at '{self.folder}': {len(missing)} of {len(needed)} images are missing in {IMAGES}/: "
-                + shown
-                + (" …" if len(missing) > SHOWN_PROBLEMS else "")
-            )
-        sides = {"real images": len(self.references()), "held-out images": len(self.held_out_images())}
-        for side, count in sides.items():
-            if self.protocol.kid is not None and 0 < count < self.protocol.kid.subset_size:
+        if missing := [name for name in needed if name not in there]:
+            count = f"{len(missing)} of {len(needed)} images are missing in {IMAGES}/"
+            raise DataSetError(f"COCO at '{self.folder}': {count}: {named_problems(missing)}")
+        least = 0 if self.protocol.kid is None else self.protocol.kid.subset_size
+        for side, images in {"real": self.references(), "held-out": self.held_out_images()}.items():
+            if 0 < len(images) < least:
                 raise DataSetError(
-                    f"COCO at '{self.folder}' has {count} {side} but coco.kid draws {self.protocol.kid.subset_size} at "
-                    "once; set coco.kid.subset_size to at most that."
+                    f"COCO at '{self.folder}' has {len(images)} {side} images but coco.kid draws {least} at once; set "
+                    "coco.kid.subset_size to at most that."
                 )
 
     def _check_annotations(self) -> None:
-        unknown = sorted({str(image) for image, _ in self.annotations if image not in self.file_names})
-        if unknown:
-            raise DataSetError(
-                f"COCO at '{self.folder}': captions of {len(unknown)} images that are not listed: "
-                + ", ".join(unknown[:SHOWN_PROBLEMS])
-            )
+        if unknown := sorted({str(image) for image, _ in self.annotations if image not in self.file_names}):
+            count = f"captions of {len(unknown)} images that are not listed"
+            raise DataSetError(f"COCO at '{self.folder}': {count}: {named_problems(unknown)}")
         if self.protocol.caption_list is None and self.protocol.captions > len(self.annotations):
             raise DataSetError(
                 f"COCO at '{self.folder}' has {len(self.annotations)} captions but the protocol draws "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.protocols.benchmark import Benchmark, EvaluationError, Item, Prompt, read_all, read_rows, spread
-from evaluation.protocols.protocol import Detector, Protocol
+from evaluation.protocols.protocol import Detector, Protocol, require_at_least
 from evaluation.scores.detection import COLOURS
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -26,6 +26,9 @@ class GenEvalProtocol(Protocol):
     """Only this many, spread evenly; for trials."""
     detector: Detector | None = None
     """Finds objects by the names that the metadata use; `clip` tells their colours."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "geneval", 1, "images_per_prompt", "max_prompts")
 
 
 class GenEval(Benchmark):

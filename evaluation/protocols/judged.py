@@ -25,7 +25,7 @@ from evaluation.protocols.benchmark import (
     read_rows,
     spread,
 )
-from evaluation.protocols.protocol import Encoder, Protocol, VisionJudge
+from evaluation.protocols.protocol import Encoder, Protocol, VisionJudge, require_at_least
 from kosmosg.files import decode_text
 from kosmosg.prompt import PLACEHOLDER
 
@@ -58,11 +58,17 @@ class DreamBenchPlusProtocol(JudgedProtocol):
     dino: Encoder | None = None
     """CLS output; the mean cosine with the input image, clamped at 0 after averaging."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, "dreambench_plus", 1, "images_per_prompt", "max_prompts")
+
 
 @dataclass
 class OmniContextProtocol(JudgedProtocol):
     list: str = "omnicontext.jsonl"
     """The tasks, in the data set's folder."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "omnicontext", 1, "max_prompts")
 
 
 Asked = tuple[str, tuple[Path, ...]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evaluation.protocols.benchmark import Benchmark, Item, Prompt, inner_file, read_all, read_rows, spread
-from evaluation.protocols.protocol import Encoder, Protocol
+from evaluation.protocols.protocol import Encoder, Protocol, require_at_least
 from kosmosg.prompt import PLACEHOLDER
 
 
@@ -31,8 +31,7 @@ class PairListProtocol(Protocol):
     """CLS output; the mean of cosines with both input images, clamped at 0 after averaging."""
 
     def __post_init__(self) -> None:
-        if self.images_per_prompt < 1:
-            raise ValueError(f"dreambench_pairs.images_per_prompt={self.images_per_prompt} is not allowed; at least 1.")
+        require_at_least(self, "dreambench_pairs", 1, "images_per_prompt", "max_prompts")
 
 
 class DreamBenchPairs(Benchmark):

@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -28,32 +27,31 @@ EMBEDDED_SIDE = 256
 """Larger pictures are embedded at this size, so that a report of full-size images can still be opened."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """All that the page shows. `galleries` are of another input image, and of two."""
+def write_report(
+    evaluation: Evaluation,
+    images: Images,
+    galleries: tuple[Grid | None, Grid | None],
+    scores: Sequence[Score],
+    parts: pd.DataFrame,
+    notes: Sequence[str],
+    provenance: Mapping[str, str],
+) -> None:
+    """report.html and sheets/, each atomically.
 
-    evaluation: Evaluation
-    images: Images
-    galleries: tuple[Grid | None, Grid | None]
-    scores: Sequence[Score]
-    parts: pd.DataFrame
-    notes: Sequence[str]
-    provenance: Mapping[str, str]
-
-
-def write_report(report: Report) -> None:
-    """report.html and sheets/, each atomically."""
-    evaluation, scores, models = report.evaluation, report.scores, report.evaluation.config.models
-    images = {**report.images, **{key: rival.files for key, rival in evaluation.external.items()}}
+    Args:
+        galleries: of another input image, and of two.
+    """
+    models = evaluation.config.models
+    images = {**images, **{key: rival.files for key, rival in evaluation.external.items()}}
     with_subjects = [table for table in evaluation.tables if table.benchmark.subjects]
     stages = next((stage_grid(evaluation, table, images) for table in with_subjects), None)
-    write_sheets(evaluation, images, *report.galleries, stages)
+    write_sheets(evaluation, images, *galleries, stages)
     curve = guidance_charts(scores)
     for name, svg in curve.items():
         write_text(evaluation.output / "sheets" / f"guidance_{name}.svg", svg)
     runs = {"Stage 2, alignment": models.before_stage_3, "Stage 3, instruction tuning": models.after_stage_3}
     breakdowns: dict[str, list[Section]] = {}
-    for section in sections(report.parts):
+    for section in sections(parts):
         breakdowns.setdefault(section.system, []).append(section)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -62,7 +60,7 @@ def write_report(report: Report) -> None:
     page = environment.get_template("report.html").render(
         tables=[chart_rows(scores, table) for table in tables_in(scores)],
         findings=findings(scores),
-        notes=report.notes,
+        notes=notes,
         inputs={  # name: class noun, the one image that is given
             name: (subject.class_noun, table.benchmark.kept_image(name))
             for table in with_subjects
@@ -74,8 +72,8 @@ def write_report(report: Report) -> None:
             for table in with_subjects
             for name in shown_subjects(table, evaluation.config.gallery.subjects)
         },
-        swap=report.galleries[0],
-        pair=report.galleries[1],
+        swap=galleries[0],
+        pair=galleries[1],
         pair_prompt=evaluation.config.gallery.pair_prompt,
         examples={
             next(iter(table.benchmark.tables.values())): example_grid(evaluation, table, images)
@@ -88,7 +86,7 @@ def write_report(report: Report) -> None:
         curves=loss_charts({title: Path(run) for title, run in runs.items() if run is not None}),
         printed={paper.PRINTED[t][0]: printed_rows(t) for t in tables_in(scores) if t in paper.PRINTED},
         caution=paper.CAUTION,
-        provenance=report.provenance,
+        provenance=provenance,
         after=AFTER_STAGE_3,
     )
     write_text(evaluation.output / "report.html", page)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.protocols.protocol import require_at_least
+
 LEVEL = 0.95
 QUANTILES = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 DRAWN_AT_ONCE = 1 << 20
@@ -27,9 +29,7 @@ class Bootstrap:
     """Of the draws."""
 
     def __post_init__(self) -> None:
-        for name in ("replicates", "fid_replicates"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"bootstrap.{name}={getattr(self, name)} is not allowed; it must be at least 2.")
+        require_at_least(self, "bootstrap", 2, "replicates", "fid_replicates")
 
 
 def mean_interval(scores: Tensor, units: list[str], replicates: int, seed: int) -> tuple[float, float]:

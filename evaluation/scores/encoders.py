@@ -27,7 +27,7 @@ from transformers import (
 from evaluation.inception import InceptionV3
 from evaluation.processes import Encode, Remembered, Sharing
 from evaluation.protocols.benchmark import EvaluationError, read_image
-from evaluation.protocols.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing, Resize
+from evaluation.protocols.protocol import Encoder, FeatureNetwork, Preprocessing, Resize
 from evaluation.scores.detection import ObjectDetector
 from evaluation.scores.judge import Judge
 from evaluation.scores.leakage import thumbnails
@@ -141,25 +141,6 @@ class InceptionFeatures:
         return features
 
 
-FeatureEncoder = ResNetFeatures | InceptionFeatures
-FEATURE_NETWORKS: dict[str, Callable[[FeatureNetwork, Path, torch.device], FeatureEncoder]] = {
-    "resnet": ResNetFeatures,
-    INCEPTION: InceptionFeatures,
-}
-"""By the protocol's `fid.network`."""
-
-
-def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device) -> FeatureEncoder:
-    """The network that a protocol names.
-
-    Raises:
-        EvaluationError: unknown; lists the choices.
-    """
-    if encoder.network not in FEATURE_NETWORKS:
-        raise EvaluationError(f"fid.network={encoder.network!r} is unknown; allowed: {', '.join(FEATURE_NETWORKS)}.")
-    return FEATURE_NETWORKS[encoder.network](encoder, folder, device)
-
-
 def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
     """PIL images → N×3×S×S, as the protocol states, or as the encoder's folder does."""
     if stated is None:
@@ -221,7 +202,8 @@ def load_networks(
         detector = ObjectDetector(encoder, path_of(encoder), device)
         found["detector"], found["detector_names"] = remembered("detector", detector.images).answers, detector.names
     if encoder := stated("fid"):
-        images = feature_network(encoder, path_of(encoder), device).images
+        network = InceptionFeatures if encoder.network == "inception" else ResNetFeatures
+        images = network(encoder, path_of(encoder), device).images
         for side, size in (("fid_real", protocol.real_resize), ("fid_generated", protocol.generated_resize)):
             found[side] = remembered(side, images, lambda file, size=size: resize(read(file), size))
     return found

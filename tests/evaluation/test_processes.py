@@ -3,6 +3,7 @@
 Real processes, forked from the test's own; tests/evaluation/test_killed.py kills them at any moment.
 """
 
+import io
 import os
 import pickle
 import signal
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 
 from evaluation.images.generation import MANIFEST, Batch
-from evaluation.processes import ProcessError, Processes, Sharing
+from evaluation.processes import ProcessError, Processes, Remembered, Sharing, progress
 from evaluation.protocols.benchmark import Request
 from evaluation.protocols.protocol import Sampling
 from tests.evaluation.test_generation import BATCH, SYSTEM, content, draw, requests, run
@@ -152,11 +153,18 @@ def test_features_are_those_of_one_process(tmp_path: Path) -> None:
             return torch.stack([rows, rows / 3, rows.sum().expand(len(batch))], dim=1)  # the sum tells the batch
 
         sharing = Sharing(processes, 4, QUIET)
-        numbers = torch.stack(sharing.compute("numbers", encode, items))
-        return numbers, sharing.compute("words", lambda batch: [f"<{item}>" for item in batch], items), asked
+        numbers = Remembered("numbers", encode, sharing)(items)
+        return numbers, Remembered("words", lambda batch: [f"<{i}>" for i in batch], sharing).answers(items), asked
 
     (alone, words, asked_alone), *_ = together(tmp_path, 1, work)
     assert words == [f"<{item}>" for item in items]
     found = together(tmp_path, 3, work)
     assert all(torch.equal(numbers, alone) and told == words for numbers, told, _ in found)
     assert sorted(batch for _, _, asked in found for batch in asked) == sorted(asked_alone)
+
+
+def test_progress_ends_with_a_line_where_there_is_no_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with progress("images", 10, there=2, console=console) as show:
+        show(3)
+    assert console.file.getvalue().startswith("images 5/10  ")  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
 from rich.console import Console
@@ -17,9 +16,8 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImage
 from evaluation.processes import Processes, Remembered, Sharing
 from evaluation.protocols.benchmark import EvaluationError, Item, read_image
 from evaluation.protocols.protocol import Encoder, FeatureNetwork, Preprocessing
-from evaluation.scores.bootstrap import Bootstrap, fid_interval, mean_interval
+from evaluation.scores.bootstrap import Bootstrap, mean_interval
 from evaluation.scores.cosine import Dino
-from evaluation.scores.distribution import fid
 from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, ResNetFeatures, preprocessing
 from evaluation.scores.metric import Context
 from evaluation.scores.results import score_images
@@ -28,45 +26,6 @@ from tests.evaluation import tiny_world
 
 CPU = torch.device("cpu")
 BOOTSTRAP = Bootstrap(replicates=200, fid_replicates=20)
-
-
-def scipy_fid(real: np.ndarray, made: np.ndarray) -> float:
-    """The textbook formula with scipy's matrix root."""
-    covariances = np.cov(real, rowvar=False), np.cov(made, rowvar=False)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    shift = real.mean(0) - made.mean(0)
-    return float(shift @ shift + np.trace(covariances[0] + covariances[1] - 2 * root.real))
-
-
-def test_fid_equals_scipy() -> None:
-    generator = torch.Generator().manual_seed(0)
-    # Large, so that a result that was rounded to single precision on its way would be off by more than is allowed.
-    real = torch.randn(300, 16, generator=generator) * 30
-    made = torch.randn(200, 16, generator=generator) * 40 + 5
-    assert fid(real, made) == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
-
-
-def test_fid_interval_surrounds_the_value_and_narrows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(2000, 8, generator=generator)
-    widths = []
-    for count in (100, 1600):
-        made = torch.randn(count, 8, generator=generator) + 0.5
-        value = scipy_fid(real.double().numpy(), made.double().numpy())
-        low, high = fid_interval(real, made, value, replicates=200, seed=0)
-        assert low < value < high
-        widths.append(high - low)
-    assert widths[0] / widths[1] == pytest.approx(4, rel=0.35), "the spread falls with the root of n"
-
-
-def test_fid_replicates_are_fids_of_the_drawn_rows() -> None:
-    """The symmetric form used for speed gives the textbook number: with one row drawn over, the spread is nought."""
-    generator = torch.Generator().manual_seed(0)
-    real, made = torch.randn(50, 4, generator=generator).double(), torch.randn(40, 4, generator=generator).double()
-    rng = np.random.default_rng(5)
-    drawn = [scipy_fid(real.numpy(), made.numpy()[rng.integers(40, size=40)]) for _ in range(30)]
-    expected = np.quantile(drawn, (0.025, 0.975)) - np.mean(drawn)
-    assert np.allclose(fid_interval(real, made, 0.0, replicates=30, seed=5), expected, atol=1e-8)
 
 
 def test_interval_of_equal_subjects_has_no_width() -> None:
