@@ -110,17 +110,25 @@ define image_prompts_run
 
 endef
 
-# Stages 2 and 3 on two more image decoders, which are trained first.
+# Stages 2 and 3 on two more image decoders, which are trained first. What Gemma makes of a caption behind its long
+# instruction is computed once. Where words stand in Sana's condition depends on the caption's length, so M takes more
+# steps, without N. Flow matching has no other w(t) than 1.
 DECODERS := $(TOYLAND_RUNS)/decoders
+SANA_ALIGNMENT := data.cached_states=bfloat16 recipe.variant=masked recipe.rec_weight=0 grids.every=0 \
+  trainer.max_steps=4000 optimizer.lr=2e-3 optimizer.warmup_steps=100
 toyland-decoders: export HF_HUB_OFFLINE := 1
 toyland-decoders: setup
 	$(call resumable,$(RUN) -m datamodules.toyland.pretrained.decoders output=$(DECODERS))
-	$(foreach decoder,stable_diffusion_xl sana,$(call decoder_run,configs/toyland/decoders/$(decoder).yaml))
+	$(call decoder_run,stable_diffusion_xl)
+	$(call resumable,$(RUN) train.py cache $(call decoder_alignment,sana) $(SANA_ALIGNMENT))
+	$(call decoder_run,sana,$(SANA_ALIGNMENT),recipe.timestep_weighting=uniform)
 
+decoder_alignment = configs/toyland/alignment.yaml configs/toyland/decoders/$(1).yaml \
+  init_from=$(TOYLAND_RUNS)/language_modelling
 define decoder_run
-	$(call resumable,$(RUN) train.py configs/toyland/alignment.yaml $(1) init_from=$(TOYLAND_RUNS)/language_modelling)
-	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml $(1))
-	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(1))
+	$(call resumable,$(RUN) train.py $(call decoder_alignment,$(1)) $(2))
+	$(call resumable,$(RUN) train.py configs/toyland/image_alignment.yaml configs/toyland/decoders/$(1).yaml)
+	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml configs/toyland/decoders/$(1).yaml $(3))
 
 endef
 

@@ -1,19 +1,19 @@
 """Evaluate: python evaluate.py evaluation.yaml [more.yaml | key=value …]
 
-Every argument is a YAML file or key=value; later wins. Protocols are extended from configs/protocols/, and any of their
-values may be changed, which gives the protocol another fingerprint. A finished evaluation is reused, an interrupted
-one goes on where it was.
+Every argument is a YAML file or key=value; later arguments override earlier ones. Protocols are in configs/protocols/.
+Any of their values may be changed, which gives the protocol another fingerprint. A finished evaluation is reused;
+repeat the command to continue an interrupted one.
 
     python evaluate.py configs/toyland/evaluation.yaml
     python evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
     torchrun --nproc-per-node 8 evaluate.py configs/evaluation.yaml …       # the same images, to the byte
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
-    python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: another protocol; force=true
+    python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: the protocols differ; force=true
     python evaluate.py tables runs/toyland/evaluation output=tables         # the paper's Tables 1 and 2
 
-Another model's images, for which none of ours is needed; BENCHMARK is a file of configs/protocols/:
+Score another model's images, without any model of ours; BENCHMARK is a file of configs/protocols/:
 
-    python evaluate.py requests dreambench/kosmosg data=dreambooth/dataset output=runs/theirs   # what it is to draw
+    python evaluate.py requests dreambench/kosmosg data=dreambooth/dataset output=runs/theirs   # what to draw
     python evaluate.py score dreambench/kosmosg images=theirs data=dreambooth/dataset output=runs/theirs
 """
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 something missing or mistaken, 130 interrupted."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     if not given:
-        print((__doc__ or "") + "\nWith --help and a file, all keys are listed.")
+        print((__doc__ or "") + "\nAdd --help to a file to list all keys.")
         return 0 if arguments else 2
     if len(given) < len(arguments):
         print(describe_schema(EvaluationConfig))

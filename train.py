@@ -1,12 +1,13 @@
 """Train one stage: python train.py stage.yaml [more.yaml | run_folder | key=value …]
 
-Every argument is a YAML file, a run folder or key=value; later wins. `stage:` names the stage, `run:` the folder for
-checkpoints, logs, images and the finished model. The same command resumes an interrupted run.
+Every argument is a YAML file, a run folder or key=value; later arguments override earlier ones. `stage:` selects the
+stage, `run:` the folder for checkpoints, metrics, image grids and the finished model. Repeat the command to resume an
+interrupted run.
 
     python train.py configs/toyland/alignment.yaml
     python train.py configs/toyland/alignment.yaml configs/toyland/short.yaml trainer.max_steps=2
     torchrun --nproc-per-node 8 train.py configs/instruction_tuning.yaml
-    python train.py configs/instruction_tuning.yaml trainer.devices=8 dry_run=true
+    python train.py configs/instruction_tuning.yaml trainer.devices=8 dry_run=true         # memory and time, no GPU
     python train.py cache configs/instruction_tuning.yaml data.cached_latents=float32      # see docs/data.md
     python train.py export runs/instruction_tuning output=models/40000 [step=40000] [weights=ema|raw] [dtype=float16]
 """
@@ -83,7 +84,7 @@ USER_ERRORS = (
 
 @dataclass
 class Experiment:
-    """What every stage's configuration holds; see `stage` for what stages add."""
+    """The keys that all stages have; see `stage` for what each stage adds."""
 
     module: ClassVar[type[StageModule]]
     datamodule: ClassVar[type[MixtureDataModule]]
@@ -91,13 +92,13 @@ class Experiment:
     stage: str = MISSING
     """Name of the stage, see STAGES."""
     runs: str = "runs"
-    """Where run folders are, for `run` and `init_from` to refer to."""
+    """Folder of the run folders; `run` and `init_from` may refer to it."""
     run: str = MISSING
     """Run folder."""
     ablation: str | None = None
-    """Name of the ablation, under which evaluations gather its seeds, see configs/ablations/; null: none."""
+    """Name of the ablation, under which evaluations group its seeds, see configs/ablations/; null: none."""
     seed: int = 0
-    """Of initial weights, noise, timesteps and dropout; data.seed is the order's."""
+    """Seed of initial weights, noise, timesteps and dropout; data.seed is that of the order of samples."""
     init_from: str | None = None
     """Model folder or run folder of the stage before; null starts from random weights (and CLIP's vision encoder)."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -107,9 +108,9 @@ class Experiment:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Length, devices and intervals."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    """What a dry run assumes."""
+    """Assumptions of a dry run."""
     dry_run: bool = False
-    """Print what the run would take and end; nothing is read or written."""
+    """Print the memory and time that the run would take, and exit; nothing is read or written."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Average of the weights."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -314,7 +315,7 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     if not given:
-        print(f"{__doc__}\nStages: {', '.join(STAGES)}. With --help and a file, its keys are listed.")
+        print(f"{__doc__}\nStages: {', '.join(STAGES)}. Add --help to a file to list its keys.")
         return 0 if arguments else 2
     configure_logging()
     try:

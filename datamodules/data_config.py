@@ -33,19 +33,19 @@ class DataConfig:
     micro_batch_size: int = 16
     """Rows that go through the networks together on one device."""
     seed: int = 0
-    """Of the order of samples and of the choices inside them."""
+    """Seed of the order of samples and of random choices within them."""
     mixing: Literal["per_sample", "per_batch"] = "per_sample"
-    """What one draw of a source fills: one row, or a whole batch of one process (released code, stage 3)."""
+    """What one draw of a source fills: one row, or a whole micro-batch (released code, stage 3)."""
     weights_of: Literal["samples", "tokens"] = "samples"
-    """What the weights are shares of: rows, or tokens, padding left out (the mean length of rows is measured)."""
+    """What the weights are shares of: rows, or tokens without padding (the mean length of rows is measured)."""
     lanes: int = 8
-    """Parts of the order that are read side by side; ranks × workers should divide it. Fixed for a run."""
+    """Parts of the order that are read in parallel; should be a multiple of ranks × workers. Fixed for a run."""
     lane_rows: int = 16
     """Consecutive rows of one lane; micro_batch_size should be a multiple. Fixed for a run."""
     window: int = 8
-    """Shards that a lane reads at a time: samples of all lanes' windows are mixed. Fixed for a run."""
+    """Shards that a lane mixes at a time. Fixed for a run."""
     block: int = 4096
-    """Samples of a window that are shuffled together, about. Fixed for a run."""
+    """Approximate number of samples that are shuffled together. Fixed for a run."""
     num_workers: int = 0
     """Loader processes per training process; 0 reads in the training process."""
     prefetch_factor: int = 2

@@ -69,8 +69,8 @@ class Mixture:
         self.seed, self.weights = seed, tuple(weight // common for weight in weights)
         if not weights or min(weights) < 1 or sum(self.weights) * repeats > LARGEST_BLOCK:
             raise ValueError(
-                f"weights {list(weights)} must be positive integers, their sum (without a common factor) at most "
-                f"{LARGEST_BLOCK // repeats}; leave out a source that is not wanted."
+                f"the weights of the sources are {list(weights)} (data.<source>.weight); allowed: whole numbers above "
+                f"0 whose sum, without a common factor, is at most {LARGEST_BLOCK // repeats:,}."
             )
         self.lanes, self.lane_rows, self.rows_per_turn = lanes, lane_rows, rows_per_turn
         self.turns = [weight * repeats for weight in self.weights]

@@ -39,14 +39,14 @@ class RemoteConfig:
     """Object stores that shards may be read from. Credentials belong in the environment, where each store looks."""
 
     protocols: list[str] = field(default_factory=list)
-    """Which may be read: s3, gs, az, abfs, hf, oss, https, http; empty: local files only."""
+    """Protocols that may be read: s3, gs, az, abfs, hf, oss, https, http; empty: local files only."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict, metadata={"secret": True})
     """fsspec's options by protocol, e.g. {s3: {anon: true}}. Records keep `${oc.env:NAME}` as it is written and show
     other text and numbers as ***."""
     spool_folder: str = "~/.cache/kosmosg/spool"
-    """Where shards lie while they are read: at most 2 × data.window of them for each lane and source."""
+    """Folder for shards while they are read: at most 2 × data.window of them for each lane and source."""
     retries: int = 5
-    """Further attempts at a request that failed."""
+    """Further attempts after a failed request."""
     pause: float = 0.5
     """Seconds before the second attempt; doubled for each further one, at most 30."""
     timeout: float = 600.0

@@ -11,8 +11,8 @@ from train import STAGES
 LINE = re.compile(r"(?P<key>[\w.]+): (?P<kind>.+?)(?: = (?P<default>.+?))?  # (?P<text>.*)", re.DOTALL)
 INTRODUCTION = """# Configuration keys
 
-Every argument of `train.py` and `evaluate.py` is a YAML file or `key=value`; later wins. `--help` beside a file prints
-the same. A key without a default has to be set.
+Every argument of `train.py` and `evaluate.py` is a YAML file or `key=value`; later arguments override earlier ones. Add
+`--help` to a file to print this list. A key without a default must be set.
 """
 
 

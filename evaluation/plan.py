@@ -23,9 +23,10 @@ from evaluation.images.systems import (
 from evaluation.processes import Processes
 from evaluation.protocols.benchmark import Benchmark, EvaluationError, Request
 from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, identity, task_of
+from kosmosg import looking
 
 FOLDER_DIGITS = 8
-CODE = Path(__file__).parent
+CODE, LOOKING = Path(__file__).parent, Path(looking.__file__)
 Images = Mapping[tuple[str, str], Mapping[int, Path]]
 """The file of every request by index, by table and model."""
 
@@ -130,6 +131,7 @@ class Evaluation:
         return hash_json(
             [
                 hash_files(CODE, (file for kind in ("*.py", "*.html") for file in CODE.rglob(kind))),
+                hash_files(LOOKING.parent, [LOOKING]),
                 [(table.protocol, table.data) for table in self.tables],
                 [(system.name, system.model) for system in self.systems],
                 [(table, rival.name, rival.model) for (table, _), rival in self.external.items()],

@@ -25,7 +25,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.images.provenance import environment
 from evaluation.plan import Evaluation, Images, Table
 from evaluation.processes import Processes, Sharing
-from evaluation.protocols.benchmark import Item
+from evaluation.protocols.benchmark import EvaluationError, Item
 from evaluation.reports.breakdown import breakdown, write_breakdown
 from evaluation.reports.galleries import draw_galleries
 from evaluation.reports.report import write_report
@@ -86,7 +86,10 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
     networks = {}
     for table in evaluation.tables:
         options = (config.encoder_path, evaluation.device, sharing, evaluation.answers(table.key))
-        networks[table.key] = load_networks(table.key, table.benchmark.protocol, *options)
+        try:
+            networks[table.key] = load_networks(table.key, table.benchmark.protocol, *options)
+        except ValueError as error:  # as of weights of another network
+            raise EvaluationError(str(error)) from error
         table.benchmark.check_networks(networks[table.key])
     output.mkdir(parents=True, exist_ok=True)
     images = evaluation.generate_all()

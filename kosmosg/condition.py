@@ -50,6 +50,22 @@ class Condition(NamedTuple):
             return self
         return self._replace(mask=torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device))
 
+    def spread(self, tokens: int) -> "Condition":
+        """`tokens` states without a mask: those that count in their order, each repeated as often as the others or once
+        more; as it is, where all count.
+
+        Attention over them, which knows no positions, is what it was over those that count where their number divides
+        `tokens`, and close to it elsewhere. A network that gives no mask can be taught these states.
+        """
+        if self.mask is None:
+            return self
+        counts = self.mask.sum(dim=1, keepdim=True)
+        order = (~self.mask).long().argsort(dim=1, stable=True)  # those that count first
+        places = order.gather(1, torch.arange(tokens, device=order.device) * counts // tokens)
+        return self._replace(
+            states=self.states.gather(1, places[..., None].expand(-1, -1, self.states.shape[2])), mask=None
+        )
+
     def rows(self, index: slice | Sequence[int] | Tensor) -> "Condition":
         """Some rows."""
         return self._map(lambda tensor: tensor[index])

@@ -12,15 +12,19 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from kosmosg.drawing import draw
 from kosmosg.files import replaced
 from kosmosg.image_processing import ClipImageTransform, read_image
 from kosmosg.prompt import PLACEHOLDER, check_negative_prompt, parse_prompt
 from kosmosg.sampling import LARGEST_SEED, check_numbers, scheduler_class
+from kosmosg.steering import masked
 
 METADATA_KEY = "kosmosg"
 JPEG_QUALITY = 95
@@ -45,6 +49,15 @@ class Request:
     count: int = 1
     image_weights: tuple[float, ...] = ()
     """How much each image counts; none: 1 each."""
+    image_masks: tuple[str | None, ...] = ()
+    """Files, white where the subject of each image is; None: the image is read whole."""
+    control_image: str = ""
+    """A file for the ControlNet, in the form it was trained on; none: it is not used."""
+    control_scale: float = 1.0
+    init_image: str = ""
+    """A file to start from instead of noise."""
+    strength: float = 0.7
+    """How much of the initial image is drawn anew; 1 is all of it."""
     name: str = ""
     place: str = "the prompt"
     """Where it was read, for messages."""
@@ -56,12 +69,15 @@ class Request:
             raise GenerationError(
                 f"the prompt has {placeholders} placeholders {PLACEHOLDER} but {len(self.images)} images"
             )
-        if self.image_weights and len(self.image_weights) != len(self.images):
-            raise GenerationError(
-                f"{len(self.image_weights)} image weights for {len(self.images)} images; give one each"
-            )
+        for what, given in (("weights", self.image_weights), ("masks", self.image_masks)):
+            if given and len(given) != len(self.images):
+                raise GenerationError(f"{len(given)} image {what} for {len(self.images)} images; give one each")
         if wrong := [weight for weight in self.image_weights if not 0 <= weight < math.inf]:
             raise GenerationError(f"the image weight {wrong[0]} is not allowed; allowed: 0 or more")
+        if not 0 <= self.control_scale < math.inf:
+            raise GenerationError(f"control_scale={self.control_scale} is not allowed; allowed: 0 or more")
+        if not 0 < self.strength <= 1:
+            raise GenerationError(f"strength={self.strength} is not allowed; allowed: above 0, up to 1")
         check_negative_prompt(self.negative_prompt)
         for name in ("prompt", "negative_prompt"):
             try:
@@ -154,17 +170,31 @@ def read_request(values: Any, default_name: str, folder: Path, place: str) -> Re
     weights = values.get("image_weights", [])
     if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
         raise GenerationError(f"image_weights={weights!r}; allowed: a list of numbers")
-    for name, kind in (("prompt", str), ("negative_prompt", str), ("name", str), ("seed", int), ("count", int)):
-        if name in values and type(values[name]) is not kind:
-            raise GenerationError(f"{name}={values[name]!r}; allowed: {kind.__name__}")
+    masks = values.get("image_masks", [])
+    if not isinstance(masks, list) or not all(mask is None or isinstance(mask, str) for mask in masks):
+        raise GenerationError(f"image_masks={masks!r}; allowed: a list of paths, or null for none")
+    texts = ("prompt", "negative_prompt", "name", "control_image", "init_image")
+    kinds = {**dict.fromkeys(texts, (str,)), "seed": (int,), "count": (int,)}
+    kinds |= dict.fromkeys(("control_scale", "strength"), (float, int))
+    for name, allowed_kinds in kinds.items():
+        if name in values and type(values[name]) not in allowed_kinds:
+            raise GenerationError(f"{name}={values[name]!r}; allowed: {allowed_kinds[0].__name__}")
     paths = tuple(str(folder / image) for image in images)
-    own = {"images": paths, "image_weights": tuple(weights), "place": place}
+    mask_paths = tuple(None if mask is None else str(folder / mask) for mask in masks)
+    own = {"images": paths, "image_weights": tuple(weights), "image_masks": mask_paths, "place": place}
+    own |= {name: str(folder / values[name]) for name in ("control_image", "init_image") if values.get(name)}
     return Request(**{"name": default_name, **values, **own})
 
 
 def check_images(request: Request) -> None:
-    """Raises ValueError: an image that cannot be read or resized; names it."""
-    for name in request.images:
+    """Raises ValueError: an image or a mask that cannot be read or used; names it."""
+    for name, mask in zip(request.images, request.image_masks or (None,) * len(request.images), strict=True):
+        try:
+            image = read_image(name)
+            ClipImageTransform(1)(image if mask is None else masked(image, read_image(mask)))
+        except ValueError as error:
+            raise GenerationError(str(error) if name in str(error) else f"the image '{name}': {error}") from error
+    for name in filter(None, (request.control_image, request.init_image)):
         try:
             ClipImageTransform(1)(read_image(name))
         except ValueError as error:
@@ -186,25 +216,37 @@ def check_lengths(pipeline: Any, requests: Iterable[Request]) -> list[str]:
     return wrong
 
 
-def plan(requests: Sequence[Request], settings: Settings, output: Path, identity: dict[str, str]) -> list[Job]:
+def plan(requests: Sequence[Request], settings: Settings, output: Path, identity: dict[str, Any]) -> list[Job]:
     """One job for each image, in order.
 
     Args:
-        identity: what else the images depend on: the weights and their precision.
+        identity: what else the images depend on: the weights, their precision, "controlnet" where one is loaded.
+
+    Raises:
+        GenerationError: a control image without a ControlNet, or a strength at which no step is left.
     """
-    hashes = {name: file_hash(Path(name)) for request in requests for name in request.images}
+    record = cache(file_record)
     jobs = []
     for request in requests:
-        # A file's name may be bytes that are no text, which metadata cannot hold.
-        inputs = [
-            {"file": os.fsencode(Path(name).name).decode(errors="replace"), "sha256": hashes[name]}
-            for name in request.images
-        ]
+        if request.control_image and "controlnet" not in identity:
+            raise GenerationError(f"{request.place}: a control image needs --controlnet")
+        if request.init_image and int(settings.num_inference_steps * request.strength) < 1:
+            raise GenerationError(
+                f"{request.place}: strength={request.strength} of {settings.num_inference_steps} steps is not one step"
+            )
+        inputs = [record(name) for name in request.images]
         shared = {"prompt": request.prompt, "images": inputs, "negative_prompt": request.negative_prompt}
         if request.image_weights:
             shared["image_weights"] = list(request.image_weights)
+        if any(request.image_masks):
+            shared["image_masks"] = [mask and record(mask) for mask in request.image_masks]
+        if request.control_image:
+            shared["control_image"] = {**record(request.control_image), "scale": request.control_scale}
+        if request.init_image:
+            shared["init_image"] = {**record(request.init_image), "strength": request.strength}
+        own = {name: value for name, value in identity.items() if name != "controlnet" or request.control_image}
         for seed in range(request.seed, request.seed + request.count):
-            parameters = {**shared, "seed": seed, **asdict(settings), **identity}
+            parameters = {**shared, "seed": seed, **asdict(settings), **own}
             jobs.append(Job(request, seed, output / f"{request.name}-{seed}.png", parameters))
     return jobs
 
@@ -243,26 +285,28 @@ def difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
     return f"its {name} is {found.get(name)!r} instead of {wanted.get(name)!r}"
 
 
-def generate(pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size: int) -> Iterator[Job]:
+def generate(
+    pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size: int, controlnet: Any = None
+) -> Iterator[Job]:
     """Draw and store the jobs, batched across requests; yields each when its file is there.
 
     Args:
         pipeline: a KosmosGPipeline.
     """
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        opened = {name: read_image(name) for name in {name for job in batch for name in job.request.images}}
-        drawn = pipeline(
-            [job.request.prompt for job in batch],
-            images=[[opened[name] for name in job.request.images] for job in batch],
-            negative_prompt=[job.request.negative_prompt for job in batch],
-            image_weights=[job.request.image_weights or (1.0,) * len(job.request.images) for job in batch],
-            seeds=[job.seed for job in batch],
-            **asdict(settings),
-        ).images
-        for job, image in zip(batch, drawn, strict=True):
-            store(image, job.file, job.parameters)
-            yield job
+    for _, alike in groupby(jobs, drawn_by):
+        group = list(alike)
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            for job, image in zip(batch, draw(pipeline, batch, settings, controlnet), strict=True):
+                store(image, job.file, job.parameters)
+                yield job
+
+
+def drawn_by(job: Job) -> tuple[Any, ...]:
+    """Jobs that can be drawn together have the same."""
+    request = job.request
+    control, initial = bool(request.control_image), bool(request.init_image)
+    return control, control and request.control_scale, initial, initial and request.strength
 
 
 def store(image: Image.Image, file: Path, parameters: dict[str, Any]) -> None:
@@ -297,6 +341,12 @@ def fingerprint(folder: Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(PROBE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def file_record(name: str) -> dict[str, str]:
+    """A file as metadata name it."""
+    # A file's name may be bytes that are no text, which metadata cannot hold.
+    return {"file": os.fsencode(Path(name).name).decode(errors="replace"), "sha256": file_hash(Path(name))}
 
 
 def file_hash(file: Path) -> str:

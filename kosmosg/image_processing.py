@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
@@ -70,6 +69,9 @@ class TargetTransform:
     def __init__(self, size: int = 512, multiple: int | None = None):
         self.size, self.multiple, self.sizes = size, multiple, [(size, size)]
         if multiple is not None:
+            # Not at the top: it takes seconds, and processes that only decode or draw images import this file, too.
+            from diffusers.training_utils import generate_aspect_ratio_buckets
+
             self.sizes = generate_aspect_ratio_buckets(size, multiple)
 
     def __str__(self) -> str:
@@ -79,13 +81,18 @@ class TargetTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """Any PIL image → float32 3×H×W in [-1, 1], of one of `sizes`."""
         image = rgb(image)
-        size = self.sizes[find_nearest_bucket(image.height, image.width, self.sizes) or 0]
+        size = self.sizes[0] if self.multiple is None else self._nearest(image)
         # (2x - 255)/255 in float32 is x/127.5 - 1 rounded from float64 for each of the 256 values, and half the time.
         bands = cropped(image, size, Image.Resampling.BILINEAR).split()
         pixels = torch.empty(3, *size)
         for channel, band in zip(pixels.numpy(), bands, strict=True):
             channel[:] = np.asarray(band)
         return pixels.mul_(2).sub_(255).div_(255)
+
+    def _nearest(self, image: Image.Image) -> tuple[int, int]:
+        from diffusers.training_utils import find_nearest_bucket
+
+        return self.sizes[find_nearest_bucket(image.height, image.width, self.sizes) or 0]
 
 
 def read_image(file: str | Path) -> Image.Image:

@@ -43,16 +43,18 @@ def language_modelling_loss(
 def text_losses(condition: Condition, target: Condition, variant: AlignmentVariant = "released") -> Tensor:
     """‖t − M(s)‖² (eq. 5) of each caption, B; their mean is L_mse.
 
-    A mean over the elements of the states that count (`target.mask`); for `paper` the sum over them. A pooled vector's
-    error is a further term, averaged or summed over its own elements.
+    A mean over elements; for `paper` the sum over them. A pooled vector's error is a further term, averaged or summed
+    over its own elements. Of a target with a mask, M learns the states that count, spread over its queries
+    (`Condition.spread`), since the image decoder reads all that M gives.
 
     Args:
         condition: M(s), states B×Q×C.
-        target: t, what the image decoder's text model makes of the caption, states B×Q×C.
+        target: t, what the image decoder's text model makes of the caption, states B×Q×C; with a mask any number.
 
     Raises:
         ValueError: an unknown variant, or a target unlike the condition in shape.
     """
+    target = target.spread(condition.states.shape[1])
     if condition.states.shape != target.states.shape:
         raise ValueError(
             f"the condition is {tuple(condition.states.shape)} but the text target {tuple(target.states.shape)}: M's "
@@ -60,11 +62,7 @@ def text_losses(condition: Condition, target: Condition, variant: AlignmentVaria
         )
     if variant not in ALIGNMENT_VARIANTS:
         raise ValueError(f"alignment loss variant={variant!r} is unknown; allowed: {', '.join(ALIGNMENT_VARIANTS)}.")
-    error = (condition.states.float() - target.states.float()).square()
-    if target.mask is not None:  # so that a mean over all states is one over those that count
-        share = 1.0 if variant == "paper" else target.mask.shape[1] / target.mask.sum(dim=1)[:, None, None]
-        error = error * target.mask[..., None] * share
-    errors = [error.flatten(1)]
+    errors = [(condition.states.float() - target.states.float()).square().flatten(1)]
     if condition.pooled is not None and target.pooled is not None:
         errors.append((condition.pooled.float() - target.pooled.float()).square())
     return torch.stack([error.sum(dim=1) if variant == "paper" else error.mean(dim=1) for error in errors]).sum(dim=0)
@@ -119,7 +117,7 @@ VELOCITY_CEILING = 25.0
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Literal["epsilon", "v_prediction"]) -> Tensor:
     """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556) for each ᾱ_t: min(SNR, γ) / SNR for the error in ε, / (SNR + 1)
-    for that in v, with SNR = ᾱ_t / (1 − ᾱ_t). Either is min(SNR, γ) times the error in z_0."""
+    for that in v, with SNR = ᾱ_t / (1 − ᾱ_t). Both equal min(SNR, γ) times the error in z_0."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
 

@@ -68,16 +68,16 @@ class AlignmentRecipe:
     variant: AlignmentVariant = "released"
     """How the norms of eqs. 5 and 6 are averaged, see kosmosg.losses.alignment_losses; released counts padding."""
     length_buckets: int = 1
-    """Parts of similar length in which a micro-batch is computed; more than 1 needs a variant that does not count
-    padding."""
+    """Parts of similar length into which a micro-batch is split, to save padding; more than 1 needs a variant that does
+    not count padding."""
     trainable: Literal["aligner", "all"] = "aligner"
-    """all: the MLLM trains, too; needs rec_weight=0. For `data.constructed`, prompts with images."""
+    """aligner: AlignerNet; all: the MLLM, too, for prompts with images (`data.constructed`); needs rec_weight=0."""
     new_aligner: bool = True
-    """Start M from random weights; else init_from gives it, too."""
+    """Start M from random weights; false: read it from init_from, too."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
     """Which part of the vision encoder trains, where the MLLM does."""
     frozen_dropout: bool = False
-    """Dropout in the frozen MLLM. The released code leaves it on; a frozen network without it is the paper's text."""
+    """Keep dropout on in the frozen MLLM, as the released code does; the paper calls the MLLM frozen."""
 
     def __post_init__(self) -> None:
         for name, least in (("mse_weight", 0), ("rec_weight", 0), ("length_buckets", 1)):
@@ -141,7 +141,7 @@ class AlignmentModule(StageModule):
         super().__init__(optimizer, seed)
         self.spec = spec = spec or image_decoder.spec  # type: ignore[union-attr]
         for key, ours, theirs in (
-            ("num_queries", aligner.config.num_queries, spec.tokens),
+            ("num_queries", aligner.config.num_queries, aligner.config.num_queries if spec.masked else spec.tokens),
             ("width", aligner.config.width, spec.width),
             ("pooled_width", getattr(aligner.config, "pooled_width", None), spec.pooled),
         ):

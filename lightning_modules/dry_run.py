@@ -65,15 +65,15 @@ DEVICES = {
 @dataclass
 class HardwareConfig:
     device: str = "h100-80gb"
-    """Card that the dry run counts with, see lightning_modules/dry_run.py."""
+    """GPU that the dry run assumes, see lightning_modules/dry_run.py."""
     memory_gib: float | None = None
-    """Memory of a card; null: the device's."""
+    """Memory of a GPU; null: that of the device."""
     tflops: float | None = None
-    """Peak TFLOP/s of a card in the run's precision; null: the device's."""
+    """Peak TFLOP/s of a GPU in the run's precision; null: that of the device."""
     utilization: float = 0.3
-    """Share of the peak that is assumed to be reached."""
+    """Assumed share of the peak."""
     reserve_gib: float = 2.0
-    """Memory that CUDA, NCCL and fragmentation are assumed to take on each card."""
+    """Memory assumed for CUDA, NCCL and fragmentation on each GPU."""
     prompt_tokens: int | None = None
     """Tokens of a row, padding included; null: data.sequence_length in stage 1, 75 in stage 2, 160 in stage 3."""
     images_per_row: int | None = None

@@ -61,9 +61,9 @@ PROMPT_TOKENS, PROMPT_IMAGES = 160, 2
 @dataclass
 class InstructionTuningRecipe:
     trainable: Literal["all", "aligner"] = "all"
-    """aligner: the MLLM is frozen, without dropout, as in stage 2."""
+    """all: the MLLM and the aligner; aligner: the MLLM is frozen, without dropout, as in stage 2."""
     new_aligner: bool = False
-    """Start the aligner from random weights; init_from then gives the MLLM alone."""
+    """Start the aligner from random weights; only the MLLM is then read from init_from."""
     condition_dropout: float = 0.1
     """Probability that a sample's condition is replaced by the null condition."""
     timesteps_per_sample: int = 1
@@ -83,8 +83,8 @@ class InstructionTuningRecipe:
     lora_rank: int = 0
     """Above 0, the language model's linear maps train by updates of this rank (LoRA); the rest of it is frozen."""
     length_buckets: int = 1
-    """Parts of similar length in which a micro-batch's conditions are computed; the loss is the same, though dropout's
-    draws are not."""
+    """Parts of similar length into which prompts are split to compute their conditions, to save padding. The loss is
+    the same, except that dropout draws other numbers."""
 
     def __post_init__(self) -> None:
         for name in ("length_buckets", "timesteps_per_sample"):

@@ -23,9 +23,9 @@ class TrainerConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints; one is also written at the end and on Ctrl-C or SIGTERM."""
     keep_checkpoints: int = 2
-    """How many of the latest checkpoints are kept."""
+    """Number of latest checkpoints that are kept."""
     log_every: int = 10
-    """Steps between rows of the log."""
+    """Steps between rows of metrics.csv and W&B."""
     global_batch_size: int | None = None
     """Rows of one optimizer step over all devices, a multiple of data.micro_batch_size × devices × num_nodes; gradients
     of the micro-batches are accumulated. null: one micro-batch on each device."""

@@ -27,7 +27,6 @@ from PIL import Image, ImageDraw
 
 from evaluate import quiet_libraries
 from kosmosg.config import load_config
-from kosmosg.models.sana import TOKENS
 from tests import tiny
 from tests.datamodules.sources import published
 from tests.evaluation import tiny_world
@@ -73,7 +72,6 @@ APPENDED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train.py (cache )?configs.*/instruction_tuning.yaml", ("data.min_image_side=0",)),
     ("train.py (cache )?configs", (f"model.aligner.num_queries={tiny.QUERIES}",)),
     ("train.py (cache )?configs.*/stable_diffusion_xl.yaml", (f"model.aligner.pooled_width={tiny.POOLED_WIDTH}",)),
-    ("train.py (cache )?configs.*/sana.yaml", (f"model.aligner.num_queries={TOKENS}",)),
     ("torchrun.* train.py (cache )?configs", ("trainer.devices=2",)),
     ("kosmosg data convert", ("processes=1",)),
     ("kosmosg data convert instructions", ("samples_per_shard=4",)),

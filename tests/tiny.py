@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    ControlNetModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     SanaPipeline,
@@ -16,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -129,6 +131,22 @@ def write_stable_diffusion(
             requires_safety_checker=False,
         ).save_pretrained(folder)
     return folder
+
+
+def write_controlnet_and_lora(folder: Path, unet: UNet2DConditionModel) -> tuple[Path, Path]:
+    """A ControlNet's folder and a LoRA file for a U-Net, with weights that do something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        network = ControlNetModel.from_unet(unet, conditioning_channels=3)
+        for parameter in [*network.controlnet_down_blocks.parameters(), *network.controlnet_mid_block.parameters()]:
+            torch.nn.init.normal_(parameter, std=0.3)
+        network.save_pretrained(folder / "controlnet")
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False))
+        StableDiffusionPipeline.save_lora_weights(
+            folder, get_peft_model_state_dict(unet), weight_name="lora.safetensors"
+        )
+        unet.delete_adapters("default")
+    return folder / "controlnet", folder / "lora.safetensors"
 
 
 NOISE_SCHEDULE: dict[str, Any] = {

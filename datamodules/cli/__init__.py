@@ -1,4 +1,4 @@
-"""Data sets: convert what is published, list its images for img2dataset, index, check and show shards.
+"""Data sets: convert published sets to shards; list, check and show shards.
 
     kosmosg data convert instructpix2pix clip-filtered-dataset data/edit
     kosmosg data check 'data/edit/train-*.tar' --sheet edit.png
@@ -6,7 +6,7 @@
     kosmosg data index laion
     kosmosg data urls openimages train-images-boxable-with-rotation.csv urls.parquet
 
-The published sets, their settings and the sample schema: docs/data.md.
+docs/data.md describes the published sets, their settings and the sample schema.
 """
 
 import argparse

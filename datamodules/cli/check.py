@@ -1,12 +1,12 @@
-"""Check shards: read every sample down to the last pixel and count what is good.
+"""Check shards: read every sample, decode every image, and count what is usable.
 
     kosmosg data check data/edit
     kosmosg data check 'laion/{00000..00099}.tar' --tokenizer models/kosmosg --sheet laion.png
     kosmosg data check 'data/**/*.tar' --json
 
-SHARDS is a folder, a path, a glob, a brace list or a shards.json; tars need not be listed. With --json: samples = good
-+ the sum of dropped, which counts by reason. --batch, --lanes and --window: how many shards the rows of a batch are
-from. The exit status is 1 where more than --max-bad-share of the samples are dropped.
+SHARDS is a folder, a path, a glob, a brace list or a shards.json; tars need not be listed. With --json, samples = good
++ the sum of dropped, which counts by reason. --batch, --lanes and --window describe the batch for which the number of
+shards that it draws on is reported. The exit status is 1 if more than --max-bad-share of the samples are dropped.
 """
 
 import argparse
@@ -22,14 +22,16 @@ PLAIN = {"box": None, "header_style": "", "padding": (0, 2, 0, 0)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", help="folder, path, glob, brace list or shards.json")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also draw a contact sheet, a row for each kind")
-    parser.add_argument("--kind", help="drop samples of other kinds")
-    parser.add_argument("--captions-only", action="store_true", help="captions need no image, as for stage 2")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="count its tokens: a model folder, our tokenizer's or "
-                        "CLIP's; without it words are counted")  # fmt: skip
-    parser.add_argument("--max-bad-share", type=float, default=1.0, metavar="SHARE", help="0 … 1; default: 1")
-    parser.add_argument("--processes", type=int, metavar="N", help="default: one for each CPU core")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also draw a contact sheet with a row per kind")
+    parser.add_argument("--kind", help="treat samples of other kinds as bad")
+    parser.add_argument("--captions-only", action="store_true", help="captions need no image, as in stage 2")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="count tokens with that of a model folder, or a "
+                        "tokenizer folder of ours or of CLIP; default: count words")  # fmt: skip
+    parser.add_argument(
+        "--max-bad-share", type=float, default=1.0, metavar="SHARE", help="0 … 1; exit status 1 above it; default: 1"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="default: one per CPU core")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare with the listed checksums")
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="rows of a batch; default: 256")
     for name in ("lanes", "window"):

@@ -4,8 +4,9 @@
     kosmosg data convert mmc4 docs/ data/mmc4 store=images/ min_similarity=0.24
     kosmosg data convert tsv laion/ data/captions rows=laion images.min_side=384
 
-Settings are YAML files or key=value, later wins; --keys CONVERTER lists them. Resumable: a restart continues after the
-last complete shard. OUTPUT/PREFIX.conversion.json records what was dropped, filtered and skipped, and why.
+Settings are YAML files or key=value; later ones override earlier ones. --keys CONVERTER lists them. Resumable: a
+restart continues after the last complete shard. OUTPUT/PREFIX.conversion.json records what was dropped, filtered and
+skipped, and why.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""List the shards of other programs in a shards.json, from which training takes how many samples each holds.
+"""Write the shards.json that training needs, for shards of other programs.
 
     kosmosg data index laion
     kosmosg data index 'read-only/{00000..01241}.tar' --output cc12m.json
     kosmosg data index 's3://bucket/laion/*.tar' --output laion.json
 
-SHARDS is a folder, a path, a glob, a brace list or a URL. Counts of img2dataset's NNNNN_stats.json are believed; other
-tars are walked through, and those of a store are fetched for it, each once. Resumable: shards of a listed name and size
-are not counted again. Shards that cannot be read are named and not listed, and the exit status is 1. fsspec takes a
-store's credentials and options from the environment.
+It lists how many samples each shard holds. SHARDS is a folder, a path, a glob, a brace list or a URL. Counts come from
+img2dataset's NNNNN_stats.json; other tars are scanned, and shards in an object store are downloaded once for this.
+Resumable: shards listed with the same name and size are not counted again. Unreadable shards are reported and not
+listed, and the exit status is 1. fsspec takes a store's credentials and options from the environment.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", help="folder, path, glob, brace list or URL of tars")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="listing with whole paths or URLs; default: "
-                        "shards.json beside the tars")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write whole paths or URLs to this file; "
+                        "default: shards.json in the folder of the tars")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

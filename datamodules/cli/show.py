@@ -1,9 +1,9 @@
-"""Show one sample of some shards: its members, its words in order and the sizes of its images.
+"""Show one sample: its files, its text in order and the sizes of its images.
 
     kosmosg data show data/edit/train-000000.tar
     kosmosg data show laion --key 000000042 --output sample/
 
-SHARDS is a folder, a path, a glob or a brace list. What a sample says is printed with control characters escaped.
+SHARDS is a folder, a path, a glob or a brace list. Control characters in a sample's text are printed escaped.
 """
 
 import argparse
@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", help="folder, path, glob or brace list of tars")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, default=0, metavar="I", help="number of the sample; default: 0")
-    which.add_argument("--key", metavar="K", help="key of the sample; the first that has it")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write its members as files")
+    which.add_argument("--key", metavar="K", help="key of the sample; the first one with this key")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="also write its files into this folder")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
-"""List the images of a published set for img2dataset.
+"""Write the image URLs of a published set, for img2dataset to download.
 
     kosmosg data urls mmc4 docs/ urls.parquet
     kosmosg data urls openimages train-images-boxable-with-rotation.csv urls.parquet
 
-OUTPUT has the column `url`, and for Open Images `md5`. How img2dataset downloads them: docs/data.md.
+OUTPUT has the column `url`, and for Open Images also `md5`. docs/data.md shows how to download them with img2dataset.
 """
 
 import argparse

@@ -35,7 +35,7 @@ class InstructPix2PixConfig(ImageConversionConfig):
     split: Literal["all", "train", "val", "test"] = "all"
     """Part of the list, divided as the authors' loader does: 90 % train, 5 % val, 5 % test. Folders only."""
     pairs: Literal["together", "apart"] = "together"
-    """A sample for each prompt, of whose pairs training draws one, or for each pair, as cached latents need it."""
+    """together: a sample for each prompt, of whose pairs training draws one; apart: a sample for each pair."""
 
 
 class InstructPix2Pix(Converter[InstructPix2PixConfig]):

@@ -4,7 +4,7 @@ of FID.
 Shapes: `N` images or texts, `F` features, `L` logits, `S` pixels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import (
-    AutoImageProcessor,
     CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
     ResNetForImageClassification,
     ResNetModel,
-    ViTModel,
 )
 
 from evaluation.inception import InceptionV3
@@ -32,28 +28,21 @@ from evaluation.scores.detection import ObjectDetector
 from evaluation.scores.judge import Judge
 from evaluation.scores.leakage import thumbnails
 from evaluation.scores.vision_judge import kept_answers, load_judge
-
-Preprocess = Callable[[list[Image.Image]], Tensor]
+from kosmosg.looking import CLIPEncoder, DinoEncoder, Preprocess, own_preprocessing
+from kosmosg.models.storage import load_network
 
 
 class ImageEncoder:
-    """A network of transformers in float32, which sees images as the protocol states.
+    """A ResNet of transformers in float32, which sees images as the protocol states.
 
     Raises:
-        EvaluationError: weights that would have stayed random; the first few are named.
+        ValueError: weights that would have stayed random.
     """
 
     kind: Any
-    options: Mapping[str, Any] = {}
 
     def __init__(self, stated: Encoder, folder: Path, device: torch.device):
-        options = {**self.options, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
-        model, report = self.kind.from_pretrained(folder, **options)
-        if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-            raise EvaluationError(
-                f"'{folder}' is no {self.kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}."
-            )
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model: Any = load_network(self.kind, folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
         self.preprocess, self.device = preprocessing(stated.preprocessing, folder), device
 
     @torch.inference_mode()
@@ -64,35 +53,6 @@ class ImageEncoder:
     def features(self, pixels: Tensor) -> Tensor:
         """N×3×S×S → N×F."""
         raise NotImplementedError
-
-
-class CLIPEncoder(ImageEncoder):
-    """Projected image and text embeddings of a CLIP."""
-
-    kind = CLIPModel
-
-    def __init__(self, stated: Encoder, folder: Path, device: torch.device):
-        super().__init__(stated, folder, device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-
-    def features(self, pixels: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values=pixels).pooler_output
-
-    @torch.inference_mode()
-    def texts(self, texts: list[str]) -> Tensor:
-        """N texts, cut at the model's length → N×F."""
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
-
-
-class DinoEncoder(ImageEncoder):
-    """The CLS output of a DINO ViT's last layer."""
-
-    kind, options = ViTModel, {"add_pooling_layer": False}
-
-    def features(self, pixels: Tensor) -> Tensor:
-        return self.model(pixel_values=pixels).last_hidden_state[:, 0]
 
 
 class ResNetFeatures(ImageEncoder):
@@ -145,17 +105,16 @@ def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
     """PIL images → N×3×S×S, as the protocol states, or as the encoder's folder does."""
     if stated is None:
         try:
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            return own_preprocessing(folder)
         except ValueError as error:
             raise EvaluationError(f"'{folder}' has no preprocessing that can be used: {error}") from error
-    else:
-        processor = CLIPImageProcessorPil(
-            size={"shortest_edge": stated.resize},
-            crop_size={"height": stated.crop, "width": stated.crop},
-            resample=Image.Resampling[stated.interpolation.upper()],
-            image_mean=stated.mean,
-            image_std=stated.std,
-        )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": stated.resize},
+        crop_size={"height": stated.crop, "width": stated.crop},
+        resample=Image.Resampling[stated.interpolation.upper()],
+        image_mean=stated.mean,
+        image_std=stated.std,
+    )
     return lambda images: processor(images, return_tensors="pt")["pixel_values"]
 
 
@@ -187,11 +146,12 @@ def load_networks(
 
     found: dict[str, Any] = {"pixels": remembered("pixels", thumbnails)}
     if encoder := stated("clip"):
-        clip = CLIPEncoder(encoder, path_of(encoder), device)
+        clip = CLIPEncoder(folder := path_of(encoder), device, preprocessing(encoder.preprocessing, folder))
         found["clip_images"] = remembered("images", clip.images)
         found["clip_texts"] = remembered("texts", clip.texts, str)
     if encoder := stated("dino"):
-        found["dino"] = remembered("dino", DinoEncoder(encoder, path_of(encoder), device).images)
+        dino = DinoEncoder(folder := path_of(encoder), device, preprocessing(encoder.preprocessing, folder))
+        found["dino"] = remembered("dino", dino.images)
     if encoder := stated("judge"):
         judge = JudgeEncoder(encoder, path_of(encoder), device)
         found["judge"] = Judge(remembered("judge", judge.images), judge.labels)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """One subcommand for each command; the first line of a module's docstring is its help."""
-    parser = argparse.ArgumentParser(prog="kosmosg", description="KOSMOS-G: images and text as a prompt.")
+    parser = argparse.ArgumentParser(prog="kosmosg", description="KOSMOS-G: images from prompts with text and images.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, path in COMMANDS.items():
         try:
@@ -74,6 +74,6 @@ def _add_command_of_clone(commands: Any, name: str) -> None:
         )
 
     # No character begins an option, so everything that follows the name is taken and answered alike.
-    command = commands.add_parser(name, help="in a clone of the repository alone", add_help=False, prefix_chars="\0")
+    command = commands.add_parser(name, help="only in a clone of the repository", add_help=False, prefix_chars="\0")
     command.add_argument("arguments", nargs="*")
     command.set_defaults(run=refuse)

@@ -1,4 +1,4 @@
-"""A model folder or run folder to one file in the released checkpoints' layout.
+"""Export a model folder or run folder to one file that the released code reads.
 
 kosmosg export models/kosmosg kosmosg.pt
 kosmosg export runs/toyland/instruction_tuning toyland.pt

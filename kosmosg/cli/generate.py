@@ -1,58 +1,75 @@
-"""Draw images for a prompt, or for a file of prompts.
+"""Generate images for a prompt, or for a file of prompts.
 
     kosmosg generate kosmos-g "<i> in the suit of <i>" --images dog.png hero.png --count 4
     kosmosg generate kosmos-g --manifest prompts.jsonl --output drawn
     kosmosg generate toyland "<i> on the beach" --images datamodules/toyland/examples/boot.png
+    kosmosg generate kosmos-g "<i> at night" --images dog.png --controlnet canny --control-image edges.png
+    kosmosg generate kosmos-g "<i> at night" --images dog.png --init-image sketch.png --lora style.safetensors
 
 `toyland` is the trained miniature in a clone of the repository; its images are 32 pixels wide.
 
-A line of the manifest, whose paths are relative to it; only the prompt is needed:
+The manifest has one JSON object per line. Only the prompt is required; paths are relative to the manifest:
 
     {"prompt": "<i> in the snow", "images": ["dog.png"], "negative_prompt": "", "seed": 0, "count": 4, "name": "dog"}
 
-Image number k of a prompt has seed + k. The PNG files hold their parameters; the same command goes on where it was.
+Image k of a prompt uses seed + k. Each PNG file stores its parameters. Repeat the command to continue after an
+interrupt.
 """
 
 import argparse
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 MINIATURE = "toyland"
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+def add_loading_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """Which model, and how it is loaded."""
-    parser.add_argument("model", help="pipeline folder or hub id, the folder of a training run, or toyland")
-    parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model's names none")
+    parser.add_argument(
+        "model", nargs=nargs, help="pipeline folder or hub id, the folder of a training run, or toyland"
+    )
+    parser.add_argument("--image-decoder", metavar="ID", help="diffusers folder or hub id, if the model names none")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32; bfloat16 on a GPU"
     )
-    parser.add_argument("--device", help="as cuda:1; default: a GPU if there is one")
+    parser.add_argument("--device", help="such as cuda:1; default: a GPU if there is one")
+    parser.add_argument("--controlnet", metavar="ID", help="folder or hub id of a ControlNet for the image decoder")
+    parser.add_argument("--lora", nargs="+", default=[], metavar="FILE", help="LoRA files for the image decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
-    parser.add_argument("prompt", nargs="?", help="text with a <i> for each image")
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="images of the placeholders, in order")
+    parser.add_argument("prompt", nargs="?", help="text with one <i> per image")
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="the images that <i> stands for, in order")
     parser.add_argument(
         "--image-weights", nargs="+", type=float, metavar="W", help="how much each image counts; default: 1 each"
     )
+    parser.add_argument(
+        "--image-masks", nargs="+", metavar="FILE", help="of each image, white where its subject is; - for none"
+    )
+    parser.add_argument("--control-image", metavar="FILE", help="what the ControlNet reads, as edges or depths")
+    parser.add_argument("--control-scale", type=float, metavar="W", help="how much it counts; default: 1")
+    parser.add_argument("--init-image", metavar="FILE", help="an image to start from instead of noise")
+    parser.add_argument("--strength", type=float, help="how much of it is drawn anew, up to 1; default: 0.7")
+    parser.add_argument("--lora-scales", nargs="+", type=float, default=[], metavar="W", help="default: 1 each")
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help="a file of prompts instead of one")
     parser.add_argument(
-        "--skip-bad", action="store_true", help="draw the manifest's good lines although others are bad"
+        "--skip-bad", action="store_true", help="draw the valid lines of the manifest even if others are invalid"
     )
     parser.add_argument("--output", type=Path, default=Path("images"), metavar="DIR", help="default: images/")
-    parser.add_argument("--lint", action="store_true", help="print hints about the prompts, and draw nothing")
+    parser.add_argument("--lint", action="store_true", help="print hints about the prompts and exit")
     parser.add_argument("--overwrite", action="store_true", help="replace files that were drawn with other parameters")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    parser.add_argument("--seed", type=int, help="of the first image; default: 0")
-    parser.add_argument("--count", type=int, help="images of the prompt; default: 1")
+    parser.add_argument("--seed", type=int, help="seed of the first image; default: 0")
+    parser.add_argument("--count", type=int, help="images per prompt; default: 1")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps; default: 50")
     parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale; default: 6")
     parser.add_argument("--sampler", help="dpm, ddim, pndm, or a scheduler of diffusers; default: the pipeline's own")
     parser.add_argument("--height", type=int, help="pixels; default: what the image decoder was trained on")
     parser.add_argument("--width", type=int, help="pixels")
-    parser.add_argument("--batch-size", type=int, default=4, help="images at once; default: 4")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per batch; default: 4")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     from kosmosg import generation
+    from kosmosg.drawing import load_controlnet, load_loras
     from kosmosg.sampling import check_numbers
 
     if arguments.model == MINIATURE and not Path(MINIATURE).is_dir():
@@ -76,13 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.lint:
         return lint(requests)
     device, dtype = placement(arguments)
-    identity = {"model": model_name(arguments), "dtype": dtype}
+    identity = {"model": model_name(arguments), "dtype": dtype, **added_networks(arguments, arguments.lora_scales)}
     jobs = generation.plan(requests, settings, arguments.output, identity)
     left = generation.outstanding(jobs, arguments.overwrite)
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} images are there already.")
     if left:
         pipeline = load(arguments, device, dtype)
+        load_loras(pipeline, arguments.lora, arguments.lora_scales)
         pipeline.image_decoder.image_size(settings.height, settings.width)
         pipeline.sampler.scheduler(settings.sampler)
         timesteps = pipeline.scheduler.config.num_train_timesteps
@@ -92,7 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
             left = [job for job in left if not any(line.startswith(f"{job.request.place}:") for line in too_long)]
             report(arguments, too_long, len(left))
             wrong += too_long
-        drawn = generation.generate(pipeline, left, settings, arguments.batch_size)
+        controlnet = load_controlnet(arguments.controlnet, pipeline) if "controlnet" in identity else None
+        drawn = generation.generate(pipeline, left, settings, arguments.batch_size, controlnet)
         for _ in track(drawn, total=len(left), description="generate"):
             pass
     count = sum(job.file.is_file() for job in jobs)
@@ -140,7 +160,8 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
 
     if (arguments.prompt is None) == (arguments.manifest is None):
         raise generation.GenerationError("give either a prompt or --manifest")
-    names = ("images", "image_weights", "negative_prompt", "seed", "count")
+    names = ("images", "image_weights", "image_masks", "negative_prompt", "seed", "count")
+    names += ("control_image", "control_scale", "init_image", "strength")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.manifest is not None:
         if given:
@@ -149,10 +170,9 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list, list[str]]:
         return generation.read_manifest(arguments.manifest)
     if arguments.skip_bad:
         raise generation.GenerationError("--skip-bad belongs to --manifest")
-    request = generation.Request(
-        arguments.prompt,
-        **{**given, **{name: tuple(given.get(name, ())) for name in ("images", "image_weights")}, "name": "image"},
-    )
+    lists = {name: tuple(given.get(name, ())) for name in ("images", "image_weights")}
+    masks = tuple(None if mask == "-" else mask for mask in given.get("image_masks", ()))
+    request = generation.Request(arguments.prompt, **{**given, **lists, "image_masks": masks, "name": "image"})
     generation.check_images(request)
     return [request], []
 
@@ -183,6 +203,24 @@ def model_name(arguments: argparse.Namespace) -> str:
     if decoder is None:
         return model
     return f"{model} + {fingerprint(Path(decoder)) if Path(decoder).is_dir() else decoder}"
+
+
+def added_networks(arguments: argparse.Namespace, lora_scales: Sequence[float] = ()) -> dict[str, Any]:
+    """What the images' metadata say of ControlNet and LoRA. Raises ValueError: other scales than files."""
+    from kosmosg.generation import file_record, fingerprint
+
+    found: dict[str, Any] = {}
+    if arguments.controlnet:
+        local = Path(arguments.controlnet).is_dir()
+        found["controlnet"] = fingerprint(Path(arguments.controlnet)) if local else arguments.controlnet
+    scales = lora_scales or [1.0] * len(arguments.lora)
+    if len(scales) != len(arguments.lora):
+        raise ValueError(f"{len(scales)} --lora-scales for {len(arguments.lora)} files of --lora; give one each")
+    if arguments.lora:
+        found["loras"] = [
+            {**file_record(file), "scale": scale} for file, scale in zip(arguments.lora, scales, strict=True)
+        ]
+    return found
 
 
 def placement(arguments: argparse.Namespace) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What a model folder, run folder or released checkpoint holds, without reading its weights.
+"""Show what a model folder, run folder or released checkpoint contains, without reading its weights.
 
 kosmosg inspect models/kosmosg
 kosmosg inspect checkpoint_final.pt --json
@@ -10,7 +10,7 @@ import json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="model folder, run folder or released checkpoint")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

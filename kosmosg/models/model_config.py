@@ -64,7 +64,7 @@ class MLLMConfig:
     ffn_width: int = 8192
     """Width of the feed-forward."""
     image_tokens: int = 64
-    """Slots of one image in the prompt, K."""
+    """Image tokens of one image in the prompt, K."""
     image_fit: ImageFit = "crop"
     """What is done to an image of a prompt that is not square: crop its middle, or pad it with white."""
     resampler_gain: float = 1.0

@@ -109,9 +109,12 @@ class Sana(ImageDecoder):
     def text_condition(self, text_ids: Tensor) -> Condition:
         """Gemma's last states after its final norm, and which of them are of tokens."""
         mask = text_ids != (0 if self.tokenizer is None else self.tokenizer.pad_token_id)
-        states = self.text_encoder(input_ids=text_ids, attention_mask=mask.long()).last_hidden_state
-        kept = [0, *range(1 - TOKENS, 0)]
-        return Condition(states[:, kept], mask[:, kept])
+        length, dry_run = text_ids.shape[1], type(text_ids) is not Tensor  # whose tensors have no values
+        # Padding behind the longest caption is half of all: no token sees it, and its states are masked.
+        longest = length if dry_run else max(1, int(mask.any(dim=0).sum()))
+        states = self.text_encoder(text_ids[:, :longest], attention_mask=mask[:, :longest].long()).last_hidden_state
+        kept = torch.tensor([0, *range(length + 1 - TOKENS, length)], device=mask.device)
+        return Condition(states[:, kept.clamp(max=longest - 1)], mask[:, kept])
 
     @property
     def downscale(self) -> int:

@@ -1,7 +1,7 @@
 """The vision encoder: CLIP's vision transformer without its projection.
 
 Notable: the final LayerNorm runs over all tokens, the class token too, and each is then scaled to length one
-(released-code.md, "Image tower"); the paper mentions neither.
+(released-code.md, "Vision encoder"); the paper mentions neither.
 """
 
 from typing import Any

@@ -20,7 +20,7 @@ from datamodules.shards import LISTING
 from datamodules.tar import OpenFiles, Tar
 from tests.datamodules import worlds
 
-USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "left out by a filter", "refused"
+USED, DROPPED, FILTERED, REFUSED = "used", "dropped", "filtered", "refused"
 WAYS = {
     DROPPED: "Dropped: replaced by another sample of its source, counted under the reason, named in the log",
     FILTERED: "Left out by a filter: replaced and counted, but no fault of the data",
@@ -99,17 +99,31 @@ def oriented(turn: int) -> bytes:
     return encoded(worlds.image(9), "JPEG", exif=exif)
 
 
+def animated(kind: str) -> bytes:
+    return encoded(Image.new("RGB", (9, 7)), kind, save_all=True, append_images=[Image.new("RGB", (9, 7), "red")])
+
+
 def record(kind: str, **fields) -> Members:
     return {"json": json.dumps({"kind": kind, **fields}).encode()}
+
+
+def edit(**fields) -> Members:
+    return record("edit", **fields) | {"source.png": GOOD, "target.png": GOOD}
+
+
+def document(*segments) -> Members:
+    return record("interleaved", segments=list(segments))
+
+
+def constructed(caption: str, *entities) -> Members:
+    return record("constructed", caption=caption, entities=list(entities)) | {"target.png": GOOD}
 
 
 def entry(name: str, content: bytes = b"", **changes) -> Callable[[tarfile.TarFile], None]:
     """Adds one entry with these header fields behind a sound caption of the same key."""
 
     def add(tar: tarfile.TarFile) -> None:
-        caption = tarfile.TarInfo("bad.txt")
-        caption.size = len(FINE)
-        tar.addfile(caption, io.BytesIO(FINE))
+        worlds.add(tar, "bad.txt", FINE)
         header = tarfile.TarInfo(name)
         header.size = len(content)
         for item, value in changes.items():
@@ -132,25 +146,18 @@ def raw_name(name: bytes) -> Callable[[tarfile.TarFile], None]:
 
 
 def twice(tar: tarfile.TarFile) -> None:
-    for suffix, content in (("txt", FINE), ("png", worlds.png()), ("png", worlds.png(7))):
-        header = tarfile.TarInfo(f"bad.{suffix}")
-        header.size = len(content)
-        tar.addfile(header, io.BytesIO(content))
+    for suffix, content in (("txt", FINE), ("png", GOOD), ("png", worlds.png(7))):
+        worlds.add(tar, f"bad.{suffix}", content)
 
 
 def key_twice(tar: tarfile.TarFile) -> None:
     for name in ("bad.txt", "bad.png", "between.txt", "between.png", "bad.txt", "bad.png"):
-        content = FINE if name.endswith("txt") else worlds.png()
-        header = tarfile.TarInfo(name)
-        header.size = len(content)
-        tar.addfile(header, io.BytesIO(content))
+        worlds.add(tar, name, FINE if name.endswith("txt") else GOOD)
 
 
 def with_folder(tar: tarfile.TarFile) -> None:
     entry("bad", type=tarfile.DIRTYPE)(tar)
-    header = tarfile.TarInfo("bad.png")
-    header.size = len(GOOD)
-    tar.addfile(header, io.BytesIO(GOOD))
+    worlds.add(tar, "bad.png", GOOD)
 
 
 def negative_size(tar: tarfile.TarFile) -> None:
@@ -178,6 +185,10 @@ def cut_last(shard: Path, marker: Path) -> None:
     with tarfile.open(shard) as tar:
         last = tar.getmembers()[-1]
     shard.write_bytes(shard.read_bytes()[: last.offset_data + 3])
+
+
+def cut_between(shard: Path, marker: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[: list(Tar(shard, OpenFiles()).groups())[4].begin])
 
 
 def flip(shard: Path, marker: Path) -> None:
@@ -222,30 +233,23 @@ def poisoned_listing(shard: Path, marker: Path) -> None:
 GOOD = worlds.png(1)
 BROKEN_EXIF = b"Exif\0\0II*\0" + b"\xff" * 4
 GRAY = encoded(Image.new("L", (9, 7)), "PNG")
+NOISE = bytes(range(256)) * 30
+BOMB = bomb(9_000, 9_000, bytes(9_000 * 1_126), 1, 0)
+COMMENT = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(32_000_000)))
 
 IMAGES = [
-    ("JPEG that breaks off", DROPPED, "unreadable_image", encoded(worlds.image(3, 200), "JPEG")[:500]),
-    ("PNG that breaks off", DROPPED, "unreadable_image", GOOD[:60]),
+    ("truncated JPEG", DROPPED, "unreadable_image", encoded(worlds.image(3, 200), "JPEG")[:500]),
+    ("truncated PNG", DROPPED, "unreadable_image", GOOD[:60]),
     ("PNG with a flipped bit", DROPPED, "unreadable_image", GOOD[:45] + bytes([GOOD[45] ^ 4]) + GOOD[46:]),
-    ("image of no bytes", DROPPED, "unreadable_image", b""),
+    ("empty image file", DROPPED, "unreadable_image", b""),
     ("web page in place of an image (dead link)", DROPPED, "unreadable_image", b"<!doctype html><title>404</title>"),
     ("GIF", DROPPED, "unreadable_image", encoded(Image.new("RGB", (4, 4)), "GIF")),
     ("TIFF", DROPPED, "unreadable_image", encoded(Image.new("RGB", (4, 4)), "TIFF")),
     ("PostScript, which Pillow would give to Ghostscript", DROPPED, "unreadable_image", b"%!PS-Adobe-3.0 EPSF-3.0\n"),
     ("SVG", DROPPED, "unreadable_image", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
     ("header of 400 megapixels", DROPPED, "image_too_large", bomb(20_000, 20_000)),
-    (
-        "81 megapixels in 10 kB (decompression bomb)",
-        DROPPED,
-        "image_too_large",
-        bomb(9_000, 9_000, bytes(9_000 * 1_126), 1, 0),
-    ),
-    (
-        "PNG with 32 MB of compressed comment",
-        DROPPED,
-        "unreadable_image",
-        bomb(4, 4, more=png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(32_000_000)))),
-    ),
+    ("81 megapixels in 10 kB (decompression bomb)", DROPPED, "image_too_large", BOMB),
+    ("PNG with 32 MB of compressed comment", DROPPED, "unreadable_image", bomb(4, 4, more=COMMENT)),
     ("strip of 1 × 60,000 pixels", DROPPED, "extreme_aspect_ratio", bomb(1, 60_000)),
     ("image of 0 × 0 pixels", DROPPED, "unreadable_image", bomb(0, 0)),
     ("image of more bytes than `limits.max_member_bytes`", DROPPED, "member_too_large", b"\0" * 130_000),
@@ -257,20 +261,10 @@ IMAGES = [
     ("transparent", USED, "on white", encoded(Image.new("RGBA", (9, 7)), "WEBP")),
     ("transparent palette", USED, "on white", encoded(Image.new("P", (9, 7)), "PNG", transparency=0)),
     ("16 bits a channel", USED, "upper 8 bits", encoded(Image.new("I;16", (9, 7)), "PNG")),
-    (
-        "animated WebP",
-        USED,
-        "first frame",
-        encoded(Image.new("RGB", (9, 7)), "WEBP", save_all=True, append_images=[Image.new("RGB", (9, 7), "red")]),
-    ),
-    (
-        "animated PNG",
-        USED,
-        "first frame",
-        encoded(Image.new("RGB", (9, 7)), "PNG", save_all=True, append_images=[Image.new("RGB", (9, 7), "red")]),
-    ),
+    ("animated WebP", USED, "first frame", animated("WEBP")),
+    ("animated PNG", USED, "first frame", animated("PNG")),
     ("EXIF orientation", USED, "turned upright", oriented(6)),
-    ("EXIF data that are none", USED, "as stored", encoded(worlds.image(3), "JPEG", exif=BROKEN_EXIF)),
+    ("invalid EXIF data", USED, "as stored", encoded(worlds.image(3), "JPEG", exif=BROKEN_EXIF)),
 ]
 
 TEXTS = [
@@ -281,82 +275,64 @@ TEXTS = [
     ("caption of 100 kB", FILTERED, "caption_too_long", b"a dog " * 17_000),
     ("caption of 60 kB without a blank", FILTERED, "caption_too_long", b"dog" * 20_000),
     ("NUL in a caption", USED, "a character", b"a \0 dog"),
-    ("`<image>` written in a caption", USED, "ordinary text, no slot", b"a <image></image> dog"),
+    ("`<image>` written in a caption", USED, "ordinary text", b"a <image></image> dog"),
     ("`</s>` and `<pad>` written in a caption", USED, "ordinary text", b"a </s> dog <pad><pad>"),
     ("terminal escapes in a caption", USED, "escaped in the log", b"a \x1b[2J dog\r"),
     ("emoji, right-to-left marks", USED, "", "кошка 😀 \u202e dog".encode()),
 ]
 
 RECORDS = [
-    ("JSON that breaks off", DROPPED, "invalid_json", {"json": b'{"kind": "edit"'}, "edit"),
+    ("truncated JSON", DROPPED, "invalid_json", {"json": b'{"kind": "edit"'}, "edit"),
     ("JSON that is a list", DROPPED, "invalid_json", {"json": b"[1]"}, "edit"),
     ("JSON nested 100,000 deep", DROPPED, "invalid_json", {"json": b"[" * 60_000}, "text"),
     ("JSON number of 10,000 digits", DROPPED, "invalid_json", {"json": b'{"n": ' + b"1" * 10_000 + b"}"}, "text"),
     ("JSON that is not UTF-8", DROPPED, "not_utf8", {"json": b'{"kind": "text", "text": "\xff"}'}, "text"),
-    (
-        "half a surrogate pair",
-        DROPPED,
-        "not_utf8",
-        {"json": b'{"kind": "text", "text": "a dog \\ud83d"}'},
-        "text",
-    ),
+    ("half a surrogate pair", DROPPED, "not_utf8", {"json": b'{"kind": "text", "text": "a dog \\ud83d"}'}, "text"),
     ("unknown kind", DROPPED, "wrong_kind", record("video", text="a dog"), "text"),
     ("sample of another kind", DROPPED, "wrong_kind", record("text", text="a dog"), "edit"),
     ("kind that is a list", DROPPED, "wrong_kind", {"json": b'{"kind": ["text"]}'}, "text"),
     ("text that is a number", DROPPED, "invalid_field", record("text", text=7), "text"),
     ("text that is missing", DROPPED, "invalid_field", record("text"), "text"),
     ("empty text", DROPPED, "empty_text", record("text", text=" "), "text"),
-    (
-        "edit without an instruction",
-        DROPPED,
-        "invalid_field",
-        record("edit", caption="a") | {"source.png": GOOD, "target.png": GOOD},
-        "edit",
-    ),
-    (
-        "edit without its target",
-        DROPPED,
-        "missing_member",
-        record("edit", caption="a", instruction="b") | {"source.png": GOOD},
-        "edit",
-    ),
-    ("document without segments", DROPPED, "empty_text", record("interleaved", segments=[]), "interleaved"),
-    ("segment of no known type", DROPPED, "invalid_field", record("interleaved", segments=[3]), "interleaved"),
+    ("edit without an instruction", DROPPED, "invalid_field", edit(caption="a"), "edit"),
+    ("edit with an empty instruction", DROPPED, "empty_text", edit(caption="a", instruction=" "), "edit"),
+    ("edit whose caption is a number", DROPPED, "invalid_field", edit(caption=1, instruction="b"), "edit"),
+    ("edit of no pairs", DROPPED, "invalid_field", edit(caption="a", instruction="b", pairs=0), "edit"),
+    ("number of pairs that is a text", DROPPED, "invalid_field", edit(caption="a", instruction="b", pairs="2"), "edit"),
+    ("edit without its second pair", DROPPED, "missing_member", edit(caption="a", instruction="b", pairs=2), "edit"),
+    ("edit without its images", DROPPED, "missing_member", record("edit", caption="a", instruction="b"), "edit"),
+    ("document without segments", DROPPED, "empty_text", document(), "interleaved"),
+    ("segments that are a text", DROPPED, "invalid_field", record("interleaved", segments="a dog"), "interleaved"),
+    ("segment of no known type", DROPPED, "invalid_field", document(3), "interleaved"),
     (
         "document that names a file outside the shard",
         DROPPED,
         "missing_member",
-        record("interleaved", segments=["a dog", {"image": "../../etc/passwd"}]),
+        document("a dog", {"image": "../../etc/passwd"}),
         "interleaved",
     ),
     (
         "document with one unreadable image of two",
         DROPPED,
         "unreadable_image",
-        record("interleaved", segments=["a dog", {"image": "0.png"}, {"image": "1.png"}])
-        | {"0.png": GOOD, "1.png": b"junk"},
+        document("a dog", {"image": "0.png"}, {"image": "1.png"}) | {"0.png": GOOD, "1.png": b"junk"},
         "interleaved",
     ),
-    (
-        "entity without its crop",
-        DROPPED,
-        "missing_member",
-        record("constructed", caption="a dog", entities=[{"text": "dog"}]) | {"target.png": GOOD},
-        "constructed",
-    ),
-    (
-        "entity that is a text",
-        DROPPED,
-        "invalid_field",
-        record("constructed", caption="a dog", entities=["dog"]) | {"target.png": GOOD},
-        "constructed",
-    ),
+    ("entity without its crop", DROPPED, "missing_member", constructed("a dog", {"text": "dog"}), "constructed"),
+    ("entity that is a text", DROPPED, "invalid_field", constructed("a dog", "dog"), "constructed"),
     (
         "entity that is not in the caption",
         USED,
         "caption alone",
-        record("constructed", caption="a dog", entities=[{"text": "fish"}])
-        | {"0.background.png": GOOD, "0.white.png": GOOD, "target.png": GOOD},
+        constructed("a dog", {"text": "fish"}) | {"0.background.png": GOOD, "0.white.png": GOOD},
+        "constructed",
+    ),
+    ("constructed sample without a caption", DROPPED, "empty_caption", constructed(""), "constructed"),
+    (
+        "constructed sample without its target",
+        DROPPED,
+        "missing_member",
+        record("constructed", caption="a dog", entities=[]),
         "constructed",
     ),
 ]
@@ -364,7 +340,7 @@ RECORDS = [
 MEMBERS = [
     BadInput("pair without an image", DROPPED, "missing_member", {"txt": FINE}),
     BadInput("pair without a caption", DROPPED, "missing_member", {"png": GOOD}),
-    BadInput("image whose suffix lies", USED, "its content decides", {"txt": FINE, "jpg": GOOD}),
+    BadInput("image with a wrong suffix", USED, "its content decides", {"txt": FINE, "jpg": GOOD}),
     BadInput("suffix in capitals", USED, "", {"TXT": FINE, "JPG": encoded(worlds.image(3), "JPEG")}),
     BadInput("members that the schema does not know", USED, "ignored", {"txt": FINE, "png": GOOD, "npy": b"\x93NUMPY"}),
     *(
@@ -375,7 +351,7 @@ MEMBERS = [
             {"txt": FINE, "png": GOOD},
             marker=lambda path, suffix=suffix: {suffix: pickle.dumps(Marker(path))},
         )
-        for suffix in ("pkl", "pyd", "state.pth")
+        for suffix in ("pkl", "pyd", "pt", "state.pth", "extra.pickle", "x.pkl.gz")
     ),
     BadInput("member twice", DROPPED, "duplicate_member", entries=twice),
     BadInput("key twice, with another between", USED, "two samples", entries=key_twice),
@@ -411,23 +387,22 @@ ENTRIES = [
 ]
 
 SHARDS = [
-    BadInput("shard that breaks off after it was listed", DROPPED, "truncated_tar", spoil=cut_third, count=3),
-    BadInput("shard that breaks off before it was listed", DROPPED, "truncated_tar", spoil=cut_last),
+    BadInput("shard truncated after it was listed", DROPPED, "truncated_tar", spoil=cut_third, count=3),
+    BadInput("shard truncated before it was listed", DROPPED, "truncated_tar", spoil=cut_last),
+    BadInput("shard truncated between two samples", DROPPED, "truncated_tar", spoil=cut_between, count=4),
     BadInput("flipped bit in the header of the fourth of eight samples", DROPPED, "damaged_tar", spoil=flip, count=5),
-    BadInput("shard that goes away in mid-run", DROPPED, "unreachable_shard", spoil=remove, count=8, during=True),
-    BadInput(
-        "noise in place of a shard", DROPPED, "damaged_tar", spoil=written(bytes(range(256)) * 30), count=8, two=True
-    ),
-    BadInput("shard of no bytes", DROPPED, "truncated_tar", spoil=written(b""), count=8, two=True),
+    BadInput("shard deleted during the run", DROPPED, "unreachable_shard", spoil=remove, count=8, during=True),
+    BadInput("random bytes in place of a shard", DROPPED, "damaged_tar", spoil=written(NOISE), count=8, two=True),
+    BadInput("empty shard", DROPPED, "truncated_tar", spoil=written(b""), count=8, two=True),
     BadInput("shard of zeros", DROPPED, "truncated_tar", spoil=written(bytes(4096)), count=8, two=True),
     BadInput("compressed shard", DROPPED, "damaged_tar", spoil=written(gzip.compress(b"a" * 4096)), count=8, two=True),
     BadInput("shard that is larger than listed", REFUSED, "written anew", spoil=lengthen),
     BadInput("shard that is listed and missing", REFUSED, "is missing", spoil=remove_second),
     BadInput("shards without a listing", REFUSED, "kosmosg data index", spoil=unlisted),
-    BadInput("listing that is none", REFUSED, "not a list of shards", spoil=empty_listing),
+    BadInput("listing without a list of shards", REFUSED, "not a list of shards", spoil=empty_listing),
     BadInput("listing that is a pickle", REFUSED, "not a list of shards", spoil=poisoned_listing),
     BadInput("folder without a shard", REFUSED, "no shard at", spoil=lambda shard, _: str(shard.parent.parent)),
-    BadInput("pattern that nothing matches", REFUSED, "no shard at", spoil=lambda shard, _: f"{shard.parent}/x-*.tar"),
+    BadInput("pattern without a match", REFUSED, "no shard at", spoil=lambda shard, _: f"{shard.parent}/x-*.tar"),
     BadInput("`pipe:` URL", REFUSED, "not a local path", spoil=lambda _, marker: f"pipe:touch {marker}"),
     BadInput("pattern with a shell pipe", REFUSED, "not a local path", spoil=lambda _, marker: f"touch {marker} |"),
     BadInput("protocol that is not allowed", REFUSED, "not a local path", spoil=lambda *_: "http://example.org/a.tar"),
@@ -448,7 +423,7 @@ def table() -> str:
     """The bad inputs as Markdown."""
     lines = []
     for part, inputs in BAD_INPUTS.items():
-        lines += [f"| {part} | what becomes of it | |", "|---|---|---|"]
+        lines += [f"| {part} | result | |", "|---|---|---|"]
         for bad in inputs:
             remark = f"`{bad.reason}`" if bad.way in (DROPPED, FILTERED) else bad.reason
             lines.append(f"| {bad.name} | {bad.way} | {f'“{remark}”' if bad.way == REFUSED else remark} |")

@@ -1,116 +1,61 @@
 """Order and position under Lightning: workers, ranks, micro-batches, resumes, and data that changed."""
 
-import json
+from functools import partial
 from types import SimpleNamespace
 
-import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.agreement import AnsweringDataset
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import DataConfig, Source
+from datamodules.entities import EntityRules
 from datamodules.errors import DataError
-from datamodules.mixture import BatchPositions
+from datamodules.images import Limits
+from datamodules.instruction import InstructionDataConfig
+from datamodules.language_modelling import LanguageModellingDataConfig
+from datamodules.remote import RemoteConfig
 from tests.datamodules import worlds
+from tests.datamodules.recorders import EagerRecorder, Recorder, fit
 
 
-class Recorder(lightning.LightningModule):
-    """Learns nothing; remembers which samples came at which optimizer step, and their places in the global order."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen: dict[int, list[str]] = {}
-        self.indices: dict[int, list[list[int]]] = {}
-        self.validated: list[str] = []
-
-    def training_step(self, step, number):
-        self.seen[number] = [name for batch in step for name in batch.report.samples]
-        self.indices[number] = [batch.indices for batch in step]
-        return self.weight.sum()
-
-    def validation_step(self, batch, number):
-        self.validated += batch.report.samples[: batch.counted]
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class EagerRecorder(Recorder):
-    """Asks for the length of the run before the checkpoint is restored, which builds the loader early."""
-
-    def configure_optimizers(self):
-        assert self.trainer.estimated_stepping_batches > 0
-        return super().configure_optimizers()
-
-
-class RankRecorder(Recorder):
-    """Leaves what each rank read in a file."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def on_train_end(self):
-        (self.folder / f"rank{self.global_rank}.json").write_text(json.dumps(list(self.seen.values())))
+def data(folder, tokenizer, **options):
+    """Over 23 captions and 11 held-out ones in the folder."""
+    for name, count in (("train", 23), ("held-out", 11)):
+        if not (folder / name).exists():
+            worlds.write(folder / name, "captions", worlds.captions(count))
+    source = Source(str(folder / "train" / "*.tar"), validation=str(folder / "held-out" / "*.tar"))
+    options = {"micro_batch_size": 3, "captions": source, "validation_samples": 7} | options
+    return AlignmentData(AlignmentDataConfig(**options), worlds.encoder(tokenizer), worlds.clip())
 
 
 @pytest.fixture
 def make(tmp_path, tiny_tokenizer):
-    pattern = worlds.write(tmp_path / "train", "captions", worlds.captions(23))
-    held_out = worlds.write(tmp_path / "held-out", "captions", worlds.captions(11))
-
-    def build(**options):
-        source = Source(pattern, validation=held_out)
-        options = {"micro_batch_size": 3, "captions": source, "validation_samples": 7} | options
-        return AlignmentData(AlignmentDataConfig(**options), worlds.encoder(tiny_tokenizer), worlds.clip())
-
-    return build
+    return partial(data, tmp_path, tiny_tokenizer)
 
 
-def fit(folder, data, steps, recorder=None, checkpoint=None, micro_batches=1, **options):
-    recorder, data.micro_batches = recorder or Recorder(), micro_batches
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        num_sanity_val_steps=0,
-        callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)],
-        **({"limit_val_batches": 0} | options),
-    )
-    trainer.fit(recorder, datamodule=data, ckpt_path=checkpoint)
-    return recorder
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_tokenizer):
+    """An uninterrupted run of twelve steps of six rows, and where its data are."""
+    folder = tmp_path_factory.mktemp("whole")
+    return fit(folder, data(folder, tiny_tokenizer, micro_batch_size=6), 12)
 
 
 @pytest.mark.filterwarnings("error:You're resuming")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("recorder", [Recorder, EagerRecorder])
-def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(tmp_path, make, workers, recorder):
-    whole = fit(tmp_path / "whole", make(), 12).seen
-    fit(tmp_path / "cut", make(num_workers=workers), 6, recorder())
-    resumed = fit(
-        tmp_path / "cut", make(num_workers=2 - workers), 12, recorder(), str(tmp_path / "cut" / "step=4.ckpt")
-    ).seen
-    assert sorted(whole) == list(range(12)) and sorted(resumed) == list(range(4, 12))
-    assert resumed == {index: whole[index] for index in resumed}
+def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(tmp_path, make, whole, workers, recorder):
+    fit(tmp_path, make(micro_batch_size=6, num_workers=workers), 6, recorder())
+    path = str(tmp_path / "step=4.ckpt")
+    resumed = fit(tmp_path, make(micro_batch_size=6, num_workers=2 - workers), 8, recorder(), path).seen
+    # a finished run, made longer
+    path = str(tmp_path / "step=8.ckpt")
+    longer = fit(tmp_path, make(micro_batch_size=6), 12, recorder(), path).seen
+    assert sorted(resumed) == list(range(4, 8)) and resumed | longer == {n: whole.seen[n] for n in range(4, 12)}
 
 
-def test_a_finished_run_can_be_made_longer(tmp_path, make):
-    whole = fit(tmp_path / "whole", make(), 12).seen
-    fit(tmp_path / "short", make(), 8)
-    longer = fit(tmp_path / "short", make(), 12, checkpoint=str(tmp_path / "short" / "step=8.ckpt")).seen
-    assert list(longer.values()) == [whole[index] for index in range(8, 12)]
-
-
-def test_a_step_divided_otherwise_goes_on_at_the_same_sample(tmp_path, make):
+def test_a_step_divided_otherwise_goes_on_at_the_same_sample(tmp_path, make, whole):
     """Six rows a step: as one micro-batch, as two and as three."""
-    whole = fit(tmp_path / "whole", make(micro_batch_size=6), 12)
     fit(tmp_path / "cut", make(micro_batch_size=3), 4, micro_batches=2)
     path = str(tmp_path / "cut" / "step=4.ckpt")
     resumed = fit(tmp_path / "cut", make(micro_batch_size=2), 8, None, path, micro_batches=3)
@@ -128,8 +73,7 @@ def on_rank(data, rank, world_size, step=0):
     return data
 
 
-@pytest.mark.parametrize("step", [0, 3])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "step"), [(0, 0), (2, 3)])
 def test_a_step_has_the_same_rows_however_it_is_divided(make, workers, step):
     expected = [list(range(4 * number, 4 * number + 4)) for number in range(step, 5)]
     dataset = on_rank(make(), 0, 1).train_dataset
@@ -167,26 +111,6 @@ def test_validation_counts_the_same_samples_on_any_number_of_ranks(make, world_s
         for pair in list(zip(batch.indices, batch.report.samples, strict=True))[: batch.counted]
     ]
     assert sorted(counted) == list(enumerate(expected.report.samples))
-
-
-def test_ranks_share_the_order_without_gaps():
-    one = [i for batch in BatchPositions(6, 5, 0, 1, lambda: 2) for i in batch]
-    ranks = [list(BatchPositions(2, 5, rank, 3, lambda: 2)) for rank in range(3)]
-    assert one == list(range(12, 30))
-    assert [i for batches in zip(*ranks, strict=True) for batch in batches for i in batch] == one
-    assert {len(batches) for batches in ranks} == {3} and len(BatchPositions(2, 5, 0, 3, lambda: 2)) == 5
-
-
-@pytest.mark.slow
-def test_two_ranks_go_on_where_one_stopped(tmp_path, make):
-    """Lightning's own sampler, on by default, has no hold on the loader."""
-    whole = fit(tmp_path / "whole", make(micro_batch_size=6), 8).seen
-    fit(tmp_path / "cut", make(micro_batch_size=6), 4)
-    path = str(tmp_path / "cut" / "step=4.ckpt")
-    fit(tmp_path / "cut", make(), 8, RankRecorder(tmp_path), path, strategy="ddp_fork", devices=2)
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [len(steps) for steps in ranks] == [4, 4]
-    assert [first + second for first, second in zip(*ranks, strict=True)] == [whole[step] for step in range(4, 8)]
 
 
 def test_epochs_pass_through_every_sample_once(tmp_path, make):
@@ -262,13 +186,19 @@ def test_what_cannot_be_read_is_said(make, tmp_path):
         fit(tmp_path, make(), -1)
 
 
-def test_values_are_checked():
-    for key, value in [
-        ("micro_batch_size", 0),
-        ("num_workers", -1),
-        ("max_bad_share", 1.5),
-        ("min_bad_count", 0),
-        ("validation_samples", 0),
-    ]:
-        with pytest.raises(ValueError, match=f"{key}={value}"):
-            DataConfig(**{key: value})
+REFUSALS = [
+    *((DataConfig, key, 0) for key in ("micro_batch_size", "min_bad_count", "validation_samples", "lanes", "window")),
+    *((DataConfig, key, value) for key, value in (("num_workers", -1), ("max_bad_share", 1.5))),
+    *((DataConfig, key, value) for key, value in (("mixing", "per_epoch"), ("weights_of", "images"))),
+    *((RemoteConfig, key, -1) for key in ("retries", "pause", "timeout", "connections")),
+    *((LanguageModellingDataConfig, key, value) for key, value in (("caption_first", 2), ("sequence_length", 3))),
+    *((EntityRules, key, 1.1) for key in ("drop_probability", "background_probability")),
+    *((EntityRules, "drop", "never"), (Limits, "max_pixels", 0), (InstructionDataConfig, "edit_caption_drop", 2)),
+    *((AlignmentDataConfig, "max_pieces", 0), (Source, "weight", -1)),
+]
+
+
+def test_values_that_are_refused(subtests):
+    for schema, key, value in REFUSALS:
+        with subtests.test(f"{schema.__name__}.{key}"), pytest.raises(ValueError, match=f"{key}='?{value}"):
+            schema(**{key: value})

@@ -1,3 +1,5 @@
+"""Rows of stage 1: documents packed in their order, pairs whole, labels of text alone."""
+
 import itertools
 
 import pytest
@@ -177,7 +179,3 @@ def test_a_sentence_longer_than_a_row_is_cut(tiny_tokenizer):
 def test_lengths_that_hold_no_image_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="sequence_length=6"):
         Packer(worlds.encoder(tiny_tokenizer), 6)
-    with pytest.raises(ValueError, match="caption_first"):
-        LanguageModellingDataConfig(caption_first=2)
-    with pytest.raises(ValueError, match="sequence_length=3"):
-        LanguageModellingDataConfig(sequence_length=3)

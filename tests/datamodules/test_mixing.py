@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning
 import pytest
 
-from datamodules.data_config import DataConfig, Source
+from datamodules.data_config import Source
 from datamodules.errors import DataError
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
@@ -17,7 +17,7 @@ from datamodules.order import Mixture
 from datamodules.sample import CaptionSample, EditSample, TextSample
 from kosmosg.image_processing import TargetTransform
 from tests.datamodules import worlds
-from tests.datamodules.test_datamodule import RankRecorder, fit
+from tests.datamodules.recorders import RankRecorder, fit
 
 RELEASED = (2, 2, 1)  # constructed, edit, captions
 
@@ -41,21 +41,15 @@ def test_turns_spread_as_independent_draws_of_the_released_weights_do(lanes):
     assert abs(pairs[0, 0] / 4999 - 0.16) < 0.02 and abs(pairs[2, 2] / 4999 - 0.04) < 0.01
 
 
-def test_whole_blocks_have_exactly_the_weights():
-    order = Mixture(1, RELEASED, 1, 16, 16, TURNS_PER_WEIGHT)
-    assert Counter(turns(order, 5000 * 10**6, 5000)) == {0: 2000, 1: 2000, 2: 1000}
+SETS = {"constructed": worlds.constructed(21), "edit": worlds.edits(13), "captions": worlds.captions(9)}
 
 
 def module(folder: Path, tokenizer: Path, **options) -> InstructionData:
-    folder.mkdir(exist_ok=True)
     sources = {}
-    for name, weight, samples in (
-        ("constructed", 2, worlds.constructed(21)),
-        ("edit", 2, worlds.edits(13)),
-        ("captions", 1, worlds.captions(9)),
-    ):
-        there = list(folder.glob(f"{name}-*.tar"))
-        sources[name] = Source(str(folder / f"{name}-*.tar") if there else worlds.write(folder, name, samples), weight)
+    for weight, (name, samples) in zip(RELEASED, SETS.items(), strict=True):
+        if not list(folder.glob(f"{name}-*.tar")):
+            worlds.write(folder, name, samples)
+        sources[name] = Source(str(folder / f"{name}-*.tar"), weight)
     config = InstructionDataConfig(**({"min_image_side": 0, "micro_batch_size": 3} | sources | options))
     return InstructionData(config, worlds.encoder(tokenizer), TargetTransform(worlds.SIDE))
 
@@ -108,75 +102,48 @@ def test_whole_batches_of_another_size_are_another_order(tmp_path, tiny_tokenize
     assert all(len(found) == 1 for found in sources)  # it goes on at a whole turn
 
 
-def test_uneven_shards_give_every_rank_as_many_steps(tmp_path, tiny_tokenizer):
-    """Shards of 1, 2 and 40 samples for four ranks: samples are divided, not shards."""
-    samples = worlds.captions(43)
-    for name, part in (("a", samples[:1]), ("b", samples[1:3]), ("c", samples[3:])):
-        worlds.write(tmp_path, name, part, per_shard=100)
-    data = module(tmp_path / "x", tiny_tokenizer, captions=Source(str(tmp_path / "*.tar")), edit=Source())
-    data.config.constructed = Source()
+def share_of_tokens(data, name: str, rows: int = 900) -> float:
+    """Of a source, padding left out."""
     data.setup()
-    ranks = [list(BatchPositions(2, 11, rank, 4, lambda: 0)) for rank in range(4)]
-    assert {len(steps) for steps in ranks} == {11}
-    read = [name for step in zip(*ranks, strict=True) for p in step for name in data.train_dataset[p].report.samples]
-    assert sorted(name.partition("/")[2] for name in read[:43]) == [sample.key for sample in samples]
+    data.measure()
+    tokens = Counter()
+    for start in range(0, rows, 30):
+        batch = data.train_dataset[range(start, start + 30)]
+        for source, length in zip(batch.report.sources, (~batch.prompt.padding).sum(1).tolist(), strict=True):
+            tokens[source] += length
+    return tokens[name] / tokens.total()
 
 
 def test_tokens_are_shared_out_where_rows_are_documents(tmp_path, tiny_tokenizer):
     """Long edits beside short captions: 1 : 1 by rows is far from 1 : 1 by tokens."""
-    long = [
-        EditSample(f"a fish {i} " * 9, "make it night", worlds.image(i), worlds.image(i), key=f"e{i:05d}")
-        for i in range(60)
-    ]
-    short = [CaptionSample(f"dog {i}", worlds.image(i), key=f"c{i:05d}") for i in range(60)]
+    long = [EditSample(f"a fish {i} " * 9, "at night", worlds.image(i), worlds.image(i), key=f"{i}") for i in range(60)]
+    short = [CaptionSample(f"dog {i}", worlds.image(i), key=f"{i}") for i in range(60)]
     options = {
         "edit": Source(worlds.write(tmp_path, "edit", long), 1),
         "captions": Source(worlds.write(tmp_path, "captions", short), 1),
         "constructed": Source(),
     }
-    shares = {}
-    for weights_of in ("samples", "tokens"):
-        data = module(tmp_path / "x", tiny_tokenizer, weights_of=weights_of, **options)
-        data.setup()
-        data.measure()
-        order, tokens = data.train_dataset.order, Counter()
-        for start in range(0, 1920, 30):
-            batch = data.train_dataset[range(start, start + 30)]
-            for name, length in zip(batch.report.sources, (~batch.prompt.padding).sum(1).tolist(), strict=True):
-                tokens[name] += length
-        shares[weights_of] = tokens["edit"] / sum(tokens.values())
-    assert shares["samples"] > 0.75
-    assert abs(shares["tokens"] - 0.5) < 0.08
-    assert order.weights[0] < order.weights[1]
+    assert share_of_tokens(module(tmp_path / "x", tiny_tokenizer, **options), "edit") > 0.75
+    data = module(tmp_path / "x", tiny_tokenizer, weights_of="tokens", **options)
+    assert abs(share_of_tokens(data, "edit") - 0.5) < 0.08
+    assert data.train_dataset.order.weights[0] < data.train_dataset.order.weights[1]
     assert data.identity()["sources"]["edit"]["weight"] == 1  # as configured
 
 
 def test_tokens_of_packed_rows_are_shared_out_without_padding(tmp_path, tiny_tokenizer):
     """Pairs are never divided, so their rows hold more padding than rows of text."""
-    pairs = [CaptionSample("a fish and a dog in the garden " * 2, worlds.image(i), key=f"c{i:05d}") for i in range(40)]
+    pairs = [CaptionSample("a fish and a dog in the garden " * 2, worlds.image(i), key=f"{i}") for i in range(40)]
+    texts = [TextSample("The dog sleeps. " * 200) for _ in range(40)]
     config = LanguageModellingDataConfig(
-        text=Source(worlds.write(tmp_path, "text", [TextSample("The dog sleeps. " * 200) for _ in range(40)]), 5),
+        text=Source(worlds.write(tmp_path, "text", texts), 5),
         captions=Source(worlds.write(tmp_path, "captions", pairs), 5),
         sequence_length=64,
         weights_of="tokens",
     )
     data = LanguageModellingData(config, worlds.encoder(tiny_tokenizer))
-    data.setup()
-    data.measure()
-    tokens = Counter()
-    for start in range(0, 240, 60):
-        batch = data.train_dataset[range(start, start + 60)]
-        for name, length in zip(batch.report.sources, (~batch.prompt.padding).sum(1).tolist(), strict=True):
-            tokens[name] += length
-    assert abs(tokens["text"] / sum(tokens.values()) - 0.5) < 0.02
+    assert abs(share_of_tokens(data, "text", rows=240) - 0.5) < 0.02
     weights = data.train_dataset.order.weights
     assert weights[1] > 1.05 * weights[0]
-
-
-def test_words_are_checked():
-    for key, value in [("mixing", "per_epoch"), ("weights_of", "images")]:
-        with pytest.raises(ValueError, match=f"{key}='{value}'"):
-            DataConfig(**{key: value})
 
 
 def test_validation_is_mixed_by_rows(tmp_path, tiny_tokenizer):

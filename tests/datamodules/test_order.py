@@ -141,13 +141,10 @@ def test_every_row_of_a_source_is_asked_for_once(seed, lanes, turn):
     assert all({d.row for d in draws if (d.source, d.lane) == key} == set(range(n)) for key, n in rows.items())
 
 
-def test_impossible_mixtures_are_refused():
+def test_impossible_mixtures_and_orders_are_refused():
     for weights in [[], [0, 1], [-1], [10**7, 1]]:
         with pytest.raises(ValueError, match="weight"):
             Mixture(0, weights, 1, 1)
-
-
-def test_impossible_orders_are_refused():
     for counts, lanes in (([], 1), ([0, 0], 1), ([3], 0)):
         with pytest.raises(ValueError, match="at least 1"):
             SampleOrder(np.array(counts, dtype=np.int64), 0, lanes, 1, 1, 1)

@@ -1,10 +1,6 @@
-"""Every recorded row and batch of the released loaders that the other tests do not hold, and what is not produced.
-
-`openimage` and `instructpix2pix` rows of loaders.json are held by test_entities.py.
-"""
+"""Every recorded row and batch of the released loaders, and what is not produced; rows of TSV files as converted."""
 
 import base64
-import itertools
 import json
 from pathlib import Path
 
@@ -17,14 +13,15 @@ from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
 from datamodules.data_config import Source
 from datamodules.entities import EntityRules
 from datamodules.errors import FilteredSample
-from datamodules.images import StoredImage
+from datamodules.images import StoredImage, encode_png
 from datamodules.instruction import InstructionData, InstructionDataConfig, InstructionRows
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity
 from kosmosg.batches import ReadReport
 from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from tests.datamodules import worlds
 from tests.datamodules.bad_inputs import encoded
-from tests.datamodules.test_entities import RecordedDraws
+from tests.datamodules.sources.published import convert, samples
+from tests.datamodules.worlds import RecordedDraws
 
 # What a record says of a row, and where it is compared.
 COMPARED = {
@@ -77,8 +74,8 @@ def chosen(images: dict[int, StoredImage], transform, recorded: list[float]) -> 
     return found[0]
 
 
-def instruction(encoder) -> InstructionData:
-    config = InstructionDataConfig(entities=EntityRules(drop="per_caption"), min_image_side=0)
+def instruction(encoder, **options) -> InstructionData:
+    config = InstructionDataConfig(entities=EntityRules(drop="per_caption"), min_image_side=0, **options)
     return InstructionData(config, encoder, TargetTransform(512))
 
 
@@ -91,6 +88,43 @@ def test_nothing_of_the_records_is_passed_over(loaders, batches):
         assert loaders[name] and {key for row in loaders[name] for key in row} <= COMPARED | NOT_PRODUCED
     assert not any("raises" in row for name in ("openimage", "instructpix2pix", "laion") for row in loaders[name])
     assert {key for batch in batches for key in batch} == BATCH_COMPARED | BATCH_NOT_PRODUCED
+
+
+def converted(golden: Path, name: str, output: Path) -> list:
+    convert("tsv", golden / "data" / f"{name}.tsv", output, f"rows={name}")
+    return samples(output)
+
+
+@pytest.mark.parametrize("name", ["openimage", "instructpix2pix"])
+def test_recorded_draws_give_the_recorded_rows(name, golden, loaders, columns, full_encoder, tmp_path):
+    """Texts, tokens and mask, and which TSV columns the images are, by their bytes."""
+    found = converted(golden, name, tmp_path)
+    module = instruction(full_encoder, edit_caption_drop=loaders["random_drop_caption_prob"])
+    for record in loaders[name]:
+        sample, draws = found[record["row"]], RecordedDraws(record["draws"])
+        if not record["yielded"]:
+            with pytest.raises(FilteredSample, match="nothing_before_object"):
+                rows_of(module, name).segments(sample, draws)
+            continue
+        segments, target = rows_of(module, name).segments(sample, draws)
+        assert not draws.draws
+        if name == "openimage":
+            texts = [item for item in segments if isinstance(item, str)]
+            assert texts == [text for text in record["text_transform_calls"] if text]
+        table = {
+            base64.b64decode(cell): i for i, cell in enumerate(columns(name, record["row"])) if cell[:5] == "iVBOR"
+        }
+        used = [table[encode_png(item)] for item in [*segments, target] if not isinstance(item, str)]
+        assert used == record["image_columns"]
+        prompt, *_ = rows_of(module, name).build(sample, RecordedDraws(record["draws"]))
+        # The record has the document; what the model reads is all but its last token, </s>.
+        assert prompt.ids.tolist() == record["tokens"][:-1]
+        assert prompt.image_mask.int().tolist() == record["input_mask"][:-1]
+
+
+def test_captions_without_a_whole_size_are_left_out_of_both_stages(golden, loaders, tmp_path):
+    found = {int(sample.key.split("-")[1]) for sample in converted(golden, "laion", tmp_path)}
+    assert found == {row["row"] for row in loaders["laion"] if row["align"] and has_size(row)}
 
 
 def caption_sample(row: dict) -> CaptionSample:
@@ -214,18 +248,3 @@ def test_the_batches_of_captions_are_the_recorded_ones(batches, columns, full_en
     ours = data.train_dataset[[keys.index(str(i)) for i in range(len(captions))]]
     assert_batch(ours, stage2, full_encoder.tokenizer.pad_id)
     assert ours.text_ids.tolist() == stage2["clip_tokens"]
-
-
-def test_the_record_would_notice_another_choice(loaders, full_encoder):
-    """The comparison of drawn columns can fail: with every draw turned round, other images are taken."""
-    row = next(row for row in loaders["openimage"] if row["yielded"] and not row["drop_object"])
-    entities = [
-        Entity(tag, StoredImage(b"", str(3 + 2 * i), "", ""), StoredImage(b"", str(4 + 2 * i), "", ""))
-        for i, tag in enumerate(row["tags"])
-    ]
-    sample = ConstructedSample(row["caption"], entities, StoredImage(b"", "2", "", ""))
-    first, *images = [value for _, value in row["draws"]]
-    turned = RecordedDraws([["random", value] for value in itertools.chain([first], (1 - v for v in images))])
-    segments, _ = rows_of(instruction(full_encoder), "constructed").segments(sample, turned)
-    names = [int(item.name) for item in segments if not isinstance(item, str)]
-    assert names != row["image_columns"][:-1] and len(names) == len(row["image_columns"]) - 1

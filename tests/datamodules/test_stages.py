@@ -1,7 +1,6 @@
-"""Batches of stages 2 and 3, and the bad-input table: what is dropped is what was injected."""
+"""Batches of stages 2 and 3: prompts, targets, filters, and when bad samples stop a run."""
 
 import json
-import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from kosmosg.batches import ReadReport
 from kosmosg.image_processing import TargetTransform
 from kosmosg.prompt import PromptEncoder
 from tests.datamodules import worlds
-from tests.datamodules.test_sample import Marker, bomb
 
 
 def alignment(pattern: str, tokenizer, **options) -> AlignmentData:
@@ -217,36 +215,6 @@ def test_filters_of_stage_3(tmp_path, tiny_tokenizer):
     module.encoder.max_length = 10
     with pytest.raises(DataError, match="prompt_too_long"):
         module.train_dataset[[0]]
-
-
-def test_what_is_dropped_is_what_was_injected(tmp_path, tiny_tokenizer):
-    """Every kind of bad pair once among good ones; one epoch counts each exactly once."""
-    marker = tmp_path / "marker"
-    good, fine = worlds.png(1), b"a dog in the snow"
-    bad = {
-        "unreadable_image": [{"png": b"junk", "txt": fine}, {"jpg": good[:50], "txt": fine}, {"png": b"", "txt": fine}],
-        "not_utf8": [{"png": good, "txt": b"\xc3("}],
-        "empty_caption": [{"png": good, "txt": b""}, {"png": good, "txt": b" \n "}],
-        "missing_member": [{"png": good}, {"txt": fine}],
-        "wrong_kind": [worlds.edits(1)[0].encode(), worlds.texts(1)[0].encode()],
-        "refused_member": [{"png": good, "txt": fine, "pkl": pickle.dumps(Marker(marker))}],
-        "image_too_large": [{"png": bomb(30_000, 30_000), "txt": fine}],
-        "extreme_aspect_ratio": [{"png": bomb(2, 60_000), "txt": fine}],
-        "member_too_large": [{"png": good, "txt": fine, "json": b"x" * 60_000}],
-    }
-    groups = [(f"g{i:04d}", {"png": good, "txt": fine}) for i in range(40)]
-    for reason, members in bad.items():
-        groups += [(f"{reason}-{i}", content) for i, content in enumerate(members)]
-    config = InstructionDataConfig(
-        captions=Source(worlds.write_members(tmp_path / "a.tar", groups)), min_image_side=0, max_bad_share=0.5
-    )
-    config.limits.max_member_bytes = 50_000
-    module = InstructionData(config, worlds.encoder(tiny_tokenizer), TargetTransform(worlds.SIDE))
-    module.setup()
-    for start in range(0, len(groups), 9):
-        module.counter.add(module.train_dataset[range(start, min(start + 9, len(groups)))].report)
-    assert module.counter.dropped == {reason: len(members) for reason, members in bad.items()}
-    assert not module.counter.filtered and not marker.exists()
 
 
 def test_rotten_data_stop_the_run(tmp_path, tiny_tokenizer, caplog):

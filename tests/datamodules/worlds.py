@@ -63,15 +63,19 @@ def write(folder: Path, prefix: str, samples: list, per_shard: int = 8) -> str:
     return str(folder / f"{prefix}-*.tar")
 
 
+def add(tar: tarfile.TarFile, name: str, content: bytes = b"x") -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
 def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]], listed: bool = True) -> str:
     """A tar as other programs write it, then `listed`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, members in groups:
             for suffix, content in members.items():
-                entry = tarfile.TarInfo(f"{key}.{suffix}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+                add(tar, f"{key}.{suffix}", content)
     if listed:
         index(path.parent)
     return str(path)
@@ -96,3 +100,20 @@ def clip_tokenize(texts: list[str]) -> torch.Tensor:
     """CLIP ids, 77 positions."""
     tokenizer = tiny.clip_tokenizer()
     return torch.tensor(tokenizer(list(texts), padding="max_length", truncation=True, max_length=77).input_ids)
+
+
+class RecordedDraws:
+    """The draws of a record in the place of `random.Random`; each must be asked for as it was recorded."""
+
+    def __init__(self, draws: list):
+        self.draws = list(draws)
+
+    def random(self) -> float:
+        kind, value = self.draws.pop(0)
+        assert kind == "random"
+        return value
+
+    def randint(self, a: int, b: int) -> int:
+        kind, low, high, value = self.draws.pop(0)
+        assert (kind, low, high) == ("randint", a, b)
+        return value

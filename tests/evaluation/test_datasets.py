@@ -116,11 +116,11 @@ def test_identity_follows_every_value(dreambench_folder: Path, changeable: Path)
     assert identity(protocol) != identity(DreamBench(PROTOCOL, changeable).protocol)
 
 
-def test_released_protocol_holds_the_recorded_facts(shared: Path, tmp_path: Path) -> None:
+def test_released_protocol_holds_the_recorded_facts(recorded: Path, tmp_path: Path) -> None:
     config = load_config(
         [str(REPOSITORY / "configs" / "evaluation.yaml"), f"data.dreambench={tmp_path}"], EvaluationConfig
     )
-    facts = json.loads((shared / "golden" / "dreambench.json").read_text())
+    facts = json.loads((recorded / "dreambench.json").read_text())
     protocol = config.dreambench
     assert protocol is not None
     found = {

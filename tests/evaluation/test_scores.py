@@ -15,12 +15,13 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImage
 
 from evaluation.processes import Processes, Remembered, Sharing
 from evaluation.protocols.benchmark import EvaluationError, Item, read_image
-from evaluation.protocols.protocol import Encoder, FeatureNetwork, Preprocessing
+from evaluation.protocols.protocol import FeatureNetwork, Preprocessing
 from evaluation.scores.bootstrap import Bootstrap, mean_interval
 from evaluation.scores.cosine import Dino
-from evaluation.scores.encoders import CLIPEncoder, DinoEncoder, ResNetFeatures, preprocessing
+from evaluation.scores.encoders import ResNetFeatures, preprocessing
 from evaluation.scores.metric import Context
 from evaluation.scores.results import score_images
+from kosmosg.looking import CLIPEncoder, DinoEncoder
 from tests import tiny
 from tests.evaluation import tiny_world
 
@@ -81,7 +82,7 @@ def pictures(folder: Path) -> list[Image.Image]:
 
 def test_clip_equals_transformers(encoders_folder: Path, dreambench_folder: Path) -> None:
     folder, images = encoders_folder / "clip", pictures(dreambench_folder)
-    encoder, model = CLIPEncoder(Encoder(str(folder)), folder, CPU), CLIPModel.from_pretrained(folder).eval()
+    encoder, model = CLIPEncoder(folder, CPU), CLIPModel.from_pretrained(folder).eval()
     texts = ["a fish in the snow", "a dog " + "very " * 40 + "long"]
     tokens = CLIPTokenizer.from_pretrained(folder)(
         texts, padding=True, truncation=True, max_length=tiny.QUERIES, return_tensors="pt"
@@ -97,7 +98,7 @@ def test_clip_equals_transformers(encoders_folder: Path, dreambench_folder: Path
 def test_dino_is_the_class_token(encoders_folder: Path, dreambench_folder: Path) -> None:
     folder, images = encoders_folder / "dino", pictures(dreambench_folder)
     stated = Preprocessing(resize=64, crop=64, mean=[0.5] * 3, std=[0.5] * 3)
-    encoder = DinoEncoder(Encoder(str(folder), stated), folder, CPU)
+    encoder = DinoEncoder(folder, CPU, preprocessing(stated, folder))
     pixels = torch.stack([torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1).float() for image in images])
     with torch.no_grad():
         model = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
@@ -126,8 +127,12 @@ def test_fid_features_are_pooled(encoders_folder: Path, dreambench_folder: Path)
 
 
 def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"is no ViTModel: \d+ weights are missing or misshapen"):
-        DinoEncoder(Encoder(""), encoders_folder / "fid", CPU)
+    for make in (
+        lambda: DinoEncoder(encoders_folder / "fid", CPU),
+        lambda: ResNetFeatures(FeatureNetwork(""), encoders_folder / "dino", CPU),
+    ):
+        with pytest.raises(ValueError, match="missing_keys"):
+            make()
 
 
 def test_an_encoder_with_code_of_its_own_is_refused(encoders_folder: Path, tmp_path: Path) -> None:

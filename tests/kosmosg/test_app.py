@@ -1,19 +1,31 @@
 """The page: what it refuses, what it draws and how a picture is repeated; and all of it in a real browser."""
 
+import json
+import os
 import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch.nn.functional import cosine_similarity
 
-from kosmosg import app
+from kosmosg.app import page as app_page
+from kosmosg.app import requests as app
+from kosmosg.app import run as run_page
 from kosmosg.cli import main
-from kosmosg.generation import Settings, read_parameters
+from kosmosg.drawing import load_controlnet, load_loras
+from kosmosg.generation import Settings, file_record, read_parameters
+from kosmosg.image_processing import read_image
+from kosmosg.looking import CLIPEncoder, DinoEncoder, Segmenter
 from kosmosg.pipeline import KosmosGPipeline
+from tests import tiny
+from tests.conftest import REPOSITORY
+from tests.datamodules.curation.tiny_models import write_clipseg
 
 SETTINGS = Settings(2, 3.0)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -36,8 +48,8 @@ def files(tmp_path):
     return [str(tmp_path / "dog.png"), str(tmp_path / "hero.png"), None, None]
 
 
-def ask(files, prompt="<2> in the suit of <1>", weights=(1, 1, 1, 1), count=1):
-    return app.build_request(prompt, "", 5, count, files, weights)
+def ask(files, prompt="<2> in the suit of <1>", weights=(1, 1, 1, 1), count=1, masks=(None,) * 4):
+    return app.build_request(prompt, files, weights, masks, seed=5, count=count)
 
 
 def test_numbers_name_images_in_any_order(files):
@@ -69,13 +81,15 @@ def test_what_is_refused_is_named(files, tmp_path):
 
 
 def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, files, tmp_path, monkeypatch):
-    request = ask(files, weights=(0.5, 1, 1, 1), count=2)
+    mask = app.stored(half_mask(), str(tmp_path))
+    request = ask(files, weights=(0.5, 1, 1, 1), count=2, masks=(mask, None, None, None))
     *steps, (_, kept) = app.draw(served, request, SETTINGS, tmp_path / "drawn")
-    assert [number for number, _ in steps] == [1, 2]
+    assert [share for share, _ in steps] == [0.5, 1]
     assert [Path(file).name for file in kept] == ["image-5.png", "image-6.png"]
     found, note = app.restored(kept[1], served.identity)
     assert found["prompt"] == "<1> in the suit of <2>" and found["seed"] == 6 and found["image_weights"] == [1.0, 0.5]
     assert "image 1: hero.png" in note and "another model" not in note
+    assert f"mask: {Path(mask).name} for image 2" in note
     assert "another model" in app.restored(kept[1], {"model": "other"})[1]
     with pytest.raises(ValueError, match=r"'dog\.png' holds no settings"):
         app.restored(files[0], served.identity)
@@ -86,6 +100,76 @@ def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, 
         again = tmp_path / "again" / Path(file).name
         assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(file)))
         assert read_parameters(again)["image_weights"] == [1.0, 0.5]
+    whole = list(app.draw(served, replace(request, image_masks=()), SETTINGS, tmp_path / "whole"))[-1][1]
+    assert not np.array_equal(np.asarray(Image.open(whole[0])), np.asarray(Image.open(kept[0])))
+    assert "image_masks" not in read_parameters(Path(whole[0]))
+
+
+def test_controlnet_lora_and_an_initial_image_are_repeated_and_restored(served, files, tmp_path, monkeypatch):
+    pipeline = KosmosGPipeline.from_pretrained(served.arguments[0])
+    controlnet, lora = tiny.write_controlnet_and_lora(tmp_path, pipeline.unet)
+    load_loras(pipeline, [str(lora)])
+    network = load_controlnet(str(controlnet), pipeline)
+    identity = served.identity | {"controlnet": "some", "loras": [file_record(str(lora))]}
+    served = replace(
+        served, pipeline=pipeline, identity=identity, controlnet=("controlnet", network), loras=["lora.safetensors"]
+    )
+    more = {"control_image": files[0], "control_scale": 0.5, "init_image": files[1], "strength": 0.6}
+    request = app.build_request("<1> there", files, (1,) * 4, (None,) * 4, seed=5, **more)
+    settings = Settings(5, 3.0)
+    *steps, (_, kept) = app.draw(served, request, settings, tmp_path / "drawn", [0.5])
+    assert [share for share, _ in steps] == pytest.approx([1 / 3, 2 / 3, 1])  # three of five steps
+    found, note = app.restored(kept[0], identity)
+    assert (found["control_image"], found["init_image"], found["lora_scales"]) == (0.5, 0.6, [0.5])
+    assert "control image: dog.png" in note and "initial image: hero.png" in note and "another" not in note
+    assert "other LoRA files" in app.restored(kept[0], identity | {"loras": []})[1]
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(app.command(served, request, settings, [0.5]))[1:], "--output", "again"]) == 0
+    assert np.array_equal(np.asarray(Image.open("again/image-5.png")), np.asarray(Image.open(kept[0])))
+
+
+def half_mask():
+    mask = Image.new("L", (70, 80))
+    mask.paste(255, (0, 0, 35, 80))
+    return mask
+
+
+def test_what_the_brush_painted_is_a_mask_of_the_images_size(files, tmp_path):
+    shown = app.opened(files[0], app.stored(half_mask(), str(tmp_path)))
+    assert np.array_equal(np.asarray(app.painted(shown["mask"], (70, 80))), np.asarray(half_mask()))
+    nothing = app.data_url(Image.new("RGBA", (448, 512)))
+    assert app.painted(nothing, (70, 80)) is None
+    with pytest.raises(ValueError, match="5000×10 pixels; allowed: at most 512 a side"):
+        app.painted(app.data_url(Image.new("RGBA", (5000, 10))), (70, 80))
+
+
+def test_a_segmenter_masks_what_words_name(tmp_path):
+    segment = Segmenter(write_clipseg(tmp_path / "clipseg"))
+    image = Image.effect_noise((70, 50), 100).convert("RGB")
+    masks = [segment(image, words) for words in ("a dog", "a boat")]
+    assert {mask.size for mask in masks} == {(70, 50)} and {mask.mode for mask in masks} == {"L"}
+    assert set(np.unique(np.asarray(masks[0]))) <= {0, 255}
+    certain = segment.model.decoder.transposed_convolution.bias
+    for bias, value in ((50.0, 255), (-50.0, 0)):
+        certain.data.fill_(bias)
+        assert np.unique(np.asarray(segment(image, "a dog"))) == value
+
+
+def test_scores_compare_with_the_images_that_were_read_and_with_the_text(served, files, tmp_path):
+    weights = REPOSITORY / "datamodules" / "toyland" / "weights"
+    clip, dino = CLIPEncoder(weights / "clip"), DinoEncoder(weights / "dino")
+    mug, boot = (str(weights.parent / "examples" / f"{name}.png") for name in ("mug", "boot"))
+    request = app.build_request("<1> and <2> there", [mug, boot, None, None], (1,) * 4, (None,) * 4)
+    seen = replace(served, scores={"clip": clip, "dino": dino})
+    table = app.score_table(seen, request, {"one": [mug], "both": [mug, boot]}).splitlines()
+    assert table[0] == "|  | DINO | CLIP | text |" and app.score_table(served, request, {"one": [mug]}) == ""
+    images = [read_image(mug), read_image(boot)]
+    across = float(cosine_similarity(*dino.images(images).split(1)))
+    text = [float(cosine_similarity(clip.images([image]), clip.texts(["and there"]))) for image in images]
+    one, both = (line.split("|")[2:5] for line in table[2:])
+    assert one[0].strip() == f"1.00, {across:.2f}" and one[2].strip() == f"{text[0]:.2f}"
+    assert both[0].strip() == f"{(1 + across) / 2:.2f}, {(1 + across) / 2:.2f}"
+    assert float(both[2]) == pytest.approx(sum(text) / 2, abs=0.006)
 
 
 def test_hints_are_told_as_text(files):
@@ -94,44 +178,178 @@ def test_hints_are_told_as_text(files):
     assert "no image 3" in app.told("<3>", *files)
 
 
+@pytest.fixture
+def training_run(tmp_path):
+    run = tmp_path / "runs" / "stage"
+    (run / "grids" / "before").mkdir(parents=True)
+    for step, colour in ((100, "red"), (200, "blue")):
+        Image.new("RGB", (60, 40), colour).save(run / "grids" / f"step-{step:08d}.png")
+    rows = [f"{step},{2 / step},{'' if step % 2 else 3},0.1" for step in range(1, 5001)]
+    (run / "metrics.csv").write_text("\n".join(["step,train/loss,val/loss,lr", *rows]))
+    (tmp_path / "runs" / "evaluation").mkdir()
+    (tmp_path / "runs" / "evaluation" / "report.html").write_text('<p>Does it "keep" the subject?</p>')
+    return run
+
+
+def test_a_runs_folder_is_read_while_it_grows(training_run, tmp_path, capsys):
+    assert list(run_page.grids(training_run)) == [100, 200]
+    table = run_page.losses(training_run)
+    assert set(table["name"]) == {"train/loss", "val/loss"} and len(table) <= 2 * run_page.MOST_POINTS
+    curve = table[table["name"] == "train/loss"]
+    assert np.allclose(curve["loss"], 2 / curve["step"]) and curve["step"].max() > 4900
+    assert table[table["name"] == "val/loss"]["loss"].eq(3).all()
+    (training_run / "metrics.csv").unlink()
+    assert run_page.losses(training_run).empty
+    assert main(["app", "--run", str(tmp_path)]) == 2
+    assert "is no training run: it has neither metrics.csv nor grids" in capsys.readouterr().err
+    assert main(["app"]) == 2
+
+
+def resident():
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_twenty_requests_at_once_are_answered_in_order_with_bounded_memory(served, files, monkeypatch):
+    begun, drawing, together, original = [], [], [], app.draw
+
+    def draw(served, request, *arguments):
+        begun.append(request.seed)
+        drawing.append(request.seed)
+        together.append(len(drawing))
+        yield from original(served, request, *arguments)
+        drawing.remove(request.seed)
+
+    monkeypatch.setattr(app_page, "draw", draw)
+    _, address, _ = app_page.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    config = httpx.get(f"{address}config").json()
+    (run, *_) = [event for event in config["dependencies"] if event["api_name"] == "run"]
+    labels = {component["id"]: component["props"] for component in config["components"]}
+
+    def ask(seed, session):
+        values = [labels[id].get("value") for id in run["inputs"]]
+        for place, id in enumerate(run["inputs"]):
+            changed = {"prompt": f"a dog {seed}", "seed": seed}
+            values[place] = changed.get(labels[id].get("elem_id"), values[place])
+        asked = {"data": values, "fn_index": run["id"], "session_hash": session}
+        httpx.post(f"{address}gradio_api/queue/join", json=asked).raise_for_status()
+
+    def answers(session):
+        with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+            messages = [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line]
+        return [message["output"]["data"][1] for message in messages if message["msg"] == "process_completed"]
+
+    try:
+        ask(100, "first")  # for what libraries load once
+        answers("first")
+        before = resident()
+        for seed in range(20):
+            ask(seed, "others")
+        lines = answers("others")
+        assert begun[1:] == list(range(20)) and max(together) == 1
+        assert len(lines) == 20 and all(f"'a dog {seed}'" in line for seed, line in enumerate(lines))
+        assert resident() - before < 100_000_000
+    finally:
+        app_page.gr.close_all()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; Debian's package chromium has it")
-def test_in_a_browser(served, files, tmp_path):
-    """Typed, dropped, drawn beside another model, restored, refused; nothing is asked of another host, and a second
-    visitor sees nothing."""
+def test_in_a_browser(served, files, training_run, tmp_path):
+    """Typed, dropped, masked, drawn beside another model, restored, refused, served anew; nothing is asked of another
+    host, and a second visitor sees nothing of the first's."""
     served = replace(served, beside=[replace(served, arguments=["another"])])
     sync_api = pytest.importorskip("playwright.sync_api")
-    _, address, _ = app.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    running, address, _ = app_page.serve(served, "127.0.0.1", None, training_run, prevent_thread_lock=True, quiet=True)
+    foreign, visited = [], []
+
+    def visit(browser):
+        page = browser.new_page(viewport={"width": 1280, "height": 900})  # a context of its own
+        page.on("request", lambda request: (visited if "127.0.0.1" in request.url else foreign).append(request.url))
+        page.goto(address)
+        page.locator("#draw").wait_for()
+        return page
+
+    def put_in(page, number, file):
+        page.locator(f"#image-{number} input[type=file]").set_input_files(file)
+        page.locator(f"#image-{number} img").wait_for()
+
+    def draw(page, prompt, expected):
+        page.fill("#prompt textarea", prompt)
+        page.click("#draw")
+        page.wait_for_function(f"document.querySelector('#command textarea').value.includes('{expected}')")
+        page.wait_for_function("document.querySelectorAll('#pictures img[src*=image-0]').length == 2")
+
     try:
         with sync_api.sync_playwright() as browsers:
             browser = browsers.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-            page, foreign = browser.new_page(viewport={"width": 1280, "height": 900}), []
-            page.on("request", lambda request: foreign.append(request.url) if "127.0.0.1" not in request.url else None)
-            page.goto(address)
+            page = visit(browser)
             for number, file in enumerate(files[:2], 1):
-                page.locator(f"#image-{number} input[type=file]").set_input_files(file)
-                page.locator(f"#image-{number} img").wait_for()
+                put_in(page, number, file)
             page.fill("#prompt textarea", "a <1> in the suit of <2>")
             page.get_by_text("begins with 'a'").wait_for()
-            page.click("#draw")
-            page.wait_for_function("document.querySelector('#command textarea').value.includes('hero.png')")
-            page.wait_for_function("document.querySelectorAll('#pictures img[src*=image-0]').length == 2")
+            page.click("#mask-2")
+            page.wait_for_function("document.querySelector('#brush canvas')?.height == 512")
+            page.locator("#brush canvas").scroll_into_view_if_needed()
+            brush = page.locator("#brush canvas").bounding_box()
+            page.mouse.move(brush["x"] + brush["width"] / 4, brush["y"] + brush["height"] / 2)
+            page.mouse.down()
+            page.mouse.move(brush["x"] + brush["width"] / 2, brush["y"] + brush["height"] / 2, steps=3)
+            page.mouse.up()
+            page.locator("#masked-2 img").wait_for()
+            draw(page, "a <1> in the suit of <2>", "--image-masks - mask-")
             page.get_by_text("another", exact=True).first.wait_for()
-            source = page.locator("#pictures img").first.get_attribute("src")
+            pictures = [image.get_attribute("src") for image in page.locator("#pictures img").all()]
             picture = tmp_path / "drawn.png"
-            picture.write_bytes(page.request.get(source).body())
-            assert read_parameters(picture)["prompt"] == "a <i> in the suit of <i>"
+            picture.write_bytes(page.request.get(pictures[0]).body())
+            parameters = read_parameters(picture)
+            assert parameters["prompt"] == "a <i> in the suit of <i>" and parameters["image_masks"][0] is None
+
+            visited.clear()
+            other = visit(browser)
+            assert other.locator("#pictures img").count() == other.locator("#image-1 img").count() == 0
+            put_in(other, 1, files[1])
+            draw(other, "<1> at night", "at night")
+            assert not [url for url in visited if "dog.png" in url or url in pictures]
+            assert [image.get_attribute("src") for image in page.locator("#pictures img").all()] == pictures
+            other.close()
+
             page.fill("#prompt textarea", "")
             page.locator("#restore input[type=file]").set_input_files(picture)
             page.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('a <1>')")
             page.fill("#prompt textarea", "<4>")
             page.click("#draw")
             page.get_by_text("there is no image 4").first.wait_for()
-            other = browser.new_page()
-            other.goto(address)
-            other.locator("#draw").wait_for()
-            assert other.locator("#pictures img").count() == other.locator("#image-1 img").count() == 0
+            text, large = tmp_path / "text.png", tmp_path / "large.png"
+            text.write_text("not an image")
+            Image.new("1", (10_000, 5_000)).save(large)
+            for number, file, message in ((3, text, "'text.png' is no image"), (4, large, "has 10000×5000 pixels")):
+                put_in(page, number, file)
+                page.fill("#prompt textarea", f"<{number}>")
+                page.locator("#hints").get_by_text(message).wait_for()
+                page.click("#draw")
+                page.locator(".toast-body").get_by_text(message).first.wait_for()
+                page.get_by_label("Remove Image").last.click()
+
+            page.evaluate("window.opened = true")
+            running.get_blocks().server.force_exit = True  # as a process that ends, it waits for no open connection
+            app_page.gr.close_all()
+            page.get_by_text("Connection to the server was lost").wait_for()
+            port = int(address.split(":")[2].strip("/"))
+            app_page.serve(served, "127.0.0.1", port, training_run, prevent_thread_lock=True, quiet=True)
+            page.wait_for_function("!window.opened && document.querySelector('#draw')")  # it has loaded anew
+            page.goto(address)
+            put_in(page, 1, files[0])
+            draw(page, "<1> there", "dog.png")
+            page.get_by_role("tab", name="Run").click()
+            page.get_by_text("Step 200").wait_for()
+            page.get_by_label("range slider for Grid").press("ArrowLeft")
+            page.get_by_text("Step 100").wait_for()
+            page.locator("#losses canvas, #losses svg").first.wait_for()
+            page.get_by_role("button", name="Report of the evaluation").click()
+            page.frame_locator("#report iframe").get_by_text('Does it "keep" the subject?').wait_for()
             assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
             browser.close()
     finally:
-        app.gr.close_all()
+        app_page.gr.close_all()

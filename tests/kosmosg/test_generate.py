@@ -6,11 +6,20 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
 from PIL import Image
 
 from kosmosg.cli import main
 from kosmosg.generation import read_parameters
 from kosmosg.pipeline import KosmosGPipeline
+from kosmosg.sampling import build_scheduler
+from tests import tiny
 from tests.conftest import REPOSITORY
 
 
@@ -270,3 +279,68 @@ def test_one_side_leaves_the_other_to_the_model(model, tmp_path):
     assert generate(model, "a dog", "--width", "96", "--output", tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / "image-0.png") as image:
         assert image.size == (96, 64)
+
+
+@pytest.fixture
+def added(model, images):
+    pipe = KosmosGPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = {"conditioning_channels": 3, "conditioning_embedding_out_channels": (16, 32, 96)}
+    ControlNetModel.from_unet(pipe.unet, **sizes).save_pretrained(images / "other")
+    controlnet, lora = tiny.write_controlnet_and_lora(images, pipe.unet)
+    return pipe, ControlNetModel.from_pretrained(controlnet).eval(), lora
+
+
+def test_controlnet_initial_image_and_lora_are_drawn_as_the_pipeline_composes_them(model, images, added, capsys):
+    pipe, controlnet, lora = added
+    command = [model, "<i> in the snow", "--images", images / "dog.png", "--seed", "5"]
+    control = ["--controlnet", images / "controlnet", "--control-image", images / "hero.png", "--control-scale", "0.5"]
+    initial = ["--init-image", images / "hero.png", "--strength", "0.5", "--sampler", "ddim"]
+    embeddings = pipe.embeddings("<i> in the snow", [Image.open(images / "dog.png")])
+    hero = Image.new("RGB", (64, 64), "navy")
+    shared = {"num_inference_steps": 2, "guidance_scale": 6.0}
+    scheduler = build_scheduler("ddim", pipe.scheduler)
+    of_control = {"image": [hero], "controlnet_conditioning_scale": 0.5}
+    of_start = {"image": [hero], "strength": 0.5}
+    of_both = {**of_start, "control_image": [hero], "controlnet_conditioning_scale": 0.5}
+    cases = [
+        (control, StableDiffusionControlNetPipeline, {"controlnet": controlnet}, of_control),
+        (initial, StableDiffusionImg2ImgPipeline, {"scheduler": scheduler}, of_start),
+        (
+            [*control, *initial],
+            StableDiffusionControlNetImg2ImgPipeline,
+            {"scheduler": scheduler, "controlnet": controlnet},
+            of_both,
+        ),
+    ]
+    for number, (options, kind, parts, inputs) in enumerate(cases):
+        out = images / str(number)
+        assert generate(*command, *options, "--output", out) == 0
+        composed = pipe.compose(kind, **parts)
+        composed.set_progress_bar_config(disable=True)
+        expected = composed(**embeddings, **inputs, **shared, generator=torch.Generator().manual_seed(5)).images[0]
+        assert np.abs(pixels(out / "image-5.png").astype(int) - np.asarray(expected)).max() <= 1
+        parameters = read_parameters(out / "image-5.png")
+        assert ("controlnet" in parameters) == ("--controlnet" in options)
+        assert parameters.get("init_image", {"strength": 0.5})["strength"] == 0.5
+    assert generate(*command, "--lora", lora, "--lora-scales", "0.5", "--output", images / "lora") == 0
+    pipe.load_lora_weights(lora, adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    expected = pipe("<i> in the snow", [Image.open(images / "dog.png")], seeds=[5], num_inference_steps=2).images[0]
+    assert np.abs(pixels(images / "lora" / "image-5.png").astype(int) - np.asarray(expected)).max() <= 1
+    assert read_parameters(images / "lora" / "image-5.png")["loras"][0]["scale"] == 0.5
+    for wrong, message in (
+        (["--control-image", images / "hero.png"], "a control image needs --controlnet"),
+        (["--init-image", images / "hero.png", "--strength", "0.1"], "strength=0.1 of 2 steps is not one step"),
+        (["--init-image", images / "hero.png", "--strength", "1.5"], "strength=1.5 is not allowed"),
+        (["--init-image", images / "none.png"], "none.png"),
+        ([*control, "--controlnet", images / "other"], "reads images 4 times the latents' size; here: 8"),
+        (["--lora-scales", "1"], "1 --lora-scales for 0 files"),
+        (["--lora", images / "dog.png"], "--lora '"),
+    ):
+        assert generate(*command, *wrong, "--output", images / "none") == 2
+        assert message in capsys.readouterr().err
+    lines = [{"prompt": "<i>", "images": ["dog.png"]}, {"prompt": "a dog", "init_image": "hero.png", "strength": 1}]
+    manifest = ["--manifest", write_manifest(images, *lines), "--output", images / "lines"]
+    assert generate(model, *manifest) == 0
+    assert sorted(file.name for file in (images / "lines").iterdir()) == ["000001-0.png", "000002-0.png"]

@@ -110,6 +110,19 @@ def test_weights_of_the_command_line_are_drawn_kept_and_checked(
     assert main([*command, "--image-weights", "1"]) == 2  # another image is there
     assert main([*command, "--image-weights", "0.5", "1"]) == 2
     assert "2 image weights for 1 images" in capsys.readouterr().err
+    half = Image.new("L", RED.size)
+    half.paste(255, (0, 0, RED.width // 2, RED.height))
+    half.save(tmp_path / "half.png")
+    masked = [*command, "--image-masks", str(tmp_path / "half.png"), "--output", str(tmp_path / "masked")]
+    assert main(masked) == 0
+    file = tmp_path / "masked" / "image-0.png"
+    assert read_parameters(file)["image_masks"][0]["file"] == "half.png"
+    drawn = pipe("<i> in the snow", [RED], image_masks=[half], seeds=[0], num_inference_steps=2).images[0]
+    assert np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(drawn)).max() <= 1
+    assert main([*command, "--image-masks", str(tmp_path / "red.png"), str(tmp_path / "half.png")]) == 2
+    Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
+    assert main([*command, "--image-masks", str(tmp_path / "small.png")]) == 2
+    assert "red.png': the mask is (9, 9) pixels" in capsys.readouterr().err
     assert main([*command, "--lint"]) == 0
     lines = tmp_path / "prompts.jsonl"
     lines.write_text(json.dumps({"prompt": "a <i>", "images": ["red.png"], "image_weights": [0.5]}))

@@ -29,15 +29,17 @@ from datamodules.reader import SampleReader
 from datamodules.sample import CaptionSample
 from kosmosg.batches import MicroBatch, ReadReport
 from kosmosg.condition import Condition, ConditionSpec
+from kosmosg.config import load_config
 from kosmosg.image_processing import to_images
 from kosmosg.models.build import IMAGE_DECODERS, build_aligner, build_mllm, load_image_decoder
 from kosmosg.models.image_decoder import ImageDecoder, with_values
 from kosmosg.models.kosmosg import KosmosG
+from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import PromptShape, StageModule, fake_prompts
 from lightning_modules.instruction_tuning import InstructionTuningModule
 from tests import tiny
-from tests.lightning_modules.runs import back_to
-from tests.test_train import losses, run, weights
+from tests.lightning_modules.miniature import losses
+from tests.lightning_modules.runs import back_to, run, weights
 
 POOLED, CHANNELS, SIDE = 6, 2, 16
 SHIFT, SCALE = 0.1, 1.5
@@ -337,9 +339,6 @@ def test_it_trains_resumes_draws_and_dry_runs(
 def test_gradient_reaches_every_part_of_the_condition(
     extended: dict[str, Path], tiny_tokenizer: Path, flow_folder: Path
 ) -> None:
-    from kosmosg.config import load_config
-    from kosmosg.tokenizer import Tokenizer
-
     experiment = load_config([str(extended["flow"])], train.stage_schema)
     module = InstructionTuningModule.build(experiment, Tokenizer.from_pretrained(tiny_tokenizer)).train()
     frozen = {name: value.clone() for name, value in module.image_decoder.state_dict().items()}

@@ -1,9 +1,12 @@
 """Stage 3 of the recorded set: conditions, VAE moments, noise, the U-Net, the loss with recorded draws, gradients."""
 
+import pytest
 import torch
+from transformers import CLIPTextModel
 
 from kosmosg.conversion import our_name
 from kosmosg.losses import diffusion_loss
+from kosmosg.models.stable_diffusion import StableDiffusion
 from tests.parity.test_alignment import assert_gradients
 
 DROP_PROBABILITY = 0.1
@@ -31,7 +34,8 @@ def test_conditions(recording, final):
     recording.assert_activation(final.aligner(hidden, batch.padding).states, "stage3.interleaved.m_out")
     recording.assert_activation(final.mllm(final.mllm.unconditional_prompt()), "stage3.null_hidden")
     recording.assert_activation(final.model.null_condition().states, "stage3.null_m_out")
-    recording.assert_activation(condition_after_drop(recording, final).states, "stage3.condition_after_drop")
+    if not recording.reduced:
+        recording.assert_activation(condition_after_drop(recording, final).states, "stage3.condition_after_drop")
 
 
 @torch.no_grad()
@@ -73,9 +77,14 @@ def test_loss_and_gradients(recording, final, decoder):
     assert all(parameter.grad is None for parameter in decoder.parameters())
 
 
-def test_recorded_stable_diffusion_is_the_checkpoints(recording, final, decoder):
-    for part in ("unet", "vae"):
-        recorded, ours = final.converted.parts[part], getattr(decoder, part).state_dict()
-        assert set(recorded) == set(ours)
-        for name, tensor in recorded.items():
-            torch.testing.assert_close(tensor, ours[name], rtol=0, atol=0)
+def test_stable_diffusions_folder_is_the_checkpoints(recording, decoder):
+    """What a recorded folder holds in diffusers' and transformers' own files."""
+    if recording.reduced:
+        pytest.skip("the reduced set has these weights once")
+    theirs = StableDiffusion.from_pretrained(recording.stable_diffusion, "images")
+    text = CLIPTextModel.from_pretrained(recording.stable_diffusion, subfolder="text_encoder")
+    for ours, own in ((decoder.unet, theirs.unet), (decoder.vae, theirs.vae), (decoder.text_encoder, text)):
+        states = ours.state_dict(), own.state_dict()
+        assert set(states[0]) == set(states[1])
+        for name, tensor in states[0].items():
+            assert torch.equal(tensor, states[1][name]), name

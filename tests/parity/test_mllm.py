@@ -30,8 +30,8 @@ def test_image_tower(recording, stage1):
 
 
 def test_public_image_tower(recording, stage1):
-    public = torch.load(recording.folder / "model" / "vit_pretrained.pt", weights_only=True)
     fresh = recording.load("stage1").mllm.vision
+    public = torch.load(recording.folder / "model" / "vit_pretrained.pt", weights_only=True)
     fresh.clip.load_state_dict(convert_public_vision(public), strict=True)
     expected = recording.outputs["vit_pretrained.tokens"]
     with torch.no_grad():

@@ -16,6 +16,7 @@ from kosmosg.image_processing import ClipImageTransform, TargetTransform
 from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.prompt import PromptEncoder, parse_prompt
 from kosmosg.tokenizer import Tokenizer
+from tests.parity.conftest import Recording
 
 CLEANED = {
     "a ﬁeld of ﬂowers": "a field of flowers",
@@ -70,7 +71,8 @@ def public_clip_tokenizer(merges_file):
     return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges)
 
 
-def test_clip_ids(golden, decoder):
+def test_clip_ids(golden, recorded):
+    decoder = Recording(recorded).decoder()
     merges = golden.parent / "tokenizer" / "clip_bpe_simple_vocab_16e6.txt.gz"
     if not merges.is_file():
         pytest.skip(f"no CLIP merges at '{merges}'")
@@ -100,11 +102,12 @@ def test_prompts(golden, tokenizer):
             assert list(torch.stack(encoded.images).shape) == case["images_shape"], case["prompt"]
 
 
-def test_image_preprocessing(golden):
-    pixels = load_file(golden / "data" / "image_preprocess.safetensors")
+def test_image_preprocessing(recording):
+    folder = recording.folder
+    pixels = load_file(folder / "data" / "image_preprocess.safetensors")
     seen = set()
-    for number, case in enumerate(read(golden, "image_preprocess.json")):
-        image = Image.open(golden / "data" / case["file"])
+    for number, case in enumerate(read(folder, "image_preprocess.json")):
+        image = Image.open(folder / "data" / case["file"])
         understanding, target = ClipImageTransform()(image), TargetTransform()(image)
         for ours, recorded in ((understanding, case["gpt"]), (target, case["diff"])):
             assert list(ours.shape) == recorded["shape"]

@@ -1,20 +1,10 @@
-"""Tiny models in the real folder layouts. The language models are built to say one thing: each word calls the next.
+"""Tiny models in the real folder layouts. The language models are built to say one thing: each word calls the next."""
 
-    python -m tests.datamodules.curation.tiny_models runs/tiny-curation 1000
-
-writes them with so many images of 512 px and more (coloured noise), and a curation.yaml that takes them in the place of
-the paper's models: what the pipeline itself costs.
-"""
-
-import sys
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-import yaml
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -172,27 +162,3 @@ def teach(model: OPTForCausalLM, chain: list[str]) -> None:
     model.lm_head.weight.data.zero_()
     for word, following in pairwise(chain):
         model.lm_head.weight.data[WORDS.index(following), WORDS.index(word)] = 1.0
-
-
-def main(folder: Path, images: int) -> None:
-    """Write models, images and curation.yaml."""
-    stages = {
-        name: {"model": str(model), "dtype": "float32", "pool": {"actors": 1, "gpus": 0}}
-        for name, model in write_all(folder / "models").items()
-    }
-    stages["entities"]["chat_template"] = None
-    paper = Path(__file__).resolve().parents[3] / "configs" / "curation" / "open_images"
-    values = {"extends": [str(paper)], "output": str(folder / "set"), "device": "cpu", "ray": {"cpus": 6}, **stages}
-    # The tiny CLIPSeg's heat is random and around one half: all of it is one region.
-    values |= {"input": {"images": str(folder / "images")}, "crops": {"threshold": 0.05, "max_area": 1.0}}
-    (folder / "curation.yaml").write_text(yaml.safe_dump(values))
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(images):
-        noise = rng.integers(0, 256, (rng.integers(8, 64), rng.integers(8, 64), 3), np.uint8)
-        image = Image.fromarray(noise).resize(tuple(rng.integers(512, 1025, 2)), Image.Resampling.BICUBIC)
-        image.save(folder / "images" / f"{number:06d}.jpg", quality=90)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Small copies of the published layouts, written as their authors' code writes them."""
+"""Small copies of the published layouts, written as their authors' code writes them, and their conversion."""
 
 import base64
 import csv
@@ -7,8 +7,20 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from pkgutil import resolve_name
 
+import pyarrow
+import pyarrow.parquet
 from PIL import Image, ImageDraw
+from rich.console import Console
+
+from datamodules.checks.check import CheckConfig, check
+from datamodules.sample import Sample, decode
+from datamodules.shards import list_shards
+from datamodules.sources import CONVERTERS, conversion
+from datamodules.tar import read_shard
+from kosmosg.config import load_config
+from tests.datamodules.worlds import add
 
 SIDE = 64  # what the tiny model reads
 CAPTIONS = ("a red fish", "a small dog", "a green bird", "a cat")
@@ -28,12 +40,6 @@ def jpeg(number: int, width: int = SIDE, height: int = SIDE) -> bytes:
     return stream.getvalue()
 
 
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    tar.addfile(entry, io.BytesIO(content))
-
-
 def write(path: Path, content: bytes | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -44,11 +50,14 @@ def jsonl(rows: list) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def parquet(rows: list[dict], **options) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), stream, **options)
+    return stream.getvalue()
+
+
 def img2dataset(folder: Path, good: int = 12, failed: int = 3) -> Path:
     """`00000.tar`, `.parquet` and `_stats.json`; an image that failed is in the parquet alone."""
-    import pyarrow
-    import pyarrow.parquet
-
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     with tarfile.open(folder / "00000.tar", "w") as tar:
@@ -65,7 +74,7 @@ def img2dataset(folder: Path, good: int = 12, failed: int = 3) -> Path:
                 add(tar, f"{key}.txt", caption.encode())
                 add(tar, f"{key}.json", json.dumps(row, indent=4).encode())
             rows.append(row)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
+    write(folder / "00000.parquet", parquet(rows))
     write(folder / "00000_stats.json", json.dumps({"count": len(rows), "successes": good, "failed_to_download": 3}))
     return folder
 
@@ -107,12 +116,9 @@ def obelics_rows(documents: int = 6) -> list[dict]:
 
 def obelics(folder: Path, documents: int = 6) -> Path:
     """The documents as Parquet, the images as img2dataset fetched them: tars whose json tells the URL."""
-    import pyarrow
-    import pyarrow.parquet
-
     folder.mkdir(parents=True, exist_ok=True)
     rows = obelics_rows(documents)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=2)
+    write(folder / "train-00000.parquet", parquet(rows, row_group_size=2))
     with tarfile.open(folder / "00000.tar", "w") as tar:
         urls = [url for row in rows for url in row["images"] if url]
         for i, url in enumerate(urls):
@@ -206,3 +212,31 @@ def tsv(file: Path, kind: str, count: int = 6) -> Path:
         "laion": lambda i: [f"id{i}", CAPTIONS[i % 4], encoded(i), "512", "400", "end"],
     }
     return write(file, "".join("\t".join(makers[kind](i)) + "\n" for i in range(count)))
+
+
+QUIET = Console(quiet=True)
+
+
+def convert(layout: str, source: Path, output: Path, *settings: str) -> conversion.Conversion:
+    kind = resolve_name(CONVERTERS[layout])
+    store = [f"store={source}/images"] if (source / "images").is_dir() else []
+    config = load_config(["processes=1", *store, *settings], kind.schema)
+    return conversion.convert(layout, kind(source, config), output, QUIET)
+
+
+def samples(folder: Path) -> list[Sample]:
+    return [decode(members, name, key) for name, key, members in stored(folder)]
+
+
+def stored(folder: Path) -> list[tuple[str, str, dict[str, bytes]]]:
+    """Shard, key and members of every sample."""
+    shards = list_shards(str(folder / "train-*.tar"))
+    found = [(path.name, *read) for path in shards.paths for read in read_shard(path)]
+    assert len(found) == len(shards)
+    return found
+
+
+def checked(folder: Path, **options) -> dict:
+    found = check(str(folder / "train-*.tar"), CheckConfig(processes=1, **options)).record()
+    assert found["samples"] == found["good"] + sum(found["dropped"].values())
+    return found

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import multiprocessing
@@ -10,49 +11,18 @@ import signal
 import zipfile
 from collections import Counter
 from pathlib import Path
-from pkgutil import resolve_name
 
+import pyarrow
 import pytest
-from rich.console import Console
 
 from datamodules.checks.check import CheckConfig, check
 from datamodules.errors import DataError
 from datamodules.images import load
-from datamodules.sample import Sample, decode
 from datamodules.shard_writer import ShardWriter
-from datamodules.shards import list_shards
-from datamodules.sources import CONVERTERS, conversion
-from datamodules.tar import read_shard
-from kosmosg.config import ConfigError, load_config
+from datamodules.sources import conversion
+from kosmosg.config import ConfigError
 from tests.datamodules.sources import published
-
-QUIET = Console(quiet=True)
-
-
-def convert(layout: str, source: Path, output: Path, *settings: str) -> conversion.Conversion:
-    kind = resolve_name(CONVERTERS[layout])
-    store = [f"store={source}/images"] if (source / "images").is_dir() else []
-    config = load_config(["processes=1", *store, *settings], kind.schema)
-    return conversion.convert(layout, kind(source, config), output, QUIET)
-
-
-def samples(folder: Path) -> list[Sample]:
-    return [decode(members, name, key) for name, key, members in stored(folder)]
-
-
-def stored(folder: Path) -> list[tuple[str, str, dict[str, bytes]]]:
-    """Shard, key and members of every sample."""
-    shards = list_shards(str(folder / "train-*.tar"))
-    found = [(path.name, *read) for path in shards.paths for read in read_shard(path)]
-    assert len(found) == len(shards)
-    return found
-
-
-def checked(folder: Path, **options) -> dict:
-    found = check(str(folder / "train-*.tar"), CheckConfig(processes=1, **options)).record()
-    assert found["samples"] == found["good"] + sum(found["dropped"].values())
-    return found
-
+from tests.datamodules.sources.published import checked, convert, samples, stored
 
 LAYOUT_CASES = {
     "mmc4": (published.mmc4, "mmc4", (), "interleaved", 6),
@@ -134,12 +104,10 @@ def test_instructpix2pix_without_its_list_and_in_splits(tmp_path: Path) -> None:
 
 
 def test_instructpix2pix_as_the_hub_has_it(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = {"bytes": published.jpeg(0), "path": None}
     row = {"original_prompt": "a fish", "original_image": image, "edit_prompt": "make it night", "edited_image": image}
     rows = [row, row | {"original_prompt": None}, row | {"edit_prompt": ""}, row | {"edited_image": None}]
-    (tmp_path / "in").mkdir()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in/train-00000.parquet")
+    published.write(tmp_path / "in/train-00000.parquet", published.parquet(rows))
     done = convert("instructpix2pix", tmp_path / "in", tmp_path / "out")
     assert [sample.caption for sample in samples(tmp_path / "out")] == ["a fish", ""]
     assert done.dropped == {"empty_text": 1, "missing_image": 1}
@@ -155,56 +123,40 @@ def test_open_images_are_turned_and_carry_their_licence(tmp_path: Path) -> None:
 
 
 TEXTS = ["A fish. It swims.", "The dog sleeps!\nIt dreams.", "Look, a boat."]
+LINES = published.jsonl([{"content": text, "id": i} for i, text in enumerate(TEXTS)]).encode()
+TABLE = json.dumps([{"content": text} for text in TEXTS], indent=1).encode()
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst", ".zip"])
-def test_compressed_text(suffix: str, tmp_path: Path) -> None:
-    lines = published.jsonl([{"text": text} for text in TEXTS]).encode()
-    file = tmp_path / f"c4.jsonl{suffix}"
-    if suffix == ".zst":
-        pyarrow = pytest.importorskip("pyarrow")
-        with pyarrow.output_stream(str(file), compression="zstd") as stream:
-            stream.write(lines)
-    elif suffix == ".zip":
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("../../c4.jsonl", lines)
-    else:
-        packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-        file.write_bytes(packers[suffix](lines))
-    convert("text", file, tmp_path / "out")
-    assert [sample.text for sample in samples(tmp_path / "out")] == TEXTS
+def zipped(name: str, content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(name, content)
+    return stream.getvalue()
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.parquet", "lines.json"])
-def test_tables_of_text(name: str, tmp_path: Path) -> None:
-    rows = [{"content": text, "id": i} for i, text in enumerate(TEXTS)]
-    if name.endswith("parquet"):
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(
-            pyarrow.Table.from_pylist(rows), tmp_path / name, row_group_size=2
-        )
-    elif name == "lines.json":
-        published.write(tmp_path / name, published.jsonl(rows))
-    else:
-        content = json.dumps(rows, indent=1).encode()
-        published.write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
-    convert("text", tmp_path / name, tmp_path / "out", "column=content")
-    assert [sample.text for sample in samples(tmp_path / "out")] == TEXTS
+def test_text_in_every_form(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    forms = {
+        "a.jsonl": LINES, "lines.json": LINES, "a.json": TABLE, "a.json.gz": gzip.compress(TABLE),
+        "a.jsonl.gz": gzip.compress(LINES), "a.jsonl.bz2": bz2.compress(LINES), "a.jsonl.xz": lzma.compress(LINES),
+        "a.jsonl.zst": pyarrow.compress(LINES, "zstd", asbytes=True), "a.jsonl.zip": zipped("../../c4.jsonl", LINES),
+        "a.parquet": published.parquet([{"content": text} for text in TEXTS], row_group_size=2),
+    }  # fmt: skip
+    for name, content in forms.items():
+        with subtests.test(name):
+            convert("text", published.write(tmp_path / name, content), tmp_path / "out" / name, "column=content")
+            assert [sample.text for sample in samples(tmp_path / "out" / name)] == TEXTS
 
 
-@pytest.mark.parametrize(
-    "documents, expected",
-    [
+def test_plain_text_is_divided_into_documents_as_asked(tmp_path: Path) -> None:
+    published.write(tmp_path / "in/a.txt", "One.\nTwo.\n\nThree.\n\n")
+    published.write(tmp_path / "in/b/c.txt", "\r\nFour.\r\n")
+    for documents, expected in (
         ("file", ["One.\nTwo.\n\nThree.", "Four."]),
         ("paragraph", ["One.\nTwo.", "Three.", "Four."]),
         ("line", ["One.", "Two.", "Three.", "Four."]),
-    ],
-)
-def test_plain_text(documents: str, expected: list[str], tmp_path: Path) -> None:
-    published.write(tmp_path / "in/a.txt", "One.\nTwo.\n\n\nThree.\n\n".replace("\n\n\n", "\n\n"))
-    published.write(tmp_path / "in/b/c.txt", "\r\nFour.\r\n")
-    convert("text", tmp_path / "in", tmp_path / "out", f"documents={documents}")
-    assert [sample.text for sample in samples(tmp_path / "out")] == expected
+    ):
+        convert("text", tmp_path / "in", tmp_path / documents, f"documents={documents}")
+        assert [sample.text for sample in samples(tmp_path / documents)] == expected
 
 
 def test_long_documents_are_divided_where_it_hurts_least(tmp_path: Path) -> None:
@@ -253,12 +205,7 @@ def killed_at(place: str, count: int, *arguments: str | Path) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(
-    "place, count",
-    [*(("write", n) for n in (0, 1, 2, 5, 6, 9)), *(("progress", n) for n in (0, 1, 3, 4, 6))],
-    ids=lambda value: str(value),
-)
-def test_a_killed_conversion_continues_to_the_same_bytes(place: str, count: int, tmp_path: Path) -> None:
+def test_a_killed_conversion_continues_to_the_same_bytes(tmp_path: Path, subtests: pytest.Subtests) -> None:
     rows = [{"text": f"Fish {i}. " * (1 + i % 4)} if i % 5 else {"text": None} for i in range(12)]
     rows[9] = {"text": "A long document. " * 20}  # four samples, so that a shard ends inside a record
     published.write(tmp_path / "in/a.jsonl", published.jsonl(rows[:7]))
@@ -267,25 +214,28 @@ def test_a_killed_conversion_continues_to_the_same_bytes(place: str, count: int,
     whole = convert("text", tmp_path / "in", tmp_path / "whole", *settings)
     assert (whole.samples, len(whole.shards), whole.dropped, whole.filtered) == (
         10, 5, {"invalid_field": 3}, {"text_too_short": 2})  # fmt: skip
-    killed_at(place, count, "text", tmp_path / "in", tmp_path / "cut", *settings)
-    assert convert("text", tmp_path / "in", tmp_path / "cut", *settings) == whole
-    for path in (path for path in (tmp_path / "whole").iterdir() if path.name != ".lock"):
-        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert not list((tmp_path / "cut").glob("*.partial"))
-    assert convert("text", tmp_path / "in", tmp_path / "cut", *settings) == whole
+    kills = {"write": (0, 1, 2, 5, 6, 9), "progress": (0, 1, 3, 4, 6)}
+    for place, count in ((place, count) for place, counts in kills.items() for count in counts):
+        with subtests.test(f"{place} {count}"):
+            cut = tmp_path / f"{place}-{count}"
+            killed_at(place, count, "text", tmp_path / "in", cut, *settings)
+            assert convert("text", tmp_path / "in", cut, *settings) == whole
+            for path in (path for path in (tmp_path / "whole").iterdir() if path.name != ".lock"):
+                assert (cut / path.name).read_bytes() == path.read_bytes(), path.name
+            assert not list(cut.glob("*.partial"))
+            assert convert("text", tmp_path / "in", cut, *settings) == whole
 
 
 def test_progress_is_not_written_after_each_of_many_shards(tmp_path: Path) -> None:
-    source = published.write(tmp_path / "a.jsonl", published.jsonl([{"text": f"Fish {i}."} for i in range(300)]))
+    source = published.write(tmp_path / "a.jsonl", published.jsonl([{"text": f"Fish {i}."} for i in range(122)]))
     whole = convert("text", source, tmp_path / "whole", "samples_per_shard=1")
-    killed_at("write", 298, "text", source, tmp_path / "cut", "samples_per_shard=1")
+    killed_at("write", 119, "text", source, tmp_path / "cut", "samples_per_shard=1")
     saved = json.loads((tmp_path / "cut/train.conversion.json").read_text())
-    assert 290 <= len(saved["shards"]) < len(list((tmp_path / "cut").glob("*.tar"))) == 298
+    assert 110 <= len(saved["shards"]) < len(list((tmp_path / "cut").glob("*.tar"))) == 119
     assert convert("text", source, tmp_path / "cut", "samples_per_shard=1") == whole
 
 
-@pytest.mark.slow
-def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path, forked: None) -> None:
     source = published.instructpix2pix(tmp_path / "in", 40)
     one = convert("instructpix2pix", source, tmp_path / "one", "samples_per_shard=7")
     two = convert("instructpix2pix", source, tmp_path / "two", "samples_per_shard=7", "processes=2")
@@ -343,13 +293,16 @@ def test_reasons_are_exactly_what_was_injected(tmp_path: Path) -> None:
     assert done.samples == len(lines) + 1 == checked(tmp_path / "out")["good"]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zip", ".parquet"])
-def test_a_damaged_file_loses_what_is_damaged_alone(suffix: str, tmp_path: Path) -> None:
+def test_a_damaged_file_loses_what_is_damaged_alone(tmp_path: Path, subtests: pytest.Subtests) -> None:
     content = published.jsonl([{"text": f"Fish {i}."} for i in range(2000)]).encode()
-    whole = {".gz": gzip.compress, ".xz": lzma.compress}.get(suffix, lambda _: b"PK\x03\x04 not one")(content)
-    cut = whole[: -len(whole) // 4] if suffix in (".gz", ".xz") else whole
-    published.write(tmp_path / "in" / ("a.jsonl" + suffix if suffix != ".parquet" else "a.parquet"), cut)
-    published.write(tmp_path / "in/b.jsonl", published.jsonl([{"text": "whole"}]))
-    done = convert("text", tmp_path / "in", tmp_path / "out")
-    assert done.dropped == {"damaged_file": 1}
-    assert samples(tmp_path / "out")[-1].text == "whole" and (done.samples > 100) == (suffix in (".gz", ".xz"))
+    files = {"a.jsonl.gz": gzip.compress(content), "a.jsonl.xz": lzma.compress(content)}
+    files |= {"a.jsonl.zip": b"PK\x03\x04 not one", "a.parquet": b"PAR1 not one"}
+    for name, whole in files.items():
+        with subtests.test(name):
+            compressed = name.endswith(("gz", "xz"))
+            source = tmp_path / name.replace(".", "-")
+            published.write(source / name, whole[: -len(whole) // 4] if compressed else whole)
+            published.write(source / "b.jsonl", published.jsonl([{"text": "whole"}]))
+            done = convert("text", source, source / "out")
+            assert done.dropped == {"damaged_file": 1}
+            assert samples(source / "out")[-1].text == "whole" and (done.samples > 100) == compressed

@@ -12,19 +12,11 @@ from PIL import Image
 
 from datamodules.checks.sheet import parts_of
 from datamodules.images import load
-from datamodules.sample import InstructionSample, decode
 from kosmosg.config import ConfigError
 from tests.datamodules.sources import published
-from tests.datamodules.sources.test_conversion import checked, convert, samples
+from tests.datamodules.sources.published import checked, convert, samples
 
 COLOURS = [published.picture(number).getpixel((1, 1)) for number in range(6)]
-
-
-def parquet(file: Path, rows: list[dict]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
-    return file
 
 
 def hub(number: int) -> dict:
@@ -43,7 +35,7 @@ def nearest(colour: Any) -> int:
 
 def metaquery_instruct(folder: Path) -> list[str]:
     rows = [{"source_images": [hub(0), hub(1)], "prompt": "Both at sea", "target_image": hub(2)}]
-    parquet(folder / "train-00000.parquet", rows)
+    published.write(folder / "train-00000.parquet", published.parquet(rows))
     return []
 
 
@@ -54,7 +46,8 @@ def subjects_200k(folder: Path) -> list[str]:
     stream = io.BytesIO()
     pair.save(stream, "PNG")
     description = {"item": "a fish", "description_0": "left", "description_1": "at sea"}
-    parquet(folder / "a.parquet", [{"image": {"bytes": stream.getvalue(), "path": None}, "description": description}])
+    rows = [{"image": {"bytes": stream.getvalue(), "path": None}, "description": description}]
+    published.write(folder / "a.parquet", published.parquet(rows))
     return ["inputs=[image]", "prompt=description.description_1", "target_half=right", "half_margin=8"]
 
 
@@ -103,33 +96,37 @@ def test_public_sets_fit(write, tmp_path: Path) -> None:
     assert len(parts_of(sample)) == len(SETS[write])
 
 
-@pytest.mark.parametrize(
-    "prompt, placeholder, expected",
-    [
-        ("a <image> at sea", None, [0, 1, "a <image> at sea", 2]),
-        ("a <image> and <image>at sea", "<image>", ["a", 0, "and", 1, "at sea", 2]),
-        ("a <image> at sea", "<image>", [1, "a", 0, "at sea", 2]),
-        ("<img2> on <img1>, as <img2>", r"<img(\d+)>", [1, "on", 0, ", as", 1, 2]),
-        ("[image 1] at sea", r"\[image (\d+)\]", [1, 0, "at sea", 2]),
-        ("</s> <image> <i>", "<nothing>", [0, 1, "</s> <image> <i>", 2]),
-        ("a <image><image><image>", "<image>", "invalid_placeholder"),
-        ("a <img3> at sea", r"<img(\d+)>", "invalid_placeholder"),
-        ("a <img0> at sea", r"<img(\d+)>", "invalid_placeholder"),
-        (f"a <img{'9' * 5000}> at sea", r"<img(\d+)>", "invalid_placeholder"),
-        ("  ", None, "empty_text"),
-        ("<image> <image>", "<image>", "empty_text"),
-    ],
-)
-def test_images_take_the_places_of_placeholders(prompt: str, placeholder: str | None, expected, tmp_path: Path) -> None:
+PLACEHOLDERS = [
+    ("a <image> at sea", None, [0, 1, "a <image> at sea", 2]),
+    ("a <image> and <image>at sea", "<image>", ["a", 0, "and", 1, "at sea", 2]),
+    ("a <image> at sea", "<image>", [1, "a", 0, "at sea", 2]),
+    ("<img2> on <img1>, as <img2>", r"<img(\d+)>", [1, "on", 0, ", as", 1, 2]),
+    ("[image 1] at sea", r"\[image (\d+)\]", [1, 0, "at sea", 2]),
+    ("</s> <image> <i>", "<nothing>", [0, 1, "</s> <image> <i>", 2]),
+    ("a <image><image><image>", "<image>", "invalid_placeholder"),
+    ("a <img3> at sea", r"<img(\d+)>", "invalid_placeholder"),
+    ("a <img0> at sea", r"<img(\d+)>", "invalid_placeholder"),
+    (f"a <img{'9' * 5000}> at sea", r"<img(\d+)>", "invalid_placeholder"),
+    ("  ", None, "empty_text"),
+    ("<image> <image>", "<image>", "empty_text"),
+]
+
+
+def test_images_take_the_places_of_placeholders(tmp_path: Path, subtests: pytest.Subtests) -> None:
     row = {"source_images": ["0.jpg", "1.jpg"], "target_image": "2.jpg"}
-    published.write(tmp_path / "in/a.jsonl", published.jsonl([row | {"prompt": prompt}, row | {"prompt": "good"}]))
     for number in range(3):
         published.write(tmp_path / f"in/{number}.jpg", published.jpeg(number))
-    done = convert("instructions", tmp_path / "in", tmp_path / "out", f"placeholder={placeholder or 'null'}")
-    if isinstance(expected, str):
-        assert done.dropped == {expected: 1} and done.samples == 1
-    else:
-        assert shown(samples(tmp_path / "out")[0]) == expected
+    for number, (prompt, placeholder, expected) in enumerate(PLACEHOLDERS):
+        with subtests.test(prompt[:40]):
+            published.write(
+                tmp_path / "in/a.jsonl", published.jsonl([row | {"prompt": prompt}, row | {"prompt": "good"}])
+            )
+            output = tmp_path / "out" / str(number)
+            done = convert("instructions", tmp_path / "in", output, f"placeholder={placeholder or 'null'}")
+            if isinstance(expected, str):
+                assert done.dropped == {expected: 1} and done.samples == 1
+            else:
+                assert shown(samples(output)[0]) == expected
 
 
 def test_a_row_that_misses_an_image_or_a_column_is_dropped(tmp_path: Path) -> None:
@@ -155,13 +152,3 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=message):
             convert("instructions", tmp_path, tmp_path / "out", setting)
-
-
-def test_the_schema_needs_a_text_and_a_target() -> None:
-    members = InstructionSample(["a", published.picture(0)], published.picture(1)).encode()
-    assert decode(members, "s", "k").encode() == members
-    for missing, reason in {"target.png": "missing_member", "0.png": "missing_member"}.items():
-        with pytest.raises(Exception, match=reason):
-            decode({name: content for name, content in members.items() if name != missing}, "s", "k")
-    with pytest.raises(Exception, match="empty_text"):
-        decode(InstructionSample([published.picture(0)], published.picture(1)).encode(), "s", "k")

@@ -1,4 +1,4 @@
-"""Toyland on disk: the same bytes whoever draws it, resumed part by part, and read by the ordinary DataModules."""
+"""Toyland on disk: the same bytes whoever draws it, resumed part by part, and read by the evaluation."""
 
 import fcntl
 import hashlib
@@ -18,26 +18,19 @@ import pytest
 from PIL import Image
 
 from datamodules import sample as schema
-from datamodules.alignment import AlignmentData, AlignmentDataConfig
-from datamodules.data_config import Source
 from datamodules.errors import DataError
 from datamodules.images import load
-from datamodules.instruction import InstructionData, InstructionDataConfig
-from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
 from datamodules.shards import list_shards
 from datamodules.tar import read_shard
 from datamodules.toyland import data_sets
 from datamodules.toyland.__main__ import main
 from datamodules.toyland.config import Captions
 from datamodules.toyland.pretrained.data import LABELS, LOOKS
-from datamodules.toyland.scene import SIZE
 from evaluation.config import EvaluationConfig
 from evaluation.protocols.coco import Coco
 from evaluation.protocols.dreambench import DreamBench
 from kosmosg.config import load_config
-from kosmosg.image_processing import TargetTransform
 from tests.conftest import REPOSITORY
-from tests.datamodules import worlds
 
 SHORT = str(REPOSITORY / "configs" / "toyland" / "data_short.yaml")
 SMALL = [
@@ -99,26 +92,28 @@ def test_an_interrupted_part_is_drawn_again_and_finished_ones_are_kept(world, tm
     assert (folder / "shards" / "constructed" / data_sets.RECORD).stat().st_mtime_ns == kept
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
+def test_what_was_built_from_something_else_is_refused_and_left_alone(world, tmp_path, capsys, monkeypatch):
+    before = digests(world)
+    for change, told in (
         ("seed=1", "seed was 0 and is now 1"),
         ("coco.images=8", "coco.images was 6 and is now 8"),
         ("samples_per_shard=7", "samples_per_shard was 50 and is now 7"),
-    ],
-)
-def test_another_configuration_does_not_pass_for_this_one(world, capsys, change, told):
-    before = digests(world)
-    assert build(world, change) == 2
-    message = capsys.readouterr().err
-    assert told in message and "make clean-toyland" in message
-    assert digests(world) == before
-
-
-def test_another_world_does_not_pass_for_this_one(world, capsys, monkeypatch):
-    monkeypatch.setattr(data_sets, "world_hash", lambda: "other")
-    assert build(world) == 2
-    assert "and is now 'other'" in capsys.readouterr().err
+    ):
+        assert build(world, change) == 2
+        message = capsys.readouterr().err
+        assert told in message and "make clean-toyland" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(data_sets, "world_hash", lambda: "other")
+        assert build(world) == 2
+    assert "and is now 'other'" in capsys.readouterr().err and digests(world) == before
+    (tmp_path / "coco" / "val2014").mkdir(parents=True)
+    assert build(tmp_path) == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"coco", ".lock"}
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert build(tmp_path) == 2
+    assert "another process is writing" in capsys.readouterr().err
 
 
 def test_the_hash_of_the_world_is_of_every_file_that_draws(tmp_path, monkeypatch):
@@ -136,21 +131,10 @@ def test_the_hash_of_the_world_is_of_every_file_that_draws(tmp_path, monkeypatch
     assert data_sets.world_hash() != before
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
-    (tmp_path / "coco" / "val2014").mkdir(parents=True)
-    assert build(tmp_path) == 2
-    assert "was not written by this command" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"coco", ".lock"}
-
-
-def test_two_builders_do_not_meet(tmp_path, capsys):
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert build(tmp_path) == 2
-    assert "another process is writing" in capsys.readouterr().err
-
-
-def test_every_sample_decodes_with_its_images(world):
+def test_every_sample_decodes_with_its_images_and_says_what_it_was_built_from(world):
+    records = {path.parent.name: json.loads(path.read_text()) for path in world.rglob(data_sets.RECORD)}
+    assert set(records) == {*COUNTS, "dreambench", "coco"} and records["constructed"]["constructed.other_render"] == 0.5
+    assert {record["world"] for record in records.values()} == {data_sets.world_hash()}
     for part, count in COUNTS.items():
         kind = {"captions": "caption"}.get(part, part)
         for split, samples in (("train", count), ("val", 2)):
@@ -163,37 +147,6 @@ def test_every_sample_decodes_with_its_images(world):
                 ]
                 assert [load(image).size for image in images] == [(32, 32)] * len(images)
                 assert bool(images) == (kind != "text") and decoded.key == key
-
-
-def test_the_three_datamodules_read_it(world, tiny_tokenizer):
-    def source(part: str, weight: float) -> Source:
-        return Source(str(world / "shards" / part / "train-*.tar"), weight)
-
-    encoder, captions = worlds.encoder(tiny_tokenizer), source("captions", 1)
-    stages = [
-        LanguageModellingData(
-            LanguageModellingDataConfig(
-                text=source("text", 5), captions=source("captions", 5), interleaved=source("interleaved", 2),
-                sequence_length=96,
-            ),
-            encoder,
-        ),
-        AlignmentData(AlignmentDataConfig(captions=captions, max_pieces=500), encoder, worlds.clip()),
-        InstructionData(
-            InstructionDataConfig(
-                constructed=source("constructed", 2), edit=source("edit", 2), captions=captions, min_image_side=0
-            ),
-            encoder,
-            TargetTransform(SIZE),
-        ),
-    ]  # fmt: skip
-    for stage in stages:
-        stage.setup()
-        stage.measure()
-        batch = stage.train_dataset[range(24)]
-        assert len(batch) == 24 and not batch.report.errors
-        assert (batch.prompt.images is None) == isinstance(stage, AlignmentData)
-    assert batch.targets.shape == (24, 3, SIZE, SIZE) and len(set(batch.report.sources)) == 3
 
 
 def test_the_evaluation_reads_it(world):
@@ -213,21 +166,13 @@ def test_the_evaluation_reads_it(world):
         assert len({np.asarray(Image.open(image)).tobytes() for image in (*images, *others)}) == 4 + 7
         assert dreambench.subjects[name].labels.keys() == {"kind", "colour", "pattern"}
     for prompts in dreambench.protocol.prompts.values():
-        assert {group for labels in prompts.labels for group in labels} - {"colour"} == set(LABELS) - {
-            *list(LABELS)[:LOOKS]
-        }
+        groups = {group for labels in prompts.labels for group in labels} - {"colour"}
+        assert groups == set(list(LABELS)[LOOKS:])
         known = [name in LABELS[group] for labels in prompts.labels for group, name in labels.items()]
         assert len(prompts.labels) == 25 and all(known)
     coco = Coco(config.coco, world / "coco")
     assert len(coco.requests()) == len(coco.references()) == len(coco.held_out_images()) == 3
     assert not {image.file for image in coco.held_out_images()} & set(coco.references())
-
-
-def test_what_it_is_built_from_is_told_in_every_part(world):
-    records = {path.parent.name: json.loads(path.read_text()) for path in world.rglob(data_sets.RECORD)}
-    assert set(records) == {*COUNTS, "dreambench", "coco"}
-    assert records["constructed"]["constructed.other_render"] == 0.5
-    assert {record["world"] for record in records.values()} == {data_sets.world_hash()}
 
 
 def group_lives(group: int) -> bool:
@@ -239,7 +184,7 @@ def group_lives(group: int) -> bool:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path):
+def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path, forked):
     folder, more = tmp_path / "toyland", "edit.train=3000"  # long enough to be met at work
     command = [sys.executable, "-m", "datamodules.toyland", *SMALL, f"output={folder}", "processes=2", more]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)

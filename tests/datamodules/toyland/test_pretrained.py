@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification,
 import datamodules.toyland
 from datamodules.toyland.pretrained import report
 from datamodules.toyland.pretrained.__main__ import WEIGHTS, main
-from datamodules.toyland.pretrained.data import draw_pool, sentences
+from datamodules.toyland.pretrained.data import draw_pool
 from datamodules.toyland.pretrained.encoders import normalized
 from datamodules.toyland.pretrained.stable_diffusion import build_autoencoder, train_decoder
 from datamodules.toyland.pretrained.training import fit
@@ -94,7 +94,7 @@ def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
     capsys.readouterr()
     main(command)
     assert capsys.readouterr().out == ""
-    report.main([f"output={tmp_path / 'weights'}", f"work={tmp_path / 'work'}", "scenes=32"])
+    report.main([f"output={tmp_path / 'weights'}", f"work={tmp_path / 'work'}", "scenes=16"])
     found, shipped = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "weights", WEIGHTS))
     assert found.keys() == shipped.keys() and found["clip"].keys() == shipped["clip"].keys()
     assert all(figure == figure for network in ("clip", "judge", "vae") for figure in found[network].values())
@@ -108,11 +108,6 @@ def test_probes_tell_where_a_look_is_lost(tmp_path, capsys):
     found = {(place.strip(), group.strip()): float(figure) for place, group, figure in lines}
     assert {place for place, _ in found} == {"vision encoder", "resampler", "MLLM's image tokens", "M"}
     assert all(found[place, "kind"] > 0.5 for place in ("vision encoder", "M"))  # chance is 0.06
-
-
-def test_the_words_cover_every_kind_of_data():
-    lines = " ".join(sentences(40, seed=1))
-    assert "Look at this" in lines and "," in lines and "wearing" in lines
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):

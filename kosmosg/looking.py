@@ -1,0 +1,122 @@
+"""Networks of transformers that look at images: a CLIPSeg that finds what words name, CLIP and DINO that compare.
+
+Shapes: `N` images or texts, `F` features.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPSegForImageSegmentation,
+    CLIPTokenizer,
+    ViTModel,
+)
+
+from kosmosg.models.storage import load_network
+
+Preprocess = Callable[[list[Image.Image]], Tensor]
+FOUND = 0.5  # probability from which a pixel belongs to the subject
+
+
+class Segmenter:
+    """A CLIPSeg, `CIDAS/clipseg-rd64-refined` or one in a folder.
+
+    Raises:
+        ValueError: weights of another network.
+    """
+
+    def __init__(self, source: str | Path, device: str = "cpu"):
+        self.model: Any = load_network(CLIPSegForImageSegmentation, source).eval()
+        self.model.to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, words: str) -> Image.Image:
+        """White where `words` are seen, of the image's size, mode L; black throughout where they are not."""
+        length = self.model.config.text_config.max_position_embeddings
+        text = self.tokenizer([words], truncation=True, max_length=length, return_tensors="pt")
+        pixels = self.processor(image, return_tensors="pt")
+        logits = self.model(**text.to(self.model.device), **pixels.to(self.model.device)).logits.float()
+        heat = Image.fromarray((logits.reshape(logits.shape[-2:]).sigmoid() * 255).round().byte().cpu().numpy())
+        # The processor squeezes an image to S×S, so stretching is the way back.
+        return heat.resize(image.size, Image.Resampling.BILINEAR).point([255 * (v > 255 * FOUND) for v in range(256)])
+
+
+def own_preprocessing(source: str | Path) -> Preprocess:
+    """PIL images → N×3×S×S as the network's folder states, by Pillow's arithmetic."""
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+    return lambda images: processor(images, return_tensors="pt")["pixel_values"]
+
+
+class CLIPEncoder:
+    """Projected image and text embeddings of a CLIP.
+
+    Args:
+        preprocess: PIL images → N×3×S×S; the folder's own if not given.
+
+    Raises:
+        ValueError: weights of another network.
+    """
+
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu", preprocess: Preprocess | None = None):
+        self.model: Any = load_network(CLIPModel, source, dtype=torch.float32).eval().requires_grad_(False)
+        self.model.to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(source)
+        self.preprocess = preprocess or own_preprocessing(source)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model.get_image_features(pixel_values=self.preprocess(images).to(self.device)).pooler_output.cpu()
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> Tensor:
+        """N texts, cut at the model's length → N×F."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
+
+
+class DinoEncoder:
+    """The CLS output of a DINO ViT's last layer. Arguments as `CLIPEncoder`."""
+
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu", preprocess: Preprocess | None = None):
+        options = {"add_pooling_layer": False, "dtype": torch.float32}
+        self.model: Any = load_network(ViTModel, source, **options).eval().requires_grad_(False)
+        self.model.to(device)
+        self.preprocess = preprocess or own_preprocessing(source)
+        self.device = device
+
+    @torch.inference_mode()
+    def images(self, images: list[Image.Image]) -> Tensor:
+        """N images → N×F."""
+        return self.model(pixel_values=self.preprocess(images).to(self.device)).last_hidden_state[:, 0].cpu()
+
+
+def similarities(
+    picture: Image.Image,
+    inputs: Sequence[Image.Image],
+    text: str,
+    clip: CLIPEncoder | None = None,
+    dino: DinoEncoder | None = None,
+) -> dict[str, list[float]]:
+    """Cosines of a picture's features with those of each input image, "DINO" and "CLIP", and of a text, "text"; none
+    where there is no network or nothing to compare with."""
+    found: dict[str, list[float]] = {}
+    for name, encoder in (("DINO", dino), ("CLIP", clip)):
+        if encoder is not None and inputs:
+            features = encoder.images([picture, *inputs])
+            found[name] = cosine_similarity(features[:1], features[1:]).tolist()
+    if clip is not None and text:
+        found["text"] = cosine_similarity(clip.images([picture]), clip.texts([text])).tolist()
+    return found
