@@ -34,9 +34,9 @@ import transformers
 
 from evaluation.config import EvaluationConfig
 from evaluation.images.external import write_requests
-from evaluation.parallel.processes import ProcessError
 from evaluation.plan import benchmarks
-from evaluation.protocols.requests import EvaluationError
+from evaluation.processes import ProcessError
+from evaluation.protocols.benchmark import EvaluationError
 from evaluation.reports.compare import compare
 from evaluation.reports.tables import write_tables
 from evaluation.run import evaluate

@@ -8,8 +8,8 @@ import torch
 from omegaconf import MISSING
 
 from evaluation.benchmarks import BENCHMARKS, Protocols, tables_of
-from evaluation.images.weights import encoder_file, encoder_folder
-from evaluation.protocols.protocol import Encoder, Protocol
+from evaluation.images.provenance import encoder_path
+from evaluation.protocols.protocol import Encoder, Protocol, require_at_least
 from evaluation.scores.bootstrap import Bootstrap
 from evaluation.tracking import Tracking
 from kosmosg.sampling import Acceleration
@@ -58,9 +58,7 @@ class Curve:
                 raise ValueError(
                     f"curve.guidance_scales={self.guidance_scales} is not allowed; they are at least 0, each once."
                 )
-        for name in ("max_subjects", "max_templates", "images_per_prompt"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"curve.{name}={getattr(self, name)} is not allowed; it must be at least 1.")
+        require_at_least(self, "curve", 1, "max_subjects", "max_templates", "images_per_prompt")
 
 
 @dataclass
@@ -77,9 +75,7 @@ class Gallery:
     """Sides of that grid."""
 
     def __post_init__(self) -> None:
-        for name in ("subjects", "templates", "pair_subjects"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"gallery.{name}={getattr(self, name)} is not allowed; it must be at least 1.")
+        require_at_least(self, "gallery", 1, "subjects", "templates", "pair_subjects")
         for prompt in self.swap_prompts:
             _require_images("swap_prompts", prompt, 1)
         if self.pair_prompt is not None:
@@ -120,9 +116,7 @@ class EvaluationConfig(Protocols):
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "encoder_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1.")
+        require_at_least(self, "", 1, "batch_size", "encoder_batch_size")
         protocols = self.protocols()
         if not protocols:
             raise ValueError(
@@ -160,9 +154,7 @@ class EvaluationConfig(Protocols):
     def encoder_path(self, encoder: Encoder) -> Path:
         """Folder or file of the weights that a protocol names. Raises FileNotFoundError."""
         weights = self.local_weights.get(encoder.weights, encoder.weights)
-        if encoder.in_one_file:
-            return encoder_file(weights)
-        return encoder_folder(weights, getattr(encoder, "revision", None))
+        return encoder_path(weights, getattr(encoder, "revision", None))
 
 
 def _require_images(key: str, prompt: str, count: int) -> None:

@@ -10,6 +10,7 @@ Shapes: `N` images of any H×W, `C` channels.
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, linear, max_pool2d
 
-from evaluation.protocols.requests import EvaluationError
+from evaluation.protocols.benchmark import EvaluationError
 
 SIDE = 299
 CLASSES = 1008
 FEATURES = ("64", "192", "768", "2048", "logits_unbiased")
-NAMED = 3
+TOLD = 400  # characters of what is wrong with weights
 Layer = tuple[str, int, int | tuple[int, int]] | tuple[str, int, int | tuple[int, int], int]
 """Name, output channels, kernel, and the stride where it is not 1; strided layers have no padding."""
 Step = Layer | tuple[Layer, Layer] | str
@@ -129,7 +130,7 @@ class InceptionV3(nn.Module):
         weights: the released .pth, the same tensors as .safetensors, or a state dict.
 
     Raises:
-        EvaluationError: no such file, or other tensors than the network's; the first few are named.
+        EvaluationError: no such file, or other tensors than the network's, which are named.
     """
 
     def __init__(self, weights: str | Path | Mapping[str, Tensor]):
@@ -192,18 +193,12 @@ class InceptionV3(nn.Module):
 
     def _load(self, weights: str | Path | Mapping[str, Tensor]) -> None:
         named, state = ("the state dict", weights) if isinstance(weights, Mapping) else (f"'{weights}'", read(weights))
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        wrong = {
-            "missing": sorted(wanted.keys() - shapes.keys()),
-            "unknown": sorted(shapes.keys() - wanted.keys()),
-            "misshapen": sorted(f"{k} {shapes[k]} for {v}" for k, v in wanted.items() if shapes.get(k, v) != v),
-        }
-        if any(wrong.values()):
-            told = "; ".join(f"{len(names)} {kind}, as {names[:NAMED]}" for kind, names in wrong.items() if names)
-            raise EvaluationError(f"{named} does not hold the {len(wanted)} tensors of FID's Inception-v3: {told}.")
         floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-        self.load_state_dict(floats, strict=True, assign=True)
+        try:
+            self.load_state_dict(floats, strict=True, assign=True)
+        except RuntimeError as error:  # names all that is missing, unknown or misshapen
+            told = shorten(str(error).partition("\n")[2], TOLD)
+            raise EvaluationError(f"{named} does not hold the tensors of FID's Inception-v3: {told}") from error
 
 
 def read(file: str | Path) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What one evaluation consists of: its benchmarks, its systems, and the images that they are asked for."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,8 +11,7 @@ from evaluation.benchmarks import BENCHMARKS, GUIDANCE
 from evaluation.config import Curve, EvaluationConfig
 from evaluation.images.external import External, read_external
 from evaluation.images.generation import System, generate
-from evaluation.images.manifest import Manifest
-from evaluation.images.provenance import hash_files, hash_json
+from evaluation.images.provenance import hash_encoder, hash_files, hash_json
 from evaluation.images.systems import (
     AFTER_STAGE_3,
     BEFORE_STAGE_3,
@@ -21,54 +20,42 @@ from evaluation.images.systems import (
     run_system,
     text_system,
 )
-from evaluation.images.weights import hash_encoder
-from evaluation.parallel.processes import Processes
-from evaluation.protocols.benchmark import Benchmark
+from evaluation.processes import Processes
+from evaluation.protocols.benchmark import Benchmark, EvaluationError, Request
 from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, identity, task_of
-from evaluation.protocols.requests import EvaluationError, Request
 from kosmosg import looking
 
 FOLDER_DIGITS = 8
 CODE, LOOKING = Path(__file__).parent, Path(looking.__file__)
+Images = Mapping[tuple[str, str], Mapping[int, Path]]
+"""The file of every request by index, by table and model."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A benchmark, and what is asked of every system.
+    """A benchmark, and what is asked of its systems: for a table, or for a point of the curve over guidance scales.
 
     Args:
-        name: of its images' folder and its scores.
-        key: the benchmark's own name.
+        key: the benchmark's name.
+        scale: of a point, which has a protocol of its own, and as many requests or fewer.
     """
 
-    name: str
     key: str
     benchmark: Benchmark
     protocol: str
     data: str
     requests: list[Request]
+    systems: list[System]
+    scale: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.key if self.scale is None else f"{GUIDANCE} {self.scale:g}"
 
     @property
     def task(self) -> str:
         """What rows are scored under that were not sampled by the protocol."""
         return task_of(self.protocol)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One guidance scale of the curve: fewer requests, or as many, under a protocol of their own."""
-
-    scale: float
-    table: Table
-    systems: list[System]
-
-    @property
-    def name(self) -> str:
-        return f"{GUIDANCE} {self.scale:g}"
-
-    def folder(self, tables: Sequence[Table]) -> str:
-        """Of its images: those of a table that asks for the very same."""
-        return next((table.name for table in tables if table.protocol == self.table.protocol), self.table.name)
 
 
 class Evaluation:
@@ -82,15 +69,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: EvaluationConfig, console: Console, processes: Processes, data: dict[str, str] | None = None
+        self, config: EvaluationConfig, console: Console, processes: Processes, data: Mapping[str, str] | None = None
     ):
         self.config, self.console, self.processes, self.output = config, console, processes, Path(config.output)
         self.device = config.torch_device(processes.local_rank)
-        self.tables = [
-            table_of(name, name, benchmark, (data or {}).get(name)) for name, benchmark in benchmarks(config).items()
-        ]
+        named = benchmarks(config)
+        self.data = data or {name: hash_files(found.folder, found.files()) for name, found in named.items()}
         self.systems = self._systems()
-        self.points = self._points()
+        self.tables = [self._table(name, benchmark, self.systems) for name, benchmark in named.items()]
+        self.points = self._points(named)
         self.external = {
             (table.name, name): found
             for table in self.tables
@@ -104,9 +91,9 @@ class Evaluation:
             if isinstance(value, Encoder)
         }
 
-    def generate_into(
-        self, folder: str, table: Table, system: System, requests: Sequence[Request], label: str = ""
-    ) -> Manifest:
+    def generate(
+        self, table: Table, system: System, requests: Sequence[Request], folder: str, label: str
+    ) -> dict[int, Path]:
         """The images of `requests`, in a folder named after all they depend on: a changed model starts a new one."""
         values = {
             "system": system.name,
@@ -115,24 +102,32 @@ class Evaluation:
             "data": table.data,
             "requests": hash_json([asdict(request) for request in requests]),
         }
-        name = f"{slug(system.name)}-{hash_json(values)[:FOLDER_DIGITS]}"
-        manifest = Manifest(self.output / folder / name, values if self.processes.first else None)
-        generate(
+        slug = re.sub(r"[^a-z0-9]+", "-", system.name.lower()).strip("-")
+        return generate(
             system,
             requests,
             table.benchmark.protocol.sampling,
-            manifest,
+            self.output / folder / f"{slug}-{hash_json(values)[:FOLDER_DIGITS]}",
             inputs_folder=table.benchmark.folder,
             batch_size=self.config.batch_size,
-            label=label or f"{folder}: {system.name}",
+            label=f"{label}: {system.name}",
             processes=self.processes,
             console=self.console,
         )
-        return manifest
+
+    def generate_all(self) -> Images:
+        """The images of every table and of the points of the curve; a point under a table's protocol has its images."""
+        folders = {table.protocol: table.name for table in reversed(self.tables)}
+        return {
+            (table.name, system.name): self.generate(
+                table, system, table.requests, folders.get(table.protocol, GUIDANCE), table.name
+            )
+            for table in (*self.tables, *self.points)
+            for system in table.systems
+        }
 
     def key(self) -> str:
         """Hash of everything that the results depend on, the code that makes them among it."""
-        curve = [(p.scale, p.table.protocol, [system.name for system in p.systems]) for p in self.points]
         return hash_json(
             [
                 hash_files(CODE, (file for kind in ("*.py", "*.html") for file in CODE.rglob(kind))),
@@ -143,43 +138,36 @@ class Evaluation:
                 self.encoders,
                 asdict(self.config.bootstrap),
                 asdict(self.config.gallery),
-                curve,
+                [(point.scale, point.protocol, [system.name for system in point.systems]) for point in self.points],
             ]
         )
 
     def rows(self, table: Table) -> list[str]:
         """The models of a table: those that draw, then those whose images were given."""
-        return [system.name for system in self.systems] + [name for of, name in self.external if of == table.name]
+        return [system.name for system in table.systems] + [name for of, name in self.external if of == table.name]
 
     def answers(self, benchmark: str) -> Path:
-        """The file that keeps what the vision-language judge of a benchmark answers; another judge has another one."""
+        """The folder that keeps what a benchmark's vision-language judge answers; another judge has another one."""
         kept = self.config.judge_answers
-        folder = self.output / "answers" if kept is None else Path(kept)
         judge = getattr(getattr(self.config, benchmark), "vlm", None)
         told = hash_json([self.encoders.get(f"{benchmark}.vlm"), judge and judge.max_new_tokens])
-        return folder / f"{told[:12]}.jsonl"
+        return (self.output / "answers" if kept is None else Path(kept)) / told[:12]
 
-    def _points(self) -> list[Point]:
-        curve = self.config.curve
-        names = [system.name for system in self.systems]
+    def _table(self, key: str, benchmark: Benchmark, systems: list[System], scale: float | None = None) -> Table:
+        protocol = identity(benchmark.protocol)
+        return Table(key, benchmark, protocol, self.data[key], benchmark.requests(), systems, scale)
+
+    def _points(self, named: Mapping[str, Benchmark]) -> list[Table]:
+        curve, names = self.config.curve, [system.name for system in self.systems]
         if unknown := [name for name in curve.systems if name not in names]:
             raise EvaluationError(f"curve.systems={unknown} are no rows that are made; allowed: {', '.join(names)}.")
         systems = [system for system in self.systems if system.name in (curve.systems or names)]
-        return [
-            Point(
-                scale,
-                table_of(
-                    GUIDANCE,
-                    table.key,
-                    type(table.benchmark)(protocol_at(table.benchmark.protocol, curve, scale), table.benchmark.folder),
-                    table.data,
-                ),
-                systems,
-            )
-            for table in self.tables
-            if table.key == "dreambench"
-            for scale in curve.guidance_scales
-        ]
+        points = []
+        for scale in curve.guidance_scales:
+            whole = named["dreambench"]
+            benchmark = type(whole)(protocol_at(whole.protocol, curve, scale), whole.folder)
+            points.append(self._table("dreambench", benchmark, systems, scale))
+        return points
 
     def _external(self, name: str, folder: Path, table: Table) -> External | None:
         size = table.benchmark.protocol.sampling.image_size
@@ -216,12 +204,6 @@ def benchmarks(config: EvaluationConfig) -> dict[str, Benchmark]:
     return {name: BENCHMARKS[name](protocol, config.folder_of(name)) for name, protocol in config.protocols().items()}
 
 
-def table_of(name: str, key: str, benchmark: Benchmark, data: str | None = None) -> Table:
-    """`data` is the hash of the benchmark's files where it is known."""
-    data = data or hash_files(benchmark.folder, benchmark.files())
-    return Table(name, key, benchmark, identity(benchmark.protocol), data, benchmark.requests())
-
-
 def protocol_at(protocol: DreamBenchProtocol, curve: Curve, scale: float) -> DreamBenchProtocol:
     """The protocol with another guidance scale, and with fewer requests where `curve` says so."""
     return replace(
@@ -231,8 +213,3 @@ def protocol_at(protocol: DreamBenchProtocol, curve: Curve, scale: float) -> Dre
         max_subjects=curve.max_subjects or protocol.max_subjects,
         max_templates=curve.max_templates or protocol.max_templates,
     )
-
-
-def slug(name: str) -> str:
-    """A system's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

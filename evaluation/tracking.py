@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
+from wandb.errors import CommError, UsageError
 
 from evaluation.scores.results import Score
 from kosmosg.files import write_text
@@ -55,7 +56,7 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
         return
     try:
         run = start(tracking, output, config, tracking.mode)
-    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+    except (CommError, UsageError) as error:
         if tracking.mode == "offline":
             raise
         wandb.teardown()  # which still holds the run's id

@@ -27,6 +27,7 @@ from kosmosg.sampling import LARGEST_SEED, check_numbers, scheduler_class
 from kosmosg.steering import masked
 
 METADATA_KEY = "kosmosg"
+JPEG_QUALITY = 95
 LONGEST_NAME = 240  # bytes; a file system takes 255, and a temporary name is a little longer
 MOST_IMAGES = 1_000_000  # of one prompt; each is planned before any is drawn
 NAMED = 80  # characters of a value in a message
@@ -297,7 +298,7 @@ def generate(
         for start in range(0, len(group), batch_size):
             batch = group[start : start + batch_size]
             for job, image in zip(batch, draw(pipeline, batch, settings, controlnet), strict=True):
-                store(image, job)
+                store(image, job.file, job.parameters)
                 yield job
 
 
@@ -308,20 +309,24 @@ def drawn_by(job: Job) -> tuple[Any, ...]:
     return control, control and request.control_scale, initial, initial and request.strength
 
 
-def store(image: Image.Image, job: Job) -> None:
-    """Write the PNG with its parameters, whole or not at all."""
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt(METADATA_KEY, json.dumps(job.parameters, ensure_ascii=False))
-    with replaced(job.file) as temporary:
-        image.save(temporary, format="png", pnginfo=text)
+def store(image: Image.Image, file: Path, parameters: dict[str, Any]) -> None:
+    """Write an image with its parameters in its metadata, whole or not at all: a .jpg at quality 95, else a PNG."""
+    text = json.dumps(parameters, ensure_ascii=False)
+    with replaced(file) as temporary:
+        if file.suffix == ".jpg":
+            image.save(temporary, format="jpeg", quality=JPEG_QUALITY, comment=text.encode())
+        else:
+            metadata = PngImagePlugin.PngInfo()
+            metadata.add_itxt(METADATA_KEY, text)
+            image.save(temporary, format="png", pnginfo=metadata)
 
 
 def read_parameters(file: Path) -> dict[str, Any] | None:
-    """The parameters in a PNG's metadata; None where there are none."""
+    """The parameters in an image's metadata; None where there are none."""
     try:
         with Image.open(file) as image:
-            return json.loads(image.text[METADATA_KEY])  # type: ignore[attr-defined]
-    except (OSError, SyntaxError, AttributeError, KeyError, ValueError):
+            return json.loads(image.info["comment" if image.format == "JPEG" else METADATA_KEY])
+    except (OSError, SyntaxError, KeyError, ValueError):
         return None
 
 

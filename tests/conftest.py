@@ -1,17 +1,21 @@
 """Fixtures shared by all tests. Tiny models are built once a session in temporary folders."""
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.lightning_modules import miniature
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # They come first: of workers that take file after file, none is left alone with a long one at the end.
 LONG_FILES = (
     "lightning_modules/test_ranks",
+    "lightning_modules/test_matrix",
     "lightning_modules/test_parallelize",
     "test_benchmarks",
     "test_train",
@@ -20,6 +24,7 @@ LONG_FILES = (
     "datamodules/toyland/test_data_sets",
     "test_evaluate",
     "lightning_modules/test_image_decoders",
+    "lightning_modules/test_caches",
     "kosmosg/conversion/test_convert",
     "kosmosg/conversion/test_memory",
     "kosmosg/test_wheel",
@@ -88,6 +93,43 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """A KosmosG folder (mllm, aligner, tokenizer) that fits `tiny_stable_diffusion`."""
     return tiny.write_model(tmp_path_factory.mktemp("model"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of training and validation shards of every kind of sample."""
+    return miniature.write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def write_configs(
+    shards: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
+) -> Callable[..., dict[str, Path]]:
+    """Writes the YAML file of each miniature stage into a folder; its run is there, too."""
+    return lambda folder: miniature.write_config(folder, shards, tiny_tokenizer, tiny_stable_diffusion, tiny_model)
+
+
+@pytest.fixture
+def configs(tmp_path: Path, write_configs: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    return write_configs(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, write_configs: Callable[..., dict[str, Path]]
+) -> Callable[[str], Path]:
+    """The run folder of a stage after an uninterrupted run, to look at and to copy."""
+    import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    files = write_configs(folder)
+
+    @cache
+    def train_once(stage: str) -> Path:
+        assert train.main([str(files[stage])]) == 0
+        return folder / stage
+
+    return train_once
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_aligner_decoder
 from kosmosg.pipeline import KosmosGPipeline
 from tests import tiny
-from tests.test_train import configs, run, shards, trainable_names  # noqa: F401, fixtures
+from tests.lightning_modules.runs import run, trainable_names
 
 REPOSITORY = Path(train.__file__).parent
 FOLDER = REPOSITORY / "configs" / "ablations"
@@ -104,7 +104,7 @@ MECHANISMS = {
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_it_trains_and_draws(
     name: str,
-    configs: dict[str, Path],  # noqa: F811
+    configs: dict[str, Path],
     tmp_path: Path,
     tiny_model: Path,
     tiny_stable_diffusion: Path,

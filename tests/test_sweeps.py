@@ -3,10 +3,12 @@
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
@@ -17,7 +19,6 @@ from evaluation.protocols.protocol import identity
 from evaluation.scores.results import Score
 from evaluation.tracking import summary_key
 from kosmosg.config import load_config
-from tests.test_train import configs, shards  # noqa: F401, fixtures
 
 REPOSITORY = Path(train.__file__).parent
 TRIAL = REPOSITORY / "configs" / "sweeps" / "trial.yaml"
@@ -27,11 +28,13 @@ EVALUATIONS = [file for file in FILES if file.stem == "guidance"]
 
 
 @pytest.fixture(autouse=True)
-def agent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def agent_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    yield
+    wandb.teardown()  # else runs of later tests in this process have the agent's id, too
 
 
 def draws(parameter: dict[str, Any], source: random.Random) -> list[Any]:
@@ -92,7 +95,7 @@ def test_trials_of_the_agent_are_evaluations() -> None:
 
 
 def test_a_trial_runs_and_its_folder_reads_back(
-    configs: dict[str, Path],  # noqa: F811
+    configs: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

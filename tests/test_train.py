@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,11 @@ from kosmosg.config import load_config, written_config
 from kosmosg.conversion import convert_checkpoint
 from kosmosg.models.kosmosg import KosmosG
 from lightning_modules.alignment import AlignmentModule
-from lightning_modules.checkpointing import CheckpointWriteError, read_shapes, write_checkpoint
+from lightning_modules.checkpointing import CheckpointWriteError, write_checkpoint
 from lightning_modules.run_folder import RunFolder
 from tests import tiny
-from tests.lightning_modules import miniature
 from tests.lightning_modules.miniature import STAGES, losses
+from tests.lightning_modules.runs import back_to, part, run, trainable_names, weights
 
 LOSSES = {
     "language_modelling": ("train/loss", "val/caption_loss", "val/caption_loss_mismatched_images"),
@@ -37,47 +36,10 @@ SHIPPED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return miniature.write_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture
-def configs(
-    tmp_path: Path, shards: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
-) -> dict[str, Path]:
-    init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
-    return miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
-
-
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory,
-    shards: Path,
-    tiny_tokenizer: Path,
-    tiny_stable_diffusion: Path,
-    tiny_model: Path,
-) -> Callable[[str], Path]:
-    """The run folder of each stage after an uninterrupted run, to look at and to copy."""
-    folder, init_from = tmp_path_factory.mktemp("finished"), {"alignment": tiny_model, "instruction_tuning": tiny_model}
-    files = miniature.write_config(folder, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
-
-    @cache
-    def train_once(stage: str) -> Path:
-        assert run(files[stage]) == 0
-        return folder / stage
-
-    return train_once
-
-
 @pytest.fixture
 def copy(finished: Callable[[str], Path], tmp_path: Path) -> Path:
     """Of the finished run of stage 2, where `configs` has it."""
     return Path(shutil.copytree(finished("alignment"), tmp_path / "alignment"))
-
-
-def run(file: Path, *arguments: str) -> int:
-    return train.main([str(file), *arguments])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -118,9 +80,8 @@ def test_killed_run_resumes_from_its_last_checkpoint(
     stage = "instruction_tuning"
     whole, killed = finished(stage), Path(shutil.copytree(finished(stage), tmp_path / "killed"))
     # As if killed in step 4: the log runs ahead of the checkpoint, and nothing of the end was written.
-    (killed / "checkpoints" / "step-00000004").rename(killed / "checkpoints" / ".step-00000004")
-    (killed / "finished.json").unlink()
-    shutil.rmtree(killed / "model")
+    back_to(killed, 2)
+    (killed / "checkpoints" / ".step-00000004").mkdir()
     assert run(configs[stage], f"run={killed}") == 0
     assert losses(killed, LOSSES[stage]) == losses(whole, LOSSES[stage])
     assert weights(whole) == weights(killed)
@@ -174,14 +135,10 @@ def test_export_writes_the_model_of_a_checkpoint(
 ) -> None:
     assert run(configs["alignment"], "ema.decay=0.5") == 0
     folder = tmp_path / "alignment"
-    for name, weights_of in (
-        ("last", ()),
-        ("raw", ("weights=raw",)),
-        ("early", ("step=2",)),
-        ("half", ("dtype=float16",)),
-    ):
-        assert train.main(["export", str(folder), f"output={tmp_path / name}", *weights_of]) == 0
-    exported = {name: part(tmp_path, "aligner", model=name) for name in ("last", "raw", "early", "half")}
+    chosen = {"last": [], "raw": ["weights=raw"], "early": ["step=2"], "half": ["dtype=float16"]}
+    for name, options in chosen.items():
+        assert train.main(["export", str(folder), f"output={tmp_path / name}", *options]) == 0
+    exported = {name: part(tmp_path, "aligner", model=name) for name in chosen}
     assert all(torch.equal(tensor.half(), exported["half"][name]) for name, tensor in exported["last"].items())
     assert all(torch.equal(tensor, exported["last"][name]) for name, tensor in part(folder, "aligner").items())
     changed = next(name for name in exported["last"] if name.endswith("fc1.weight"))
@@ -275,27 +232,6 @@ def test_a_started_folder_goes_on_with_its_own_configuration_alone(
     assert "holds a run of another version" in capsys.readouterr().err
 
 
-REFUSALS = {
-    "stage=aligment": "stage is 'aligment'; allowed: language_modelling, alignment, instruction_tuning",
-    "optimizer.lrr=1": "Key 'lrr' not in 'OptimizerConfig'. Did you mean: 'lr'?",
-    "recipe.mse_weigth=1": "Did you mean one of: 'mse_weight', 'rec_weight'?",
-    "data.captions.shards=nowhere/train-*.tar": "nowhere/train-*.tar",
-    "optimizer.max_grad_norm=0": "optimizer.max_grad_norm is 0.0; allowed: above 0",
-    "trainer.max_steps=0": "trainer.max_steps is 0; allowed: 1 or more",
-    "trainer.strategy=dp": "expected one of ['auto', 'single', 'ddp', 'fsdp2']",
-    "init_from=nowhere": "'nowhere' holds no model",
-    "model.mllm.ffn_width=48": "ffn_width is 64 there and 48 in the configuration",
-    "model.aligner.num_queries=5": "model.aligner.num_queries is 5, but the text model",
-    "data.validation_sources=[caption]": "data.validation_sources names ['caption']; allowed: captions",
-}
-
-
-def test_mistakes_are_told(configs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
-    for argument, message in REFUSALS.items():
-        assert run(configs["alignment"], argument) == 2
-        assert message in capsys.readouterr().err, argument
-
-
 def test_run_folder_is_taken_by_one_process(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -342,21 +278,3 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, after_step: int, times: int = 
         ended(self, trainer, *arguments)
 
     monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", press)
-
-
-def trainable_names(folder: Path) -> list[str]:
-    """Names of the model's tensors in the last checkpoint."""
-    names = read_shapes(RunFolder(folder).latest_checkpoint())
-    assert {name.split(".")[0] for name in names} == {"model", "optimizer"}
-    return [name.removeprefix("model.") for name in names if name.startswith("model.")]
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """The exported safetensors, byte for byte."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted((folder / "model").rglob("*.safetensors"))}
-
-
-def part(folder: Path, name: str, model: str = "model") -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(next((folder / model / name).glob("*.safetensors")))

@@ -13,22 +13,21 @@ table alone is scored, the images may lie in the folder itself.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from evaluation.images.manifest import MANIFEST
+from evaluation.images.generation import MANIFEST
 from evaluation.images.provenance import hash_files
 from evaluation.images.systems import TABLE_ORDER
-from evaluation.protocols.requests import EvaluationError, Request, named_problems
-from kosmosg.files import decode_text, write_text
+from evaluation.protocols.benchmark import EvaluationError, Request, read_all, read_rows
+from kosmosg.files import write_text
 from kosmosg.image_processing import FORMATS
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-NAMED = re.compile(r"[0-9]+(-[0-9]+)?")
+NAMED = re.compile(r"[0-9]+(-[0-9]+)?\.(png|jpe?g|webp)")
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,6 @@ class External:
     name: str
     files: dict[int, Path]
     model: str
-
-    def image_file(self, index: int) -> Path:
-        """Where the image of a request lies."""
-        return self.files[index]
 
 
 def write_requests(table: str, requests: Sequence[Request], folder: Path, data: Path) -> Path:
@@ -91,59 +86,39 @@ def read_external(
         place = folder
     manifest = place / MANIFEST
     wanted = {request.index: request for request in requests}
-    problems: list[str] = []
-    answers = listed(manifest, problems) if manifest.is_file() else named(place)
     files: dict[int, Path] = {}
-    for where, index, file, prompt in answers:
-        request = wanted.get(index)
-        if request is None:
-            problems.append(f"{where} has index {index!r}, which is no request's")
-        elif index in files:
-            problems.append(f"index {index} is given twice")
-        elif prompt not in (None, request.prompt, request.text):
-            problems.append(f"index {index} is of {prompt!r}, but {request.prompt!r} was asked for")
-        elif wrong := unlike(file, size):
-            problems.append(f"index {index}: '{file}' {wrong}")
-        else:
-            files[index] = file
-    if missing := sorted(set(wanted) - set(files)) if not problems else []:
-        problems = [f"{len(missing)} of {len(wanted)} images are missing, as index {missing[0]}"]
-    if problems:
-        raise EvaluationError(f"'{manifest if manifest.is_file() else place}': {named_problems(problems)}")
+
+    def take(row: dict[str, Any]) -> None:
+        index, file, prompt = row["index"], place / row["file"], row.get("prompt")
+        if type(index) is not int or index not in wanted:
+            raise ValueError(f"index {index!r} is no request's")
+        if index in files:
+            raise ValueError(f"index {index} is given twice")
+        if prompt not in (None, wanted[index].prompt, wanted[index].text):
+            raise ValueError(f"index {index} is of {prompt!r}, but {wanted[index].prompt!r} was asked for")
+        found = image_size(file)
+        if found != (size, size):
+            raise ValueError(f"'{file}' has {found[0]}×{found[1]} pixels where {size}×{size} were asked for")
+        files[index] = file
+
+    if manifest.is_file():
+        read_all(read_rows(manifest, lines=True), take, f"'{manifest}'")
+    else:
+        names = sorted(file for file in place.iterdir() if NAMED.fullmatch(file.name.lower()))
+        rows = [{"index": int(re.split("[-.]", file.name)[0]), "file": file.name} for file in names]
+        read_all(rows, take, f"'{place}'", "image")
+    if missing := sorted(set(wanted) - set(files)):
+        raise EvaluationError(f"'{place}': {len(missing)} of {len(wanted)} images are missing, as index {missing[0]}.")
     read = [manifest] if manifest.is_file() else []
     return External(name, files, hash_files(place, [*read, *(files[index] for index in sorted(files))]))
 
 
-def listed(manifest: Path, problems: list[str]) -> Iterator[tuple[str, Any, Path, str | None]]:
-    """(line, index, file, prompt) of a manifest's lines; what is wrong with others goes into `problems`."""
-    # Lines end at "\n" alone: a string of JSON may hold other line separators.
-    for number, line in enumerate(manifest.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(decode_text(line))
-            index, file, prompt = row["index"], manifest.parent / row["file"], row.get("prompt")
-            if type(index) is not int:
-                raise TypeError(f"index is {index!r}, which is no integer")
-            yield f"line {number}", index, file, prompt
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"line {number} is no object with index and file ({type(error).__name__}: {error})")
-
-
-def named(folder: Path) -> Iterator[tuple[str, int, Path, None]]:
-    """(file name, index, file, None) of the images that are named after an index."""
-    for file in sorted(folder.iterdir()):
-        if NAMED.fullmatch(file.stem) and file.suffix.lower() in SUFFIXES:
-            yield file.name, int(file.stem.partition("-")[0]), file, None
-
-
-def unlike(file: Path, size: int) -> str | None:
-    """What is wrong with an image file, by its header."""
+def image_size(file: Path) -> tuple[int, int]:
+    """By the file's header. Raises ValueError: there is no such image."""
     if not file.is_file():
-        return "does not exist"
+        raise ValueError(f"'{file}' does not exist")
     try:
         with Image.open(file, formats=FORMATS) as image:
-            found = image.size
+            return image.size
     except Exception as error:  # decoders of Pillow raise many kinds on damaged files
-        return f"cannot be read as an image ({error})"
-    return None if found == (size, size) else f"has {found[0]}×{found[1]} pixels where {size}×{size} were asked for"
+        raise ValueError(f"'{file}' cannot be read as an image ({error})") from error

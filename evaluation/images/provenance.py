@@ -1,8 +1,9 @@
-"""Where a number comes from: hashes of files, versions, the git revision, the command."""
+"""Where a number comes from: weights and their hashes, versions, the git revision, the command."""
 
 import hashlib
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,9 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from kosmosg.generation import file_hash
+from kosmosg.models.build import image_decoder_class
 
 CHUNK = 1 << 20
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "pillow", "numpy")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+ENCODER_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.bin")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -59,3 +67,56 @@ def git_revision() -> str:
 def git(*arguments: str) -> str:
     answer = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10)
     return answer.stdout.strip()
+
+
+def decoder_folder(weights: str) -> Path:
+    """An image decoder's folder or hub id as a folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or a part is missing there.
+        ValueError: a pipeline that is no image decoder here.
+    """
+    folder = Path(weights)
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(weights):
+            raise FileNotFoundError(f"models.image_decoder: there is no folder '{weights}'.")
+        folder = Path(DiffusionPipeline.download(weights))
+    kind = image_decoder_class(folder)
+    for part in image_parts(folder) + kind.text_parts():
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"models.image_decoder: '{folder}' is no {kind.title}: {part}/ is missing.")
+    return folder
+
+
+def image_parts(decoder: Path) -> tuple[str, ...]:
+    """What of an image decoder's folder draws."""
+    return (*image_decoder_class(decoder).networks, "scheduler")
+
+
+def encoder_path(weights: str, revision: str | None = None) -> Path:
+    """A weight file, a transformers folder, or a hub id as a folder.
+
+    Raises:
+        FileNotFoundError: none of them.
+    """
+    path = Path(weights)
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    if path.is_dir() or not HUB_ID.fullmatch(weights):
+        raise FileNotFoundError(
+            f"'{weights}' holds no encoder: it is no weight file, no hub id, and no folder with a config.json. Tell "
+            f"where it lies by local_weights={{{weights}: /path/to/file}}."
+        )
+    return Path(snapshot_download(weights, revision=revision, allow_patterns=list(ENCODER_FILES)))
+
+
+def hash_encoder(path: Path) -> str:
+    """Of a folder, over names and contents of the files of an encoder; of a file, its SHA-256, whatever its name."""
+    if path.is_dir():
+        return hash_files(path, (file for pattern in ENCODER_FILES for file in path.rglob(pattern)))
+    return file_hash(path)
+
+
+def hash_parts(folder: Path, parts: tuple[str, ...]) -> str:
+    """Hash of the files in some subfolders."""
+    return hash_files(folder, [path for part in parts for path in (folder / part).rglob("*") if path.is_file()])

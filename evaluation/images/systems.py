@@ -1,7 +1,9 @@
 """What makes the images of the tables: the image decoder from text, KOSMOS-G before and after stage 3, any run."""
 
 import glob
+import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +15,17 @@ from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluation.images.conditions import Conditions
-from evaluation.images.generation import Batch, Generate, System, Variant
-from evaluation.images.provenance import hash_json
-from evaluation.images.weights import decoder_folder, hash_parts, image_parts
-from evaluation.protocols.benchmark import COPY_OF_INPUT, REAL_IMAGES
+from evaluation.images.generation import Batch, Generate, System
+from evaluation.images.provenance import decoder_folder, hash_json, hash_parts, image_parts
+from evaluation.protocols.benchmark import COPY_OF_INPUT, REAL_IMAGES, EvaluationError
 from evaluation.protocols.protocol import Sampling
-from evaluation.protocols.requests import EvaluationError
-from evaluation.scores.resizing import truncated
+from evaluation.scores.encoders import truncated
+from kosmosg.condition import Condition
 from kosmosg.config import RUN_CONFIG
 from kosmosg.models.build import IMAGE_DECODERS, image_decoder_class
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.pipeline import KosmosGPipeline
+from kosmosg.prompt import parse_prompt
 from kosmosg.sampling import Acceleration, accelerate, build_scheduler, seeded
 
 TEXT_SYSTEMS = {kind: f"{kind.title} (text)" for kind in IMAGE_DECODERS.values()}
@@ -32,6 +33,8 @@ BEFORE_STAGE_3 = "KOSMOS-G before stage 3"
 AFTER_STAGE_3 = "KOSMOS-G after stage 3"
 TABLE_ORDER = (REAL_IMAGES, COPY_OF_INPUT, *TEXT_SYSTEMS.values(), BEFORE_STAGE_3, AFTER_STAGE_3)
 FINISHED = "finished.json"
+KEPT_CONDITIONS = 256
+"""Enough, since requests are ordered by subject and prompt."""
 MODEL_PARTS = ("mllm", "aligner", "tokenizer")
 STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
 
@@ -75,56 +78,24 @@ def text_system(weights: str, device: torch.device, acceleration: Acceleration |
 
 
 def kosmosg_system(
-    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+    name: str, folder: str | Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
 ) -> System:
-    """KOSMOS-G, fed the interleaved prompt.
+    """KOSMOS-G of a model or run folder of any stage after the first, fed the interleaved prompt.
 
     Args:
-        name: BEFORE_STAGE_3 or AFTER_STAGE_3.
-        folder: a model folder, or the run folder of the stage that the name says.
+        name: of the row; a run folder must be of the stage that BEFORE_STAGE_3 and AFTER_STAGE_3 say.
         image_decoder: the diffusers folder or hub id that it was aligned with.
 
     Raises:
-        FileNotFoundError: there is no finished model.
+        FileNotFoundError: there is no finished model, or one of stage 1.
         EvaluationError: a run of another stage, or a model that was aligned with another image decoder.
     """
-    require_stage(name, Path(folder))
-    return model_system(name, folder, image_decoder, device, acceleration)
-
-
-def run_folders(patterns: Sequence[str]) -> list[Path]:
-    """The run folders that are named, and of patterns the finished ones, each once.
-
-    Raises:
-        EvaluationError: a folder that is no finished run, or patterns that fit none.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
-        finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
-        if not finished and not glob.has_magic(pattern):
-            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
-        found += [folder for folder in finished if folder not in found]
-    if patterns and not found:
-        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
-    return found
-
-
-def run_system(
-    folder: Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
-) -> System:
-    """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
-    config = OmegaConf.load(folder / RUN_CONFIG)
-    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trainable")}
-    stage = "alignment" if values["recipe.trainable"] == "aligner" else values["stage"]
-    variant = Variant(values["ablation"] or stage, stage, values["seed"])
-    return replace(model_system(variant.name, str(folder), image_decoder, device, acceleration), variant=variant)
-
-
-def model_system(
-    name: str, folder: str, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
-) -> System:
-    """KOSMOS-G of a model or run folder of any stage after the first; see `kosmosg_system`."""
+    config = Path(folder) / RUN_CONFIG
+    stage = OmegaConf.select(OmegaConf.load(config), "stage") if config.is_file() else None
+    if stage is not None and stage != STAGES.get(name, stage):
+        raise EvaluationError(
+            f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
+        )
     model, decoder = find_model(folder), decoder_folder(image_decoder)
     require_fit(name, model, decoder)
 
@@ -153,6 +124,74 @@ def model_system(
     return System(name, load, model_hash, reads_images=True)
 
 
+def run_system(
+    folder: Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
+) -> System:
+    """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
+    config = OmegaConf.load(folder / RUN_CONFIG)
+    values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trainable")}
+    stage, seed = "alignment" if values["recipe.trainable"] == "aligner" else values["stage"], values["seed"]
+    experiment = values["ablation"] or stage
+    system = kosmosg_system(f"{experiment}, seed {seed}", folder, image_decoder, device, acceleration)
+    return replace(system, experiment=experiment, stage=stage, seed=seed)
+
+
+def run_folders(patterns: Sequence[str]) -> list[Path]:
+    """The run folders that are named, and of patterns the finished ones, each once.
+
+    Raises:
+        EvaluationError: a folder that is no finished run, or patterns that fit none.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
+        finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
+        if not finished and not glob.has_magic(pattern):
+            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
+        found += [folder for folder in finished if folder not in found]
+    if patterns and not found:
+        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
+    return found
+
+
+class Conditions:
+    """Conditions of one pipeline, whose weights must not change; the `kept` last used are remembered.
+
+    Each is computed once and alone, so that it depends on its prompt and nothing else. The last bits of one computed in
+    a batch depend on that batch; kept for a later one, it would make an image depend on what was generated before it.
+    """
+
+    def __init__(self, pipeline: KosmosGPipeline, kept: int = KEPT_CONDITIONS):
+        self.model, self.encoder, self.device = pipeline.model.eval(), pipeline.encoder, pipeline.device
+        self.kept = kept
+        self._conditions: OrderedDict[tuple[str, ...], Condition] = OrderedDict()
+
+    def __call__(self, batch: Batch) -> Condition:
+        """The conditions of B images to be made."""
+        named = {id(image): pixel_hash(image) for images in batch.images for image in images}
+        rows = []
+        for prompt, images in zip(batch.prompts, batch.images, strict=True):
+            key = (prompt, *(named[id(image)] for image in images))
+            if key not in self._conditions:
+                self._conditions[key] = self._encode(prompt, images)
+                if len(self._conditions) > self.kept:
+                    self._conditions.popitem(last=False)
+            self._conditions.move_to_end(key)
+            rows.append(self._conditions[key])
+        return Condition.cat(rows)
+
+    @torch.no_grad()
+    def _encode(self, prompt: str, images: list[Image.Image]) -> Condition:
+        """The condition of one prompt."""
+        batch = self.encoder.collate([self.encoder(parse_prompt(prompt, images))])
+        return self.model.condition(batch.to(self.device))
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """The same for equal pixels, whatever file or object they come from."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
+
 def output_type(sampling: Sampling) -> Literal["np", "pil"]:
     """Floats where the protocol scores what was in memory; else what diffusers would save, whose bytes are rounded."""
     return "np" if sampling.storage == "memory" else "pil"
@@ -161,22 +200,6 @@ def output_type(sampling: Sampling) -> Literal["np", "pil"]:
 def as_bytes(images: list[Image.Image] | np.ndarray) -> list[Image.Image]:
     """What a pipeline gave; floats B×H×W×3 in [0, 1] are truncated."""
     return [truncated(image) for image in images] if isinstance(images, np.ndarray) else images
-
-
-def require_stage(name: str, folder: Path) -> None:
-    """Refuse a run folder of another stage than the row's.
-
-    Raises:
-        EvaluationError: says which stage was run and which is needed.
-    """
-    file = folder / RUN_CONFIG
-    if not file.is_file():
-        return
-    stage = OmegaConf.select(OmegaConf.load(file), "stage")
-    if stage != STAGES[name]:
-        raise EvaluationError(
-            f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
-        )
 
 
 def require_fit(name: str, model: Path, decoder: Path) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark
+from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark, DataSetError, Item, Prompt, named_problems
 from evaluation.protocols.protocol import CocoProtocol
-from evaluation.protocols.requests import SHOWN_PROBLEMS, DataSetError, Item, Request, image_seed
 
 ANNOTATIONS = "annotations/captions_val2014.json"
 IMAGES = "val2014"
@@ -45,34 +44,30 @@ class Coco(Benchmark):
             raise DataSetError(f"'{file}' is not of COCO's structure: {type(error).__name__}: {error}") from error
         self._check_annotations()
         self.taken = self._taken()
+        self.prompts = [
+            Prompt(caption, caption, (), Item(Path(), str(index), caption))
+            for index, (_, caption) in enumerate(self.taken)
+        ]
         self._check_images()
 
     def _check_images(self) -> None:
         needed = sorted({path.name for path in self._images()})
         there = {path.name for path in (self.folder / IMAGES).iterdir()} if (self.folder / IMAGES).is_dir() else set()
-        missing = [name for name in needed if name not in there]
-        if missing:
-            shown = ", ".join(missing[:SHOWN_PROBLEMS])
-            raise DataSetError(
-                f"COCO at '{self.folder}': {len(missing)} of {len(needed)} images are missing in {IMAGES}/: "
-                + shown
-                + (" …" if len(missing) > SHOWN_PROBLEMS else "")
-            )
-        sides = {"real images": len(self.references()), "held-out images": len(self.held_out_images())}
-        for side, count in sides.items():
-            if self.protocol.kid is not None and 0 < count < self.protocol.kid.subset_size:
+        if missing := [name for name in needed if name not in there]:
+            count = f"{len(missing)} of {len(needed)} images are missing in {IMAGES}/"
+            raise DataSetError(f"COCO at '{self.folder}': {count}: {named_problems(missing)}")
+        least = 0 if self.protocol.kid is None else self.protocol.kid.subset_size
+        for side, images in {"real": self.references(), "held-out": self.held_out_images()}.items():
+            if 0 < len(images) < least:
                 raise DataSetError(
-                    f"COCO at '{self.folder}' has {count} {side} but coco.kid draws {self.protocol.kid.subset_size} at "
-                    "once; set coco.kid.subset_size to at most that."
+                    f"COCO at '{self.folder}' has {len(images)} {side} images but coco.kid draws {least} at once; set "
+                    "coco.kid.subset_size to at most that."
                 )
 
     def _check_annotations(self) -> None:
-        unknown = sorted({str(image) for image, _ in self.annotations if image not in self.file_names})
-        if unknown:
-            raise DataSetError(
-                f"COCO at '{self.folder}': captions of {len(unknown)} images that are not listed: "
-                + ", ".join(unknown[:SHOWN_PROBLEMS])
-            )
+        if unknown := sorted({str(image) for image, _ in self.annotations if image not in self.file_names}):
+            count = f"captions of {len(unknown)} images that are not listed"
+            raise DataSetError(f"COCO at '{self.folder}': {count}: {named_problems(unknown)}")
         if self.protocol.caption_list is None and self.protocol.captions > len(self.annotations):
             raise DataSetError(
                 f"COCO at '{self.folder}' has {len(self.annotations)} captions but the protocol draws "
@@ -102,25 +97,6 @@ class Coco(Benchmark):
                 "whole."
             )
         return taken
-
-    def requests(self) -> list[Request]:
-        """The taken captions, each once."""
-        sampling = self.protocol.sampling
-        return [
-            Request(
-                index=index,
-                prompt=caption,
-                text=caption,
-                inputs=(),
-                seed=image_seed(sampling.seed, index, period=sampling.noise_period),
-                unit=str(index),
-            )
-            for index, (_, caption) in enumerate(self.taken)
-        ]
-
-    def item(self, request: Request, file: Path) -> Item:
-        """A made image with its caption."""
-        return Item(file, request.unit, request.text)
 
     def baselines(self) -> dict[str, list[Item]]:
         """Held-out photos, where the protocol halves the images."""

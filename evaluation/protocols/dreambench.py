@@ -11,18 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.protocols.benchmark import COPY_OF_INPUT, REAL_IMAGES, Benchmark
-from evaluation.protocols.protocol import DreamBenchProtocol, Pairs, Subject, Templates
-from evaluation.protocols.requests import (
+from evaluation.protocols.benchmark import (
+    COPY_OF_INPUT,
+    REAL_IMAGES,
+    Benchmark,
     DataSetError,
     EvaluationError,
     Item,
-    Request,
+    Prompt,
     Slot,
-    image_seed,
     named_problems,
     spread,
 )
+from evaluation.protocols.protocol import DreamBenchProtocol, Pairs, Subject, Templates
 from kosmosg.prompt import PLACEHOLDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -31,6 +32,10 @@ LOOKS = ("kind", "colour", "pattern")
 NEAR_COPY = 0.95
 """DINO cosine with the input image from which on an image counts as a near copy of it. One for all protocols and not to
 be configured, so that the rate means one thing; how many photos of a subject reach it tells the row of real images."""
+
+
+HALF_TOP = 0.4
+"""Where the half-squares of an image of two subjects begin, in units of its side."""
 
 
 class DreamBench(Benchmark):
@@ -56,11 +61,10 @@ class DreamBench(Benchmark):
             name: self.protocol.subjects[name] for name in spread(list(self.protocol.subjects), protocol.max_subjects)
         }
         self.check()
-        self._first_prompt, prompts = {}, 0
-        for name in self.subjects:
-            self._first_prompt[name] = prompts
-            prompts += len(self.templates(name))
-        self._first_pair = prompts
+        self.pairs = self._pairs()
+        """Of two subjects; drawn where there is a judge, after all else."""
+        self.prompts = [prompt for name in self.subjects for prompt in self._prompts(name)]
+        self.prompts += [self._pair(*pair) for pair in self.pairs]
 
     def check(self) -> None:
         """See the class for what is raised."""
@@ -102,73 +106,52 @@ class DreamBench(Benchmark):
 
     def references_of(self, subject: str) -> tuple[Path, ...]:
         """What an image of the subject is compared with, by the protocol."""
-        return (
-            (self.kept_image(subject),)
-            if self.protocol.references == "kept_image"
-            else tuple(self.real_images(subject))
-        )
+        kept = self.protocol.references == "kept_image"
+        return (self.kept_image(subject),) if kept else tuple(self.real_images(subject))
 
-    def templates(self, subject: str) -> list[tuple[str, str, dict[str, str]]]:
-        """(original, modified, labels) of the templates of the subject's kind."""
-        prompts = self.protocol.prompts[self.subjects[subject].kind]
-        return spread(prompts.rows(), self.protocol.max_templates)
-
-    def pairs(self) -> list[list[str]]:
-        """The pairs that are drawn: those of the taken subjects, where there is a judge."""
+    def _pairs(self) -> list[list[str]]:
         pairs = self.protocol.pairs.subjects if self.protocol.pairs is not None and self.protocol.judge else []
         return [pair for pair in pairs if self.subjects.keys() >= set(pair)]
 
-    def requests(self) -> list[Request]:
-        """Subject by subject, template by template, repeat by repeat; then the pairs."""
-        asked = [
-            ([name], original, modified) for name in self.subjects for original, modified, _ in self.templates(name)
-        ]
-        if (pairs := self.protocol.pairs) is not None:
-            asked += [(names, pairs.original, pairs.modified) for names in self.pairs()]
-        return [
-            self._request(number, repeat, *prompt)
-            for number, prompt in enumerate(asked)
-            for repeat in range(self.protocol.images_per_prompt)
-        ]
+    def _prompts(self, name: str) -> list[Prompt]:
+        """The templates of a subject's kind, for it."""
+        subject = self.subjects[name]
+        shared = {"references": self.references_of(name), "given": self.kept_image(name), "others": self.others(name)}
+        found = []
+        for original, modified, words in spread(
+            self.protocol.prompts[subject.kind].rows(), self.protocol.max_templates
+        ):
+            parts = {"kind": (subject.kind, name), "subject": (name, original), "template": (original, name)}
+            if words:
+                parts["words"] = (" + ".join(words), name)
+            told = {"group": original, "parts": parts, "labels": subject.labels | words, "words": words}
+            item = Item(Path(), name, original.format(subject.class_noun), **shared, **told)
+            found.append(self._prompt([name], original, modified, item))
+        return found
 
-    def _request(self, number: int, repeat: int, names: list[str], original: str, modified: str) -> Request:
+    def _pair(self, *names: str) -> Prompt:
+        """Two subjects, each to be seen in its half; for the judge alone. They stand low in the image."""
+        side = self.protocol.sampling.image_size
+        half, top = side // 2, round(HALF_TOP * side)
+        slots = [
+            Slot((i * half, top, (i + 1) * half, top + half), self.subjects[name].labels["kind"],
+                 self.kept_image(name), self.others(name))
+            for i, name in enumerate(names)
+        ]  # fmt: skip
+        pairs = self.protocol.pairs
+        return self._prompt(
+            names, pairs.original, pairs.modified, Item(Path(), " + ".join(names), "", slots=tuple(slots))
+        )
+
+    def _prompt(self, names: Sequence[str], original: str, modified: str, item: Item) -> Prompt:
         nouns = [self.subjects[name].class_noun for name in names]
         shown = [PLACEHOLDER if self.protocol.fed == "image" else f"{noun} {PLACEHOLDER}" for noun in nouns]
-        sampling = self.protocol.sampling
-        return Request(
-            index=number * self.protocol.images_per_prompt + repeat,
-            prompt=modified.format(*shown),
-            text=original.format(*nouns),
-            inputs=tuple(str(self.kept_image(name).relative_to(self.folder)) for name in names),
-            seed=image_seed(sampling.seed, number, repeat, sampling.noise_period),
-            unit=" + ".join(names),
-        )
-
-    def item(self, request: Request, file: Path) -> Item:
-        """A made image with what it is compared with; one of two subjects is for the judge alone."""
-        number = request.index // self.protocol.images_per_prompt
-        if number >= self._first_pair:
-            names = self.pairs()[number - self._first_pair]
-            slots = [Slot(self.subjects[n].labels["kind"], self.kept_image(n), self.others(n)) for n in names]
-            return Item(file, request.unit, "", slots=tuple(slots))
-        templates = self.templates(request.unit)
-        place = number - self._first_prompt[request.unit]
-        template, _, words = templates[place]
-        return Item(
-            file,
-            request.unit,
-            request.text,
-            self.references_of(request.unit),
-            group=template,
-            given=self.kept_image(request.unit),
-            others=self.others(request.unit),
-            labels=self.subjects[request.unit].labels | words,
-            words=words,
-        )
+        inputs = tuple(str(self.kept_image(name).relative_to(self.folder)) for name in names)
+        return Prompt(modified.format(*shown), original.format(*nouns), inputs, item)
 
     def baselines(self) -> dict[str, list[Item]]:
         """Real photos; and the input repeated whatever the prompt: how much of a score is mere copying."""
-        single = self.requests()[: self._first_pair * self.protocol.images_per_prompt]
+        single = [request for request in self.requests() if len(request.inputs) == 1]
         copies = [self.item(request, self.folder / request.inputs[0]) for request in single]
         return {REAL_IMAGES: self.other_real_images(), COPY_OF_INPUT: copies}
 
@@ -188,15 +171,6 @@ class DreamBench(Benchmark):
     def files(self) -> list[Path]:
         """Every file that a number depends on."""
         return [path for name in self.subjects for path in (*self.real_images(name), *self.others(name))]
-
-    def parts(self, unit: str, group: str) -> dict[str, tuple[str, str]]:
-        """By kind of subject, subject, template, and by the label groups that the words ask for (`colour + dress`)."""
-        if not group:
-            return {}
-        kind = self.subjects[unit].kind
-        asked = next(labels for original, _, labels in self.protocol.prompts[kind].rows() if original == group)
-        found = {"kind": (kind, unit), "subject": (unit, group), "template": (group, unit)}
-        return found | ({"words": (" + ".join(asked), unit)} if asked else {})
 
     def check_networks(self, networks: Mapping[str, Any]) -> None:
         """Labels must be known to the judge."""
@@ -247,10 +221,10 @@ class DreamBench(Benchmark):
                 "it tells nothing. Kept is the mean of kind and look, which should show; leaked that of background and "
                 "pose, which should not. The row of real images, other photos of the subject, does both right."
             )
-        if pairs := self.pairs():
+        if self.pairs:
             notes.append(
-                f"Two subjects: {len(pairs)} pairs, each slot's kind and identity in its half of the image. Swapped: "
-                "both halves show the other's kind; missing: a kind that neither half shows."
+                f"Two subjects: {len(self.pairs)} pairs, each slot's kind and identity in its half of the image. "
+                "Swapped: both halves show the other's kind; missing: a kind that neither half shows."
             )
         return notes
 

@@ -9,18 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.protocols.benchmark import Benchmark
-from evaluation.protocols.pairs import read_lines
-from evaluation.protocols.protocol import Detector, Protocol
-from evaluation.protocols.requests import (
-    DataSetError,
-    EvaluationError,
-    Item,
-    Request,
-    image_seed,
-    named_problems,
-    spread,
-)
+from evaluation.protocols.benchmark import Benchmark, EvaluationError, Item, Prompt, read_all, read_rows, spread
+from evaluation.protocols.protocol import Detector, Protocol, require_at_least
 from evaluation.scores.detection import COLOURS
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -37,6 +27,9 @@ class GenEvalProtocol(Protocol):
     detector: Detector | None = None
     """Finds objects by the names that the metadata use; `clip` tells their colours."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, "geneval", 1, "images_per_prompt", "max_prompts")
+
 
 class GenEval(Benchmark):
     """See the module."""
@@ -46,44 +39,21 @@ class GenEval(Benchmark):
 
     def __init__(self, protocol: GenEvalProtocol, folder: Path):
         super().__init__(protocol, folder)
-        problems: list[str] = []
-        self.asked = spread(read_lines(folder / protocol.metadata), protocol.max_prompts)
-        for number, row in enumerate(self.asked, 1):
-            try:
-                check_row(row)
-            except (KeyError, TypeError, ValueError) as error:
-                problems.append(f"prompt {number}: {type(error).__name__}: {error}")
-        if problems:
-            raise DataSetError(f"'{folder / protocol.metadata}': {named_problems(problems)}")
+        file = folder / protocol.metadata
+        self.asked = spread(read_rows(file, lines=True), protocol.max_prompts)
+        read_all(self.asked, check_row, f"'{file}'", "prompt")
+        self.prompts = [self._prompt(number, row) for number, row in enumerate(self.asked)]
 
-    def requests(self) -> list[Request]:
-        """Prompt by prompt, repeat by repeat."""
-        count, sampling = self.protocol.images_per_prompt, self.protocol.sampling
-        return [
-            Request(
-                number * count + repeat,
-                row["prompt"],
-                row["prompt"],
-                (),
-                image_seed(sampling.seed, number, repeat, sampling.noise_period),
-                str(number),
-            )
-            for number, row in enumerate(self.asked)
-            for repeat in range(count)
-        ]
-
-    def item(self, request: Request, file: Path) -> Item:
-        """A made image with what must be seen."""
-        row = self.asked[request.index // self.protocol.images_per_prompt]
-        return Item(file, request.unit, request.text, group=row["tag"], asked=row)
+    def _prompt(self, number: int, row: dict[str, Any]) -> Prompt:
+        unit, tag = str(number), row["tag"]
+        parts = {"task": (tag, unit)}
+        return Prompt(
+            row["prompt"], row["prompt"], (), Item(Path(), unit, row["prompt"], group=tag, parts=parts, asked=row)
+        )
 
     def files(self) -> list[Path]:
         """The metadata."""
         return [self.folder / self.protocol.metadata]
-
-    def parts(self, unit: str, group: str) -> dict[str, tuple[str, str]]:
-        """By kind of task."""
-        return {"task": (group, unit)} if group else {}
 
     def check_networks(self, networks: Mapping[str, Any]) -> None:
         """Every class must be one that the detector knows."""

@@ -15,11 +15,17 @@ from typing import Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
-from evaluation.protocols.benchmark import Benchmark
-from evaluation.protocols.pairs import read_lines
-from evaluation.protocols.protocol import Encoder, Protocol, VisionJudge
-from evaluation.protocols.requests import DataSetError, Item, Request, image_seed, inner_file, named_problems, spread
-from evaluation.scores.vision_judge import Question
+from evaluation.protocols.benchmark import (
+    Benchmark,
+    DataSetError,
+    Item,
+    Prompt,
+    inner_file,
+    read_all,
+    read_rows,
+    spread,
+)
+from evaluation.protocols.protocol import Encoder, Protocol, VisionJudge, require_at_least
 from kosmosg.files import decode_text
 from kosmosg.prompt import PLACEHOLDER
 
@@ -39,14 +45,6 @@ class JudgedProtocol(Protocol):
     max_prompts: int | None = None
     """Only this many, spread evenly; for trials."""
 
-    def questions(self, text: str, inputs: Sequence[Path], file: Path) -> dict[str, Question]:
-        """What is asked about a made image, by metric."""
-        asked = {name: getattr(self, name).replace("{prompt}", text) for name in ("preservation", "following")}
-        return {
-            "preservation": Question(asked["preservation"], (*inputs, file)),
-            "following": Question(asked["following"], (file,)),
-        }
-
 
 @dataclass
 class DreamBenchPlusProtocol(JudgedProtocol):
@@ -60,6 +58,47 @@ class DreamBenchPlusProtocol(JudgedProtocol):
     dino: Encoder | None = None
     """CLS output; the mean cosine with the input image, clamped at 0 after averaging."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, "dreambench_plus", 1, "images_per_prompt", "max_prompts")
+
+
+@dataclass
+class OmniContextProtocol(JudgedProtocol):
+    list: str = "omnicontext.jsonl"
+    """The tasks, in the data set's folder."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "omnicontext", 1, "max_prompts")
+
+
+Asked = tuple[str, tuple[Path, ...]]
+"""Words, and the images that are shown before the made one."""
+
+
+class Judged(Benchmark):
+    """What both have: questions about every image, and who judged."""
+
+    what: str
+    """Is counted, for the notes."""
+
+    def questions(
+        self, text: str, inputs: Sequence[Path], style: bool = False
+    ) -> dict[str, tuple[str, tuple[Path, ...]]]:
+        """What is asked about a made image, by metric."""
+        stated = self.protocol.style_preservation if style else self.protocol.preservation
+        preservation, following = (words.replace("{prompt}", text) for words in (stated, self.protocol.following))
+        return {"preservation": (preservation, tuple(inputs)), "following": (following, ())}
+
+    def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
+        """Who judged."""
+        judge = self.protocol.vlm
+        return [
+            f"{next(iter(self.tables.values()))}: {self.what}, judged by {judge.weights}"
+            f"{f' at {judge.revision}' if judge.revision else ''}, from 0 to 1. Numbers of other judges or "
+            "instructions, as those published with GPT-4o, do not compare. "
+            f"Intervals: {bootstrap.replicates} bootstrap draws."
+        ]
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -67,11 +106,11 @@ class Concept:
 
     class_noun: str
     kind: str
-    image: str
+    image: Path
     captions: tuple[str, ...]
 
 
-class DreamBenchPlus(Benchmark):
+class DreamBenchPlus(Judged):
     """See the module."""
 
     tables: ClassVar = {"dreambench_plus": "Concepts (DreamBench++)"}
@@ -80,83 +119,55 @@ class DreamBenchPlus(Benchmark):
     def __init__(self, protocol: DreamBenchPlusProtocol, folder: Path):
         super().__init__(protocol, folder)
         captions = sorted((folder / "captions").rglob("*.txt"))
-        problems: list[str] = []
-        self.subjects: dict[str, Concept] = {}
-        for file in captions:
-            name = file.relative_to(folder / "captions").with_suffix("")
-            images = [folder / "images" / name.with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
-            image = next((path for path in images if path.is_file()), None)
-            lines = [line.strip() for line in decode_text(file.read_bytes()).split("\n") if line.strip()]
-            if image is None:
-                problems.append(f"images/{name}.jpg is missing")
-            elif len(lines) < 2:
-                problems.append(f"captions/{name}.txt has no prompts after the subject's name")
-            else:
-                told = str(image.relative_to(folder))
-                self.subjects[str(name)] = Concept(lines[0], name.parent.name, told, tuple(lines[1:]))
-        if problems or not captions:
-            raise DataSetError(
-                f"DreamBench++ at '{folder}': {named_problems(problems) if problems else 'captions/ holds no .txt.'}"
-            )
-
-    def requests(self) -> list[Request]:
-        """Concept by concept, prompt by prompt, repeat by repeat."""
-        count, sampling = self.protocol.images_per_prompt, self.protocol.sampling
+        if not captions:
+            raise DataSetError(f"DreamBench++ at '{folder}': captions/ holds no .txt.")
+        names = [str(file.relative_to(folder / "captions").with_suffix("")) for file in captions]
+        concepts = read_all(names, self._concept, f"DreamBench++ at '{folder}'", "concept")
+        self.subjects: dict[str, Concept] = dict(zip(names, concepts, strict=True))
+        self.what = f"{len(self.subjects)} concepts"
         asked = [(name, caption) for name, concept in self.subjects.items() for caption in concept.captions]
-        return [
-            Request(
-                number * count + repeat,
-                self._fed(self.subjects[name].class_noun, caption),
-                caption,
-                (self.subjects[name].image,),
-                image_seed(sampling.seed, number, repeat, sampling.noise_period),
-                name,
-            )
-            for number, (name, caption) in enumerate(spread(asked, self.protocol.max_prompts))
-            for repeat in range(count)
-        ]
+        self.prompts = [self._prompt(name, caption) for name, caption in spread(asked, protocol.max_prompts)]
 
-    def _fed(self, noun: str, caption: str) -> str:
-        told = PLACEHOLDER if self.protocol.fed == "image" else f"{noun} {PLACEHOLDER}"
-        fed, found = re.subn(rf"\b(?:an? )?{re.escape(noun)}\b", told, caption, count=1, flags=re.IGNORECASE)
-        return fed if found else f"{PLACEHOLDER} {caption}"
+    def _concept(self, name: str) -> Concept:
+        images = [self.folder / "images" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
+        image = next((path for path in images if path.is_file()), None)
+        text = decode_text((self.folder / "captions" / f"{name}.txt").read_bytes())
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if image is None:
+            raise ValueError(f"images/{name}.jpg is missing")
+        if len(lines) < 2:
+            raise ValueError(f"captions/{name}.txt has no prompts after the subject's name")
+        return Concept(lines[0], Path(name).parent.name, image, tuple(lines[1:]))
 
-    def item(self, request: Request, file: Path) -> Item:
-        """A made image with its concept's, and what the judge is asked."""
-        given, style = self.folder / request.inputs[0], self.subjects[request.unit].kind == "style"
-        asked = self.protocol.questions(request.text, [given], file)
-        if style:
-            asked["preservation"] = Question(
-                self.protocol.style_preservation.replace("{prompt}", request.text), asked["preservation"].images
-            )
-        group = self.subjects[request.unit].kind
-        return Item(file, request.unit, request.text, (given,), group=group, given=given, asked=asked)
+    def _prompt(self, name: str, caption: str) -> Prompt:
+        concept = self.subjects[name]
+        told = PLACEHOLDER if self.protocol.fed == "image" else f"{concept.class_noun} {PLACEHOLDER}"
+        noun = rf"\b(?:an? )?{re.escape(concept.class_noun)}\b"
+        fed, found = re.subn(noun, told, caption, count=1, flags=re.IGNORECASE)
+        item = Item(
+            Path(),
+            name,
+            caption,
+            (concept.image,),
+            group=concept.kind,
+            parts={"category": (concept.kind, name)} if concept.kind else {},
+            given=concept.image,
+            asked=self.questions(caption, [concept.image], style=concept.kind == "style"),
+        )
+        given = (str(concept.image.relative_to(self.folder)),)
+        return Prompt(fed if found else f"{PLACEHOLDER} {caption}", caption, given, item)
 
     def kept_image(self, subject: str) -> Path:
         """The concept's image."""
-        return self.folder / self.subjects[subject].image
+        return self.subjects[subject].image
 
     def files(self) -> list[Path]:
         """Images and captions."""
-        images = [self.folder / concept.image for concept in self.subjects.values()]
+        images = [concept.image for concept in self.subjects.values()]
         return [*images, *(self.folder / "captions" / f"{name}.txt" for name in self.subjects)]
 
-    def parts(self, unit: str, group: str) -> dict[str, tuple[str, str]]:
-        """By category."""
-        return {"category": (group, unit)} if group else {}
 
-    def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
-        """Who judged."""
-        return judged_notes(self, f"{len(self.subjects)} concepts", bootstrap)
-
-
-@dataclass
-class OmniContextProtocol(JudgedProtocol):
-    list: str = "omnicontext.jsonl"
-    """The tasks, in the data set's folder."""
-
-
-class OmniContext(Benchmark):
+class OmniContext(Judged):
     """See the module."""
 
     tables: ClassVar = {"omnicontext": "Subjects in context (OmniContext)"}
@@ -164,59 +175,23 @@ class OmniContext(Benchmark):
 
     def __init__(self, protocol: OmniContextProtocol, folder: Path):
         super().__init__(protocol, folder)
-        problems: list[str] = []
-        self.tasks: list[tuple[str, str, str, tuple[str, ...]]] = []
-        for number, row in enumerate(spread(read_lines(folder / protocol.list), protocol.max_prompts), 1):
-            try:
-                files = [inner_file(folder, name) for name in row["input_images"]]
-                if not files:
-                    raise ValueError("no input_images")
-                names = tuple(str(file.relative_to(folder)) for file in files)
-                self.tasks.append((str(row["key"]), row["task_type"], row["instruction"], names))
-            except (KeyError, TypeError, ValueError) as error:
-                problems.append(f"task {number}: {error}")
-        if problems:
-            raise DataSetError(f"'{folder / protocol.list}': {named_problems(problems)}")
+        file = folder / protocol.list
+        rows = spread(read_rows(file, lines=True), protocol.max_prompts)
+        self.prompts = read_all(rows, self._prompt, f"'{file}'", "task")
+        self.what = f"{len(self.prompts)} tasks"
 
-    def requests(self) -> list[Request]:
-        """One image a task; the input images stand before the instruction, in their order."""
-        sampling = self.protocol.sampling
-        return [
-            Request(
-                number,
-                " ".join([*[PLACEHOLDER] * len(inputs), instruction]),
-                instruction,
-                inputs,
-                image_seed(sampling.seed, number, period=sampling.noise_period),
-                key,
-            )
-            for number, (key, _, instruction, inputs) in enumerate(self.tasks)
-        ]
-
-    def item(self, request: Request, file: Path) -> Item:
-        """A made image, and what the judge is asked."""
-        inputs = [self.folder / name for name in request.inputs]
-        asked = self.protocol.questions(request.text, inputs, file)
-        return Item(file, request.unit, request.text, group=self.tasks[request.index][1], asked=asked)
+    def _prompt(self, row: dict[str, Any]) -> Prompt:
+        """The input images stand before the instruction, in their order."""
+        files = [inner_file(self.folder, name) for name in row["input_images"]]
+        if not files:
+            raise ValueError("no input_images")
+        unit, kind, text = str(row["key"]), row["task_type"], row["instruction"]
+        parts, asked = {"task": (kind, unit)} if kind else {}, self.questions(text, files)
+        item = Item(Path(), unit, text, group=kind, parts=parts, asked=asked)
+        names = tuple(str(file.relative_to(self.folder)) for file in files)
+        return Prompt(" ".join([*[PLACEHOLDER] * len(files), text]), text, names, item)
 
     def files(self) -> list[Path]:
         """The list and its images."""
-        inputs = {self.folder / name for _, _, _, names in self.tasks for name in names}
+        inputs = {self.folder / name for asked in self.prompts for name in asked.inputs}
         return [self.folder / self.protocol.list, *sorted(inputs)]
-
-    def parts(self, unit: str, group: str) -> dict[str, tuple[str, str]]:
-        """By kind of task."""
-        return {"task": (group, unit)} if group else {}
-
-    def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
-        """Who judged."""
-        return judged_notes(self, f"{len(self.tasks)} tasks", bootstrap)
-
-
-def judged_notes(benchmark: Benchmark, what: str, bootstrap: Any) -> list[str]:
-    judge = benchmark.protocol.vlm
-    return [
-        f"{next(iter(benchmark.tables.values()))}: {what}, judged by {judge.weights}"
-        f"{f' at {judge.revision}' if judge.revision else ''}, from 0 to 1. Numbers of other judges or instructions, "
-        f"as those published with GPT-4o, do not compare. Intervals: {bootstrap.replicates} bootstrap draws."
-    ]

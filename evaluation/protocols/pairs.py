@@ -5,24 +5,13 @@ The list is JSON, `[{"prompt": "a cat and a backpack in the jungle", "image_path
 not read.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from evaluation.protocols.benchmark import Benchmark
-from evaluation.protocols.protocol import Encoder, Protocol
-from evaluation.protocols.requests import (
-    DataSetError,
-    Item,
-    Request,
-    image_seed,
-    inner_file,
-    named_problems,
-    spread,
-)
-from kosmosg.files import decode_text
+from evaluation.protocols.benchmark import Benchmark, Item, Prompt, inner_file, read_all, read_rows, spread
+from evaluation.protocols.protocol import Encoder, Protocol, require_at_least
 from kosmosg.prompt import PLACEHOLDER
 
 
@@ -42,8 +31,7 @@ class PairListProtocol(Protocol):
     """CLS output; the mean of cosines with both input images, clamped at 0 after averaging."""
 
     def __post_init__(self) -> None:
-        if self.images_per_prompt < 1:
-            raise ValueError(f"dreambench_pairs.images_per_prompt={self.images_per_prompt} is not allowed; at least 1.")
+        require_at_least(self, "dreambench_pairs", 1, "images_per_prompt", "max_prompts")
 
 
 class DreamBenchPairs(Benchmark):
@@ -54,19 +42,12 @@ class DreamBenchPairs(Benchmark):
 
     def __init__(self, protocol: PairListProtocol, folder: Path):
         super().__init__(protocol, folder)
-        rows = read_list(folder / protocol.list)
-        problems: list[str] = []
-        self.asked = []
-        for number, row in enumerate(spread(rows, protocol.max_prompts)):
-            try:
-                self.asked.append(self._asked(row))
-            except (KeyError, TypeError, ValueError) as error:
-                problems.append(f"entry {number}: {error}")
-        if problems:
-            raise DataSetError(f"'{folder / protocol.list}': {named_problems(problems)}")
+        file = folder / protocol.list
+        rows = spread(read_rows(file, lines=False), protocol.max_prompts)
+        self.prompts = read_all(rows, self._prompt, f"'{file}'", "entry")
 
-    def _asked(self, row: dict[str, Any]) -> tuple[str, str, tuple[str, ...], str]:
-        """(fed prompt, text, input files, pair of subjects)"""
+    def _prompt(self, row: dict[str, Any]) -> Prompt:
+        """A pair of subjects is a unit."""
         text, files = row["prompt"], [inner_file(self.folder, name) for name in row["image_paths"]]
         if len(files) != 2:
             raise ValueError(f"{len(files)} images; a pair has two")
@@ -81,67 +62,17 @@ class DreamBenchPairs(Benchmark):
             if not found:
                 raise ValueError(f"the prompt {text!r} does not name '{subject}' as {noun!r}")
         names = tuple(str(file.relative_to(self.folder)) for file in files)
-        return prompt, text, names, " + ".join(file.parent.name for file in files)
-
-    def requests(self) -> list[Request]:
-        """Prompt by prompt, repeat by repeat; a pair of subjects is a unit."""
-        count, sampling = self.protocol.images_per_prompt, self.protocol.sampling
-        return [
-            Request(
-                number * count + repeat,
-                prompt,
-                text,
-                inputs,
-                image_seed(sampling.seed, number, repeat, sampling.noise_period),
-                unit,
-            )
-            for number, (prompt, text, inputs, unit) in enumerate(self.asked)
-            for repeat in range(count)
-        ]
-
-    def item(self, request: Request, file: Path) -> Item:
-        """A made image with both of its inputs."""
-        return Item(file, request.unit, request.text, tuple(self.folder / name for name in request.inputs))
+        unit = " + ".join(file.parent.name for file in files)
+        return Prompt(prompt, text, names, Item(Path(), unit, text, tuple(files)))
 
     def files(self) -> list[Path]:
         """The list and its images."""
-        inputs = {self.folder / name for _, _, names, _ in self.asked for name in names}
+        inputs = {self.folder / name for asked in self.prompts for name in asked.inputs}
         return [self.folder / self.protocol.list, *sorted(inputs)]
 
     def notes(self, bootstrap: Any, scores: Any) -> list[str]:
         """What DINO and CLIP-I are."""
         return [
-            f"Two subjects: {len(self.asked)} prompts; DINO and CLIP-I are the mean of the whole image's cosines with "
-            f"both input images. Intervals: {bootstrap.replicates} bootstrap draws of pairs."
+            f"Two subjects: {len(self.prompts)} prompts; DINO and CLIP-I are the mean of the whole image's cosines "
+            f"with both input images. Intervals: {bootstrap.replicates} bootstrap draws of pairs."
         ]
-
-
-def read_list(file: Path) -> list[dict[str, Any]]:
-    """A JSON list of objects. Raises DataSetError."""
-    if not file.is_file():
-        raise DataSetError(f"'{file}' does not exist; see docs/evaluation.md for the layout that is expected.")
-    try:
-        rows = json.loads(decode_text(file.read_bytes()))
-    except ValueError as error:
-        raise DataSetError(f"'{file}' is no JSON: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataSetError(f"'{file}' is no JSON list of objects.")
-    return rows
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON objects, one a line. Raises DataSetError."""
-    if not file.is_file():
-        raise DataSetError(f"'{file}' does not exist; see docs/evaluation.md for the layout that is expected.")
-    rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):  # lines end at "\n" alone
-        if line.strip():
-            try:
-                rows.append(json.loads(decode_text(line)))
-            except ValueError as error:
-                raise DataSetError(f"'{file}', line {number} is no JSON: {error}") from error
-            if not isinstance(rows[-1], dict):
-                raise DataSetError(f"'{file}', line {number} is no JSON object.")
-    if not rows:
-        raise DataSetError(f"'{file}' is empty.")
-    return rows

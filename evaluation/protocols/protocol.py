@@ -16,7 +16,6 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 FINGERPRINT_DIGITS = 8
-INCEPTION = "inception"
 
 
 @dataclass
@@ -38,11 +37,8 @@ class Sampling:
     """Prompts this far apart share their noise, as with scripts that reset the seed for every batch; null: none do."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "image_size"):
-            _require_at_least("sampling", name, getattr(self, name), 1)
-        _require_at_least("sampling", "guidance_scale", self.guidance_scale, 0)
-        if self.noise_period is not None:
-            _require_at_least("sampling", "noise_period", self.noise_period, 1)
+        require_at_least(self, "sampling", 1, "steps", "image_size", "noise_period")
+        require_at_least(self, "sampling", 0, "guidance_scale")
 
 
 @dataclass
@@ -59,8 +55,7 @@ class Preprocessing:
     """Divides them then."""
 
     def __post_init__(self) -> None:
-        for name in ("resize", "crop"):
-            _require_at_least("preprocessing", name, getattr(self, name), 1)
+        require_at_least(self, "preprocessing", 1, "resize", "crop")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"preprocessing.{name}={getattr(self, name)} is not allowed; it has 3 numbers, RGB.")
@@ -73,27 +68,18 @@ class Encoder:
     preprocessing: Preprocessing | None = None
     """null: as the folder's own preprocessor_config.json says."""
 
-    @property
-    def in_one_file(self) -> bool:
-        """Whether the weights are one file; else a transformers folder."""
-        return False
-
 
 @dataclass
 class FeatureNetwork(Encoder):
-    network: str = "resnet"
-    """An entry of evaluation.scores.encoders.FEATURE_NETWORKS; inception has one weight file, .pth or .safetensors."""
+    network: Literal["resnet", "inception"] = "resnet"
+    """inception has one weight file, .pth or .safetensors."""
 
     def __post_init__(self) -> None:
-        if self.in_one_file and self.preprocessing is not None:
+        if self.network == "inception" and self.preprocessing is not None:
             raise ValueError(
                 "coco.fid.preprocessing is not allowed with coco.fid.network=inception, which resizes to 299 px and "
                 "scales by itself; what comes before it is coco.real_resize and coco.generated_resize."
             )
-
-    @property
-    def in_one_file(self) -> bool:
-        return self.network == INCEPTION
 
 
 @dataclass
@@ -134,7 +120,7 @@ class Resize:
     """Whether shrinking averages over what it leaves out. Tensors in torchvision: not by default once, now they do."""
 
     def __post_init__(self) -> None:
-        _require_at_least("resize", "size", self.size, 1)
+        require_at_least(self, "resize", 1, "size")
         if self.library == "pil" and not self.antialias:
             raise ValueError("resize.antialias=false is not allowed with resize.library=pil; PIL always antialiases.")
 
@@ -149,8 +135,7 @@ class KID:
     """Of the draws."""
 
     def __post_init__(self) -> None:
-        _require_at_least("kid", "subsets", self.subsets, 2)
-        _require_at_least("kid", "subset_size", self.subset_size, 2)
+        require_at_least(self, "kid", 2, "subsets", "subset_size")
 
 
 @dataclass
@@ -253,10 +238,7 @@ class DreamBenchProtocol(Protocol):
     must not be a network that a model looks through, nor share its weights."""
 
     def __post_init__(self) -> None:
-        _require_at_least("dreambench", "images_per_prompt", self.images_per_prompt, 1)
-        for name in ("max_subjects", "max_templates"):
-            if getattr(self, name) is not None:
-                _require_at_least("dreambench", name, getattr(self, name), 1)
+        require_at_least(self, "dreambench", 1, "images_per_prompt", "max_subjects", "max_templates")
         if bool(self.facts) == bool(self.subjects or self.prompts):
             raise ValueError(
                 "dreambench: give the subjects and prompts either as 'facts' (a JSON file) or as 'subjects' and "
@@ -285,7 +267,7 @@ class CocoProtocol(Protocol):
     """Beside FID, from the same features: the kernel (x·y / F + 1)³; null leaves it out."""
 
     def __post_init__(self) -> None:
-        _require_at_least("coco", "captions", self.captions, 2)
+        require_at_least(self, "coco", 2, "captions")
         if (self.caption_list is None) == (self.caption_seed is None):
             raise ValueError(
                 f"coco.caption_seed={self.caption_seed} is not allowed with coco.caption_list={self.caption_list}; "
@@ -335,6 +317,9 @@ def _fingerprint(told: dict[str, Any]) -> str:
     return hashlib.sha256(written.encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
-def _require_at_least(section: str, name: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{section}.{name}={value} is not allowed; it must be at least {least}.")
+def require_at_least(config: Any, section: str, least: float, *names: str) -> None:
+    """Raises ValueError: a field has a value below `least`; null is none."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            key = f"{section}.{name}".lstrip(".")
+            raise ValueError(f"{key}={value} is not allowed; it must be at least {least}.")

@@ -4,38 +4,25 @@ Two scores compare where task, data and encoders are the same, and the sampling 
 Otherwise every key that differs is named.
 """
 
-import csv
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from evaluation.benchmarks import benchmark_of, titles
+from evaluation.protocols.benchmark import EvaluationError
 from evaluation.protocols.protocol import task_of
-from evaluation.protocols.requests import EvaluationError
 from evaluation.scores.bootstrap import paired_interval
 from evaluation.scores.metric import Metric, floored
-from evaluation.scores.results import (
-    Score,
-    cells,
-    columns,
-    headings,
-    markdown_table,
-    protocol_of,
-    read_results,
-    sizes,
-    table_rows,
-    tables_of,
-)
+from evaluation.scores.results import Score, columns, protocol_of, read_results, table_rows, tables_in, texts
 
 RESULTS, SAMPLES, PROVENANCE = "results.json", "samples.csv", "provenance.json"
 TOLD = 6
 MARK = " †"
-Samples = dict[tuple[str, str, str], tuple[list[float], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -55,15 +42,10 @@ class Evaluated:
         """See `protocol_of`."""
         return protocol_of(self.scores, table)
 
-    def samples(self) -> Samples:
-        """(scores, units) of every pair by (table, system, metric)."""
-        found: Samples = defaultdict(lambda: ([], []))
-        with (self.folder / SAMPLES).open(encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream):
-                scores, units = found[row["table"], row["system"], row["metric"]]
-                scores.append(float(row["score"]))
-                units.append(row["unit"])
-        return dict(found)
+    def samples(self, table: str) -> dict[tuple[str, str], pd.DataFrame]:
+        """The `score` and `unit` of every pair of a table, by system and metric."""
+        found = pd.read_csv(self.folder / SAMPLES, dtype={"unit": str}, keep_default_na=False)
+        return dict(iter(found[found["table"] == table].groupby(["system", "metric"])))  # type: ignore[arg-type]
 
 
 def read_evaluations(paths: Sequence[str | Path], least: int = 2) -> list[Evaluated]:
@@ -132,7 +114,7 @@ def compare(paths: Sequence[str | Path], force: bool = False) -> str:
     """
     evaluations = read_evaluations(paths)
     first = evaluations[0]
-    tables = tables_of([score for evaluation in evaluations for score in evaluation.scores])
+    tables = tables_in([score for evaluation in evaluations for score in evaluation.scores])
     having = {table: [e for e in evaluations if e.protocol(table) is not None] for table in tables}
     against = {
         table: {e.name: reasons for e in rows[1:] if (reasons := obstacles(rows[0], e, table))}
@@ -161,16 +143,15 @@ def comparison_table(evaluations: Sequence[Evaluated], table: str, marked: set[s
     """The rows of all evaluations. A row that is the same in comparable ones, as real images, is shown once."""
     lines = [f"## {titles()[table]}", ""]
     lines += [f"- '{e.name}'{MARK if e.name in marked else ''}: protocol `{e.protocol(table)}`" for e in evaluations]
-    metrics = shared_columns(evaluations, table)
-    header = ["Evaluation", "System", *headings(metrics), "n"]
-    rows, seen = [], set()
+    metrics, rows, seen = shared_columns(evaluations, table), [], []
     for evaluation in evaluations:
-        for system, found in table_rows(evaluation.scores, table):
-            row = [system, *cells(found, metrics), sizes(found)]
-            if evaluation.name in marked or tuple(row) not in seen:
-                seen.add(tuple(row))
-                rows.append([evaluation.name + (MARK if evaluation.name in marked else ""), *row])
-    return [*lines, "", *markdown_table(header, rows, texts=2)]
+        mark = MARK if evaluation.name in marked else ""
+        for system, found in table_rows(evaluation.scores, table).items():
+            row = {"System": system, **texts(found, metrics)}
+            if mark or row not in seen:
+                rows.append({"Evaluation": evaluation.name + mark, **row})
+                seen.append(row)
+    return [*lines, "", *markdown_table(pd.DataFrame(rows), words=2)]
 
 
 def shared_columns(evaluations: Sequence[Evaluated], table: str) -> list[type[Metric]]:
@@ -184,42 +165,43 @@ def difference_table(evaluations: Sequence[Evaluated], table: str, marked: set[s
     Without an interval where there is nothing to pair: FID, and subjects that only one of them has.
     """
     first, rows, metrics = evaluations[0], [], shared_columns(evaluations, table)
-    mine, base = first.samples(), dict(table_rows(first.scores, table))
+    mine, base = first.samples(table), table_rows(first.scores, table)
     for other in evaluations[1:]:
-        theirs = other.samples()
+        theirs = other.samples(table)
         bootstrap = other.provenance.get("config", {}).get("bootstrap", {})
-        for system, found in table_rows(other.scores, table):
-            if system not in base or cells(found, metrics) == cells(base[system], metrics):
+        for system, found in table_rows(other.scores, table).items():
+            if system not in base or texts(found, metrics) == texts(base[system], metrics):
                 continue
-            texts = []
+            row = {"Difference": f"{other.name}{MARK if other.name in marked else ''} − {first.name}", "System": system}
             for metric in metrics:
-                key = (table, system, metric.name)
-                if metric.name not in found or metric.name not in base[system]:
-                    texts.append("–")
-                elif key in mine and key in theirs and set(mine[key][1]) == set(theirs[key][1]):
-                    texts.append(paired_text(mine[key], theirs[key], metric, bootstrap))
+                ours, their, key = base[system].get(metric.name), found.get(metric.name), (system, metric.name)
+                if ours is None or their is None:
+                    text = "–"
+                elif key in mine and key in theirs and set(mine[key]["unit"]) == set(theirs[key]["unit"]):
+                    text = paired_text(mine[key], theirs[key], metric, bootstrap)
                 else:
-                    difference = found[metric.name].value - base[system][metric.name].value
-                    texts.append(signed(difference, metric))
-            rows.append([f"{other.name}{MARK if other.name in marked else ''} − {first.name}", system, *texts])
-    if not rows:
-        return []
-    header = ["Difference", "System", *headings(metrics)]
-    return [*markdown_table(header, rows, texts=2)]
+                    text = signed(their.value - ours.value, metric)
+                row[metric.heading()] = text
+            rows.append(row)
+    return markdown_table(pd.DataFrame(rows), words=2) if rows else []
 
 
-def paired_text(
-    base: tuple[list[float], list[str]],
-    other: tuple[list[float], list[str]],
-    metric: type[Metric],
-    bootstrap: dict[str, Any],
-) -> str:
+def paired_text(base: pd.DataFrame, other: pd.DataFrame, metric: type[Metric], bootstrap: dict[str, Any]) -> str:
     """`+0.107 (0.017–0.202)`: the difference of the means, each clamped as in the tables, and its interval."""
+    mine, theirs = base["score"].to_list(), other["score"].to_list()
     replicates, seed = bootstrap.get("replicates", 2000), bootstrap.get("seed", 0)
-    low, high = paired_interval(*base, *other, replicates, seed, metric.floor)
-    value = floored(float(np.mean(other[0])), metric.floor) - floored(float(np.mean(base[0])), metric.floor)
+    units = base["unit"].to_list(), other["unit"].to_list()
+    low, high = paired_interval(mine, units[0], theirs, units[1], replicates, seed, metric.floor)
+    value = floored(float(np.mean(theirs)), metric.floor) - floored(float(np.mean(mine)), metric.floor)
     return f"{signed(value, metric)} ({signed(low, metric)} … {signed(high, metric)})"
 
 
 def signed(value: float, metric: type[Metric]) -> str:
     return f"{value:+.{metric.decimals}f}".replace("-", "−")
+
+
+def markdown_table(rows: pd.DataFrame, words: int = 1) -> list[str]:
+    """Lines of a table whose first `words` columns are words, the others numbers."""
+    rule = [*["---"] * words, *["---:"] * (len(rows.columns) - words)]
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (rows.columns, *rows.values)]
+    return [*("| " + " | ".join(row) + " |" for row in (escaped[0], rule, *escaped[1:])), ""]

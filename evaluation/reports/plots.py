@@ -1,140 +1,100 @@
-"""Charts as small inline SVG that is read on light and dark pages: losses of a run, fidelity against editability."""
+"""Charts as SVG that is read on light and dark pages: losses of a run, fidelity against editability."""
 
-import csv
-import html
-import math
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from evaluation.benchmarks import metric
+from evaluation.images.systems import AFTER_STAGE_3
+from evaluation.reports.tables import EDITABILITY, FIDELITY, points_of
+from evaluation.scores.results import Score
 
 METRICS_FILE = "metrics.csv"
 SHOWN = "loss"
 """A column of a run's metrics whose name holds this is drawn."""
-TICKS = 5
 COLORS = ("#7b8494", "#2563a8", "#4d7c0f", "#7c3aed", "#0f766e", "#a16207")
-ACCENT = "#c2410c"
+ACCENT, SOFT = "#c2410c", "#69707c"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # words stay words, in the page's fonts
+    "svg.hashsalt": "kosmosg",  # the same chart is the same bytes
+    "font.family": ["system-ui", "DejaVu Sans", "sans-serif"],
+    "font.size": 9,
+    "axes.edgecolor": "#88888844",
+    "axes.grid": True,
+    "grid.color": "#88888844",
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+} | dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of a chart with its intervals and its label."""
-
-    x: tuple[float, float, float]
-    """Value, low, high."""
-    y: tuple[float, float, float]
-    label: str = ""
-
-
-def chart(
-    lines: Mapping[str, Sequence[Point]],
-    across: str,
-    upward: str,
-    accent: str = "",
-    width: int = 560,
-    height: int = 360,
-) -> str:
-    """Each line through its points, as an SVG document; of several lines, with a legend.
-
-    Args:
-        across, upward: what the axes are called.
-        accent: the line that is drawn in the page's accent.
-    """
-    legend = 17 * len(lines) if len(lines) > 1 else 0
-    left, right, top, bottom = 58, width - 18, 8 + legend, height + legend - 44
-    points = [point for line in lines.values() for point in line]
-    x, y = Axis([p.x for p in points], left, right), Axis([p.y for p in points], bottom, top)
-    parts = []
-    for tick in x.ticks():
-        parts += [f'<path d="M{x(tick):.1f},{top} V{bottom}" class="grid"/>', text(x(tick), bottom + 16, short(tick))]
-    for tick in y.ticks():
-        parts.append(f'<path d="M{left},{y(tick):.1f} H{right}" class="grid"/>')
-        parts.append(text(left - 6, y(tick) + 4, short(tick), anchor="end"))
-    middle = (top + bottom) / 2
-    parts.append(text((left + right) / 2, height + legend - 8, across))
-    parts.append(text(14, middle, upward, turn=f"rotate(-90 14 {middle:.1f})"))
-    for number, (name, line) in enumerate(lines.items()):
-        color = ACCENT if name == accent else COLORS[number % len(COLORS)]
-        path = " ".join(f"{x(p.x[0]):.1f},{y(p.y[0]):.1f}" for p in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        for p in line:
-            if p.label:
-                parts += cross(p, x, y, color)
-        if legend:
-            parts.append(f'<circle cx="{left + 6}" cy="{8 + 17 * number}" r="4" fill="{color}"/>')
-            parts.append(text(left + 16, 12 + 17 * number, name, anchor="start"))
-    label = html.escape(f"{upward} against {across}")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + legend}" role="img" '
-        f'aria-label="{label}" font-family="system-ui, DejaVu Sans, sans-serif" font-size="11.5" '
-        'fill="#69707c"><style>.grid{stroke:#8884;fill:none}</style>' + "".join(parts) + "</svg>"
-    )
+def guidance_charts(scores: Sequence[Score]) -> dict[str, str]:
+    """By fidelity metric, the SVG of DINO and CLIP-I against CLIP-T, each with its intervals; none without a curve."""
+    points, charts = points_of(scores), {}
+    for name in FIDELITY if points else ():
+        with rc_context(STYLE):
+            figure, axes = canvas(6.2, 4.0)
+            for place, (system, line) in enumerate(points.items()):
+                color = ACCENT if system == AFTER_STAGE_3 else COLORS[place % len(COLORS)]
+                x, y = ([row[of] for _, row in line] for of in (EDITABILITY, name))
+                across, up = [score.value for score in x], [score.value for score in y]
+                spread = {"xerr": errors(x), "yerr": errors(y), "ecolor": f"{color}80", "elinewidth": 1}
+                axes.errorbar(across, up, **spread, color=color, marker="o", markersize=5, linewidth=1.4, label=system)
+                for (scale, _), *at in zip(line, across, up, strict=True):
+                    axes.annotate(f"{scale:g}", at, xytext=(5, 4), textcoords="offset points")  # type: ignore[arg-type]
+            axes.set_xlabel(f"{metric(EDITABILITY).title} →")
+            axes.set_ylabel(f"{metric(name).title} →")
+            if len(points) > 1:
+                figure.legend(loc="outside upper left", frameon=False)
+            charts[name] = svg(figure)
+    return charts
 
 
-def cross(point: Point, x: "Axis", y: "Axis", color: str) -> list[str]:
-    """The intervals of a point, and its label."""
-    at = x(point.x[0]), y(point.y[0])
-    path = (
-        f"M{x(point.x[1]):.1f},{at[1]:.1f} H{x(point.x[2]):.1f} M{at[0]:.1f},{y(point.y[1]):.1f} V{y(point.y[2]):.1f}"
-    )
-    return [
-        f'<path d="{path}" stroke="{color}" stroke-opacity=".35"/>',
-        f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4" fill="{color}"/>',
-        text(at[0] + 7, at[1] - 6, point.label, anchor="start"),
-    ]
+def loss_charts(runs: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """By title and name, the SVG of each loss in a run's metrics.csv; runs without losses are left out."""
+    drawn: dict[str, dict[str, str]] = {}
+    for title, run in runs.items():
+        for name, line in read_losses(run).items():
+            with rc_context(STYLE):
+                figure, axes = canvas(3.4, 1.9)
+                axes.plot(line.index, line, color=ACCENT, linewidth=1.3)
+                axes.set_xlabel("step")
+                drawn.setdefault(title, {})[name] = svg(figure)
+    return drawn
 
 
-class Axis:
-    """Values between the ends of all intervals, on pixels from `start` to `end`."""
-
-    def __init__(self, values: Sequence[tuple[float, float, float]], start: float, end: float):
-        low, high = min(value[1] for value in values), max(value[2] for value in values)
-        margin = (high - low) * 0.08 or 0.01
-        self.low, self.high, self.start, self.end = low - margin, high + margin, start, end
-
-    def __call__(self, value: float) -> float:
-        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
-
-    def ticks(self) -> list[float]:
-        """About `TICKS` round values."""
-        rough = (self.high - self.low) / TICKS
-        unit = 10 ** math.floor(math.log10(rough))
-        step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-        return [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-
-
-def short(value: float) -> str:
-    """`0.25`, `−0.1`, `0`, `800`."""
-    return f"{round(value, 3) + 0.0:.3f}".rstrip("0").rstrip(".").replace("-", "−")
-
-
-def text(x: float, y: float, words: str, anchor: str = "middle", turn: str = "") -> str:
-    turned = f' transform="{turn}"' if turn else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{html.escape(words)}</text>'
-
-
-def read_losses(run: Path) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) of every loss in the run's metrics.csv, in its order of columns; none where it has no such file."""
+def read_losses(run: Path) -> dict[str, Any]:
+    """Every loss in the run's metrics.csv, a series by step, as its columns are ordered; none without such a file."""
     file = run / METRICS_FILE
     if not file.is_file():
         return {}
-    found: dict[str, list[tuple[float, float]]] = {}
-    with file.open(newline="") as stream:
-        for row in csv.DictReader(stream):
-            for name, value in row.items():
-                if name and value and SHOWN in name and math.isfinite(float(value)):
-                    found.setdefault(name, []).append((float(row["step"]), float(value)))
-    return {name: points for name, points in found.items() if len(points) > 1}
+    table = pd.read_csv(file, index_col="step").replace([np.inf, -np.inf], np.nan)
+    losses = {name: table[name].dropna() for name in table if SHOWN in str(name)}
+    return {str(name): line for name, line in losses.items() if len(line) > 1}
 
 
-def loss_charts(runs: Sequence[tuple[str, Path]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(title, [(name of the loss, SVG)]) for each run that has losses."""
-    drawn = []
-    for title, run in runs:
-        losses = {
-            name: [Point((step, step, step), (value, value, value)) for step, value in points]
-            for name, points in read_losses(run).items()
-        }
-        if losses:
-            charts = [(name, chart({name: line}, "step", "", name, 300, 170)) for name, line in losses.items()]
-            drawn.append((title, charts))
-    return drawn
+def canvas(width: float, height: float):
+    """An empty figure and its axes, in inches, on no background."""
+    figure = Figure((width, height), layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def errors(scores: Sequence[Score]) -> list[list[float]]:
+    """How far the intervals reach down and up."""
+    return [[max(0.0, s.value - s.low) for s in scores], [max(0.0, s.high - s.value) for s in scores]]
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an element of a page."""
+    text = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -2,19 +2,23 @@
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 from PIL import Image
 
 from evaluation.benchmarks import metric, titles
 from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3
-from evaluation.protocols.requests import read_image
-from evaluation.reports import breakdown, guidance, paper
-from evaluation.reports.breakdown import Part
-from evaluation.scores.results import Score, columns, headings, protocol_of, table_rows, tables_of
+from evaluation.plan import Evaluation, Images
+from evaluation.protocols.benchmark import read_image
+from evaluation.reports import paper
+from evaluation.reports.breakdown import Section, sections, shown_system
+from evaluation.reports.galleries import Grid, example_grid, shown_subjects, stage_grid, subject_grid, write_sheets
+from evaluation.reports.plots import guidance_charts, loss_charts
+from evaluation.reports.tables import printed_rows
+from evaluation.scores.results import Score, columns, protocol_of, table_rows, tables_in
 from kosmosg.files import write_text
 from kosmosg.image_processing import FORMATS
 
@@ -23,97 +27,69 @@ EMBEDDED_SIDE = 256
 """Larger pictures are embedded at this size, so that a report of full-size images can still be opened."""
 
 
-@dataclass(frozen=True)
-class SubjectBlock:
-    """One subject: its input image and, for each system, the image of each prompt."""
+def write_report(
+    evaluation: Evaluation,
+    images: Images,
+    galleries: tuple[Grid | None, Grid | None],
+    scores: Sequence[Score],
+    parts: pd.DataFrame,
+    notes: Sequence[str],
+    provenance: Mapping[str, str],
+) -> None:
+    """report.html and sheets/, each atomically.
 
-    name: str
-    class_noun: str
-    input: Path
-    prompts: list[str]
-    systems: list[tuple[str, list[Path]]]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Outputs between headers of input images: `top` over the columns, `left` or `labels` before the rows."""
-
-    top: list[Path]
-    rows: list[list[Path]]
-    left: list[Path] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Input:
-    """A subject and the one image that is given of it; `kind` is object or live."""
-
-    name: str
-    class_noun: str
-    file: Path
-    kind: str
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Some prompts of a benchmark, with their input images, and each system's image of each."""
-
-    title: str
-    prompts: list[str]
-    inputs: list[list[Path]]
-    systems: list[tuple[str, list[Path]]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A metric before and after stage 3, and whether its intervals are apart."""
-
-    table: str
-    metric: str
-    before: str
-    after: str
-    apart: bool
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the page shows; an empty part leaves its section out."""
-
-    scores: Sequence[Score]
-    parts: Sequence[Part]
-    inputs: list[Input]
-    subjects: list[SubjectBlock]
-    stages: Grid | None
-    swap: Grid | None
-    pair: Grid | None
-    pair_prompt: str
-    examples: list[Examples]
-    curves: list[tuple[str, list[tuple[str, str]]]]
-    notes: list[str]
-    provenance: dict[str, str]
-
-
-def write_report(report: Report, file: Path) -> None:
-    """Render and write, atomically."""
+    Args:
+        galleries: of another input image, and of two.
+    """
+    models = evaluation.config.models
+    images = {**images, **{key: rival.files for key, rival in evaluation.external.items()}}
+    with_subjects = [table for table in evaluation.tables if table.benchmark.subjects]
+    stages = next((stage_grid(evaluation, table, images) for table in with_subjects), None)
+    write_sheets(evaluation, images, *galleries, stages)
+    curve = guidance_charts(scores)
+    for name, svg in curve.items():
+        write_text(evaluation.output / "sheets" / f"guidance_{name}.svg", svg)
+    runs = {"Stage 2, alignment": models.before_stage_3, "Stage 3, instruction tuning": models.after_stage_3}
+    breakdowns: dict[str, list[Section]] = {}
+    for section in sections(parts):
+        breakdowns.setdefault(section.system, []).append(section)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["embed"] = embed
-    sections = breakdown.sections(report.parts)
-    systems = list(dict.fromkeys(section.system for section in sections))
     page = environment.get_template("report.html").render(
-        report=report,
-        tables=[chart_rows(report.scores, table) for table in tables_of(report.scores)],
-        findings=findings(report.scores),
-        guidance=[(metric(name).heading(), svg) for name, svg in guidance.charts(report.scores)],
-        breakdowns=[(system, [section for section in sections if section.system == system]) for system in systems],
-        shown_system=breakdown.shown_system(systems),
-        input_of={image.name: image for image in report.inputs},
-        printed=printed(report.scores),
+        tables=[chart_rows(scores, table) for table in tables_in(scores)],
+        findings=findings(scores),
+        notes=notes,
+        inputs={  # name: class noun, the one image that is given
+            name: (subject.class_noun, table.benchmark.kept_image(name))
+            for table in with_subjects
+            for name, subject in table.benchmark.subjects.items()
+        },
+        stages=stages,
+        subjects={
+            name: subject_grid(evaluation, table, images, name)
+            for table in with_subjects
+            for name in shown_subjects(table, evaluation.config.gallery.subjects)
+        },
+        swap=galleries[0],
+        pair=galleries[1],
+        pair_prompt=evaluation.config.gallery.pair_prompt,
+        examples={
+            next(iter(table.benchmark.tables.values())): example_grid(evaluation, table, images)
+            for table in evaluation.tables
+            if not table.benchmark.subjects
+        },
+        guidance={metric(name).heading(): svg for name, svg in curve.items()},
+        breakdowns=breakdowns,
+        shown_system=shown_system(list(breakdowns)),
+        curves=loss_charts({title: Path(run) for title, run in runs.items() if run is not None}),
+        printed={paper.PRINTED[t][0]: printed_rows(t) for t in tables_in(scores) if t in paper.PRINTED},
         caution=paper.CAUTION,
+        provenance=provenance,
         after=AFTER_STAGE_3,
     )
-    write_text(file, page)
+    write_text(evaluation.output / "report.html", page)
 
 
 def embed(file: Path) -> str:
@@ -129,59 +105,36 @@ def embed(file: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def printed(scores: Sequence[Score]) -> list[dict]:
-    """The paper's numbers for the tables that there are."""
-    tables = []
-    for table in tables_of(scores):
-        if table in paper.PRINTED:
-            title, names, rows = paper.PRINTED[table]
-            kinds = [metric(name) for name in names]
-            cells = [(row.system, row.cells([kind.decimals for kind in kinds])) for row in rows]
-            tables.append({"title": title, "columns": [kind.title for kind in kinds], "rows": cells})
-    return tables
-
-
 def chart_rows(scores: Sequence[Score], table: str) -> dict:
     """A table with, for each cell, where its value and interval lie on the column's scale, in percent."""
     rows, metrics = table_rows(scores, table), columns(scores, table)
-    scales = {}
+    drawn: dict[str, list] = {system: [] for system in rows}
     for kind in metrics:
-        found = [row[kind.name] for _, row in rows if kind.name in row]
-        if found:
-            low, high = min(score.low for score in found), max(score.high for score in found)
-            padding = (high - low) * 0.04 or 0.01
-            scales[kind.name] = (low - padding, high - low + 2 * padding)
-    drawn = []
-    for system, row in rows:
-        cells = []
-        for kind in metrics:
-            score = row.get(kind.name)
-            if score is None:
-                cells.append(None)
+        found = [row[kind.name] for row in rows.values() if kind.name in row]
+        low, high = min((score.low for score in found), default=0), max((score.high for score in found), default=0)
+        padding = (high - low) * 0.04 or 0.01
+        start, width = low - padding, high - low + 2 * padding
+        for system, row in rows.items():
+            if (score := row.get(kind.name)) is None:
+                drawn[system].append(None)
                 continue
-            start, width = scales[kind.name]
             low, at, high = (100 * (value - start) / width for value in (score.low, score.value, score.high))
             value, _, interval = score.text().partition(" (")
-            cells.append(
-                {"text": value, "range": interval[:-1], "n": score.n, "low": low, "at": at, "width": high - low}
-            )
-        drawn.append((system, cells))
-    return {
-        "title": titles()[table],
-        "protocol": protocol_of(scores, table),
-        "columns": headings(metrics),
-        "rows": drawn,
-    }
+            ends = {"low": low, "at": at, "width": high - low}
+            drawn[system].append({"text": value, "range": interval[:-1], "n": score.n, **ends})
+    headings = [kind.heading() for kind in metrics]
+    return {"title": titles()[table], "protocol": protocol_of(scores, table), "columns": headings, "rows": drawn}
 
 
-def findings(scores: Sequence[Score]) -> list[Finding]:
-    """What stage 3 did to each metric."""
+def findings(scores: Sequence[Score]) -> list[dict]:
+    """What stage 3 did to each metric, and whether the intervals before and after it are apart."""
     lines = []
-    for table in tables_of(scores):
-        rows = dict(table_rows(scores, table))
+    for table in tables_in(scores):
+        rows = table_rows(scores, table)
         for kind in (kind for kind in columns(scores, table) if kind.headline):
             before, after = (rows.get(name, {}).get(kind.name) for name in (BEFORE_STAGE_3, AFTER_STAGE_3))
             if before is not None and after is not None:
                 apart = before.high < after.low or after.high < before.low
-                lines.append(Finding(titles()[table], kind.heading(), before.text(), after.text(), apart))
+                told = {"before": before.text(), "after": after.text(), "apart": apart}
+                lines.append({"table": titles()[table], "metric": kind.heading(), **told})
     return lines

@@ -1,4 +1,5 @@
-"""The paper's Tables 1 and 2 from finished evaluations, as Markdown, LaTeX and HTML: `evaluate.py tables A B …`.
+"""Tables as text: results.md of an evaluation; and the paper's Tables 1 and 2 from finished ones, as Markdown, LaTeX
+and HTML: `evaluate.py tables A B …`.
 
 Printed numbers and ours stand in groups of their own, each under its protocol: they were made under different ones.
 Runs of one experiment with several seeds are gathered in a row, under the paper's name for it where there is one.
@@ -6,32 +7,100 @@ Runs of one experiment with several seeds are gathered in a row, under the paper
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
-from evaluation.benchmarks import METRICS, metric
+import pandas as pd
+
+from evaluation.benchmarks import GUIDANCE, METRICS, metric, titles
 from evaluation.images.systems import BEFORE_STAGE_3, REAL_IMAGES, TEXT_SYSTEMS
-from evaluation.protocols.requests import EvaluationError
-from evaluation.reports.compare import Evaluated, read_evaluations
-from evaluation.reports.paper import ALIGNMENT, CITATION, COCO, DREAMBENCH, Printed
-from evaluation.reports.seeds import seed_groups
+from evaluation.protocols.benchmark import EvaluationError
+from evaluation.reports import paper
+from evaluation.reports.breakdown import SORTED_BY, sections, shown_system
+from evaluation.reports.compare import Evaluated, markdown_table, obstacles, read_evaluations
 from evaluation.scores.metric import Metric
-from evaluation.scores.results import Score, cells, headings, markdown_table, sizes, table_rows
+from evaluation.scores.results import Row, Score, columns, place, protocol_of, table_rows, tables_in, texts
 from kosmosg.files import write_text
 
-PRINTED = f"As printed in {CITATION}"
+FIDELITY, EDITABILITY = ("dino", "clip_i"), "clip_t"
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "−": "$-$", "…": r"\dots{}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " "}
 LATEX |= {letter: f"\\{letter}" for letter in "#_%&${}"}
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows under one protocol: cells as text, the system first, n last."""
+def results_markdown(scores: Sequence[Score], notes: Sequence[str], parts: pd.DataFrame) -> str:
+    """results.md: our tables, breakdowns, the curve, and last the paper's numbers."""
+    lines = ["# Results", "", intervals(scores), ""]
+    for table in tables_in(scores):
+        metrics = columns(scores, table)
+        rows = [{"System": system, **texts(found, metrics)} for system, found in table_rows(scores, table).items()]
+        lines += [f"## {titles()[table]}", "", f"Protocol `{protocol_of(scores, table)}`.", ""]
+        lines += markdown_table(pd.DataFrame(rows))
+    lines += [*(f"- {note}" for note in notes), "", *breakdown_markdown(parts), *guidance_markdown(scores)]
+    if printed := [table for table in paper.PRINTED if table in tables_in(scores)]:
+        lines += ["# The paper's numbers", "", paper.CAUTION, ""]
+    for table in printed:
+        title, _, _ = paper.PRINTED[table]
+        lines += markdown_table(printed_rows(table).rename(columns={"System": f"{title}, as printed"}))
+    return "\n".join(lines)
 
-    title: str
-    rows: list[list[str]]
+
+def printed_rows(table: str) -> pd.DataFrame:
+    """The paper's rows for one of our tables."""
+    _, names, rows = paper.PRINTED[table]
+    kinds = [metric(name) for name in names]
+    shown = [[row.system, *row.cells([kind.decimals for kind in kinds])] for row in rows]
+    return pd.DataFrame(shown, columns=["System", *(kind.title for kind in kinds)])
+
+
+def intervals(scores: Sequence[Score]) -> str:
+    """`Value (95 % interval) over n …`, and which columns have something else in its place."""
+    kinds = {score.metric: metric(score.metric) for score in scores}.values()
+    others = [f"of {kind.title}, {kind.interval}" for kind in kinds if kind.interval != Metric.interval]
+    return f"Value ({'; '.join([Metric.interval, *others])}) over n pairs; n images for FID and KID."
+
+
+def breakdown_markdown(parts: pd.DataFrame) -> list[str]:
+    """Kinds of every system; all else of the shown one."""
+    found, lines = sections(parts), []
+    shown = shown_system([section.system for section in found])
+    for table in dict.fromkeys(section.table for section in found):
+        own = [section for section in found if section.table == table]
+        if kinds := [section for section in own if section.by == "kind"]:
+            rows = pd.concat({section.system: section.rows for section in kinds}, names=["System"]).reset_index(0)
+            lines += [f"## {kinds[0].title}", "", *markdown_table(rows, words=2)]
+        for section in own:
+            if section.by == "kind" or section.system != shown:
+                continue
+            over = "its templates" if section.by == "subject" else "subjects"
+            first = f", lowest {metric(SORTED_BY[section.by]).title} first" if section.by in SORTED_BY else ""
+            lines += [f"## {section.title}", ""]
+            lines += [f"{shown}{first}; intervals over {over}. All systems: breakdown.csv.", ""]
+            lines += markdown_table(section.rows)
+    return lines
+
+
+def points_of(scores: Sequence[Score]) -> dict[str, list[tuple[float, dict[str, Score]]]]:
+    """The curve over guidance scales: (scale, scores by metric) of each system, by scale; systems as in the table."""
+    found: dict[str, dict[float, dict[str, Score]]] = {}
+    for score in scores:
+        if score.table == GUIDANCE and score.guidance_scale is not None:
+            found.setdefault(score.system, {}).setdefault(score.guidance_scale, {})[score.metric] = score
+    return {name: sorted(found[name].items()) for name in sorted(found, key=place)}
+
+
+def guidance_markdown(scores: Sequence[Score]) -> list[str]:
+    """What a model gains in fidelity it tends to lose in editability; nothing without a curve."""
+    points = [(system, *point) for system, line in points_of(scores).items() for point in line]
+    if not points:
+        return []
+    metrics = [metric(name) for name in (*FIDELITY, EDITABILITY, "near_copies")]
+    rows = [{"System": system, "Guidance": f"{scale:g}", **texts(found, metrics)} for system, scale, found in points]
+    protocols = dict.fromkeys(f"`{score.protocol}`" for _, _, found in points for score in found.values())
+    heading = ["## Over guidance scales", "", f"Protocols {', '.join(protocols)}.", ""]
+    return [*heading, *markdown_table(pd.DataFrame(rows))]
 
 
 @dataclass(frozen=True)
@@ -40,53 +109,103 @@ class PaperTable:
 
     Args:
         name: of its files.
+        groups: rows under one protocol by title: the system first, n last.
     """
 
     name: str
     title: str
-    header: list[str]
-    groups: list[Group]
+    groups: dict[str, pd.DataFrame]
 
 
 def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
     """Table 1, left and right, and Table 2, as far as the evaluations have numbers for them."""
+    fixed = (REAL_IMAGES, *TEXT_SYSTEMS.values(), BEFORE_STAGE_3)
     plan = (
         ("table-1-dreambench", "Table 1, left: subjects (DreamBench)", "dreambench",
-         [kind.name for kind in METRICS["dreambench"]], DREAMBENCH, None, "instruction_tuning"),
-        ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ("fid",), COCO, None,
+         [kind.name for kind in METRICS["dreambench"]], paper.DREAMBENCH, None, "instruction_tuning"),
+        ("table-1-coco", "Table 1, right: captions (MS-COCO), zero-shot", "coco", ["fid"], paper.COCO, None,
          "instruction_tuning"),
-        ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ("fid", "clip_t"), ALIGNMENT,
-         (REAL_IMAGES, *TEXT_SYSTEMS.values(), BEFORE_STAGE_3), "alignment"),
+        ("table-2", "Table 2: alignment of the image decoder, after stage 2", "coco", ["fid", "clip_t"],
+         paper.ALIGNMENT, fixed, "alignment"),
     )  # fmt: skip
     tables = []
     measured = {score.metric for evaluation in evaluations for score in evaluation.scores}
     for file, title, table, wanted, printed, systems, stage in plan:
         metrics = [kind for name in wanted if not (kind := metric(name)).optional or name in measured]
-        ours = [group for e in evaluations if (group := our_group(e, table, metrics, systems)) is not None]
+        ours = {}
+        for evaluation in evaluations:
+            scores = [score for score in evaluation.scores if score.seed is None]
+            rows = [
+                {"System": system, **texts(found, metrics)}
+                for system, found in table_rows(scores, table).items()
+                if (systems is None or system in systems) and any(kind.name in found for kind in metrics)
+            ]
+            if rows:
+                ours[f"{evaluation.name}: {evaluation.protocol(table)}"] = pd.DataFrame(rows)
         names = {row.experiment: row.system for row in printed if row.experiment}
-        for heading, rows in seed_groups(evaluations, table, metrics, stage, names):
-            ours.append(Group(heading, rows))
+        ours |= dict(seed_groups(evaluations, table, metrics, stage, names))
         if ours:
-            header = ["System", *headings(metrics), "n"]
-            tables.append(PaperTable(file, title, header, [printed_group(printed, metrics), *ours]))
+            cells = [[row.system, *row.cells([kind.decimals for kind in metrics]), "–"] for row in printed]
+            header = ["System", *(kind.heading() for kind in metrics), "n"]
+            groups = {f"As printed in {paper.CITATION}": pd.DataFrame(cells, columns=header), **ours}
+            tables.append(PaperTable(file, title, groups))
     return tables
 
 
-def printed_group(printed: Sequence[Printed], metrics: Sequence[type[Metric]]) -> Group:
-    decimals = [kind.decimals for kind in metrics]
-    return Group(PRINTED, [[row.system, *row.cells(decimals), "–"] for row in printed])
+def seed_groups(
+    evaluations: Sequence[Evaluated], table: str, metrics: Sequence[type[Metric]], stage: str, names: Mapping[str, str]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Title and rows: for evaluations that compare, the mean over seeds of each experiment, then every seed.
+
+    Args:
+        names: what experiments are called, in their order; others follow by their own names.
+
+    Raises:
+        EvaluationError: a seed of an experiment is in two evaluations.
+    """
+
+    def runs_in(evaluation: Evaluated) -> list[Score]:
+        return [s for s in evaluation.scores if s.table == table and s.stage == stage and s.seed is not None]
+
+    together: list[list[Evaluated]] = []
+    for evaluation in filter(runs_in, evaluations):
+        fitting = (group for group in together if not obstacles(group[0], evaluation, table))
+        if (group := next(fitting, None)) is None:
+            together.append([evaluation])
+        else:
+            group.append(evaluation)
+    for group in together:
+        runs: dict[str, dict[int, dict[str, Score]]] = {}
+        origin: dict[tuple[str, int], str] = {}
+        for evaluation, score in ((found, score) for found in group for score in runs_in(found)):
+            experiment, seed = str(score.experiment), int(score.seed or 0)
+            if (first := origin.setdefault((experiment, seed), evaluation.name)) != evaluation.name:
+                raise EvaluationError(
+                    f"seed {seed} of '{experiment}' is in '{first}' and in '{evaluation.name}'; a seed counts once: "
+                    "leave one of them out."
+                )
+            runs.setdefault(experiment, {}).setdefault(seed, {})[score.metric] = score
+        order = sorted(runs, key=lambda name: ([*names, name].index(name), name))
+        title = f"{', '.join(evaluation.name for evaluation in group)}: {group[0].protocol(table)}"
+        rows = [{"System": names.get(name, name), **mean_texts(list(runs[name].values()), metrics)} for name in order]
+        yield f"{title}; mean over seeds (lowest–highest of a seed)", pd.DataFrame(rows)
+        rows = [
+            {"System": f"{names.get(name, name)}, seed {seed}", **texts(found, metrics)}
+            for name in order
+            for seed, found in sorted(runs[name].items())
+        ]
+        yield f"{title}; every seed (95 % interval over its images)", pd.DataFrame(rows)
 
 
-def our_group(
-    evaluation: Evaluated, table: str, metrics: Sequence[type[Metric]], systems: Sequence[str] | None
-) -> Group | None:
-    """An evaluation's rows, all or those of `systems`, but for runs among several; None where it has no such table."""
-    rows = []
-    for system, found in table_rows([score for score in evaluation.scores if score.seed is None], table):
-        shown: dict[str, Score] = {kind.name: found[kind.name] for kind in metrics if kind.name in found}
-        if shown and (systems is None or system in systems):
-            rows.append([system, *cells(shown, metrics), sizes(shown)])
-    return Group(f"{evaluation.name}: {evaluation.protocol(table)}", rows) if rows else None
+def mean_texts(runs: Sequence[Row], metrics: Sequence[type[Metric]]) -> dict[str, str]:
+    """`9.55 (9.41–9.72)` for each metric, and `3 seeds × 500`."""
+    cells = {}
+    for kind in metrics:
+        values = [found[kind.name].value for found in runs if kind.name in found]
+        low, value, high = (kind.number(f(values)) if values else "–" for f in (min, mean, max))
+        cells[kind.heading()] = f"{value} ({low}–{high})" if len(values) > 1 else value
+    images = " or ".join(dict.fromkeys(texts(found, metrics)["n"] for found in runs))
+    return {**cells, "n": f"{len(runs)} seed{'s' * (len(runs) > 1)} × {images}"}
 
 
 def write_tables(paths: Sequence[str | Path], output: Path) -> list[Path]:
@@ -102,7 +221,6 @@ def write_tables(paths: Sequence[str | Path], output: Path) -> list[Path]:
     for table in tables:
         for suffix, render in ((".md", as_markdown), (".tex", as_latex), (".html", as_html)):
             files.append(output / f"{table.name}{suffix}")
-            output.mkdir(parents=True, exist_ok=True)
             write_text(files[-1], render(table))
     return files
 
@@ -110,25 +228,23 @@ def write_tables(paths: Sequence[str | Path], output: Path) -> list[Path]:
 def as_markdown(table: PaperTable) -> str:
     """One Markdown table for each group: Markdown knows no row that spans columns."""
     lines = [f"## {table.title}", ""]
-    for group in table.groups:
-        lines += [f"{group.title}:", "", *markdown_table(table.header, group.rows)]
+    for title, rows in table.groups.items():
+        lines += [f"{title}:", "", *markdown_table(rows)]
     return "\n".join(lines)
 
 
 def as_latex(table: PaperTable) -> str:
     """A booktabs tabular in a table environment."""
-    columns = len(table.header)
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        r"\begin{table}",
-        r"\centering",
-        rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
-        r"\toprule",
-        " & ".join(map(latex, table.header)) + r" \\",
-    ]
-    for group in table.groups:
-        lines += [r"\midrule", rf"\multicolumn{{{columns}}}{{l}}{{\emph{{{latex(group.title)}}}}} \\"]
-        lines += [" & ".join(map(latex, row)) + r" \\" for row in group.rows]
+
+    def row(cells: Sequence[str]) -> str:
+        return " & ".join(map(latex, cells)) + r" \\"
+
+    header = list(next(iter(table.groups.values())))
+    lines = ["% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering"]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", row(header)]
+    for title, rows in table.groups.items():
+        lines += [r"\midrule", rf"\multicolumn{{{len(header)}}}{{l}}{{\emph{{{latex(title)}}}}} \\"]
+        lines += [row(cells) for cells in rows.values]
     return "\n".join(
         [*lines, r"\bottomrule", r"\end{tabular}", rf"\caption{{{latex(table.title)}}}", r"\end{table}", ""]
     )
@@ -150,13 +266,15 @@ STYLE = (
 
 def as_html(table: PaperTable) -> str:
     """A page of its own."""
-    columns = len(table.header)
-    head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in table.header)
+    header = list(next(iter(table.groups.values())))
+    head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in header)
     bodies = []
-    for group in table.groups:
-        title = f"<tr><th class='group' colspan='{columns}'>{html.escape(group.title)}</th></tr>"
-        rows = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in group.rows]
-        bodies.append("<tbody>" + "\n".join([title, *rows]) + "</tbody>")
+    for title, rows in table.groups.items():
+        lines = [f"<tr><th class='group' colspan='{len(header)}'>{html.escape(title)}</th></tr>"]
+        lines += [
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows.values
+        ]
+        bodies.append("<tbody>" + "\n".join(lines) + "</tbody>")
     title = html.escape(table.title)
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>\n"

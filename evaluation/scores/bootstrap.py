@@ -1,4 +1,5 @@
-"""95 % intervals by the bootstrap: of means over subjects or captions, of FID over feature rows; of KID over subsets.
+"""95 % intervals by the bootstrap: of means over subjects or captions, of FID over
+feature rows.
 
 Shapes: `N` pairs or images, `G` units, `F` features.
 """
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.protocols.protocol import require_at_least
+
 LEVEL = 0.95
-NORMAL = 1.96
 QUANTILES = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 DRAWN_AT_ONCE = 1 << 20
 """Counts of units held at once: 8 MB, however many replicates of 30,000 captions there are."""
@@ -27,9 +29,7 @@ class Bootstrap:
     """Of the draws."""
 
     def __post_init__(self) -> None:
-        for name in ("replicates", "fid_replicates"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"bootstrap.{name}={getattr(self, name)} is not allowed; it must be at least 2.")
+        require_at_least(self, "bootstrap", 2, "replicates", "fid_replicates")
 
 
 def mean_interval(scores: Tensor, units: list[str], replicates: int, seed: int) -> tuple[float, float]:
@@ -106,14 +106,6 @@ def fid_interval(reference: Tensor, features: Tensor, value: float, replicates: 
     spread = torch.stack(distances).numpy()
     low, high = np.quantile(spread, QUANTILES) - spread.mean()
     return value + float(low), value + float(high)
-
-
-def kid_interval(value: float, deviation: float) -> tuple[float, float]:
-    """±1.96 standard deviations of KID over its subsets: how it varies at the size of a subset, not at n.
-
-    No bootstrap of rows: KID counts pairs of different images, and a row drawn twice would make pairs with itself.
-    """
-    return value - NORMAL * deviation, value + NORMAL * deviation
 
 
 def matrix_root(matrix: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch.nn.functional import cosine_similarity
 
+from evaluation.protocols.benchmark import Item
 from evaluation.protocols.dreambench import NEAR_COPY
-from evaluation.protocols.requests import Item
 from evaluation.scores.metric import Metric, Row
 
 

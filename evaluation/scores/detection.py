@@ -5,7 +5,7 @@ that colours are read off whole boxes.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from evaluation.protocols.benchmark import Crop, EvaluationError, Item
 from evaluation.protocols.protocol import Detector
-from evaluation.protocols.requests import EvaluationError, Item
 from evaluation.scores.bootstrap import QUANTILES, draws
 from evaluation.scores.metric import Measured, Metric, Row
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-BOX = "#box="
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,6 @@ class ObjectDetector:
         return found
 
 
-def crop(file: Path, box: Sequence[float]) -> str:
-    """An item for CLIP: the part of an image in a box."""
-    return f"{file}{BOX}{','.join(f'{side:.2f}' for side in box)}"
-
-
-def read_crop(item: Path | str, read: Callable[[str], Image.Image]) -> Image.Image:
-    """The image of a file, or its part that `crop` names; at least one pixel of it."""
-    file, _, box = str(item).partition(BOX)
-    image = read(file)
-    if not box:
-        return image
-    left, top, right, bottom = (round(float(side)) for side in box.split(","))
-    left, top = min(max(left, 0), image.width - 1), min(max(top, 0), image.height - 1)
-    return image.crop((left, top, max(left + 1, min(right, image.width)), max(top + 1, min(bottom, image.height))))
-
-
 def relations(a: Found, b: Found, threshold: float) -> set[str]:
     """Where `a` is relative to `b`, once both sizes are allowed for."""
     boxes = np.array([a.box, b.box]).reshape(2, 2, 2)
@@ -100,12 +83,12 @@ def relations(a: Found, b: Found, threshold: float) -> set[str]:
 class Correct(Metric):
     """All that the prompt asks for is there, and nothing that it excludes."""
 
-    name, title, decimals, needs = "correct", "Correct", 3, ("detector", "clip_texts", "clip_crops")
+    name, title, decimals, needs = "correct", "Correct", 3, ("detector", "clip_texts", "clip_images")
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """Of every image, with what is wrong."""
         asked = [item for item in items if item.asked]
-        seen = self.context.networks["detector"].answers([item.file for item in asked])
+        seen = self.context.networks["detector"]([item.file for item in asked])
         rows = []
         for item, objects in zip(asked, seen, strict=True):
             wrong = self.wrong(item.file, objects, item.asked)
@@ -130,7 +113,7 @@ class Correct(Metric):
                 problems.append(f"expected {name}>={count}, found {len(chosen)}")
             else:
                 if (colour := clause.get("color")) is not None:
-                    colours = [self.colour(crop(file, found.box), name) for found in chosen]
+                    colours = [self.colour(Crop(file, found.box), name) for found in chosen]
                     if colours.count(colour) < count:
                         problems.append(f"expected {colour} {name}>={count}, found {', '.join(colours)}")
                 if (place := clause.get("position")) is not None and len(problems) == before:
@@ -149,12 +132,12 @@ class Correct(Metric):
                 problems.append(f"expected {clause['class']}<{clause['count']}")
         return "; ".join(problems)
 
-    def colour(self, item: str, name: str) -> str:
+    def colour(self, item: Crop, name: str) -> str:
         """The colour that CLIP finds nearest, zero-shot."""
         networks = self.context.networks
         texts = [text.format(colour, name) for colour in COLOURS for text in COLOUR_TEXTS]
         words = normalize(networks["clip_texts"](texts).double(), dim=-1).view(len(COLOURS), len(COLOUR_TEXTS), -1)
-        nearest = normalize(words.mean(1), dim=-1) @ networks["clip_crops"]([item]).double()[0]
+        nearest = normalize(words.mean(1), dim=-1) @ networks["clip_images"]([item]).double()[0]
         return COLOURS[int(nearest.argmax())]
 
     def stated(self) -> Detector:

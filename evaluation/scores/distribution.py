@@ -3,18 +3,28 @@
 Shapes: `N` images, `F` features.
 """
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from evaluation.images.provenance import hash_json
+from evaluation.processes import Processes
+from evaluation.protocols.benchmark import Item
 from evaluation.protocols.protocol import KID
-from evaluation.protocols.requests import Item
-from evaluation.scores.bootstrap import fid_interval, kid_interval
+from evaluation.scores.bootstrap import fid_interval
 from evaluation.scores.metric import Measured, Metric, Row
+from kosmosg.files import write_bytes
+
+FEATURES = "features"
+NORMAL = 1.96
 
 
 class Fid(Metric):
@@ -26,9 +36,8 @@ class Fid(Metric):
     def score(self, items: Sequence[Item]) -> list[Row]:
         """The feature of every image; real photos are resized as the real side is."""
         encode = self.context.networks["fid_real" if all(item.real for item in items) else "fid_generated"]
-        return [
-            Row(item, "", feature) for item, feature in zip(items, encode([item.file for item in items]), strict=True)
-        ]
+        features = encode([item.file for item in items])
+        return [Row(item, "", feature) for item, feature in zip(items, features, strict=True)]
 
     def aggregate(self, rows: Sequence[Row]) -> Measured:
         """Its interval by drawing images."""
@@ -53,11 +62,12 @@ class Kid(Fid):
         return super().score(items) if self.context.benchmark and self.context.benchmark.protocol.kid else []
 
     def aggregate(self, rows: Sequence[Row]) -> Measured:
-        """The mean over subsets, and how it varies over them."""
+        """The mean over subsets, and how it varies over them: at the size of a subset, not at n."""
         assert self.context.benchmark is not None
         made = torch.stack([row.value for row in rows])
         value, deviation = kid(self.real(), made, self.context.benchmark.protocol.kid)
-        return Measured(value, *kid_interval(value, deviation), len(made))
+        # No bootstrap of rows: KID is over pairs of different images; a row drawn twice would be paired with itself.
+        return Measured(value, value - NORMAL * deviation, value + NORMAL * deviation, len(made))
 
 
 def fid(real: Tensor, made: Tensor) -> float:
@@ -99,3 +109,32 @@ class ReadyFeatures(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features
+
+
+def kept_features(
+    folder: Path, key: Mapping[str, str], compute: Callable[[], Tensor], processes: Processes
+) -> Tensor | None:
+    """Features of a benchmark's real side, N×F, in the first process: read if `folder` keeps them, so that later
+    evaluations need not look at forty thousand photos again; else computed by all and kept.
+
+    Rows, not mean and covariance alone: KID and the miniature's small sets need them.
+
+    Args:
+        key: all that they depend on: the protocol's identity, hashes of data and weights. Another key has another file.
+    """
+    named = re.sub(r"[^\w-]+", "-", key["protocol"])
+    file = folder / f"{named}-{hash_json(key)[:8]}.safetensors"
+
+    def read() -> Tensor | None:
+        try:
+            return load_file(file)[FEATURES] if file.is_file() else None
+        except (SafetensorError, KeyError):  # damaged from outside; it is written anew
+            return None
+
+    features = read() if processes.first else None
+    if processes.share(lambda: features is not None):
+        return features
+    features = compute()
+    if processes.first:
+        write_bytes(file, save({FEATURES: features.contiguous()}))
+    return features

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import (
     CLIPImageProcessorPil,
     ResNetForImageClassification,
@@ -20,38 +21,56 @@ from transformers import (
 )
 
 from evaluation.inception import InceptionV3
-from evaluation.parallel.sharing import Encode, Remembered, Sharing
-from evaluation.protocols.protocol import INCEPTION, Encoder, FeatureNetwork, Preprocessing
-from evaluation.protocols.requests import EvaluationError, read_image
-from evaluation.scores.detection import ObjectDetector, read_crop
-from evaluation.scores.judge import Judge, read_half
+from evaluation.processes import Encode, Remembered, Sharing
+from evaluation.protocols.benchmark import EvaluationError, read_image
+from evaluation.protocols.protocol import Encoder, FeatureNetwork, Preprocessing, Resize
+from evaluation.scores.detection import ObjectDetector
+from evaluation.scores.judge import Judge
 from evaluation.scores.leakage import thumbnails
-from evaluation.scores.resizing import resize
-from evaluation.scores.vision_judge import Answers, load_judge
+from evaluation.scores.vision_judge import kept_answers, load_judge
 from kosmosg.looking import CLIPEncoder, DinoEncoder, Preprocess, own_preprocessing
+from kosmosg.models.storage import load_network
 
 
-class ResNetFeatures:
-    """Globally averaged features of a ResNet classifier: FID's network where Inception's 299 px make no sense."""
+class ImageEncoder:
+    """A ResNet of transformers in float32, which sees images as the protocol states.
 
-    def __init__(self, encoder: FeatureNetwork, folder: Path, device: torch.device):
-        self.model = load(ResNetModel, folder).to(device)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
+    Raises:
+        ValueError: weights that would have stayed random.
+    """
+
+    kind: Any
+
+    def __init__(self, stated: Encoder, folder: Path, device: torch.device):
+        self.model: Any = load_network(self.kind, folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
+        self.preprocess, self.device = preprocessing(stated.preprocessing, folder), device
 
     @torch.inference_mode()
     def images(self, images: list[Image.Image]) -> Tensor:
         """N images → N×F."""
-        return self.model(pixel_values=self.preprocess(images).to(self.device)).pooler_output.flatten(1).cpu()
+        return self.features(self.preprocess(images).to(self.device)).cpu()
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """N×3×S×S → N×F."""
+        raise NotImplementedError
 
 
-class JudgeEncoder:
-    """Logits, then globally averaged features, of a classifier whose `id2label` reads `group: name`."""
+class ResNetFeatures(ImageEncoder):
+    """Globally averaged features of a ResNet classifier: FID's network where Inception's 299 px make no sense."""
 
-    def __init__(self, encoder: Encoder, folder: Path, device: torch.device):
-        self.model = load(ResNetForImageClassification, folder).to(device)
-        self.preprocess = preprocessing(encoder.preprocessing, folder)
-        self.device = device
+    kind = ResNetModel
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels).pooler_output.flatten(1)
+
+
+class JudgeEncoder(ImageEncoder):
+    """Logits, then globally averaged features, of a classifier whose `id2label` reads `group: name`: N×(L+F)."""
+
+    kind = ResNetForImageClassification
+
+    def __init__(self, stated: Encoder, folder: Path, device: torch.device):
+        super().__init__(stated, folder, device)
         names = [self.model.config.id2label[number] for number in range(self.model.config.num_labels)]
         self.labels = tuple((group, name) for group, _, name in (label.partition(": ") for label in names))
         if nameless := [label for label, (_, name) in zip(names, self.labels, strict=True) if not name]:
@@ -59,11 +78,9 @@ class JudgeEncoder:
                 f"'{folder}' is no judge: its id2label has {nameless[0]!r}, where 'group: name' is expected."
             )
 
-    @torch.inference_mode()
-    def images(self, images: list[Image.Image]) -> Tensor:
-        """N images → N×(L+F)."""
-        features = self.model.resnet(self.preprocess(images).to(self.device)).pooler_output
-        return torch.cat([self.model.classifier(features), features.flatten(1)], dim=1).cpu()
+    def features(self, pixels: Tensor) -> Tensor:
+        found = self.model.resnet(pixels).pooler_output
+        return torch.cat([self.model.classifier(found), found.flatten(1)], dim=1)
 
 
 class InceptionFeatures:
@@ -82,41 +99,6 @@ class InceptionFeatures:
             pixels = torch.from_numpy(np.stack([np.asarray(images[row]) for row in rows])).permute(0, 3, 1, 2)
             features[rows] = self.model(pixels.to(self.device))["2048"].cpu()
         return features
-
-
-FeatureEncoder = ResNetFeatures | InceptionFeatures
-FEATURE_NETWORKS: dict[str, Callable[[FeatureNetwork, Path, torch.device], FeatureEncoder]] = {
-    "resnet": ResNetFeatures,
-    INCEPTION: InceptionFeatures,
-}
-"""By the protocol's `fid.network`."""
-
-
-def feature_network(encoder: FeatureNetwork, folder: Path, device: torch.device) -> FeatureEncoder:
-    """The network that a protocol names.
-
-    Raises:
-        EvaluationError: unknown; lists the choices.
-    """
-    if encoder.network not in FEATURE_NETWORKS:
-        raise EvaluationError(f"fid.network={encoder.network!r} is unknown; allowed: {', '.join(FEATURE_NETWORKS)}.")
-    return FEATURE_NETWORKS[encoder.network](encoder, folder, device)
-
-
-def load(kind: type, folder: Path, **options) -> Any:
-    """`kind.from_pretrained` in eval mode, refusing a folder that lacks some of the weights.
-
-    Raises:
-        EvaluationError: weights that would have stayed random; the first few are named.
-    """
-    options |= {"dtype": torch.float32, "trust_remote_code": False}
-    model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
-    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if wrong:
-        raise EvaluationError(
-            f"'{folder}' is no {kind.__name__}: {len(wrong)} weights are missing or misshapen, as {wrong[:3]}."
-        )
-    return model.eval().requires_grad_(False)
 
 
 def preprocessing(stated: Preprocessing | None, folder: Path) -> Preprocess:
@@ -149,42 +131,73 @@ def load_networks(
 
     Args:
         path_of: where the weights of an encoder lie.
-        answers: the file that keeps what a vision-language judge answers.
+        answers: the folder that keeps what a vision-language judge answers.
 
     Raises:
         FileNotFoundError, ValueError: weights that are missing or of another network.
     """
     read = partial(read_image, upright=protocol.upright)
 
+    def stated(name: str) -> Any:
+        return getattr(protocol, name, None)
+
     def remembered(name: str, encode: Encode, read: Callable[[Any], Any] = read) -> Remembered:
         return Remembered(f"{benchmark}.{name}", encode, sharing, read)
 
     found: dict[str, Any] = {"pixels": remembered("pixels", thumbnails)}
-    if (stated := protocol.clip) is not None:
-        folder = path_of(stated)
-        clip = CLIPEncoder(folder, device, preprocessing(stated.preprocessing, folder))
-        found["clip_images"], found["clip_texts"] = (
-            remembered("images", clip.images),
-            remembered("texts", clip.texts, str),
-        )
-    if (stated := getattr(protocol, "dino", None)) is not None:
-        folder = path_of(stated)
-        dino = DinoEncoder(folder, device, preprocessing(stated.preprocessing, folder))
+    if encoder := stated("clip"):
+        clip = CLIPEncoder(folder := path_of(encoder), device, preprocessing(encoder.preprocessing, folder))
+        found["clip_images"] = remembered("images", clip.images)
+        found["clip_texts"] = remembered("texts", clip.texts, str)
+    if encoder := stated("dino"):
+        dino = DinoEncoder(folder := path_of(encoder), device, preprocessing(encoder.preprocessing, folder))
         found["dino"] = remembered("dino", dino.images)
-    if (stated := getattr(protocol, "judge", None)) is not None:
-        judge = JudgeEncoder(stated, path_of(stated), device)
-        look = remembered("judge", judge.images, partial(read_half, upright=protocol.upright))
-        found["judge"] = Judge(look, judge.labels)
-    if (stated := getattr(protocol, "vlm", None)) is not None:
-        found["vlm"] = Answers(load_judge(stated, path_of(stated), device), answers, sharing, read)
-    if (stated := getattr(protocol, "detector", None)) is not None:
-        detector = ObjectDetector(stated, path_of(stated), device)
-        found["detector"] = remembered("detector", detector.images)
-        found["detector_names"] = detector.names
-        if "clip_images" in found:
-            found["clip_crops"] = remembered("clip_crops", clip.images, partial(read_crop, read=read))
-    if (stated := getattr(protocol, "fid", None)) is not None:
-        images = feature_network(stated, path_of(stated), device).images
+    if encoder := stated("judge"):
+        judge = JudgeEncoder(encoder, path_of(encoder), device)
+        found["judge"] = Judge(remembered("judge", judge.images), judge.labels)
+    if encoder := stated("vlm"):
+        ask = kept_answers(load_judge(encoder, path_of(encoder), device), answers, read)
+        found["vlm"] = remembered("vlm", ask, lambda question: question).answers
+    if encoder := stated("detector"):
+        detector = ObjectDetector(encoder, path_of(encoder), device)
+        found["detector"], found["detector_names"] = remembered("detector", detector.images).answers, detector.names
+    if encoder := stated("fid"):
+        network = InceptionFeatures if encoder.network == "inception" else ResNetFeatures
+        images = network(encoder, path_of(encoder), device).images
         for side, size in (("fid_real", protocol.real_resize), ("fid_generated", protocol.generated_resize)):
             found[side] = remembered(side, images, lambda file, size=size: resize(read(file), size))
     return found
+
+
+def resize(image: Image.Image, stated: Resize | None) -> Image.Image:
+    """Shorter side to `stated.size`, then the centre crop of that side; None: the image as it is.
+
+    Sizes are torchvision's, which the field's scripts use: the longer side is cut off to whole pixels, the crop's
+    corner rounded to the nearest pixel, halves to even.
+    """
+    if stated is None:
+        return image
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(stated.size * width / short), int(stated.size * height / short)
+    resized = (by_pil if stated.library == "pil" else by_tensor)(image, width, height, stated)
+    left, top = round((width - stated.size) / 2), round((height - stated.size) / 2)
+    return resized.crop((left, top, left + stated.size, top + stated.size))
+
+
+def by_pil(image: Image.Image, width: int, height: int, stated: Resize) -> Image.Image:
+    return image.resize((width, height), Image.Resampling[stated.interpolation.upper()])
+
+
+def by_tensor(image: Image.Image, width: int, height: int, stated: Resize) -> Image.Image:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    pixels = interpolate(
+        pixels[None], (height, width), mode=stated.interpolation, align_corners=False, antialias=stated.antialias
+    )
+    # Clamped because bicubic weights overshoot.
+    return truncated(pixels[0].clamp(0, 1).permute(1, 2, 0).numpy())
+
+
+def truncated(pixels: np.ndarray) -> Image.Image:
+    """H×W×3 in [0, 1] → bytes as torchmetrics makes them with normalize=True: 255·x, not rounded."""
+    return Image.fromarray((pixels * 255).astype(np.uint8))

@@ -5,37 +5,16 @@ Shapes: `N` images, `L` logits, `F` features.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluation.protocols.requests import Item, read_image
+from evaluation.protocols.benchmark import Crop, Item
 from evaluation.scores.metric import Metric, Row
-
-HALF = "#half="
-HALF_TOP = 0.4
-"""Where the half-squares of an image of two subjects begin, in units of its side: these stand low in it."""
-
-
-def half(file: Path, slot: int) -> str:
-    """An item for the judge: the left (0) or right (1) half-square of an image."""
-    return f"{file}{HALF}{slot}"
-
-
-def read_half(item: Path | str, upright: bool = False) -> Image.Image:
-    """The image of a file, or its half that `half` names."""
-    file, _, slot = str(item).partition(HALF)
-    image = read_image(file, upright)
-    if not slot:
-        return image
-    side = image.width // 2
-    left, top = int(slot) * side, round(HALF_TOP * image.height)
-    return image.crop((left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)
@@ -43,7 +22,7 @@ class Judge:
     """What the judge says of images.
 
     Args:
-        encode: N items for `read_half` → N×(L+F), logits before features.
+        encode: N images or parts of them → N×(L+F), logits before features.
         labels: (group, name) of each logit.
     """
 
@@ -57,7 +36,7 @@ class Judge:
             found[group].append(name)
         return dict(found)
 
-    def answers(self, files: Sequence[Path | str]) -> list[dict[str, str]]:
+    def answers(self, files: Sequence[Path | Crop]) -> list[dict[str, str]]:
         """Its answer in every label group, for each image."""
         logits = self.encode(files)[:, : len(self.labels)]
         answers: list[dict[str, str]] = [{} for _ in files]
@@ -67,20 +46,11 @@ class Judge:
                 answer[group] = names[best]
         return answers
 
-    def features(self, files: Sequence[Path | str]) -> Tensor:
-        """N images → N×F of length 1."""
-        return normalize(self.encode(files)[:, len(self.labels) :].double(), dim=-1)
-
-    def is_it(self, file: Path | str, own: Path, others: Sequence[Path]) -> bool:
-        """Whether an image is nearer (cosine) to its own subject than to every other individual."""
-        image, *shown = self.features([file, own, *others])
-        cosines = torch.stack(shown) @ image
-        return bool((cosines[0] > cosines[1:]).all())
-
-    def look(self, items: Sequence[Item]) -> None:
-        """At all that will be asked of these images at once; what follows asks for a few at a time."""
-        known = [file for item in items for file in (item.given, *item.others) if file is not None]
-        self.encode([*(item.file for item in items), *known])
+    def features(self, files: Iterable[Path | Crop]) -> dict[Path | Crop, Tensor]:
+        """The feature, F of length 1, of each."""
+        asked = list(dict.fromkeys(files))
+        found = normalize(self.encode(asked)[:, len(self.labels) :].double(), dim=-1) if asked else []
+        return dict(zip(asked, found, strict=True))
 
 
 class Judged(Metric):
@@ -88,12 +58,20 @@ class Judged(Metric):
 
     decimals, needs, optional = 2, ("judge",), True
 
-    def single(self, items: Sequence[Item]) -> tuple[Judge, list[Item]]:
-        """The judge, having looked at the images of one subject; and these."""
-        judge, items = self.context.networks["judge"], [item for item in items if not item.slots]
-        if items:
-            judge.look(items)
-        return judge, items
+    def answers(self, files: Sequence[Path | Crop]) -> list[dict[str, str]]:
+        """See Judge."""
+        return self.context.networks["judge"].answers(files) if files else []
+
+    def are_they(self, asked: Sequence[tuple[Item, Path | Crop, Path, Sequence[Path]]]) -> list[Row]:
+        """Of (item, what is looked at, its own individual, others): whether it is nearer (cosine) to its own than to
+        every other one."""
+        shown = (file for _, seen, own, others in asked for file in (seen, own, *others))
+        features = self.context.networks["judge"].features(shown)
+        rows = []
+        for item, seen, own, others in asked:
+            cosines = torch.stack([features[file] for file in (own, *others)]) @ features[seen]
+            rows.append(Row(item, str(own), bool((cosines[0] > cosines[1:]).all())))
+        return rows
 
 
 class Kind(Judged):
@@ -103,13 +81,9 @@ class Kind(Judged):
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """Of the images that have such a label."""
-        judge, items = self.single(items)
-        shown = [item for item in items if self.name in item.labels]
-        answers = judge.answers([item.file for item in shown]) if shown else []
-        return [
-            Row(item, item.labels[self.name], answer[self.name] == item.labels[self.name])
-            for item, answer in zip(shown, answers, strict=True)
-        ]
+        shown = [(item, item.labels[self.name]) for item in items if self.name in item.labels]
+        answers = self.answers([item.file for item, _ in shown])
+        return [Row(item, own, seen[self.name] == own) for (item, own), seen in zip(shown, answers, strict=True)]
 
 
 class Colour(Kind):
@@ -127,12 +101,9 @@ class Identity(Judged):
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """Of the images whose input and other individuals are known."""
-        judge, items = self.single(items)
-        return [
-            Row(item, str(item.given), judge.is_it(item.file, item.given, item.others))
-            for item in items
-            if item.given is not None and item.others
-        ]
+        return self.are_they(
+            [(item, item.file, item.given, item.others) for item in items if item.given and item.others]
+        )
 
 
 class Words(Judged):
@@ -142,9 +113,8 @@ class Words(Judged):
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """Of the images whose words ask for something."""
-        judge, items = self.single(items)
         asked = [item for item in items if item.words]
-        answers = judge.answers([item.file for item in asked]) if asked else []
+        answers = self.answers([item.file for item in asked])
         return [
             Row(
                 item,
@@ -161,16 +131,10 @@ class PairKind(Judged):
     name, title, headline = "pair_kind", "Kind", False
 
     def seen(self, items: Sequence[Item]) -> list[tuple[Item, list[str], list[str]]]:
-        """Each image with the kinds that were asked for and those that its halves show."""
-        paired = [item for item in items if item.slots]
-        if not paired:
-            return []
-        halves = [half(item.file, slot) for item in paired for slot in (0, 1)]
-        kinds = [answer["kind"] for answer in self.context.networks["judge"].answers(halves)]
-        return [
-            (item, [slot.kind for slot in item.slots], kinds[2 * number : 2 * number + 2])
-            for number, item in enumerate(paired)
-        ]
+        """Each image with the kinds that were asked for and those that its slots show."""
+        slots = [(item, slot) for item in items for slot in item.slots]
+        kinds = iter([answer["kind"] for answer in self.answers([Crop(item.file, slot.box) for item, slot in slots])])
+        return [(i, [slot.kind for slot in i.slots], [next(kinds) for _ in i.slots]) for i in items if i.slots]
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """A row for each slot."""
@@ -188,12 +152,8 @@ class PairIdentity(Judged):
 
     def score(self, items: Sequence[Item]) -> list[Row]:
         """A row for each slot."""
-        judge = self.context.networks["judge"]
-        return [
-            Row(item, str(slot.given), judge.is_it(half(item.file, i), slot.given, slot.others))
-            for item in items
-            for i, slot in enumerate(item.slots)
-        ]
+        slots = [(item, slot) for item in items for slot in item.slots]
+        return self.are_they([(item, Crop(item.file, slot.box), slot.given, slot.others) for item, slot in slots])
 
 
 class Swapped(PairKind):

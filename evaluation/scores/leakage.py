@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.protocols.requests import Item
+from evaluation.protocols.benchmark import Item
 from evaluation.scores.metric import Metric, Row
 
 SIDE, CORNER = 32, 4
@@ -74,14 +74,14 @@ class ShownKind(Shown):
 
     def values(self, items: Sequence[Item]) -> list[tuple[Item, float | None]]:
         """By the judge's feature."""
-        judge, inputs = self.context.networks["judge"], self.inputs(items)
-        judge.look(items)
-        features = dict(zip(inputs, judge.features(list(inputs)), strict=True))
+        inputs = self.inputs(items)
+        features = self.context.networks["judge"].features([*inputs, *(item.file for item in items)])
         found = []
-        for item, feature in zip(items, judge.features([item.file for item in items]), strict=True):
+        for item in items:
             others = [features[file] for file, kind in inputs.items() if kind != inputs[item.given]]
-            cosine = torch.stack(others) @ feature if others else None
-            found.append((item, None if cosine is None else told_apart(-(features[item.given] @ feature), -cosine)))
+            cosine = torch.stack(others) @ features[item.file] if others else None
+            own = -(features[item.given] @ features[item.file])
+            found.append((item, None if cosine is None else told_apart(own, -cosine)))
         return found
 
 
@@ -92,11 +92,11 @@ class ShownLook(Shown):
 
     def values(self, items: Sequence[Item]) -> list[tuple[Item, float | None]]:
         """By the judge's feature."""
-        judge = self.context.networks["judge"]
-        judge.look(items)
+        shown = [[item.file, item.given, *item.others] for item in items]
+        features = self.context.networks["judge"].features(file for files in shown for file in files)
         found: list[tuple[Item, float | None]] = []
-        for item in items:
-            feature, own, *others = judge.features([item.file, item.given, *item.others])
+        for item, files in zip(items, shown, strict=True):
+            feature, own, *others = (features[file] for file in files)
             found.append((item, told_apart(-(own @ feature), -(torch.stack(others) @ feature))))
         return found
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from evaluation.protocols.benchmark import Benchmark
-from evaluation.protocols.requests import Item
+from evaluation.protocols.benchmark import Benchmark, Item
 from evaluation.scores.bootstrap import Bootstrap, mean_interval
 
 

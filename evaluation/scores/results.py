@@ -1,21 +1,24 @@
-"""Scores as results.json, results.md and a printed table; the paper's own numbers stand apart from ours."""
+"""Scores of a system's images, and their tables: as results.json, as text, on a terminal."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.benchmarks import columns_of, metric, titles
+from evaluation.benchmarks import columns_of, metric, tables_of, titles
 from evaluation.images.systems import TABLE_ORDER
-from evaluation.reports import paper
-from evaluation.scores.metric import Metric
+from evaluation.protocols.benchmark import Item
+from evaluation.scores.metric import Context, Metric
 from kosmosg.files import write_text
 
 WIDE = 5
 """Columns of one printed table: value and interval on two lines, these fit 80 characters."""
+Row = Mapping[str, "Score"]
+"""The scores of one system by metric."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Score:
         metric: by its name.
         n: pairs that were averaged; generated images, for FID and KID.
         protocol: `evaluation.protocols.protocol.identity`; `task_of` it where the images were not sampled by it.
-        experiment, stage, seed: of a system that is one of several runs, see `evaluation.images.generation.Variant`.
+        experiment, stage, seed: of a system that is one of several runs, see `evaluation.images.generation.System`.
         guidance_scale: of a point of the curve; elsewhere the protocol says it.
     """
 
@@ -49,8 +52,65 @@ class Score:
         return metric(self.metric).text(self.value, self.low, self.high)
 
 
-Row = Mapping[str, Score]
-"""The scores of one system by metric."""
+@dataclass(frozen=True)
+class Sample:
+    """The score of one pair: an image against a reference image, its input image, a text or labels."""
+
+    table: str
+    system: str
+    metric: str
+    item: Item
+    against: str
+    score: float
+
+
+def score_images(
+    benchmark: str, protocol: str, context: Context, system: str, items: Sequence[Item], first: bool = True
+) -> tuple[list[Score], list[Sample]]:
+    """Every metric of a benchmark that its protocol and the images allow; samples of those that are means over images.
+
+    Args:
+        protocol: the identity that scores carry.
+        first: whether this process aggregates; the others only help to look at the images.
+    """
+    scores: list[Score] = []
+    samples: list[Sample] = []
+    for table, metrics in tables_of(benchmark):
+        for kind in metrics:
+            if any(name not in context.networks for name in kind.needs):
+                continue
+            measured = kind(context)
+            rows = measured.score(items)
+            if not rows or not first:
+                continue
+            found = measured.aggregate(rows)
+            scores.append(Score(table, system, kind.name, found.value, found.low, found.high, found.n, protocol))
+            if kind.samples:
+                samples += [Sample(table, system, kind.name, r.item, r.against, float(r.value)) for r in rows]
+    return scores, samples
+
+
+def write_samples(samples: Sequence[Sample], file: Path) -> None:
+    """CSV of every pair's score; paths under the file's folder are written relative to it."""
+
+    def relative(path: str) -> str:
+        return str(Path(path).relative_to(file.parent)) if Path(path).is_relative_to(file.parent) else path
+
+    columns = ["table", "system", "metric", "unit", "template", "file", "against", "score"]
+    rows = [
+        (
+            s.table,
+            s.system,
+            s.metric,
+            s.item.unit,
+            s.item.group,
+            relative(str(s.item.file)),
+            relative(s.against),
+            s.score,
+        )
+        for s in samples
+    ]
+    write_text(file, pd.DataFrame(rows, columns=columns).to_csv(index=False, float_format="%.6f"))
 
 
 def write_results(scores: Sequence[Score], file: Path) -> None:
@@ -71,13 +131,13 @@ def read_results(file: Path) -> list[Score]:
         raise ValueError(f"'{file}' is no results.json of this project ({error}).") from error
 
 
-def table_rows(scores: Sequence[Score], table: str) -> list[tuple[str, Row]]:
-    """(system, its scores by metric) in the order of the table; systems without scores are left out."""
+def table_rows(scores: Sequence[Score], table: str) -> dict[str, Row]:
+    """The scores of each system of a table by metric, in the table's order; systems without scores are left out."""
     found: dict[str, dict[str, Score]] = {}
     for score in scores:
         if score.table == table:
             found.setdefault(score.system, {})[score.metric] = score
-    return sorted(found.items(), key=lambda item: place(item[0]))
+    return {system: found[system] for system in sorted(found, key=place)}
 
 
 def place(system: str) -> int:
@@ -85,7 +145,7 @@ def place(system: str) -> int:
     return TABLE_ORDER.index(system) if system in TABLE_ORDER else len(TABLE_ORDER)
 
 
-def tables_of(scores: Sequence[Score]) -> list[str]:
+def tables_in(scores: Sequence[Score]) -> list[str]:
     """The tables that have scores, in their order."""
     return [table for table in titles() if any(score.table == table for score in scores)]
 
@@ -105,68 +165,26 @@ def shown_columns(table: str, found: Collection[str]) -> list[type[Metric]]:
     return [kind for kind in columns_of(table) if not kind.optional or kind.name in found]
 
 
-def cells(found: Row, metrics: Sequence[type[Metric]]) -> list[str]:
-    """The texts of a row, a dash where the system has no such score."""
-    return [found[kind.name].text() if kind.name in found else "–" for kind in metrics]
-
-
-def sizes(found: Row) -> str:
-    """The n of a row, once where all its metrics share it."""
-    return " / ".join(map(str, dict.fromkeys(score.n for score in found.values())))
-
-
-def headings(metrics: Sequence[type[Metric]]) -> list[str]:
-    return [kind.heading() for kind in metrics]
-
-
-def markdown(scores: Sequence[Score], notes: Sequence[str], sections: Sequence[str] = ()) -> str:
-    """results.md; the lines of further `sections` stand between our tables and the paper's."""
-    lines = ["# Results", "", intervals(scores), ""]
-    for table in tables_of(scores):
-        rows, metrics = table_rows(scores, table), columns(scores, table)
-        lines += [f"## {titles()[table]}", "", f"Protocol `{protocol_of(scores, table)}`.", ""]
-        header = ["System", *headings(metrics), "n"]
-        lines += markdown_table(header, [[system, *cells(found, metrics), sizes(found)] for system, found in rows])
-    lines += [f"- {note}" for note in notes]
-    lines += ["", *sections]
-    if printed := [table for table in paper.PRINTED if table in tables_of(scores)]:
-        lines += ["# The paper's numbers", "", paper.CAUTION, ""]
-    for table in printed:
-        title, metrics, rows = paper.PRINTED[table]
-        kinds = [metric(name) for name in metrics]
-        shown = [[row.system, *row.cells([kind.decimals for kind in kinds])] for row in rows]
-        lines += markdown_table([f"{title}, as printed", *(kind.title for kind in kinds)], shown)
-    return "\n".join(lines)
-
-
-def intervals(scores: Sequence[Score]) -> str:
-    """`Value (95 % interval) over n …`, and which columns have something else in its place."""
-    kinds = {score.metric: metric(score.metric) for score in scores}.values()
-    others = [f"of {kind.title}, {kind.interval}" for kind in kinds if kind.interval != Metric.interval]
-    return f"Value ({'; '.join([Metric.interval, *others])}) over n pairs; n images for FID and KID."
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
-    """Lines of a table whose first `texts` columns are words, the others numbers."""
-    rule = [*["---"] * texts, *["---:"] * (len(header) - texts)]
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    return [*("| " + " | ".join(row) + " |" for row in (escaped[0], rule, *escaped[1:])), ""]
+def texts(found: Row, metrics: Sequence[type[Metric]]) -> dict[str, str]:
+    """The text of each column of a row, a dash where the system has no such score; last n, once where all of these
+    metrics share it."""
+    cells = {kind.heading(): found[kind.name].text() if kind.name in found else "–" for kind in metrics}
+    sizes = dict.fromkeys(found[kind.name].n for kind in metrics if kind.name in found)
+    return {**cells, "n": " / ".join(map(str, sizes))}
 
 
 def print_results(scores: Sequence[Score], console: Console) -> None:
     """The tables on a terminal."""
-    for table in tables_of(scores):
-        rows, metrics = table_rows(scores, table), columns(scores, table)
+    for table in tables_in(scores):
+        metrics = columns(scores, table)
         for start in range(0, len(metrics), WIDE):
-            shown = metrics[start : start + WIDE]
-            printed = Table(
-                title=titles()[table], caption=f"{protocol_of(scores, table)}; value (95 % interval)", show_lines=True
-            )
-            printed.add_column("System")
-            for kind in shown:
-                printed.add_column(kind.heading(), justify="right", no_wrap=True)
-            printed.add_column("n", justify="right", no_wrap=True)
-            for system, found in rows:
-                texts = [cell.replace(" (", "\n").rstrip(")") for cell in cells(found, shown)]
-                printed.add_row(system, *texts, sizes({k.name: found[k.name] for k in shown if k.name in found}))
+            rows = {
+                name: texts(found, metrics[start : start + WIDE]) for name, found in table_rows(scores, table).items()
+            }
+            caption = f"{protocol_of(scores, table)}; value (95 % interval)"
+            printed = Table("System", title=titles()[table], caption=caption, show_lines=True)
+            for heading in next(iter(rows.values())):
+                printed.add_column(heading, justify="right", no_wrap=True)
+            for system, cells in rows.items():
+                printed.add_row(system, *(cell.replace(" (", "\n").rstrip(")") for cell in cells.values()))
             console.print(printed)

@@ -190,7 +190,7 @@ def draw(
                 options = {"controlnet": controlnet, "callback_on_step_end": follow}
                 pictures = generation.draw(served.pipeline, jobs, settings, **options)
             for picture, job in zip(pictures, jobs, strict=True):
-                generation.store(picture, job)
+                generation.store(picture, job.file, job.parameters)
             made.put((1.0, [str(job.file) for job in jobs]))
         except Exception as error:
             made.put(error)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +21,8 @@ PATIENCE = 30.0  # seconds; wandb's own would be 90 at the start and without end
 
 
 @pytest.fixture(scope="module")
-def config(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
-) -> Path:
-    folder, init_from = tmp_path_factory.mktemp("wandb"), {"alignment": tiny_model}
-    shards = miniature.write_shards(folder / "shards")
-    return miniature.write_config(folder, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)["alignment"]
+def config(tmp_path_factory: pytest.TempPathFactory, write_configs: Callable[..., dict[str, Path]]) -> Path:
+    return write_configs(tmp_path_factory.mktemp("wandb"))["alignment"]
 
 
 @pytest.fixture(scope="module")

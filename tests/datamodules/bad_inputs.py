@@ -233,6 +233,7 @@ def poisoned_listing(shard: Path, marker: Path) -> None:
 GOOD = worlds.png(1)
 BROKEN_EXIF = b"Exif\0\0II*\0" + b"\xff" * 4
 GRAY = encoded(Image.new("L", (9, 7)), "PNG")
+NOISE = bytes(range(256)) * 30
 BOMB = bomb(9_000, 9_000, bytes(9_000 * 1_126), 1, 0)
 COMMENT = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(32_000_000)))
 
@@ -391,14 +392,7 @@ SHARDS = [
     BadInput("shard truncated between two samples", DROPPED, "truncated_tar", spoil=cut_between, count=4),
     BadInput("flipped bit in the header of the fourth of eight samples", DROPPED, "damaged_tar", spoil=flip, count=5),
     BadInput("shard deleted during the run", DROPPED, "unreachable_shard", spoil=remove, count=8, during=True),
-    BadInput(
-        "random bytes in place of a shard",
-        DROPPED,
-        "damaged_tar",
-        spoil=written(bytes(range(256)) * 30),
-        count=8,
-        two=True,
-    ),
+    BadInput("random bytes in place of a shard", DROPPED, "damaged_tar", spoil=written(NOISE), count=8, two=True),
     BadInput("empty shard", DROPPED, "truncated_tar", spoil=written(b""), count=8, two=True),
     BadInput("shard of zeros", DROPPED, "truncated_tar", spoil=written(bytes(4096)), count=8, two=True),
     BadInput("compressed shard", DROPPED, "damaged_tar", spoil=written(gzip.compress(b"a" * 4096)), count=8, two=True),

@@ -90,8 +90,8 @@ def test_nothing_of_the_records_is_passed_over(loaders, batches):
     assert {key for batch in batches for key in batch} == BATCH_COMPARED | BATCH_NOT_PRODUCED
 
 
-def converted(golden: Path, name: str, output: Path) -> list:
-    convert("tsv", golden / "data" / f"{name}.tsv", output, f"rows={name}")
+def converted(golden: Path, name: str, output: Path, *settings: str) -> list:
+    convert("tsv", golden / "data" / f"{name}.tsv", output, f"rows={name}", *settings)
     return samples(output)
 
 
@@ -123,8 +123,9 @@ def test_recorded_draws_give_the_recorded_rows(name, golden, loaders, columns, f
 
 
 def test_captions_without_a_whole_size_are_left_out_of_both_stages(golden, loaders, tmp_path):
-    found = {int(sample.key.split("-")[1]) for sample in converted(golden, "laion", tmp_path)}
+    found = {int(sample.key.split("-")[1]) for sample in converted(golden, "laion", tmp_path / "a")}
     assert found == {row["row"] for row in loaders["laion"] if row["align"] and has_size(row)}
+    assert len(converted(golden, "laion", tmp_path / "b", "images.min_side=384")) == 5  # as stage 3 asks for
 
 
 def caption_sample(row: dict) -> CaptionSample:

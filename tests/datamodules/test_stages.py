@@ -13,6 +13,7 @@ from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
 from datamodules.data_config import Source
 from datamodules.entities import EntityRules
 from datamodules.errors import DataError, SampleError
+from datamodules.images import Limits
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.report import SampleCounter
 from kosmosg.batches import ReadReport
@@ -89,9 +90,13 @@ def test_stage_3_tells_the_captions_of_targets_where_a_loss_reads_them(tmp_path,
             assert torch.equal(batch.text_ids[row], worlds.clip_tokenize([known[key]])[0])
 
 
-def test_stage_2_never_looks_at_images(tmp_path, tiny_tokenizer):
-    pattern = worlds.write_members(tmp_path / "a.tar", [("k", {"jpg": b"not an image", "txt": b"a dog"})])
-    assert not alignment(pattern, tiny_tokenizer).train_dataset[[0]].report.errors
+def test_stage_2_never_looks_at_images_and_names_what_is_wrong_with_a_caption(tmp_path, tiny_tokenizer):
+    texts = {"good": b"a dog", "latin": b"caf\xe9", "blank": b" ", "large": b"a dog " * 20_000}
+    groups = [(key, {"jpg": b"not an image", "txt": text}) for key, text in texts.items()]
+    limits = Limits(max_member_bytes=100_000)
+    module = alignment(worlds.write_members(tmp_path / "a.tar", groups), tiny_tokenizer, limits=limits)
+    reasons = {error.key: error.reason for error in module.train_dataset[range(4)].report.errors}
+    assert reasons == {"latin": "not_utf8", "blank": "empty_caption", "large": "member_too_large"}
 
 
 def test_clip_tokens_are_counted_beyond_what_the_tokenizer_keeps():

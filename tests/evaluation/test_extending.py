@@ -11,7 +11,7 @@ import pytest
 
 import evaluate
 from evaluation.benchmarks import METRICS
-from evaluation.protocols.requests import Item, read_image
+from evaluation.protocols.benchmark import Item, read_image
 from evaluation.scores.metric import Metric, Row
 
 

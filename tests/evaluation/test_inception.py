@@ -16,14 +16,12 @@ from torch.nn.functional import interpolate
 
 from evaluation import inception
 from evaluation.config import EvaluationConfig
-from evaluation.images.weights import hash_encoder
+from evaluation.images.provenance import hash_encoder
 from evaluation.inception import InceptionV3
-from evaluation.parallel.processes import Processes
-from evaluation.parallel.sharing import Sharing
+from evaluation.processes import Processes, Sharing
+from evaluation.protocols.benchmark import EvaluationError, read_image
 from evaluation.protocols.protocol import FeatureNetwork, Resize
-from evaluation.protocols.requests import EvaluationError, read_image
-from evaluation.scores.encoders import feature_network, load_networks
-from evaluation.scores.resizing import resize
+from evaluation.scores.encoders import InceptionFeatures, load_networks, resize
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.evaluation import tiny_world
@@ -112,7 +110,7 @@ def test_images_of_any_size_in_one_batch(weights, network: InceptionV3, tmp_path
     file = tmp_path / "weights.safetensors"
     save_file(weights, file)
     images = [tiny_world.picture(1), tiny_world.picture(2).resize((80, 50)), tiny_world.picture(3)]
-    found = feature_network(FeatureNetwork(str(file), network="inception"), file, torch.device("cpu")).images(images)
+    found = InceptionFeatures(FeatureNetwork(str(file), network="inception"), file, torch.device("cpu")).images(images)
     assert found.shape == (3, 2048)
     for row, image in zip(found, images, strict=True):
         alone = network(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])["2048"][0]
@@ -173,9 +171,9 @@ def test_other_weights_are_refused(weights, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError) as error:
         InceptionV3(changed)
     for told in (
-        "1 missing, as ['Mixed_7c.branch_pool.bn.bias']",
-        "1 unknown, as ['AuxLogits.fc.bias']",
-        "1 misshapen, as ['fc.weight (1000, 2048) for (1008, 2048)']",
+        'Missing key(s) in state_dict: "Mixed_7c.branch_pool.bn.bias"',
+        'Unexpected key(s) in state_dict: "AuxLogits.fc.bias"',
+        "size mismatch for fc.weight",
     ):
         assert told in str(error.value)
     with pytest.raises(EvaluationError, match=r"there is no weight file '.*nowhere\.pth'"):

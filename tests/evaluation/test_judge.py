@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from transformers import ResNetForImageClassification
 
+from evaluation.protocols.benchmark import Crop, DataSetError, EvaluationError, Item, Slot, read_image
 from evaluation.protocols.dreambench import DreamBench
-from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, identity
-from evaluation.protocols.requests import DataSetError, EvaluationError, Item, Slot, read_image
+from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, Sampling, identity
 from evaluation.scores.bootstrap import Bootstrap
 from evaluation.scores.encoders import JudgeEncoder
-from evaluation.scores.judge import Judge, half, read_half
+from evaluation.scores.judge import Identity, Judge
 from evaluation.scores.metric import Context
-from evaluation.scores.results import markdown as results_markdown
-from evaluation.scores.scoring import Scorer
+from evaluation.scores.results import columns, score_images
 
 BOOTSTRAP = Bootstrap(replicates=200)
 PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=1)
@@ -64,7 +63,7 @@ def images() -> list[Item]:
 
 def test_values_by_hand() -> None:
     context = Context({"judge": judge(), "pixels": blank}, BOOTSTRAP)
-    scores, samples = Scorer("dreambench", "p@1#0", context)("S", images())
+    scores, samples = score_images("dreambench", "p@1#0", context, "S", images())
     scores = [score for score in scores if score.table == "dreambench"]
     found = {score.metric: (score.value, score.n) for score in scores}
     assert found == {
@@ -73,7 +72,7 @@ def test_values_by_hand() -> None:
         "identity": (pytest.approx(2 / 3), 3),
         "words": (pytest.approx(2 / 3), 3),
     }
-    words = [(sample.file, sample.against, sample.score) for sample in samples if sample.metric == "words"]
+    words = [(str(sample.item.file), sample.against, sample.score) for sample in samples if sample.metric == "words"]
     assert words == [("night", "light: night", 1), ("day", "light: night", 0), ("red", "colour: red, light: none", 1)]
     identities = next(score for score in scores if score.metric == "identity")
     assert (identities.low, identities.high) == (0.5, 1.0), "over subjects: the cat's half and tom's whole"
@@ -81,24 +80,21 @@ def test_values_by_hand() -> None:
 
 def test_nearness_to_another_as_great_as_to_its_own_is_no_identity() -> None:
     own, other = Path("own"), Path("other")
-    assert judge().is_it(own, own, [other]) and not judge().is_it(own, own, [own])
+    items = [Item(own, "cat", "", given=own, others=others) for others in ((other,), (own,))]
+    assert [row.value for row in Identity(Context({"judge": judge()})).score(items)] == [True, False]
 
 
 def test_halves_are_judged_by_hand() -> None:
     """Two images of a cat and a dog: one as asked but with another cat, one with the two in each other's place."""
     cat, other, dog = [2, 1, 0, 1, 1, 0, 1.0, 0.0], [2, 1, 0, 1, 1, 0, 0.2, 0.9], [1, 2, 0, 1, 1, 0, 0.9, 0.2]
-    seen = SEEN | {
-        half(A, 0): other,
-        half(A, 1): dog,
-        half(B, 0): dog,
-        half(B, 1): cat,
-        half(C, 0): cat,
-        half(C, 1): cat,
-    }
-    looking = Judge(lambda files: torch.tensor([seen[str(file)] for file in files]), LABELS)
-    slots = tuple(Slot(kind, Path("own"), (Path("other"),)) for kind in ("cat", "dog"))
+    halves = ((0.0, 0.0, 1.0, 1.0), (1.0, 0.0, 2.0, 1.0))
+    seen = {Path(name): logits for name, logits in SEEN.items()}
+    for file, shown in ((A, (other, dog)), (B, (dog, cat)), (C, (cat, cat))):
+        seen |= {Crop(file, box): logits for box, logits in zip(halves, shown, strict=True)}
+    looking = Judge(lambda files: torch.tensor([seen[file] for file in files]), LABELS)
+    slots = tuple(Slot(box, k, Path("own"), (Path("other"),)) for box, k in zip(halves, ("cat", "dog"), strict=True))
     pairs = [Item(file, "cat + dog", "", slots=slots) for file in (A, B, C)]
-    scores, samples = Scorer("dreambench", "p@1#0", Context({"judge": looking}, BOOTSTRAP))("S", pairs)
+    scores, samples = score_images("dreambench", "p@1#0", Context({"judge": looking}, BOOTSTRAP), "S", pairs)
     assert {(score.table, score.metric): (score.value, score.n) for score in scores} == {
         ("pairs", "pair_kind"): (0.5, 6),
         ("pairs", "pair_identity"): (pytest.approx(5 / 6), 6),
@@ -106,17 +102,22 @@ def test_halves_are_judged_by_hand() -> None:
         ("pairs", "missing"): (pytest.approx(1 / 3), 3),
     }
     assert [sample.score for sample in samples if sample.metric == "pair_kind"] == [1, 1, 0, 0, 1, 0]
-    assert "| System | Kind ↑ | Identity ↑ | Swapped ↓ | Missing ↓ | n |" in results_markdown(scores, [])
+    headings = [kind.heading() for kind in columns(scores, "pairs")]
+    assert headings == ["Kind ↑", "Identity ↑", "Swapped ↓", "Missing ↓"]
 
 
-def test_halves_are_cut_where_two_subjects_stand(tmp_path: Path) -> None:
+def test_parts_of_images_are_read(dreambench_folder: Path, tmp_path: Path) -> None:
+    """Two subjects stand low in the left and right half; outside of an image, its nearest pixel is read."""
     pixels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
     image = Image.fromarray(np.stack([pixels // 32, pixels % 32, 0 * pixels], axis=-1).astype(np.uint8))
-    image.save(tmp_path / "a.png")
-    left, right = (np.asarray(read_half(half(tmp_path / "a.png", slot))) for slot in (0, 1))
+    image.save(file := tmp_path / "a.png")
+    small = replace(PROTOCOL, judge=Encoder("j"), sampling=Sampling(image_size=32))
+    slots = DreamBench(small, dreambench_folder).prompts[-1].item.slots
+    left, right = (np.asarray(read_image(Crop(file, slot.box))) for slot in slots)
     assert left.shape == right.shape == (16, 16, 3)
     assert left[0, 0].tolist() == [13, 0, 0] and right[0, 0].tolist() == [13, 16, 0]
-    assert np.array_equal(read_half(tmp_path / "a.png"), image)
+    assert np.array_equal(read_image(Crop(file, (2, 4.4, 9, 8))), np.asarray(image)[4:8, 2:9])
+    assert read_image(Crop(file, (40, -3, 40, 0.2))).getpixel((0, 0)) == (0, 31, 0)
 
 
 def test_pairs_are_asked_for_after_all_else(dreambench_folder: Path) -> None:
@@ -154,8 +155,13 @@ def test_images_know_what_they_should_show(dreambench_folder: Path) -> None:
     assert found[0].labels == {"kind": "fish", "colour": "blue", "setting": "in the snow"}
     assert found[2].labels == {"kind": "fish", "colour": "red"}
     others = tuple(dreambench_folder / "fish" / "others" / name for name in ("00.png", "01.png"))
-    assert dataset.parts("fish", "a {} in the snow")["words"] == ("setting", "fish")
-    assert "words" not in dataset.parts("fish", "a {} wearing a hat") and dataset.parts("fish", "") == {}
+    assert found[0].parts == {
+        "kind": ("live", "fish"),
+        "subject": ("fish", "a {} in the snow"),
+        "template": ("a {} in the snow", "fish"),
+        "words": ("setting", "fish"),
+    }
+    assert "words" not in found[1].parts
     assert found[0].others == others and set(others) < set(dataset.files())
     assert not {image.file for image in dataset.other_real_images()} & set(others)
     assert all(image.labels == dataset.subjects[image.unit].labels for image in dataset.other_real_images())

@@ -15,10 +15,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from evaluation.images.generation import generate
-from evaluation.images.manifest import LOCK, Manifest
+from evaluation.images.generation import LOCK, generate
 from evaluation.images.systems import AFTER_STAGE_3, kosmosg_system
-from evaluation.parallel.processes import Processes
+from evaluation.processes import Processes
 from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import DreamBenchProtocol, Sampling
 from tests import tiny
@@ -42,8 +41,8 @@ def images_in(folder: Path) -> int:
 def test_killed_again_and_again(
     faults: int, dreambench_folder: Path, tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path
 ) -> None:
-    """One, two and three processes in turn, at moments drawn by a seed: between batches and while their images and
-    rows are written. The first to be killed is any of them; then the others, as torchrun does."""
+    """One, two and three processes in turn, at moments drawn by a seed: between batches and while their images are
+    written. The first to be killed is any of them; then the others, as torchrun does."""
 
     def work(folder: Path) -> None:
         """One process of a launch, as evaluate.py makes its images."""
@@ -51,8 +50,7 @@ def test_killed_again_and_again(
         system = kosmosg_system(AFTER_STAGE_3, str(tiny_model), str(tiny_stable_diffusion), torch.device("cpu"))
         options = {"inputs_folder": dreambench_folder, "batch_size": BATCH, "console": Console(quiet=True)}
         with Processes.of_environment() as processes:
-            manifest = Manifest(folder, {"model": system.model} if processes.first else None)
-            generate(system, dataset.requests(), SAMPLING, manifest, processes=processes, **options)
+            generate(system, dataset.requests(), SAMPLING, folder, processes=processes, **options)
 
     kills = 2 + faults
     protocol = DreamBenchProtocol("dreambench/tiny", 1, SAMPLING, facts="dreambench.json", images_per_prompt=2 * kills)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from evaluation.benchmarks import METRICS
-from evaluation.protocols.requests import Item, read_image
+from evaluation.protocols.benchmark import Item, read_image
 from evaluation.scores.judge import Judge
 from evaluation.scores.leakage import SIDE, thumbnails
 from evaluation.scores.metric import Context

@@ -3,7 +3,7 @@
 Real processes, forked from the test's own; tests/evaluation/test_killed.py kills them at any moment.
 """
 
-import fcntl
+import io
 import os
 import pickle
 import signal
@@ -17,13 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from evaluation.images.generation import Batch, generate
-from evaluation.images.manifest import LOCK, Manifest, ManifestError
-from evaluation.parallel.processes import ProcessError, Processes
-from evaluation.parallel.sharing import Sharing
+from evaluation.images.generation import MANIFEST, Batch
+from evaluation.processes import ProcessError, Processes, Remembered, Sharing, progress
+from evaluation.protocols.benchmark import Request
 from evaluation.protocols.protocol import Sampling
-from evaluation.protocols.requests import Request
-from tests.evaluation.test_generation import BATCH, IDENTITY, SAMPLING, SYSTEM, content, draw, requests, run
+from tests.evaluation.test_generation import BATCH, SYSTEM, content, draw, requests, run
 from tests.lightning_modules.processes import run_together
 
 QUIET = Console(quiet=True)
@@ -60,10 +58,7 @@ def test_all_have_what_the_first_made(tmp_path: Path) -> None:
 
 def test_numbers_are_taken_once(tmp_path: Path) -> None:
     def work(processes: Processes) -> list[int]:
-        counter, taken = processes.counter(), []
-        while (number := counter.take()) < 50:
-            taken.append(number)
-        return taken
+        return list(processes.take(50))
 
     assert sorted(number for taken in together(tmp_path, 3, work) for number in taken) == list(range(50))
 
@@ -99,76 +94,49 @@ def test_a_dead_process_ends_the_run_by_name(tmp_path: Path, dies: int) -> None:
     assert time.monotonic() - started < 30
 
 
-def shared_run(folder: Path, requests: list[Request], count: int) -> tuple[list[list[int]], list[tuple[int, ...]]]:
-    """The rows that each of `count` processes knows afterwards, and the seeds of every batch that was made."""
+def shared_run(folder: Path, requests: list[Request], count: int) -> list[list[int]]:
+    """The seeds of every batch that `count` processes made."""
 
-    def work(processes: Processes) -> tuple[list[int], list[tuple[int, ...]]]:
-        seen: list[tuple[int, ...]] = []
+    def work(processes: Processes) -> list[list[int]]:
+        seen: list[list[int]] = []
 
         def slowly(batch: Batch, sampling: Sampling) -> list:
-            seen.append(tuple(batch.seeds))
+            seen.append(batch.seeds)
             time.sleep(0.05)  # so that the others get some
             return draw(batch, sampling)
 
-        manifest = Manifest(folder / "images-of-double", IDENTITY if processes.first else None)
-        system = replace(SYSTEM, load=lambda: slowly)
-        options = {"inputs_folder": folder, "batch_size": BATCH, "processes": processes, "console": QUIET}
-        generate(system, requests, SAMPLING, manifest, **options)
-        return list(manifest.rows), seen
+        run(folder, requests, replace(SYSTEM, load=lambda: slowly), processes)
+        return seen
 
     found = together(folder, count, work)
-    assert all(isinstance(one, tuple) for one in found), found
-    return [rows for rows, _ in found], [seeds for _, seen in found for seeds in seen]
+    assert all(isinstance(one, list) for one in found), found
+    return [seeds for seen in found for seeds in seen]
+
+
+def alone(folder: Path, requests: list[Request]) -> dict[str, bytes]:
+    (folder / "alone").mkdir()
+    (folder / "alone" / "input.png").write_bytes((folder / "input.png").read_bytes())
+    return content(run(folder / "alone", requests))
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_equal_one(tmp_path: Path, requests: list[Request], count: int) -> None:
-    whole = content(alone(tmp_path, requests))
-    rows, seen = shared_run(tmp_path, requests, count)
-    assert made(tmp_path) == whole, "bytes of all images and of the manifest, and no other files"
-    assert rows == [list(range(len(requests)))] * count
+    seen = shared_run(tmp_path, requests, count)
+    assert content(tmp_path / "made") == alone(tmp_path, requests), "bytes of all images and of the manifest, no others"
     assert sorted(seed for seeds in seen for seed in seeds) == sorted(request.seed for request in requests)
     assert {seeds[0] for seeds in seen} == {requests[start].seed for start in range(0, len(requests), BATCH)}
+    assert shared_run(tmp_path, requests, count) == [], "nothing missing is not made by anyone"
 
 
-def made(folder: Path) -> dict[str, bytes]:
-    return content(Manifest(folder / "images-of-double", IDENTITY))
-
-
-def alone(folder: Path, requests: list[Request]) -> Manifest:
-    (folder / "alone").mkdir()
-    (folder / "alone" / "input.png").write_bytes((folder / "input.png").read_bytes())
-    return run(folder / "alone", requests)
-
-
-def test_what_many_left_behind_one_takes_over(tmp_path: Path, requests: list[Request]) -> None:
-    """A launch of four was killed: rows in files of their own, one torn, one of them twice, one without its image."""
-    whole = content(alone(tmp_path, requests))
-    manifest = run(tmp_path, requests)
-    lines = manifest.file.read_bytes().splitlines(keepends=True)
-    manifest.file.write_bytes(b"".join(lines[:2]))
-    (manifest.folder / "manifest.1.jsonl").write_bytes(b"".join([*lines[4:6], lines[6][:30]]))
-    (manifest.folder / "manifest.3.jsonl").write_bytes(b"".join([lines[1], *lines[8:]]))
-    manifest.image_file(9).unlink()
-    assert sorted(Manifest(manifest.folder, IDENTITY).rows) == [0, 1, 4, 5, 8]
-    _, seen = shared_run(tmp_path, requests, 2)
-    assert made(tmp_path) == whole and len(seen) == 3, "each of the three batches lacked something"
-
-
-def test_nothing_missing_is_not_made_by_anyone(tmp_path: Path, requests: list[Request]) -> None:
-    run(tmp_path, requests)
-    assert shared_run(tmp_path, requests, 3)[1] == []
-
-
-def test_a_process_that_was_left_behind_keeps_its_folder(tmp_path: Path, requests: list[Request]) -> None:
-    """The first process of a launch is dead, another still writes: nobody may begin."""
-    manifest = run(tmp_path, requests)
-    left_behind = (manifest.folder / LOCK).open("a+")
-    fcntl.flock(left_behind, fcntl.LOCK_SH)
-    with pytest.raises(ManifestError, match="another process is generating"):
-        run(tmp_path, requests)
-    left_behind.close()
-    assert len(run(tmp_path, requests).rows) == len(requests)
+def test_what_many_left_behind_others_take_over(tmp_path: Path, requests: list[Request]) -> None:
+    """A launch was killed before its manifest was written: some images are there, one half written."""
+    folder = run(tmp_path, requests)
+    (folder / MANIFEST).unlink()
+    for index in (2, 6, 9):
+        (folder / "images" / f"{index:06d}.png").unlink()
+    (folder / "images" / f".000002.png.{'0' * 16}.new").write_bytes(b"half")
+    assert len(shared_run(tmp_path, requests, 2)) == 3, "each of the three batches lacked something"
+    assert content(folder) == alone(tmp_path, requests)
 
 
 def test_features_are_those_of_one_process(tmp_path: Path) -> None:
@@ -185,11 +153,18 @@ def test_features_are_those_of_one_process(tmp_path: Path) -> None:
             return torch.stack([rows, rows / 3, rows.sum().expand(len(batch))], dim=1)  # the sum tells the batch
 
         sharing = Sharing(processes, 4, QUIET)
-        numbers = torch.stack(sharing.compute("numbers", encode, items))
-        return numbers, sharing.compute("words", lambda batch: [f"<{item}>" for item in batch], items), asked
+        numbers = Remembered("numbers", encode, sharing)(items)
+        return numbers, Remembered("words", lambda batch: [f"<{i}>" for i in batch], sharing).answers(items), asked
 
     (alone, words, asked_alone), *_ = together(tmp_path, 1, work)
     assert words == [f"<{item}>" for item in items]
     found = together(tmp_path, 3, work)
     assert all(torch.equal(numbers, alone) and told == words for numbers, told, _ in found)
     assert sorted(batch for _, _, asked in found for batch in asked) == sorted(asked_alone)
+
+
+def test_progress_ends_with_a_line_where_there_is_no_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with progress("images", 10, there=2, console=console) as show:
+        show(3)
+    assert console.file.getvalue().startswith("images 5/10  ")  # type: ignore[attr-defined]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from evaluation.config import EvaluationConfig
+from evaluation.protocols.geneval import GenEvalProtocol
+from evaluation.protocols.judged import DreamBenchPlusProtocol, OmniContextProtocol
 from evaluation.protocols.protocol import KID, CocoProtocol, FeatureNetwork, Preprocessing, Protocol, Resize, identity
 from kosmosg.config import ConfigError, load_config
 from tests.conftest import REPOSITORY
@@ -82,6 +84,9 @@ def test_values_that_would_do_nothing_are_refused() -> None:
         (lambda: Resize(library="pil"), "resize.antialias=false is not allowed with resize.library=pil"),
         (lambda: Resize(size=0), "resize.size=0 is not allowed"),
         (lambda: KID(subset_size=1), "kid.subset_size=1 is not allowed"),
+        (lambda: GenEvalProtocol(images_per_prompt=0), "geneval.images_per_prompt=0 is not allowed"),
+        (lambda: DreamBenchPlusProtocol(max_prompts=0), "dreambench_plus.max_prompts=0 is not allowed"),
+        (lambda: OmniContextProtocol(max_prompts=0), "omnicontext.max_prompts=0 is not allowed"),
         (lambda: CocoProtocol(captions=10, kid=KID()), "subset_size=1000 is not allowed; it must be at most"),
         (lambda: CocoProtocol(caption_list="a.json"), "caption_seed=0 is not allowed with coco.caption_list=a.json"),
         (lambda: CocoProtocol(caption_seed=None), "either drawn by a seed or listed"),

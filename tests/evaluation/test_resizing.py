@@ -7,7 +7,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from evaluation.protocols.protocol import Resize
-from evaluation.scores.resizing import resize, truncated
+from evaluation.scores.encoders import resize, truncated
 from tests.evaluation import tiny_world
 
 WIDTH, HEIGHT = 427, 640  # a usual portrait of val2014

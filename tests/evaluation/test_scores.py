@@ -7,68 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
 from rich.console import Console
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
-from evaluation.parallel.processes import Processes
-from evaluation.parallel.sharing import Remembered, Sharing
+from evaluation.processes import Processes, Remembered, Sharing
+from evaluation.protocols.benchmark import EvaluationError, Item, read_image
 from evaluation.protocols.protocol import FeatureNetwork, Preprocessing
-from evaluation.protocols.requests import EvaluationError, Item, read_image
-from evaluation.scores.bootstrap import Bootstrap, fid_interval, mean_interval
+from evaluation.scores.bootstrap import Bootstrap, mean_interval
 from evaluation.scores.cosine import Dino
-from evaluation.scores.distribution import fid
-from evaluation.scores.encoders import ResNetFeatures, load, preprocessing
+from evaluation.scores.encoders import ResNetFeatures, preprocessing
 from evaluation.scores.metric import Context
-from evaluation.scores.scoring import Scorer
+from evaluation.scores.results import score_images
 from kosmosg.looking import CLIPEncoder, DinoEncoder
 from tests import tiny
 from tests.evaluation import tiny_world
 
 CPU = torch.device("cpu")
 BOOTSTRAP = Bootstrap(replicates=200, fid_replicates=20)
-
-
-def scipy_fid(real: np.ndarray, made: np.ndarray) -> float:
-    """The textbook formula with scipy's matrix root."""
-    covariances = np.cov(real, rowvar=False), np.cov(made, rowvar=False)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    shift = real.mean(0) - made.mean(0)
-    return float(shift @ shift + np.trace(covariances[0] + covariances[1] - 2 * root.real))
-
-
-def test_fid_equals_scipy() -> None:
-    generator = torch.Generator().manual_seed(0)
-    # Large, so that a result that was rounded to single precision on its way would be off by more than is allowed.
-    real = torch.randn(300, 16, generator=generator) * 30
-    made = torch.randn(200, 16, generator=generator) * 40 + 5
-    assert fid(real, made) == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
-
-
-def test_fid_interval_surrounds_the_value_and_narrows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(2000, 8, generator=generator)
-    widths = []
-    for count in (100, 1600):
-        made = torch.randn(count, 8, generator=generator) + 0.5
-        value = scipy_fid(real.double().numpy(), made.double().numpy())
-        low, high = fid_interval(real, made, value, replicates=200, seed=0)
-        assert low < value < high
-        widths.append(high - low)
-    assert widths[0] / widths[1] == pytest.approx(4, rel=0.35), "the spread falls with the root of n"
-
-
-def test_fid_replicates_are_fids_of_the_drawn_rows() -> None:
-    """The symmetric form used for speed gives the textbook number: with one row drawn over, the spread is nought."""
-    generator = torch.Generator().manual_seed(0)
-    real, made = torch.randn(50, 4, generator=generator).double(), torch.randn(40, 4, generator=generator).double()
-    rng = np.random.default_rng(5)
-    drawn = [scipy_fid(real.numpy(), made.numpy()[rng.integers(40, size=40)]) for _ in range(30)]
-    expected = np.quantile(drawn, (0.025, 0.975)) - np.mean(drawn)
-    assert np.allclose(fid_interval(real, made, 0.0, replicates=30, seed=5), expected, atol=1e-8)
 
 
 def test_interval_of_equal_subjects_has_no_width() -> None:
@@ -169,8 +127,12 @@ def test_fid_features_are_pooled(encoders_folder: Path, dreambench_folder: Path)
 
 
 def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"is no ViTModel: \d+ weights are missing or misshapen"):
-        load(ViTModel, encoders_folder / "fid", add_pooling_layer=False)
+    for make in (
+        lambda: DinoEncoder(encoders_folder / "fid", CPU),
+        lambda: ResNetFeatures(FeatureNetwork(""), encoders_folder / "dino", CPU),
+    ):
+        with pytest.raises(ValueError, match="missing_keys"):
+            make()
 
 
 def test_an_encoder_with_code_of_its_own_is_refused(encoders_folder: Path, tmp_path: Path) -> None:
@@ -210,8 +172,7 @@ def test_scores_equal_a_direct_computation(tmp_path: Path) -> None:
     a, b, first, second = files
     images = [Item(a, "dog", "a dog", (first, second)), Item(b, "fish", "", (first,))]
     networks = dict.fromkeys(("clip_images", "clip_texts", "dino"), features)
-    scorer = Scorer("dreambench", "p@1#0", Context(networks, BOOTSTRAP))
-    scores, samples = scorer("System", images)
+    scores, samples = score_images("dreambench", "p@1#0", Context(networks, BOOTSTRAP), "System", images)
 
     def cosine(left, right) -> float:
         return float(cosine_similarity(known[left].double(), known[right].double(), dim=0))

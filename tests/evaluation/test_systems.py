@@ -14,14 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from evaluation.images import provenance
-from evaluation.images.conditions import Conditions
 from evaluation.images.generation import Batch
-from evaluation.images.provenance import environment, hash_files
-from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, kosmosg_system, text_system
-from evaluation.images.weights import hash_encoder
+from evaluation.images.provenance import environment, hash_encoder, hash_files
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, Conditions, kosmosg_system, text_system
+from evaluation.protocols.benchmark import EvaluationError
 from evaluation.protocols.protocol import Sampling
-from evaluation.protocols.requests import EvaluationError
-from evaluation.scores.resizing import truncated
+from evaluation.scores.encoders import truncated
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.sampling import build_scheduler
@@ -192,37 +190,30 @@ def test_hash_follows_the_weights(tiny_model: Path, tiny_stable_diffusion: Path,
     assert kosmosg_system(AFTER_STAGE_3, str(copy), *arguments).model not in same
 
 
-def test_model_of_another_stable_diffusion_is_refused(
-    tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path
+def widened(folder: Path) -> None:
+    file = folder / "model" / "aligner" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "width": 48}))
+
+
+REFUSALS = [
+    (AFTER_STAGE_3, widened, EvaluationError, "conditions of width 48, but '"),
+    (BEFORE_STAGE_3, lambda folder: shutil.rmtree(folder / "model/aligner"), FileNotFoundError, "as after stage 1"),
+    (BEFORE_STAGE_3, lambda folder: (folder / "config.yaml").write_text("stage: instruction_tuning\n"), EvaluationError,
+     "is a run of stage 'instruction_tuning', but this row needs a run of stage 'alignment'"),
+    (AFTER_STAGE_3, lambda folder: (folder / "config.yaml").write_text("stage: alignment\n"), EvaluationError,
+     "is a run of stage 'alignment', but this row needs a run of stage 'instruction_tuning'"),
+    (AFTER_STAGE_3, lambda folder: shutil.rmtree(folder / "decoder/text_encoder"), FileNotFoundError,
+     "text_encoder/ is missing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage", "kind", "told"), REFUSALS)
+def test_what_does_not_fit_is_refused(
+    tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path, name: str, damage, kind: type, told: str
 ) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    config = json.loads((model / "aligner" / "config.json").read_text())
-    (model / "aligner" / "config.json").write_text(json.dumps({**config, "width": 48}))
-    with pytest.raises(EvaluationError, match=r"conditions of width 48, but '.*' reads 32"):
-        kosmosg_system(AFTER_STAGE_3, str(model), str(tiny_stable_diffusion), CPU)
-
-
-def test_model_of_stage_1_is_refused(tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    shutil.rmtree(model / "aligner")
-    with pytest.raises(FileNotFoundError, match="as after stage 1"):
-        kosmosg_system(BEFORE_STAGE_3, str(model), str(tiny_stable_diffusion), CPU)
-
-
-@pytest.mark.parametrize(
-    ("name", "stage"), [(BEFORE_STAGE_3, "instruction_tuning"), (AFTER_STAGE_3, "alignment")], ids=["before", "after"]
-)
-def test_run_of_another_stage_is_refused(
-    tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path, name: str, stage: str
-) -> None:
-    shutil.copytree(tiny_model, tmp_path / "run" / "model")
-    (tmp_path / "run" / "config.yaml").write_text(f"stage: {stage}\n")
-    with pytest.raises(EvaluationError, match=f"is a run of stage '{stage}', but this row needs"):
-        kosmosg_system(name, str(tmp_path / "run"), str(tiny_stable_diffusion), CPU)
-
-
-def test_folder_without_text_encoder_is_refused(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
-    shutil.rmtree(folder / "text_encoder")
-    with pytest.raises(FileNotFoundError, match="text_encoder/ is missing"):
-        text_system(str(folder), CPU)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copytree(tiny_stable_diffusion, tmp_path / "decoder")
+    damage(tmp_path)
+    with pytest.raises(kind) as error:
+        kosmosg_system(name, tmp_path, str(tmp_path / "decoder"), CPU)
+    assert told in str(error.value)

@@ -1,12 +1,14 @@
-"""Miniature stages that several test files train."""
+"""What each rank reads, and folders of tiny image decoders and language models."""
 
 import json
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 from lightning_modules.base import StageModule
-from tests.lightning_modules import miniature
+from tests import tiny
 
 
 @pytest.fixture
@@ -25,13 +27,20 @@ def record_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return miniature.write_shards(tmp_path_factory.mktemp("shards"))
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_stable_diffusion: Path) -> Callable[[str], Path]:
+    """The folder of a tiny image decoder or language model, by its name; written when it is first asked for."""
+    makers: dict[str, Callable[[Path], Path]] = {
+        "2.1-base": partial(tiny.write_stable_diffusion_2, prediction_type="epsilon"),
+        "2.1": partial(tiny.write_stable_diffusion_2, prediction_type="v_prediction"),
+        "xl": tiny.write_stable_diffusion_xl,
+        "sana": tiny.write_sana,
+    }
 
+    @cache
+    def write(name: str) -> Path:
+        if name == "1.5":
+            return tiny_stable_diffusion
+        folder = tmp_path_factory.mktemp(name)
+        return makers[name](folder) if name in makers else tiny.write_language_model(folder, name)
 
-@pytest.fixture
-def configs(
-    tmp_path: Path, shards: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
-) -> dict[str, Path]:
-    init_from = {"alignment": tiny_model, "instruction_tuning": tiny_model}
-    return miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)
+    return write

@@ -14,6 +14,8 @@ from tests import tiny
 
 STAGES = ("language_modelling", "alignment", "instruction_tuning")
 SAMPLES = 12
+# Of the model's configuration, where an image decoder needs another than Stable Diffusion 1.5's.
+KEYS = {"xl": [f"model.aligner.pooled_width={tiny.POOLED_WIDTH}"]}
 CAPTIONS = ("a red fish", "a small dog", "a green bird", "a cat")  # the tiny CLIP tokenizer spends a token a letter
 
 
@@ -57,9 +59,9 @@ def write_shards(folder: Path) -> Path:
 
 
 def write_config(
-    folder: Path, shards: Path, tokenizer: Path, stable_diffusion: Path, init_from: dict[str, Path | None]
+    folder: Path, shards: Path, tokenizer: Path, stable_diffusion: Path, init_from: Path
 ) -> dict[str, Path]:
-    """One YAML for each stage, with runs under `folder`."""
+    """One YAML for each stage, with runs under `folder`; stages 2 and 3 begin with a model folder."""
     mllm, aligner = tiny.mllm_sizes(), tiny.aligner_sizes()
     vision = mllm.pop("vision", None) or mllm.pop("vision_config")
     model = {
@@ -106,7 +108,7 @@ def write_config(
         config = {
             "stage": stage,
             "run": str(folder / stage),
-            "init_from": None if init_from.get(stage) is None else str(init_from[stage]),
+            "init_from": None if stage == "language_modelling" else str(init_from),
             "model": model,
             "data": {"micro_batch_size": 4, "validation_samples": 4, **data[stage]},
             "optimizer": {"lr": 1e-2, "warmup_steps": 1},

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from lightning_modules.checkpointing import read_shapes
+from lightning_modules.run_folder import RunFolder
 from tests.lightning_modules import miniature
 from tests.lightning_modules.processes import run_together
 
@@ -19,6 +21,11 @@ TRACKED = {
     "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss", "val/diffusion_loss_mismatched_images"),
 }
 FOUR_ROWS = ["trainer.global_batch_size=4", "data.validation_samples=8", "model.mllm.dropout=0"]
+
+
+def run(file: Path, *arguments: object) -> int:
+    """The exit status of `train.py` in this process."""
+    return train.main([str(file), *map(str, arguments)])
 
 
 def training(file: Path, run: Path, *arguments: str) -> Callable[[], int]:
@@ -44,6 +51,23 @@ def numbers(run: Path, stage: str) -> list[tuple[float, ...]]:
 def exported(run: Path) -> dict[str, torch.Tensor]:
     files = sorted((run / "model").rglob("*.safetensors"))
     return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The exported safetensors, byte for byte."""
+    return {str(f.relative_to(run)): f.read_bytes() for f in sorted((run / "model").rglob("*.safetensors"))}
+
+
+def part(run: Path, name: str, model: str = "model") -> dict[str, torch.Tensor]:
+    """Tensors of one network of a model folder."""
+    return load_file(next((run / model / name).glob("*.safetensors")))
+
+
+def trainable_names(run: Path) -> list[str]:
+    """Names of the model's tensors in the last checkpoint."""
+    names = read_shapes(RunFolder(run).latest_checkpoint())
+    assert {name.split(".")[0] for name in names} == {"model", "optimizer"}
+    return [name.removeprefix("model.") for name in names if name.startswith("model.")]
 
 
 def samples(run: Path) -> list[list[str]]:

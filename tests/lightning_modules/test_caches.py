@@ -1,5 +1,6 @@
 """Training from caches equals training with the networks, which are then not loaded; else it is refused."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning_modules.base import StageModule
 from lightning_modules.dry_run import count, size_up
 from tests import tiny
 from tests.lightning_modules import miniature
-from tests.lightning_modules.runs import back_to, exported, finish
+from tests.lightning_modules.runs import back_to, exported, finish, run
 
 CONFIGS = Path(train.__file__).parent / "configs"
 CACHED = {
@@ -37,8 +38,8 @@ TRACKED = {
 }
 
 
-def run(*arguments: object) -> int:
-    return train.main([str(argument) for argument in arguments])
+def cache(*arguments: object) -> int:
+    return train.main(["cache", *map(str, arguments)])
 
 
 def cached(stage: str, precision: str = "float32") -> list[str]:
@@ -48,7 +49,7 @@ def cached(stage: str, precision: str = "float32") -> list[str]:
 def write(folder: Path, tokenizer: Path, decoder: Path, model: Path) -> dict[str, Path]:
     """Configurations over shards of their own."""
     shards = miniature.write_shards(folder / "shards")
-    return miniature.write_config(folder, shards, tokenizer, decoder, dict.fromkeys(CACHED, model))
+    return miniature.write_config(folder, shards, tokenizer, decoder, model)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,29 @@ def configs(
     """Over shards that have caches in float32 beside them."""
     files = write(tmp_path_factory.mktemp("caches"), tiny_tokenizer, tiny_stable_diffusion, tiny_model)
     for stage in CACHED:
-        assert run("cache", files[stage], *cached(stage)) == 0
+        assert cache(files[stage], *cached(stage)) == 0
     return files
+
+
+def trained(file: Path, *arguments: object) -> StageModule:
+    """The module of a run that is finished."""
+    begun, modules = StageModule.on_train_start, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageModule, "on_train_start", lambda self: (modules.append(self), begun(self))[-1])
+        assert run(file, *arguments) == 0
+    return modules[0]
+
+
+@pytest.fixture(scope="module")
+def networks(configs: dict[str, Path]) -> Callable[[str], tuple[Path, StageModule]]:
+    """The run of a stage that computes everything, and its module."""
+
+    @functools.cache
+    def train_once(stage: str) -> tuple[Path, StageModule]:
+        folder = configs[stage].parent / f"{stage}-networks"
+        return folder, trained(configs[stage], *PLAIN[stage], f"run={folder}")
+
+    return train_once
 
 
 def numbers(folder: Path, stage: str) -> list[list[float]]:
@@ -68,32 +90,24 @@ def numbers(folder: Path, stage: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("stage", CACHED)
 def test_training_from_caches_equals_training_without(
-    stage: str, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, configs: dict[str, Path], networks: Callable[[str], tuple[Path, StageModule]], tmp_path: Path
 ) -> None:
-    """Losses of training and validation and the exported model, on one worker and two, and after a resume; weights that
+    """Losses of training and validation and the exported model, also after a resume with other workers; weights that
     are not read are not there."""
-    file, modules = configs[stage], []
-    begun = StageModule.on_train_start
-    monkeypatch.setattr(StageModule, "on_train_start", lambda self: (modules.append(self), begun(self))[-1])
-    assert run(file, *PLAIN[stage], f"run={tmp_path / 'networks'}") == 0
-    assert run(file, *cached(stage), f"run={tmp_path / 'cached'}") == 0
-    expected = numbers(tmp_path / "networks", stage)
+    folder = tmp_path / "cached"
+    (plain, whole), read = networks(stage), trained(configs[stage], *cached(stage), f"run={folder}")
+    expected, rows = numbers(plain, stage), miniature.losses(folder, TRACKED[stage])
     assert len(expected) == 4
-    for row, other in zip(expected, numbers(tmp_path / "cached", stage), strict=True):
+    for row, other in zip(expected, numbers(folder, stage), strict=True):
         assert other == pytest.approx(row, rel=1e-5)
-    ours, theirs = exported(tmp_path / "cached"), exported(tmp_path / "networks")
+    ours, theirs = exported(folder), exported(plain)
     assert ours.keys() == theirs.keys() and any(name.startswith("mllm.") for name in ours)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4)
-    KosmosG.from_pretrained(tmp_path / "cached")
-    # The same run again: other workers, and stopped after two steps.
-    assert run(file, *cached(stage), f"run={tmp_path / 'workers'}", "data.num_workers=2") == 0
-    back_to(tmp_path / "workers", 2)
-    assert run(file, *cached(stage), f"run={tmp_path / 'workers'}") == 0
-    assert miniature.losses(tmp_path / "workers", TRACKED[stage]) == miniature.losses(
-        tmp_path / "cached", TRACKED[stage]
-    )
-    whole, read = modules[0], modules[1]
+    KosmosG.from_pretrained(folder)
+    back_to(folder, 2)
+    assert run(configs[stage], *cached(stage), f"run={folder}", "data.num_workers=2") == 0
+    assert miniature.losses(folder, TRACKED[stage]) == rows
     assert count(read, True) == count(whole, True)
     if stage == "alignment":
         assert read.mllm is None and read.image_decoder is None and not count(read, False)
@@ -109,27 +123,11 @@ def test_captions_one_by_one_are_equal_bit_for_bit(
     """In one batch with others, kernels may round differently; alone they cannot."""
     file = write(tmp_path, tiny_tokenizer, tiny_stable_diffusion, tiny_model)["alignment"]
     options = ["data.micro_batch_size=1", "trainer.global_batch_size=4", "recipe.length_buckets=1"]
-    assert run("cache", file, *cached("alignment"), *options) == 0
+    assert cache(file, *cached("alignment"), *options) == 0
     for name, given in (("networks", PLAIN["alignment"]), ("cached", cached("alignment"))):
         assert run(file, *given, *options, f"run={tmp_path / name}") == 0
     rows = [miniature.losses(tmp_path / name, TRACKED["alignment"]) for name in ("networks", "cached")]
     assert rows[0] == rows[1] and len(rows[0]) == 4
-
-
-@pytest.mark.slow
-def test_all_that_makes_a_run_small_goes_on_bit_for_bit(configs: dict[str, Path], tmp_path: Path) -> None:
-    """Caches, LoRA, moments in 8 bits, frozen weights in 8 bits, recomputed layers."""
-    stage = "instruction_tuning"
-    small = ["recipe.lora_rank=2", "optimizer.eight_bit=true", "trainer.frozen_storage=float8"]
-    small += ["trainer.activation_checkpointing=full", *cached(stage)]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    for folder in (whole, resumed):
-        assert run(configs[stage], *small, f"run={folder}") == 0
-    back_to(resumed, 2)
-    assert run(configs[stage], *small, f"run={resumed}") == 0
-    assert miniature.losses(resumed, TRACKED[stage]) == miniature.losses(whole, TRACKED[stage])
-    tensors = exported(resumed)
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in exported(whole).items())
 
 
 @pytest.mark.slow
@@ -144,15 +142,19 @@ def test_two_sharded_ranks_read_caches_as_one(stage: str, configs: dict[str, Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", CACHED)
 def test_half_precision_changes_losses_by_less_than_a_thousandth(
-    stage: str, tmp_path: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
+    stage: str,
+    networks: Callable[[str], tuple[Path, StageModule]],
+    tmp_path: Path,
+    tiny_tokenizer: Path,
+    tiny_stable_diffusion: Path,
+    tiny_model: Path,
 ) -> None:
     """docs/data.md has the differences in the miniature."""
     configs = write(tmp_path, tiny_tokenizer, tiny_stable_diffusion, tiny_model)
-    assert run(configs[stage], *PLAIN[stage], f"run={tmp_path / 'networks'}") == 0
-    expected = torch.tensor(numbers(tmp_path / "networks", stage))[:, 0]
+    expected = torch.tensor(numbers(networks(stage)[0], stage))[:, 0]
     for precision in ("bfloat16", "float16"):
         given = cached(stage, precision)
-        assert run("cache", configs[stage], *given) == 0
+        assert cache(configs[stage], *given) == 0
         assert run(configs[stage], *given, f"run={tmp_path / precision}") == 0
         ours = torch.tensor(numbers(tmp_path / precision, stage))[:, 0]
         assert 0 < ((ours - expected) / expected).abs().max() < 1e-3, precision
@@ -161,15 +163,13 @@ def test_half_precision_changes_losses_by_less_than_a_thousandth(
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["xl", "sana"])
 def test_states_of_a_language_model_and_of_other_text_models(
-    decoder: str, configs: dict[str, Path], tmp_path: Path
+    decoder: str, tiny_folder: Callable[[str], Path], configs: dict[str, Path], tmp_path: Path
 ) -> None:
     """A pooled vector, a mask, and the states of a vision-language model, which is not copied into the run."""
-    makers: dict[str, Callable[[Path], Path]] = {"xl": tiny.write_stable_diffusion_xl, "sana": tiny.write_sana}
-    keys = {"xl": f"model.aligner.pooled_width={tiny.POOLED_WIDTH}", "sana": "model.aligner.num_queries=12"}
-    model = [f"model.image_decoder={makers[decoder](tmp_path / 'decoder')}", keys[decoder], "init_from=null"]
-    model += [f"model.language_model={tiny.write_language_model(tmp_path / 'language', 'qwen2_5_vl')}"]
+    model = [f"model.image_decoder={tiny_folder(decoder)}", *miniature.KEYS.get(decoder, []), "init_from=null"]
+    model += [f"model.language_model={tiny_folder('qwen2_5_vl')}"]
     model += ["data.max_pieces=100", "trainer.max_steps=2", "trainer.val_every=2"]
-    assert run("cache", configs["alignment"], *cached("alignment"), *model) == 0
+    assert cache(configs["alignment"], *cached("alignment"), *model) == 0
     for name, given in (("networks", PLAIN["alignment"]), ("cached", cached("alignment"))):
         assert run(configs["alignment"], *given, *model, f"run={tmp_path / name}") == 0
     for row, other in zip(*(numbers(tmp_path / name, "alignment") for name in ("networks", "cached")), strict=True):
@@ -177,74 +177,38 @@ def test_states_of_a_language_model_and_of_other_text_models(
     assert not list((tmp_path / "cached" / "model" / "mllm").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("stage", "change", "told"),
-    [
-        ("alignment", ["init_from={model}"], "cache 'states'.* network is {hash} there and {hash} here"),
-        ("alignment", ["data.max_pieces=50"], "cache 'states'.* max_pieces is 60 there and 50 here"),
-        ("alignment", ["model.image_decoder={decoder}"], "cache 'text'.* network is {hash} there and {hash} here"),
-        ("alignment", ["data.cached_states=float16"], "precision is float32 there and float16 here"),
-        ("alignment", ["trainer.precision=bf16-mixed"], "computed is 32-true there and bf16-mixed here"),
-        ("instruction_tuning", ["init_from={model}"], "cache 'vision'.* network is {hash} there and {hash} here"),
-        ("instruction_tuning", ["model.image_decoder={decoder}"], "cache 'latents'.* network is {hash} there"),
-        (
-            "instruction_tuning",
-            ["model.image_size=32"],
-            "cache 'latents'.* images is 64×64, crop there and 32×32, crop",
-        ),
-        ("instruction_tuning", ["recipe.vision_training.blocks=0"], "cache 'vision'.* layer is 1 there and 2 here"),
-    ],
+OTHERS = (
+    ("alignment", "init_from={model}", "cache 'states'.* network is {hash} there and {hash} here"),
+    ("alignment", "data.max_pieces=50", "cache 'states'.* max_pieces is 60 there and 50 here"),
+    ("alignment", "model.image_decoder={decoder}", "cache 'text'.* network is {hash} there and {hash} here"),
+    ("alignment", "data.cached_states=float16", "precision is float32 there and float16 here"),
+    ("alignment", "trainer.precision=bf16-mixed", "computed is 32-true there and bf16-mixed here"),
+    ("instruction_tuning", "init_from={model}", "cache 'vision'.* network is {hash} there and {hash} here"),
+    ("instruction_tuning", "model.image_decoder={decoder}", "cache 'latents'.* network is {hash} there"),
+    ("instruction_tuning", "model.image_size=32", "cache 'latents'.* images is 64×64, crop there and 32×32, crop"),
+    ("instruction_tuning", "recipe.vision_training.blocks=0", "cache 'vision'.* layer is 1 there and 2 here"),
 )
+
+
 def test_a_cache_of_something_else_is_refused_naming_both(
-    stage: str,
-    change: list[str],
-    told: str,
     configs: dict[str, Path],
     tiny_tokenizer: Path,
     tmp_path: Path,
+    subtests: pytest.Subtests,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    if "{model}" in change[0]:
-        model = KosmosG.from_pretrained(tiny.write_model(tmp_path / "model", tiny_tokenizer))
-        with torch.no_grad():
-            next(model.mllm.vision.parameters()).add_(1e-3)
-        model.mllm.save_pretrained(tmp_path / "model" / "mllm")
-    if "{decoder}" in change[0]:
-        pipe = StableDiffusionPipeline.from_pretrained(tiny.write_stable_diffusion(tmp_path / "decoder"))
-        with torch.no_grad():
-            for network in (pipe.vae, pipe.text_encoder):
-                next(network.parameters()).add_(1e-3)
-        pipe.save_pretrained(tmp_path / "decoder")
-    given = [item.format(model=tmp_path / "model", decoder=tmp_path / "decoder") for item in change]
-    assert run(configs[stage], *cached(stage), *given, f"run={tmp_path / 'run'}") == 2
-    assert re.search(told.format(hash="[0-9a-f]{40}"), capsys.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    ("stage", "change", "told"),
-    [
-        ("alignment", ["recipe.trainable=all", "recipe.rec_weight=0"], "recipe.trainable is all"),
-        ("alignment", ["recipe.frozen_dropout=true"], "recipe.frozen_dropout is True"),
-        ("alignment", ["recipe.variant=released", "recipe.length_buckets=1"], "recipe.variant is released"),
-        ("alignment", ["data.constructed.shards=x"], "constructed.shards=x is not allowed with cached_states"),
-        ("alignment", ["init_from=null"], "init_from is null"),
-        ("instruction_tuning", ["recipe.vision_training.blocks=-1"], "recipe.vision_training.blocks is -1"),
-        ("instruction_tuning", ["init_from=null"], "init_from is null"),
-        ("instruction_tuning", ["model.language_model=Qwen/Qwen3-VL-4B-Instruct"], "the paper's MLLM"),
-        ("instruction_tuning", ["data.cached_latents=null", "data.cached_vision=null"], "no data.cached_… is set"),
-    ],
-)
-def test_what_changes_in_training_is_not_cached(
-    stage: str, change: list[str], told: str, configs: dict[str, Path], capsys: pytest.CaptureFixture
-) -> None:
-    assert run("cache", configs[stage], *cached(stage), *change) == 2
-    assert told in capsys.readouterr().err
-
-
-def test_grids_need_the_networks(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = [*cached("alignment"), "grids.every=2", f"run={tmp_path / 'run'}"]
-    assert run(configs["alignment"], *arguments) == 2
-    assert "set grids.every=0" in capsys.readouterr().err
+    places = {"model": tmp_path / "model", "decoder": tmp_path / "decoder"}
+    model = KosmosG.from_pretrained(tiny.write_model(places["model"], tiny_tokenizer))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.write_stable_diffusion(places["decoder"]))
+    with torch.no_grad():
+        for network in (model.mllm.vision, pipe.vae, pipe.text_encoder):
+            next(network.parameters()).add_(1e-3)
+    model.mllm.save_pretrained(places["model"] / "mllm")
+    pipe.save_pretrained(places["decoder"])
+    for stage, change, told in OTHERS:
+        with subtests.test(f"{stage} {change}"):
+            assert run(configs[stage], *cached(stage), change.format(**places), f"run={tmp_path / 'run'}") == 2
+            assert re.search(told.format(hash="[0-9a-f]{40}"), capsys.readouterr().err)
 
 
 @pytest.mark.slow

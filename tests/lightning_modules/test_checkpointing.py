@@ -1,6 +1,5 @@
 """Checkpoints as folders: complete or absent, intact or set aside, and without a pickle."""
 
-import logging
 import os
 import pickle
 import signal
@@ -102,20 +101,21 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["flipped bit", "truncated", "deleted", "foreign"])
-@pytest.mark.parametrize("name", [TENSOR_FILE, "state.json", "manifest.json"])
 def test_damage_is_found_and_the_checkpoint_before_is_used(
-    name: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, subtests: pytest.Subtests, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = RunFolder(tmp_path)
-    first, second = save(run.checkpoints, 2), save(run.checkpoints, 4)
-    damage(second / name, how)
-    with caplog.at_level(logging.WARNING):
-        assert run.intact_checkpoint() == first
-    # A bit of the manifest may be one of another file's checksum.
-    assert (name in caplog.text or name == "manifest.json") and "damaged-step-00000004" in caplog.text
-    assert save(run.checkpoints, 4).is_dir(), "the step can be saved again"
-    assert run.intact_checkpoint() == run.checkpoints / checkpoint_name(4)
+    for name in (TENSOR_FILE, "state.json", "manifest.json"):
+        for how in ("flipped bit", "truncated", "deleted", "foreign"):
+            with subtests.test(f"{name} {how}"):
+                run = RunFolder(tmp_path / f"{name}-{how}")
+                caplog.clear()
+                first, second = save(run.checkpoints, 2), save(run.checkpoints, 4)
+                damage(second / name, how)
+                assert run.intact_checkpoint() == first
+                # A bit of the manifest may be one of another file's checksum.
+                assert (name in caplog.text or name == "manifest.json") and "damaged-step-00000004" in caplog.text
+                assert save(run.checkpoints, 4).is_dir(), "the step can be saved again"
+                assert run.intact_checkpoint() == run.checkpoints / checkpoint_name(4)
 
 
 def test_without_an_intact_checkpoint_nothing_is_begun_anew(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Every family of image decoders beside diffusers' own pipeline, in stages 2 and 3, and at full size."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +23,15 @@ from kosmosg.models.published import CONFIGS, STABLE_DIFFUSION_2_1, STABLE_DIFFU
 from kosmosg.models.sana import INSTRUCTION, Sana
 from kosmosg.sampling import DiffusionSampler
 from tests import tiny
-from tests.lightning_modules.runs import back_to
-from tests.test_train import losses, run, weights
+from tests.lightning_modules.miniature import KEYS, losses
+from tests.lightning_modules.runs import back_to, run, weights
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "2.1-base": partial(tiny.write_stable_diffusion_2, prediction_type="epsilon"),
-    "2.1": partial(tiny.write_stable_diffusion_2, prediction_type="v_prediction"),
-    "xl": tiny.write_stable_diffusion_xl,
-    "sana": tiny.write_sana,
-}
-# Of the configuration, where it differs from Stable Diffusion 1.5's.
-KEYS = {"xl": [f"model.aligner.pooled_width={tiny.POOLED_WIDTH}"], "sana": ["model.aligner.num_queries=12"]}
+FAMILIES = ("2.1-base", "2.1", "xl", "sana")
 CAPTIONS = ["a red fish", "a cat"]
 TRACKED = {
     "alignment": ("train/mse_loss", "train/rec_loss", "val/mse_loss"),
     "instruction_tuning": ("train/loss", "grad_norm", "val/diffusion_loss"),
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: write(tmp_path_factory.mktemp("decoder")) for name, write in FAMILIES.items()}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -53,8 +40,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def decoder(family: str, folders: dict[str, Path]) -> ImageDecoder:
-    return load_image_decoder(folders[family])
+def decoder(family: str, tiny_folder: Callable[[str], Path]) -> ImageDecoder:
+    return load_image_decoder(tiny_folder(family))
 
 
 def captioned(decoder: ImageDecoder, captions: list[str]) -> Condition:
@@ -64,11 +51,11 @@ def captioned(decoder: ImageDecoder, captions: list[str]) -> Condition:
 @pytest.mark.parametrize("family", ["2.1-base", "2.1", "xl"], indirect=True)
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
 def test_captions_give_the_images_of_diffusers_own_pipeline(
-    guidance_scale: float, decoder: ImageDecoder, family: str, folders: dict[str, Path]
+    guidance_scale: float, decoder: ImageDecoder, family: str, tiny_folder: Callable[[str], Path]
 ) -> None:
     """Bit for bit: the text anchor of stage 2, the null condition, sampling and decoding."""
     sampler = DiffusionSampler(decoder)
-    theirs = DiffusionPipeline.from_pretrained(folders[family])
+    theirs = DiffusionPipeline.from_pretrained(tiny_folder(family))
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = sampler.scheduler("dpm")
     for name in ("unet", "vae"):  # the same tensors: CPU kernels may round by where weights lie in memory
@@ -109,10 +96,10 @@ def test_gradient_reaches_the_whole_condition_and_no_weight(decoder: ImageDecode
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
 @pytest.mark.parametrize("sampler", ["dpm", None])
 def test_sana_gives_the_images_of_diffusers_own_pipeline(
-    guidance_scale: float, sampler: str | None, decoder: Sana, folders: dict[str, Path]
+    guidance_scale: float, sampler: str | None, decoder: Sana, tiny_folder: Callable[[str], Path]
 ) -> None:
     """Bit for bit from the same embeddings; those of captions differ by the rounding of other lengths of padding."""
-    theirs = DiffusionPipeline.from_pretrained(folders["sana"])
+    theirs = DiffusionPipeline.from_pretrained(tiny_folder("sana"))
     theirs.set_progress_bar_config(disable=True)
     theirs.vae, theirs.transformer = decoder.vae, decoder.transformer
     given = theirs.encode_prompt(CAPTIONS, complex_human_instruction=INSTRUCTION.split("\n"))
@@ -207,7 +194,7 @@ def test_min_snr(decoder: ImageDecoder) -> None:
 @pytest.mark.parametrize("family", ["2.1", "xl", "sana"])  # predicting the noise, 2.1 trains as 1.5
 def test_stages_train_resume_and_dry_run(
     family: str,
-    folders: dict[str, Path],
+    tiny_folder: Callable[[str], Path],
     configs: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
@@ -216,7 +203,7 @@ def test_stages_train_resume_and_dry_run(
     """Two steps of stage 2, then of stage 3 from what it wrote, and its second step once more, from the first. All the
     while the image decoder's bits stay. The finished run draws, is described and exported by commands."""
     used, freeze = [], ImageDecoder.freeze
-    arguments = [f"model.image_decoder={folders[family]}", "trainer.max_steps=2", "trainer.checkpoint_every=1"]
+    arguments = [f"model.image_decoder={tiny_folder(family)}", "trainer.max_steps=2", "trainer.checkpoint_every=1"]
     arguments += ["grids={every: 2, prompts: 2, steps: 2}", *KEYS.get(family, [])]
     for stage, tracked in TRACKED.items():
         folder = tmp_path / f"{stage}-run"
@@ -233,7 +220,7 @@ def test_stages_train_resume_and_dry_run(
     capsys.readouterr()
     assert run(configs[stage], *arguments, "dry_run=true") == 0
     assert "fits" in capsys.readouterr().out
-    fresh = load_image_decoder(folders[family]).state_dict()
+    fresh = load_image_decoder(tiny_folder(family)).state_dict()
     assert len(used) >= 2 and all(
         torch.equal(value, fresh[name]) for decoder in used for name, value in decoder.state_dict().items()
     )
@@ -272,21 +259,6 @@ def test_published_configurations_have_the_published_sizes(name: str, expected: 
     assert {part: sum(p.numel() for p in network.parameters()) for part, network in found.items()} == expected
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (["recipe.snr_gamma=0"], "recipe.snr_gamma is 0.0; allowed: null, or above 0"),
-        (["recipe.snr_gamma=5", "recipe.timestep_weighting=sds"], "allowed: snr_gamma with uniform alone"),
-        (["recipe.timestep_weighting=velocity"], "is not defined for an image decoder that predicts the velocity"),
-    ],
-)
-def test_weightings_that_are_refused(
-    given: list[str], told: str, folders: dict[str, Path], configs: dict[str, Path], capsys: pytest.CaptureFixture
-) -> None:
-    assert train.main([str(configs["instruction_tuning"]), f"model.image_decoder={folders['2.1']}", *given]) == 2
-    assert told in capsys.readouterr().err
-
-
 def test_xl_as_its_folder_has_the_null_condition_and_its_sizes(tmp_path: Path) -> None:
     """Without force_zeros_for_empty_prompt the null condition is the unconditional prompt's; sizes are read."""
     folder = tiny.write_stable_diffusion_xl(tmp_path, force_zeros_for_empty_prompt=False)
@@ -299,11 +271,3 @@ def test_xl_as_its_folder_has_the_null_condition_and_its_sizes(tmp_path: Path) -
     DiffusionSampler(decoder)(condition, condition, num_inference_steps=1, height=64, width=96, guidance_scale=1.0)
     trained, sampled = (named["added_cond_kwargs"]["time_ids"] for named in seen)
     assert trained.tolist() == sampled.tolist() == [[64, 96, 0, 0, 64, 96]]
-
-
-def test_a_pooled_vector_that_does_not_fit_is_named(
-    folders: dict[str, Path], configs: dict[str, Path], capsys: pytest.CaptureFixture
-) -> None:
-    for stage in TRACKED:
-        assert run(configs[stage], f"model.image_decoder={folders['xl']}") == 2
-        assert "model.aligner.pooled_width is None, but" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,7 @@ from callbacks.checkpoint import StepCheckpoint
 from kosmosg.config import written_config
 from lightning_modules.run_folder import RunFolder
 from tests.lightning_modules.miniature import losses
-from tests.lightning_modules.runs import back_to
-
-
-def run(file: Path, *arguments: str) -> int:
-    return train.main([str(file), *arguments])
+from tests.lightning_modules.runs import back_to, run
 
 
 @pytest.mark.parametrize("validates", [True, False])
@@ -46,9 +43,10 @@ def test_log_has_the_rows_of_a_checkpoint_when_it_is_saved(
         ]
 
 
-def test_resumed_run_may_validate_at_other_steps(configs: dict[str, Path], tmp_path: Path) -> None:
-    first = tmp_path / "first"
-    assert run(configs["alignment"], f"run={first}") == 0
+def test_resumed_run_may_validate_at_other_steps(
+    finished: Callable[[str], Path], configs: dict[str, Path], tmp_path: Path
+) -> None:
+    first = finished("alignment")
     for every in (1, 3):
         folder = Path(shutil.copytree(first, tmp_path / str(every)))
         back_to(folder, 2)

@@ -112,6 +112,11 @@ def test_the_sheet_shows_samples_of_every_kind(tmp_path: Path, capsys: pytest.Ca
         colours = {page.getpixel((x, y)) for x in range(0, page.width, 16) for y in range(0, page.height, 16)}
     assert {worlds.image(i).getpixel((0, 0)) for i in range(5)} <= colours
     assert "30 samples, 30 good" in capsys.readouterr().out
+    worlds.write_members(tmp_path / "junk" / "a.tar", [("bad", {"png": b"junk", "txt": b"a dog"})])
+    (tmp_path / "junk" / "b.tar").write_bytes(b"not a tar" * 1000)
+    given = ["--captions-only", "--sheet", sheet, "--processes", "1", "--max-bad-share", "1"]
+    assert run("check", tmp_path / "junk", *given) == 0
+    assert "unreadable: b.tar: damaged_tar" in capsys.readouterr().out
 
 
 def test_show_prints_a_sample_and_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

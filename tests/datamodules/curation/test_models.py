@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 import train
@@ -128,17 +127,10 @@ def test_the_shipped_configuration_has_mpts_chat_template(models):
 
 
 @pytest.mark.slow
-def test_stage_3_trains_on_curated_shards(curated, tiny_tokenizer, tiny_stable_diffusion, tiny_model, tmp_path):
-    shards = miniature.write_shards(tmp_path / "shards")
-    init_from = {"instruction_tuning": tiny_model}
-    file = miniature.write_config(tmp_path, shards, tiny_tokenizer, tiny_stable_diffusion, init_from)[
-        "instruction_tuning"
-    ]
-    config = yaml.safe_load(file.read_text())
-    # Curated samples alone.
+def test_stage_3_trains_on_curated_shards(curated, configs, tmp_path):
     pattern = str(curated / "train-*.tar")
-    config["data"] |= {"constructed": {"shards": pattern, "validation": pattern}, "edit": {}, "captions": {}}
-    file.write_text(yaml.safe_dump(config))
-    assert train.main([str(file)]) == 0
+    sources = [f"data.constructed.{key}={pattern}" for key in ("shards", "validation")]
+    alone = ["data.edit.shards=''", "data.captions.shards=''"]
+    assert train.main([str(configs["instruction_tuning"]), *sources, *alone]) == 0
     losses = [float(loss) for _, loss in miniature.losses(tmp_path / "instruction_tuning") if loss]
     assert len(losses) == 4 and np.isfinite(losses).all()

@@ -1,1 +1,0 @@
-"""Work shared by processes, and how far it is."""
