@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import shutil
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -332,10 +334,15 @@ def test_in_a_browser(served, files, training_run, tmp_path):
                 page.locator(".toast-body").get_by_text(message).first.wait_for()
                 page.get_by_label("Remove Image").last.click()
 
-            # Of one process, connections may outlive the server, so that the browser does not see that it was lost.
+            # Connections of one process may outlive its server, so that the browser does not see that it was lost.
             running.get_blocks().server.force_exit = True
             app_page.gr.close_all()
             port = int(address.split(":")[2].strip("/"))
+            for _ in range(100):
+                with socket.socket() as free:
+                    if free.connect_ex(("127.0.0.1", port)):  # nobody listens any more
+                        break
+                time.sleep(0.2)
             app_page.serve(served, "127.0.0.1", port, training_run, prevent_thread_lock=True, quiet=True)
             page.goto(address)
             put_in(page, 1, files[0])
