@@ -1,6 +1,7 @@
 """MLLMs and image decoders, each named by one line: trained in stages 2 and 3, exported, read, sampled."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,7 @@ from tests.lightning_modules.miniature import KEYS, losses, picture
 from tests.lightning_modules.runs import back_to, exported, finish, numbers, run, weights
 
 LANGUAGE = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
-# Each MLLM and each image decoder; what they exchange, a prompt batch and a condition, is the same for all. KOSMOS-G's
-# MLLM is trained with every decoder in test_image_decoders.py, too.
+# Each MLLM and each image decoder once; all other pairs are slow.
 PAIRS = (
     ("kosmosg", "xl"),
     ("qwen2_5_vl", "1.5"),
@@ -30,6 +30,10 @@ PAIRS = (
     ("qwen3_vl", "xl"),
     ("llava_onevision", "sana"),
 )
+ALL_PAIRS = [
+    pytest.param(*pair, marks=[] if pair in PAIRS else [pytest.mark.slow])
+    for pair in product(("kosmosg", *LANGUAGE), ("1.5", "xl", "sana"))
+]
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def named(tiny_folder: Callable[[str], Path]) -> Callable[[str, str], list[str]]
     return arguments
 
 
-@pytest.mark.parametrize(("language", "decoder"), PAIRS)
+@pytest.mark.parametrize(("language", "decoder"), ALL_PAIRS)
 def test_pairs_train_are_exported_and_sample(
     language: str,
     decoder: str,
