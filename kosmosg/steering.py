@@ -15,6 +15,7 @@ from kosmosg.image_processing import rgb
 from kosmosg.prompt import PLACEHOLDER, Segment, is_image
 
 FAR_FROM_SQUARE = 1.5  # longer side by shorter: more than a third of the image is cut off
+MOST_WORDS = 60  # about 75 tokens of CLIP, the longest caption that alignment reads
 LEADING = re.compile(r"^\s*(an? photo of|an?|the)\s*(an?\s|the\s)?\s*(?=<i>)", re.IGNORECASE)
 
 
@@ -130,6 +131,8 @@ def hints(prompt: str, images: Sequence[Image.Image]) -> list[str]:
             f"The prompt begins with {match.group().strip()!r} before an image. The released model was asked without "
             f"it: {LEADING.sub('', prompt)!r}."
         )
+    if (words := len(prompt.split())) > MOST_WORDS:
+        found.append(f"The prompt has {words} words; captions in training have about {MOST_WORDS} at most.")
     for number, image in enumerate(images, 1):
         width, height = image.size
         if max(width, height) > FAR_FROM_SQUARE * min(width, height):

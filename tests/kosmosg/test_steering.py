@@ -94,6 +94,8 @@ def test_hints_name_what_may_be_wrong():
     assert "Image 1 is 100×40" in wide
     (unnamed,) = hints("<i>", [BLUE, BLUE])
     assert "1 placeholders <i> and 2 images" in unnamed
+    (long,) = hints("<i>" + " in the snow" * 20, [BLUE])
+    assert "has 61 words" in long
 
 
 def test_weights_of_the_command_line_are_drawn_kept_and_checked(
