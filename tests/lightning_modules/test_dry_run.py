@@ -20,7 +20,7 @@ PARAMETERS = {
     "kosmosg": {"mllm": 1_662_375_936, "aligner": 225_461_760, "aligner_decoder": 250_569_728},
     "stable_diffusion_2_1": {"aligner": 388_696_064},
     "stable_diffusion_xl": {"aligner": 325_999_872},
-    "sana": {"aligner": 399_700_224},
+    "sana": {"aligner": 399_186_432},
     "qwen2_5_vl_3b": {"mllm": 3_754_622_976},
     "qwen3_vl_4b": {"mllm": 4_437_815_808},
     "toyland": {"aligner": 1_017_472},
