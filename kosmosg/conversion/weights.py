@@ -21,6 +21,7 @@ from kosmosg.models.storage import is_finite
 Shapes = Mapping[str, tuple[int, ...]]
 CHUNK_BYTES = 512 * 2**20  # of source, at most, in memory beside what is written
 CHUNKS = 8  # at least, so that a small part's chunk is small beside it
+SMALL_BYTES = 2**20  # not divided: for each chunk the file's names are read anew
 CAST_ELEMENTS = 2**22  # of a tensor at a time
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -61,8 +62,8 @@ class Weights:
         return torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
 
     def chunks(self) -> Iterator[list[str]]:
-        """Names in groups of at most `CHUNK_BYTES` and a part of all, or single where one is larger."""
-        most = min(CHUNK_BYTES, sum(map(self.bytes, self.shapes)) // CHUNKS)
+        """Names in groups of at most `CHUNK_BYTES` and a share of all, or single where one is larger; small parts whole."""
+        most = min(CHUNK_BYTES, max(SMALL_BYTES, sum(map(self.bytes, self.shapes)) // CHUNKS))
         group: list[str] = []
         size = 0
         for name in self.shapes:
