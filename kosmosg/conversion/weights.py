@@ -62,7 +62,10 @@ class Weights:
         return torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
 
     def chunks(self) -> Iterator[list[str]]:
-        """Names in groups of at most `CHUNK_BYTES` and a share of all, or single where one is larger; small parts whole."""
+        """Names in groups of at most `CHUNK_BYTES` and a share of all, or single where one is larger.
+
+        A small part is one group.
+        """
         most = min(CHUNK_BYTES, max(SMALL_BYTES, sum(map(self.bytes, self.shapes)) // CHUNKS))
         group: list[str] = []
         size = 0
