@@ -1,27 +1,50 @@
 """Requests → images: by the pipeline itself; with a ControlNet or from an initial image by diffusers' own pipelines of
 the image decoder's family, which are fed its prompt embeddings (paper section 4.4)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 from PIL import Image
 
+from kosmosg.generation import Job, Settings, store
 from kosmosg.image_processing import cropped, read_image
 from kosmosg.models.storage import load_network
 from kosmosg.sampling import seeded
 
 LORA = "lora_{}"  # adapters' names, by their files' number
 
-if TYPE_CHECKING:
-    from kosmosg.generation import Job, Settings
+
+def generate(
+    pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size: int, controlnet: Any = None
+) -> Iterator[Job]:
+    """Draw and store the jobs, batched across requests; yields each when its file is there.
+
+    Args:
+        pipeline: a KosmosGPipeline.
+    """
+    for _, alike in groupby(jobs, drawn_by):
+        group = list(alike)
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            for job, image in zip(batch, draw(pipeline, batch, settings, controlnet), strict=True):
+                store(image, job.file, job.parameters)
+                yield job
+
+
+def drawn_by(job: Job) -> tuple[Any, ...]:
+    """Jobs that can be drawn together have the same."""
+    request = job.request
+    control, initial = bool(request.control_image), bool(request.init_image)
+    return control, control and request.control_scale, initial, initial and request.strength
 
 
 def draw(
-    pipeline: Any, jobs: Sequence["Job"], settings: "Settings", controlnet: Any = None, **options: Any
+    pipeline: Any, jobs: Sequence[Job], settings: Settings, controlnet: Any = None, **options: Any
 ) -> list[Image.Image]:
     """The images of some jobs, drawn together. All have a control image or none, at one scale; so with initial images.
 

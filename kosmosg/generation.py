@@ -10,16 +10,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from kosmosg.drawing import draw
 from kosmosg.files import replaced
 from kosmosg.image_processing import ClipImageTransform, read_image
 from kosmosg.prompt import PLACEHOLDER, check_negative_prompt, parse_prompt
@@ -283,30 +281,6 @@ def difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
         return "was not made by this command"
     name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
     return f"its {name} is {found.get(name)!r} instead of {wanted.get(name)!r}"
-
-
-def generate(
-    pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size: int, controlnet: Any = None
-) -> Iterator[Job]:
-    """Draw and store the jobs, batched across requests; yields each when its file is there.
-
-    Args:
-        pipeline: a KosmosGPipeline.
-    """
-    for _, alike in groupby(jobs, drawn_by):
-        group = list(alike)
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            for job, image in zip(batch, draw(pipeline, batch, settings, controlnet), strict=True):
-                store(image, job.file, job.parameters)
-                yield job
-
-
-def drawn_by(job: Job) -> tuple[Any, ...]:
-    """Jobs that can be drawn together have the same."""
-    request = job.request
-    control, initial = bool(request.control_image), bool(request.init_image)
-    return control, control and request.control_scale, initial, initial and request.strength
 
 
 def store(image: Image.Image, file: Path, parameters: dict[str, Any]) -> None:

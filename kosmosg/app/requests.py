@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from kosmosg import generation
+from kosmosg.drawing import draw as draw_jobs
 from kosmosg.drawing import scale_loras
 from kosmosg.image_processing import read_image, to_images
 from kosmosg.looking import similarities
@@ -188,7 +189,7 @@ def draw(
             with served.lock:  # a visitor who left may still be drawn for
                 scale_loras(served.pipeline, lora_scales)
                 options = {"controlnet": controlnet, "callback_on_step_end": follow}
-                pictures = generation.draw(served.pipeline, jobs, settings, **options)
+                pictures = draw_jobs(served.pipeline, jobs, settings, **options)
             for picture, job in zip(pictures, jobs, strict=True):
                 generation.store(picture, job.file, job.parameters)
             made.put((1.0, [str(job.file) for job in jobs]))

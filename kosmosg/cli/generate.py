@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     from kosmosg import generation
-    from kosmosg.drawing import load_controlnet, load_loras
+    from kosmosg.drawing import generate, load_controlnet, load_loras
     from kosmosg.sampling import check_numbers
 
     if arguments.model == MINIATURE and not Path(MINIATURE).is_dir():
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             report(arguments, too_long, len(left))
             wrong += too_long
         controlnet = load_controlnet(arguments.controlnet, pipeline) if "controlnet" in identity else None
-        drawn = generation.generate(pipeline, left, settings, arguments.batch_size, controlnet)
+        drawn = generate(pipeline, left, settings, arguments.batch_size, controlnet)
         for _ in track(drawn, total=len(left), description="generate"):
             pass
     count = sum(job.file.is_file() for job in jobs)
