@@ -52,7 +52,7 @@ class Condition(NamedTuple):
 
     def spread(self, tokens: int) -> "Condition":
         """`tokens` states without a mask: those that count in their order, each repeated as often as the others or once
-        more; as it is, where all count.
+        more; with fewer `tokens` than count, some are skipped evenly. As it is, where all count.
 
         Attention over them, which knows no positions, is what it was over those that count where their number divides
         `tokens`, and close to it elsewhere. A network that gives no mask can be taught these states.

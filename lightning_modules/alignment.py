@@ -140,8 +140,10 @@ class AlignmentModule(StageModule):
     ):
         super().__init__(optimizer, seed)
         self.spec = spec = spec or image_decoder.spec  # type: ignore[union-attr]
+        queries = aligner.config.num_queries
         for key, ours, theirs in (
-            ("num_queries", aligner.config.num_queries, aligner.config.num_queries if spec.masked else spec.tokens),
+            # States that the decoder masks are spread over any number of queries.
+            ("num_queries", queries, queries if spec.masked else spec.tokens),
             ("width", aligner.config.width, spec.width),
             ("pooled_width", getattr(aligner.config, "pooled_width", None), spec.pooled),
         ):

@@ -130,7 +130,7 @@ def build_request(
 def command(
     served: Served, request: generation.Request, settings: generation.Settings, lora_scales: Sequence[float] = ()
 ) -> str:
-    """The command line that draws the same pictures, of files beside it."""
+    """The command line that generates the same images from files in the working directory."""
     words = ["kosmosg", "generate", *served.arguments, request.prompt]
     if request.images:
         words += ["--images", *(Path(file).name for file in request.images)]

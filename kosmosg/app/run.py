@@ -29,7 +29,7 @@ def losses(run: Path) -> pandas.DataFrame:
 
 
 def report(run: Path) -> Path | None:
-    """Of an evaluation in the run's folder, or beside it, as the miniature's."""
+    """The report of an evaluation in the run folder, or in its parent as the miniature's."""
     return next((file for file in (run / REPORT, run.parent / REPORT) if file.is_file()), None)
 
 
