@@ -75,7 +75,7 @@ def test_report_and_refusal_write_nothing(
     command = [str(configs["language_modelling"]), "dry_run=true"]
     assert train.main([*command, "hardware.images_per_row=0"]) == 0
     told = capsys.readouterr().out
-    assert "4 rows a step = 4 a device × 1 devices × 1 micro-batches" in told and ": fits" in told
+    assert "4 rows per step = 4 rows × 1 devices × 1 micro-batches" in told and ": fits" in told
     assert train.main([*command, "hardware.memory_gib=0.001", "hardware.reserve_gib=0"]) == 2
     captured = capsys.readouterr()
     assert "DOES NOT FIT" in captured.out and "GiB are needed on each GPU and h100-80gb has 0.0" in captured.err
