@@ -121,14 +121,14 @@ def test_encoding_is_without_dropout_and_leaves_the_mode_alone(pipe):
         ("<i> and <i>", {"images": [RED]}, "2 placeholders <i> but 1 images"),
         (["a dog", "<i>"], {"images": [[], []]}, "prompt 1.*1 placeholders <i> but 0 images"),
         (["a <i>", "b <i>"], {"images": [RED, BLUE]}, "a list of 2 lists"),
-        (["a ", RED], {"images": [RED]}, "which holds its images itself"),
+        (["a ", RED], {"images": [RED]}, "which contains its images"),
         ("  ", {}, "prompt 0 is empty"),
         ([], {}, "no prompts"),
         ("a dog", {"sampler": "euler"}, "sampler='euler' is not allowed; allowed: dpm, ddim, pndm, or"),
         ("a dog", {"seeds": [1], "num_images_per_prompt": 2}, "1 seeds were given for 2 images"),
         ("a dog", {"seeds": [1], "generator": torch.Generator()}, "choose one source of noise"),
         ("a dog", {"num_inference_steps": 0}, "num_inference_steps=0"),
-        (["a dog", "a cat"], {"negative_prompt": ["x"]}, "1 negative prompts were given for 2 prompts"),
+        (["a dog", "a cat"], {"negative_prompt": ["x"]}, "got 1 negative prompts for 2 prompts"),
     ],
 )
 def test_errors(pipe, prompts, options, told):

@@ -148,7 +148,7 @@ def test_halves_of_a_pipeline_work_without_each_other(pipe, tmp_path):
     encoder, drawer = (quiet(KosmosGPipeline.from_pretrained(tmp_path / name)) for name in ("encoder", "drawer"))
     assert all(map(torch.equal, encoder.encode_prompt(**PROMPT), encoded))
     assert np.array_equal(drawer(**pipe.embeddings(**PROMPT), **options()).images, expected)
-    with pytest.raises(ValueError, match=f"no {drawing[0]}, scheduler, vae, which is needed here"):
+    with pytest.raises(ValueError, match=f"no {drawing[0]}, scheduler, vae, which this call needs"):
         encoder(**PROMPT)
 
 

@@ -103,15 +103,15 @@ def test_a_pipeline_without_some_parts(pipe, tmp_path, absent):
             torch.testing.assert_close(part.encode_prompt("a <i>", [RED])[0], condition)
         if "unet" not in absent:
             torch.testing.assert_close(part(**embeddings, **options).images, latents)
-        with pytest.raises(ValueError, match="which is needed here") as told:
+        with pytest.raises(ValueError, match="which this call needs") as told:
             part("a <i>", [RED], num_inference_steps=2)
         assert all(name in str(told.value) for name in absent)
-        with pytest.raises(ValueError, match="which is needed here"):
+        with pytest.raises(ValueError, match="which this call needs"):
             part.embeddings("a <i>", images=[RED]) if "vae" not in absent else part.compose(lambda **parts: parts)
 
 
 def test_a_folder_of_another_pipeline_is_refused(tiny_stable_diffusion):
-    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline, which is no KosmosGPipeline"):
+    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline, which is not a KosmosGPipeline"):
         KosmosGPipeline.from_pretrained(tiny_stable_diffusion)
 
 
