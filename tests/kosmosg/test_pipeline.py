@@ -34,17 +34,10 @@ def pipe(tiny_model, tiny_stable_diffusion):
     return quiet(KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion))
 
 
-@pytest.fixture(scope="module")
-def saved(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline") / "pipe"
-    pipe.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(saved, tmp_path):
+def folder(tiny_pipeline, tmp_path):
     """A copy of the pipeline's folder, to be changed."""
-    return shutil.copytree(saved, tmp_path / "pipe")
+    return shutil.copytree(tiny_pipeline, tmp_path / "pipe")
 
 
 def quiet(pipe):
@@ -243,12 +236,12 @@ def test_code_in_a_folder_is_not_run(pipe, folder):
     assert np.array_equal(drawn(KosmosGPipeline.from_pretrained(folder)), drawn(pipe))
 
 
-def test_a_hub_id_is_downloaded_without_pickles(pipe, saved, monkeypatch):
+def test_a_hub_id_is_downloaded_without_pickles(pipe, tiny_pipeline, monkeypatch):
     asked = {}
 
     def download(repo_id, **options):
         asked.update(options, repo_id=repo_id)
-        return str(saved)
+        return str(tiny_pipeline)
 
     monkeypatch.setattr("kosmosg.pipeline.snapshot_download", download)
     assert np.array_equal(drawn(KosmosGPipeline.from_pretrained("someone/model", revision="v1")), drawn(pipe))
