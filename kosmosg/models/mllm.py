@@ -72,7 +72,7 @@ class MultimodalLM(nn.Module):
 
     @abstractmethod
     def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
-        """A one-row batch with one blank image, for batches without any: see `StageModule.with_image`.
+        """A one-row batch with one blank image, for batches without any: see `StageModule.with_dummy_image`.
 
         Args:
             usual: of the size that the images of prompts usually have, for dry runs, where the size may differ.

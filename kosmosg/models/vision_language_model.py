@@ -192,7 +192,7 @@ class ProcessorEncoder(PromptEncoder):
             first += count
         return described
 
-    def stand_in(self, file: str) -> ImageInput:
+    def blank_image(self, file: str) -> ImageInput:
         """The image itself: how many tokens it takes depends on its size."""
         return read_image(file)
 

@@ -217,7 +217,7 @@ MISTAKES = [
     (("a dog", "--height", "-8"), "height=-8 is not allowed"),
     (("a dog", "--width", "65"), "width=65 are not allowed"),
     (("a dog", "--seed", "18446744073709551616"), "seeds in 0 … 2^64 - 1"),
-    (("a dog", "--negative-prompt", "<i>"), "has a placeholder <i>; allowed: text alone"),
+    (("a dog", "--negative-prompt", "<i>"), "has a placeholder <i>; allowed: text without images"),
     (("a dog", "--count", "0"), "count=0"),
     (("a dog", "--device", "gpu"), "--device 'gpu' cannot be used"),
     (("a dog", "--device", "cuda:99"), "--device 'cuda:99' cannot be used"),

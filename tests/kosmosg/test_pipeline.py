@@ -164,7 +164,7 @@ ERRORS = [
     ("<i> and <i>", {"images": [RED]}, "2 placeholders <i> but 1 images"),
     (["a dog", "<i>"], {"images": [[], []]}, "prompt 1.*1 placeholders <i> but 0 images"),
     (["a <i>", "b <i>"], {"images": [RED, BLUE]}, "a list of 2 lists"),
-    (["a ", RED], {"images": [RED]}, "which holds its images itself"),
+    (["a ", RED], {"images": [RED]}, "which contains its images"),
     ("  ", {}, "prompt 0 is empty"),
     ([], {}, "no prompts"),
     ("dog " * 3000, {}, "at most 254 are allowed"),
@@ -174,7 +174,7 @@ ERRORS = [
     ("a dog", {"seeds": [1], "num_images_per_prompt": 2}, "1 seeds were given for 2 images"),
     ("a dog", {"seeds": [1], "generator": torch.Generator()}, "choose one source of noise"),
     ("a dog", {"num_inference_steps": 0}, "num_inference_steps=0"),
-    (["a dog", "a cat"], {"negative_prompt": ["x"]}, "1 negative prompts were given for 2 prompts"),
+    (["a dog", "a cat"], {"negative_prompt": ["x"]}, "got 1 negative prompts for 2 prompts"),
     ("a dog", EMBEDDINGS, "either prompt= or prompt_embeds="),
     (None, {**EMBEDDINGS, "images": [RED]}, "belong to prompt="),
 ]
@@ -283,7 +283,7 @@ def test_the_miniature_as_a_folder(tmp_path):
 
 
 def test_folders_that_are_refused(folder, tiny_stable_diffusion):
-    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline, which is no KosmosGPipeline"):
+    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline, which is not a KosmosGPipeline"):
         KosmosGPipeline.from_pretrained(tiny_stable_diffusion)
     edit_json(folder / "aligner" / "config.json", decoder_layers=3)
     with pytest.raises(ValueError, match=r"aligner' is not a AlignerEncoder.*missing_keys"):
