@@ -34,17 +34,10 @@ def pipe(tiny_model, tiny_stable_diffusion):
     return quiet(KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion))
 
 
-@pytest.fixture(scope="module")
-def saved(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline") / "pipe"
-    pipe.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(saved, tmp_path):
+def folder(tiny_pipeline, tmp_path):
     """A copy of the pipeline's folder, to be changed."""
-    return shutil.copytree(saved, tmp_path / "pipe")
+    return shutil.copytree(tiny_pipeline, tmp_path / "pipe")
 
 
 def quiet(pipe):
@@ -141,21 +134,18 @@ def test_guidance_moves_away_from_the_negative_prompt(pipe):
     assert np.array_equal(*map(pixels, unguided))
 
 
-def test_the_null_condition_is_computed_once_and_only_while_frozen(pipe, monkeypatch):
-    assert pipe.null_condition is pipe.null_condition
-    torch.testing.assert_close(pipe.null_condition.states, pipe.model.null_condition().states)
-    query = pipe.model.aligner.queries
-    monkeypatch.setattr(query, "requires_grad", True)
-    before = pipe.null_condition
-    with torch.no_grad():
-        query.add_(1.0)
-    assert not torch.equal(before.states, pipe.null_condition.states)
-    with torch.no_grad():
-        query.sub_(1.0)
-    monkeypatch.undo()
-    other = KosmosGPipeline(**pipe.components).to(torch.bfloat16)
-    assert other.null_condition.states.dtype == torch.bfloat16
-    pipe.to(torch.float32)
+def test_the_null_condition_is_computed_once_for_frozen_weights(tiny_model, tiny_stable_diffusion):
+    pipe = KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion)
+    before, query = pipe.null_condition, pipe.aligner.queries
+    assert pipe.null_condition is before
+    torch.testing.assert_close(before.states, pipe.model.null_condition().states)
+    for trains in (False, True):
+        query.requires_grad_(trains)
+        before = pipe.null_condition.states
+        with torch.no_grad():
+            query.add_(1.0)
+        assert not torch.equal(before, pipe.null_condition.states)
+    assert pipe.to(torch.bfloat16).null_condition.states.dtype == torch.bfloat16
 
 
 def test_encoding_is_without_dropout_and_leaves_the_mode_alone(pipe):
@@ -171,7 +161,7 @@ ERRORS = [
     ("<i> and <i>", {"images": [RED]}, "2 placeholders <i> but 1 images"),
     (["a dog", "<i>"], {"images": [[], []]}, "prompt 1.*1 placeholders <i> but 0 images"),
     (["a <i>", "b <i>"], {"images": [RED, BLUE]}, "a list of 2 lists"),
-    (["a ", RED], {"images": [RED]}, "which contains its images"),
+    (["a ", RED], {"images": [RED]}, "prompt 0 is a list of segments"),
     ("  ", {}, "prompt 0 is empty"),
     ([], {}, "no prompts"),
     ("dog " * 3000, {}, "at most 254 are allowed"),
@@ -229,7 +219,7 @@ def test_parts_that_do_not_fit(tiny_stable_diffusion, tiny_model, tmp_path):
     with pytest.raises(ValueError, match="32 wide but the image decoder reads 768"):
         KosmosGPipeline(**parts)
     parts["mllm"].register_to_config(vocab_size=7)
-    with pytest.raises(ValueError, match="MLLM's vocabulary 7"):
+    with pytest.raises(ValueError, match=r"vocabulary.* 7"):
         KosmosGPipeline(**parts)
 
 
@@ -243,12 +233,12 @@ def test_code_in_a_folder_is_not_run(pipe, folder):
     assert np.array_equal(drawn(KosmosGPipeline.from_pretrained(folder)), drawn(pipe))
 
 
-def test_a_hub_id_is_downloaded_without_pickles(pipe, saved, monkeypatch):
+def test_a_hub_id_is_downloaded_without_pickles(pipe, tiny_pipeline, monkeypatch):
     asked = {}
 
     def download(repo_id, **options):
         asked.update(options, repo_id=repo_id)
-        return str(saved)
+        return str(tiny_pipeline)
 
     monkeypatch.setattr("kosmosg.pipeline.snapshot_download", download)
     assert np.array_equal(drawn(KosmosGPipeline.from_pretrained("someone/model", revision="v1")), drawn(pipe))
@@ -290,7 +280,7 @@ def test_the_miniature_as_a_folder(tmp_path):
 
 
 def test_folders_that_are_refused(folder, tiny_stable_diffusion):
-    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline, which is not a KosmosGPipeline"):
+    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline"):
         KosmosGPipeline.from_pretrained(tiny_stable_diffusion)
     edit_json(folder / "aligner" / "config.json", decoder_layers=3)
     with pytest.raises(ValueError, match=r"aligner' is not a AlignerEncoder.*missing_keys"):

@@ -10,7 +10,6 @@ from transformers import CLIPTextModel
 
 from kosmosg.conversion import convert_checkpoint, export_checkpoint
 from kosmosg.models.aligner import AlignerDecoder
-from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.tokenizer import DICTIONARY_FILE, SENTENCEPIECE_FILE
 from tests import tiny
 from tests.parity.conftest import Recording
@@ -21,14 +20,6 @@ EMBEDDING, PROJECTION = "gpt_model.decoder.embed_tokens.weight", "gpt_model.deco
 @pytest.fixture(scope="session")
 def recording(golden) -> Recording:
     return Recording(golden)
-
-
-@pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory, tiny_model, tiny_stable_diffusion) -> Path:
-    """A pipeline folder, in which all is saved by the parts' own save_pretrained."""
-    folder = tmp_path_factory.mktemp("pipeline") / "model"
-    KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

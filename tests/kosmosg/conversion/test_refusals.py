@@ -226,17 +226,16 @@ def test_a_folder_that_exists(final, plain, tmp_path, tiny_stable_diffusion):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out", "photographs"]
 
 
-@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
-def test_failing_half_way(failure, final, plain, tmp_path, tiny_stable_diffusion, monkeypatch):
-    out = shutil.copytree(plain, tmp_path / "out")
+def test_failing_half_way(final, plain, tmp_path, tiny_stable_diffusion, monkeypatch):
+    out, failures = shutil.copytree(plain, tmp_path / "out"), [OSError("No space left on device"), KeyboardInterrupt()]
     (out / "mine").write_text("")
+    for folder, failure in zip((out, tmp_path / "new"), failures, strict=True):
 
-    def fail(self, folder):
-        assert any(path.name.startswith(".") for path in tmp_path.iterdir())  # mllm/ and others are written already
-        raise failure
+        def fail(self, _, failure=failure):
+            assert any(path.name.startswith(".") for path in tmp_path.iterdir())  # mllm/ and others are written already
+            raise failure
 
-    monkeypatch.setattr(Tokenizer, "save_pretrained", fail)
-    for folder in (out, tmp_path / "new"):
+        monkeypatch.setattr(Tokenizer, "save_pretrained", fail)
         with pytest.raises(type(failure)):
             convert_checkpoint(final, folder, overwrite=True, decoder=tiny_stable_diffusion)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
