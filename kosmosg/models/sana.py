@@ -33,7 +33,7 @@ class Sana(ImageDecoder):
     """See `ImageDecoder`. Methods that need a part that is None cannot be used."""
 
     title = "Sana"
-    words_apart = False
+    tokenizes_words = False
     networks: ClassVar = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC}
     text_models: ClassVar = {"text_encoder": Gemma2Model}
     # Else sizes are first mapped to those that the public weights were trained with.

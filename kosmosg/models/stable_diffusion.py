@@ -50,7 +50,7 @@ class StableDiffusion(ImageDecoder):
     title = "Stable Diffusion"
     networks: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     text_models: ClassVar = {"text_encoder": CLIPTextModel}
-    unneeded: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     embedding: ClassVar[str | None] = None
     """What the U-Net embeds beside time, `addition_embed_type` of its configuration."""
 

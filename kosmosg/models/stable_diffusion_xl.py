@@ -35,7 +35,7 @@ class StableDiffusionXL(StableDiffusion):
 
     title = "Stable Diffusion XL"
     text_models: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    unneeded: ClassVar = {"add_watermarker": False}
+    pipeline_options: ClassVar = {"add_watermarker": False}
     embedding = "text_time"
 
     def __init__(self, *, text_encoder_2: Any = None, tokenizer_2: CLIPTokenizer | None = None, **networks: Any):
