@@ -145,5 +145,5 @@ def test_parts_that_do_not_fit(tiny_stable_diffusion, tiny_model, tmp_path):
     with pytest.raises(ValueError, match="32 wide but the image decoder reads 768"):
         KosmosGPipeline(**parts)
     parts["mllm"].register_to_config(vocab_size=7)
-    with pytest.raises(ValueError, match="MLLM's vocabulary 7"):
+    with pytest.raises(ValueError, match="MLLM has a vocabulary of 7"):
         KosmosGPipeline(**parts)
