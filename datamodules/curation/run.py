@@ -23,7 +23,7 @@ from datamodules.curation.reading import Source, list_sources
 from datamodules.curation.report import Counts, report, write_sheet
 from datamodules.curation.stages import Worker, groups, read_chunks
 from datamodules.errors import DataError
-from datamodules.folder_lock import held
+from datamodules.folder_lock import folder_lock
 from kosmosg.config import save_config
 from kosmosg.files import write_text
 
@@ -45,7 +45,7 @@ def curate(config: Curation, console: Console, written: dict[str, Any] | None = 
             another process writes here.
     """
     output = Output(config)
-    with held(output.folder):
+    with folder_lock(output.folder):
         sources, fingerprint = list_sources(config.input)
         output.prepare(fingerprint)
         save_config(written or config, output.own / "config.yaml")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from datamodules.errors import DataError, SampleError
-from datamodules.folder_lock import held
+from datamodules.folder_lock import folder_lock
 from datamodules.processes import ordered_map
 from datamodules.shard_writer import ShardWriter
 from datamodules.sources.converter import ConversionConfig, Converted, Converter
@@ -95,7 +95,7 @@ def convert(name: str, converter: Converter, output: Path, console: Console) -> 
     config, files = converter.config, converter.files()
     file = output / f"{config.prefix}.conversion.json"
     columns = (TextColumn(name), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with held(output):
+    with folder_lock(output):
         state = _open(file, Conversion(_fingerprint(name, converter, files)))
         if state.complete:
             return state

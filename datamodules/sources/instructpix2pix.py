@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from datamodules.errors import DataError, SampleError
 from datamodules.images import SampleImage
-from datamodules.sample import MOST_PAIRS, EditSample
+from datamodules.sample import MAX_PAIRS, EditSample
 from datamodules.sources.converter import Converter, ImageConversionConfig, checked_image
 from datamodules.sources.files import Record, find_files, visible_files
 from datamodules.sources.image_store import embedded_bytes, read_inside
@@ -93,7 +93,7 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
         entry = record.content
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list) or not entry[1]:
             raise record.error("invalid_field", f"an entry is {entry!r:.100}, it must be [folder, [seed, …]]")
-        folder, *seeds = str(entry[0]), *map(str, entry[1][:MOST_PAIRS])
+        folder, *seeds = str(entry[0]), *map(str, entry[1][:MAX_PAIRS])
         return folder, seeds
 
     def _read(self, record: Record, name: str, limit: int) -> bytes:

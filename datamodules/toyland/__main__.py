@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.errors import DataError
-from datamodules.folder_lock import held
+from datamodules.folder_lock import folder_lock
 from datamodules.toyland.config import ToylandData
 from datamodules.toyland.data_sets import data_sets, drawing
 from kosmosg.config import CONFIGS, ConfigError, describe_schema, load_config
@@ -33,7 +33,7 @@ def build(config: ToylandData, console: Console) -> None:
         DataError: a folder was built from other settings, another process writes here, or see `drawing`.
     """
     output = Path(config.output)
-    with held(output):
+    with folder_lock(output):
         # All are checked first: what cannot be written is reported before minutes of drawing.
         missing = [data_set for data_set in data_sets(config) if not data_set.exists(output)]
         if not missing:

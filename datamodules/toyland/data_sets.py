@@ -17,7 +17,7 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.images import encode_png
-from datamodules.processes import interrupts_held_back
+from datamodules.processes import interrupts_delayed
 from datamodules.sample import SCHEMA_VERSION
 from datamodules.shard_writer import ShardWriter
 from datamodules.toyland import samples
@@ -214,7 +214,7 @@ def drawing(processes: int | None) -> Iterator[Draw]:
     pool = ProcessPoolExecutor(count, context)
 
     def draw(todo: Iterable[Chunk]) -> Iterator[list[Members]]:
-        with interrupts_held_back():
+        with interrupts_delayed():
             return pool.map(draw_chunk, todo)  # starts the processes
 
     try:

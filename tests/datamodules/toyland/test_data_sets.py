@@ -215,7 +215,7 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block()
     thread.start()  # before the block: it does not inherit the mask
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), data_sets.interrupts_held_back():
+        with pytest.raises(KeyboardInterrupt), data_sets.interrupts_delayed():
             begun.set()
             assert taken.wait(timeout=60)
             passed.append(sum(range(1000)))
