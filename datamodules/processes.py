@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ T = TypeVar("T")
 PENDING_PER_PROCESS = 4  # tasks: enough to keep all processes busy, few enough to fit into memory
 
 
-def ordered_map(function: Callable[[Any], T], tasks: Iterable[Any], processes: int | None) -> Iterator[T]:
+def ordered_map(function: Callable[[Any], T], tasks: Iterable[Any], processes: int | None) -> Generator[T, None, None]:
     """`map` on `processes` processes (None: one per CPU core). `tasks` is consumed only as needed.
 
     Raises:

@@ -30,7 +30,7 @@ class _Keys(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from kosmosg.config import describe_schema
 
-        print(describe_schema(resolve_name(CONVERTERS[str(values)]).schema))
+        print(describe_schema(resolve_name(CONVERTERS[str(values)]).schema), flush=True)
         parser.exit()
 
 
