@@ -91,7 +91,7 @@ def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, np.ndarray, 
         scene = sample_scene(rng)
         shown = render(scene)
         crops = [crop(shown, 0, white=white) for white in (True, False)]
-    words = caption(scene, rng, told=bool(rng.random() < told), with_article=bool(rng.random() < 0.85))
+    words = caption(scene, rng, with_looks=bool(rng.random() < told), with_article=bool(rng.random() < 0.85))
     first = scene.placed[0]
     look = first.subject.look
     if first.property in ("red", "purple"):
@@ -101,7 +101,7 @@ def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, np.ndarray, 
         scene.setting, scene.light, scene.style, first.accessory or first.property or "",
     )  # fmt: skip
     labels = [names.index(value) for names, value in zip(LABELS.values(), values, strict=True)]
-    looks = noun_phrase(first, told=True, suffixed=bool(rng.random() < 0.7))
+    looks = noun_phrase(first, with_looks=True, suffixed=bool(rng.random() < 0.7))
     tints = [*look.body.rgb, *look.second.rgb]
     return np.asarray(shown.image), np.stack(crops), words, looks, labels, len(scene.placed), tints
 
@@ -160,10 +160,10 @@ def sentences(count: int, seed: int) -> list[str]:
         if sort == 0:
             lines.append(story(rng))
         elif sort == 1:
-            lines.append(caption(sample_scene(rng), rng, told=bool(rng.random() < 0.5)))
+            lines.append(caption(sample_scene(rng), rng, with_looks=bool(rng.random() < 0.5)))
         elif sort == 2:
             edit = sample_edit(rng)
-            lines += [caption(edit.before, rng, told=False), edit.instruction]
+            lines += [caption(edit.before, rng, with_looks=False), edit.instruction]
         else:
             lines += [segment for segment in document(rng) if isinstance(segment, str)]
     return lines

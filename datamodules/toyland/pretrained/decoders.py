@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     for name, build in builders.items():
         if (output / name).exists():
             continue
-        pool = draw_pool(work, recipe.pictures, recipe.seed, told=0.8)
+        pool = draw_pool(work, recipe.pictures, recipe.seed, looks_share=0.8)
         torch.manual_seed(recipe.seed)
         decoder, pipeline = build(pool, work / f"{name}_autoencoder-{digest}.pt", recipe)
         # w(t) as Toyland's stage 3 has it; flow matching has no other than 1.
