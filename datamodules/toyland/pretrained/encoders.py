@@ -269,5 +269,5 @@ def train_judge(
 
 
 def judged(images: Tensor) -> Tensor:
-    """uint8 → the judge's input, enlarged, since its first layers reduce the side to a quarter and patterns are fine."""
+    """uint8 → the enlarged input of the judge, whose first layers reduce the side to a quarter; patterns are fine."""
     return F.interpolate(pixels(images), size=JUDGED_SIZE, mode="bilinear")
