@@ -135,7 +135,7 @@ class WholeCaptions:
 
 def caption_tokens(decoder: ImageDecoder) -> ClipTokens | WholeCaptions:
     """Return the function that tokenizes captions for the text model of `decoder`."""
-    kind = ClipTokens if decoder.words_apart else WholeCaptions
+    kind = ClipTokens if decoder.tokenizes_words else WholeCaptions
     return kind(partial(decoder.tokenize, clean=False), decoder.clean)
 
 

@@ -172,8 +172,8 @@ class InstructionRows(RowBuilder[InstructionRow]):
         if self.vision is not None and located is not None:
             cached = CachedImages(self.vision, located, input_images(sample))
             states = [cached(item, sample) for item in segments if not isinstance(item, str)]
-            stand_in = self.encoder.stand_in("")
-            segments = [item if isinstance(item, str) else stand_in for item in segments]
+            blank = self.encoder.blank_image("")
+            segments = [item if isinstance(item, str) else blank for item in segments]
         try:
             prompt = self.encoder([load(item) if isinstance(item, SampleImage) else item for item in segments])
         except PromptTooLongError as error:
