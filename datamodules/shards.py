@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
 from functools import cache
@@ -275,12 +275,6 @@ def _find_problem(records: list[dict]) -> str:
 
 def _remedy(pattern: str) -> str:
     return f"Write it with: kosmosg data index '{pattern}'"
-
-
-def index_shards(urls: Sequence[str], store: Store | None = None, known: Iterable[dict] = ()) -> Iterable[dict]:
-    """Yield the record of each tar (see `index_shard`), given the `known` records of earlier listings."""
-    earlier = {record["name"]: record for record in known}
-    return (index_shard(url, store, earlier.get(url.partition("?")[0].rpartition("/")[2])) for url in urls)
 
 
 def index_shard(url: str, store: Store | None = None, known: dict | None = None) -> dict:

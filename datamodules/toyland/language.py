@@ -82,22 +82,6 @@ def templates(live: bool) -> dict[str, list]:
     return {"original": original, "modified": modified, "labels": labels}
 
 
-def template_scenes(subject: Subject, rng: Random) -> list[Scene]:
-    """Return the scenes that a subject's 25 templates describe, as ground truth."""
-    scenes = []
-    for tail in PLACES:
-        scenes.append(Scene(place(rng, [subject]), setting=tail, seed=int(rng.integers(2**31))))
-    for tail in HOURS:
-        scenes.append(Scene(place(rng, [subject]), light=tail, seed=int(rng.integers(2**31))))
-    for tail in MANNERS:
-        scenes.append(Scene(place(rng, [subject]), style=tail, seed=int(rng.integers(2**31))))
-    for what in ACCESSORIES if subject.live else PROPERTIES:
-        (placed,) = place(rng, [subject])
-        change = {"accessory": what} if subject.live else {"property": what}
-        scenes.append(Scene((replace(placed, **change),), seed=int(rng.integers(2**31))))
-    return scenes
-
-
 @dataclass(frozen=True)
 class Edit:
     """A scene, an instruction, and the changed scene."""

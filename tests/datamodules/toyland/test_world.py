@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.toyland.brush import HUES, PATTERNS
 from datamodules.toyland.kinds import ACCESSORIES, KINDS, LIVE, PROPERTIES
-from datamodules.toyland.language import caption, document, sample_edit, story, template_scenes, templates
+from datamodules.toyland.language import HOURS, MANNERS, PLACES, caption, document, sample_edit, story, templates
 from datamodules.toyland.scene import SIZE, Placed, Scene, Subject, crop, render, sample_scene
 from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
 
@@ -116,7 +116,11 @@ def test_twenty_five_templates_and_what_each_asks_for():
         assert all(template.count("{}") == 1 for template in names["original"] + names["modified"])
         assert all(t.startswith("{}") for t in names["modified"])  # the leading article is dropped, as in the paper
         animal = subject("bird" if live else "lamp")
-        scenes = template_scenes(animal, np.random.default_rng(0))
+        scenes = [Scene((Placed(animal),), setting=name) for name in PLACES]
+        scenes += [Scene((Placed(animal),), light=name) for name in HOURS]
+        scenes += [Scene((Placed(animal),), style=name) for name in MANNERS]
+        changes = [{"accessory": name} for name in ACCESSORIES] if live else [{"property": name} for name in PROPERTIES]
+        scenes += [Scene((Placed(animal, **change),)) for change in changes]
         for template, scene in zip(names["modified"], scenes, strict=True):
             words = caption(scene, FixedRandom(), with_looks=False, with_article=False)
             assert words == template.format(animal.kind)
