@@ -161,7 +161,7 @@ def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
 def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     """Measure stage 2's loader, after one epoch has filled the tokenizers' caches, as in a long run."""
     rng = np.random.default_rng(1)
-    texts = [caption(sample_scene(rng), rng, told=True) for _ in range(config.captions)]
+    texts = [caption(sample_scene(rng), rng, with_looks=True) for _ in range(config.captions)]
     image = photograph(rng, 64, 64)
     with ShardWriter(folder / "text", "captions", -(-config.captions // 20)) as writer:
         for number, text in enumerate(texts):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.order import Mixture, SampleOrder, mix, shuffled, whole_weights
+from datamodules.order import Mixture, SampleOrder, integer_weights, mix, shuffled
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -151,7 +151,7 @@ def test_impossible_mixtures_and_orders_are_refused():
 
 
 def test_shares_become_whole_weights():
-    assert whole_weights([2.0, 2.0, 1.0]) == [400, 400, 200]
-    assert whole_weights([1e-6, 1.0]) == [1, 1000]
+    assert integer_weights([2.0, 2.0, 1.0]) == [400, 400, 200]
+    assert integer_weights([1e-6, 1.0]) == [1, 1000]
     with pytest.raises(ValueError, match="above 0"):
-        whole_weights([1.0, 0.0])
+        integer_weights([1.0, 0.0])

@@ -14,7 +14,7 @@ from datamodules.images import load
 from datamodules.remote import RemoteConfig
 from datamodules.sample import TextSample, decode
 from datamodules.shard_writer import ShardWriter
-from datamodules.shards import LISTING, find_tars, index_shards, list_shards, save_listing
+from datamodules.shards import LISTING, find_tars, index_shard, list_shards, save_listing
 from datamodules.tar import read_shard
 from kosmosg.cli import main
 from tests.datamodules import worlds
@@ -97,10 +97,11 @@ def test_foreign_tars_are_listed_once(tmp_path):
     with pytest.raises(ShardError, match="kosmosg data index"):
         list_shards(str(tmp_path))
     (tmp_path / "00001_stats.json").write_text('{"count": 9, "successes": 7}')  # img2dataset's, which is believed
-    records = list(index_shards([str(path) for path in find_tars(str(tmp_path))]))
+    paths = [str(path) for path in find_tars(str(tmp_path))]
+    records = [index_shard(path) for path in paths]
     assert [(record["name"], record["samples"]) for record in records] == [("00000.tar", 5), ("00001.tar", 7)]
     known = [record | {"samples": 6} for record in records]
-    assert list(index_shards([str(path) for path in find_tars(str(tmp_path))], known=known)) == known
+    assert [index_shard(path, known=record) for path, record in zip(paths, known, strict=True)] == known
     # A listing may lie elsewhere, beside nothing.
     listing = tmp_path / "lists" / "laion.json"
     save_listing(listing, [record | {"name": str(tmp_path / record["name"])} for record in records])
@@ -123,14 +124,14 @@ def test_what_is_no_tar_cannot_be_indexed(tmp_path):
     ]:
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(ShardError, match=message):
-            list(index_shards([str(tmp_path / "a.tar")]))
+            index_shard(str(tmp_path / "a.tar"))
 
 
 def test_counts_that_cannot_be_are_not_believed(tmp_path):
     for stats in ['{"successes": -5}', '{"successes": Infinity}', "[" * 100_000, '{"successes": 1000000000}', "{}"]:
         worlds.write_members(tmp_path / "a.tar", [(str(i), {"txt": b"a dog"}) for i in range(4)], listed=False)
         (tmp_path / "a_stats.json").write_text(stats)
-        assert [record["samples"] for record in index_shards([str(tmp_path / "a.tar")])] == [4]
+        assert index_shard(str(tmp_path / "a.tar"))["samples"] == 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from datamodules.alignment import ClipTokens
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
 from datamodules.shard_writer import ShardWriter
-from datamodules.shards import find_tars, index_shards, write_listing
+from datamodules.shards import find_tars, index_shard, write_listing
 from kosmosg.image_processing import ClipImageTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]], listed
 
 def index(folder: Path) -> str:
     """Lists the tars of a folder, as `kosmosg data index` does."""
-    write_listing(folder, list(index_shards([str(path) for path in find_tars(str(folder))])))
+    write_listing(folder, [index_shard(str(path)) for path in find_tars(str(folder))])
     return str(folder)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.toyland.brush import HUES, PATTERNS
 from datamodules.toyland.kinds import ACCESSORIES, KINDS, LIVE, PROPERTIES
-from datamodules.toyland.language import caption, document, sample_edit, story, template_scenes, templates
+from datamodules.toyland.language import HOURS, MANNERS, PLACES, caption, document, sample_edit, story, templates
 from datamodules.toyland.scene import SIZE, Placed, Scene, Subject, crop, render, sample_scene
 from datamodules.toyland.settings import LIGHTS, SETTINGS, STYLES
 
@@ -95,8 +95,8 @@ def test_untold_captions_hold_no_word_about_looks():
         scene = replace(
             scene, setting="", placed=tuple(replace(p, accessory=None, property=None) for p in scene.placed)
         )
-        assert not looks & set(caption(scene, rng, told=False).split())
-        told = caption(scene, rng, told=True)
+        assert not looks & set(caption(scene, rng, with_looks=False).split())
+        told = caption(scene, rng, with_looks=True)
         for placed in scene.placed:
             assert placed.subject.kind in told and placed.subject.look.body.word in told
 
@@ -104,7 +104,7 @@ def test_untold_captions_hold_no_word_about_looks():
 def test_caption_names_place_hour_style_and_dress():
     placed = replace(Placed(subject("dog")), accessory="a blue scarf")
     scene = Scene((placed,), setting="in the snow", light="at night", style="as a sketch")
-    words = caption(scene, np.random.default_rng(0), told=False)
+    words = caption(scene, np.random.default_rng(0), with_looks=False)
     assert words == "a dog wearing a blue scarf in the snow at night as a sketch"
 
 
@@ -116,9 +116,13 @@ def test_twenty_five_templates_and_what_each_asks_for():
         assert all(template.count("{}") == 1 for template in names["original"] + names["modified"])
         assert all(t.startswith("{}") for t in names["modified"])  # the leading article is dropped, as in the paper
         animal = subject("bird" if live else "lamp")
-        scenes = template_scenes(animal, np.random.default_rng(0))
+        scenes = [Scene((Placed(animal),), setting=name) for name in PLACES]
+        scenes += [Scene((Placed(animal),), light=name) for name in HOURS]
+        scenes += [Scene((Placed(animal),), style=name) for name in MANNERS]
+        changes = [{"accessory": name} for name in ACCESSORIES] if live else [{"property": name} for name in PROPERTIES]
+        scenes += [Scene((Placed(animal, **change),)) for change in changes]
         for template, scene in zip(names["modified"], scenes, strict=True):
-            words = caption(scene, FixedRandom(), told=False, with_article=False)
+            words = caption(scene, FixedRandom(), with_looks=False, with_article=False)
             assert words == template.format(animal.kind)
 
 
