@@ -120,7 +120,7 @@ def test_a_tokenizer_that_is_missing_or_anothers(final, tmp_path, tiny_tokenizer
         convert_checkpoint(alone, tmp_path / "out", decoder=tiny_stable_diffusion, spm=words, dictionary=words)
     for content in (b"", b"no model", spm.read_bytes()[:-100]):
         (tmp_path / "empty.model").write_bytes(content)
-        with pytest.raises(ConversionError, match=r"empty\.model' is empty, damaged or no SentencePiece model"):
+        with pytest.raises(ConversionError, match=r"empty\.model' is empty, damaged or not a SentencePiece model"):
             convert_checkpoint(alone, tmp_path / "out", spm=tmp_path / "empty.model", dictionary=words)
     assert not (tmp_path / "out").exists()
     convert_checkpoint(alone, tmp_path / "out", decoder=tiny_stable_diffusion, spm=spm, dictionary=words)
