@@ -102,7 +102,7 @@ def test_the_wheel_works_by_itself(wheel, tmp_path, tiny_model, tiny_stable_diff
     for arguments in ([], ["check", "x.tar", "--json"], ["--help"]):
         done = run(programs / "kosmosg", "data", *arguments, **options)
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("kosmosg: 'data' is run from a clone of the repository")
+        assert done.stderr.startswith("kosmosg: 'data' needs a clone of the repository")
 
 
 def test_an_editable_install_has_every_room(clone, tmp_path):
