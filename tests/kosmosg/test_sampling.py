@@ -49,7 +49,7 @@ def test_every_scheduler_that_is_allowed_finds_what_the_noise_says(name, sampler
 
 def test_what_is_not_allowed_is_named(sampler) -> None:
     for options, told in [
-        ({"sampler": "euler"}, "sampler='euler' is not allowed; allowed: dpm, ddim, pndm, or one of diffusers' schedulers"),
+        ({"sampler": "euler"}, "sampler='euler' is not allowed; allowed: dpm, ddim, pndm, or one of diffusers'"),
         ({"sampler": "FlowMatchEulerDiscreteScheduler"}, "is not allowed"),
         ({"sampler": "SASolverScheduler"}, "is not allowed"),
         ({"sampler": "DDIMInverseScheduler"}, "is not allowed"),
