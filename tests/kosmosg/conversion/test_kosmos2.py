@@ -255,7 +255,10 @@ CASES = {
     ),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "neither model.safetensors nor its index"),
     "no pieces": (renamed(SENTENCEPIECE_FILE, "s"), r"sentencepiece\.bpe\.model' does not exist"),
-    "no SentencePiece": (lambda folder: (folder / SENTENCEPIECE_FILE).write_text("a"), "damaged or not a SentencePiece"),
+    "no SentencePiece": (
+        lambda folder: (folder / SENTENCEPIECE_FILE).write_text("a"),
+        "damaged or not a SentencePiece",
+    ),
     "ids not stated": (renamed("tokenizer.json", "t"), r"states the ids of <s>, .*</line>.*Kosmos2Processor"),
     "another order": (tokens(swapped), r"2 ids of its tokenizer files .* is 4, expected 5"),
     "another special id": (
