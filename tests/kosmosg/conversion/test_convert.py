@@ -291,7 +291,7 @@ def test_a_hub_that_is_not_reached(final, tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("the hub was not reached")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ConversionError, match=r"--decoder 'someone/else' is no folder.*the hub was not reached"):
+    with pytest.raises(ConversionError, match=r"--decoder 'someone/else' is not a folder.*the hub was not reached"):
         convert_checkpoint(final, tmp_path / "out", decoder="someone/else")
 
 

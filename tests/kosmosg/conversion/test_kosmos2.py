@@ -134,7 +134,7 @@ def test_the_command(source, converted, tmp_path, capsys, monkeypatch):
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "plain")
     assert main(["convert", str(source), "lm"]) == 2 and "exists" in capsys.readouterr().err
     assert main(["convert", str(source), "kept", "--keep-grounding"]) == 0
-    with pytest.raises(ConversionError, match="keeps grounding tokens, which the released code has no ids for"):
+    with pytest.raises(ConversionError, match="has grounding tokens, for which the released code has no ids"):
         export_checkpoint("kept", "kept.pt")
 
 
@@ -146,7 +146,7 @@ def test_shards_and_a_hub_id(source, tiny_tokenizer, tmp_path, monkeypatch):
     assert "model-00002-of-" in record["source"]["file"]
     assert weights_of(tmp_path / "one") == weights_of(tmp_path / "many")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversionError, match="the Kosmos-2 'nobody/kosmos-2' is no folder, and was not fetched"):
+    with pytest.raises(ConversionError, match="'nobody/kosmos-2' is not a folder and cannot be downloaded"):
         convert_checkpoint("nobody/kosmos-2", "hub")
     for missing in ("nobody/stage1.pt", "one/kosmos-2"):  # files, by their suffix and by the folder that is there
         with pytest.raises(FileNotFoundError):
@@ -196,12 +196,12 @@ def swapped(values):
     vocab[4], vocab[5] = vocab[5], vocab[4]
 
 
-CANNOT = "describes a model that MLLM cannot compute: "
+CANNOT = "has settings that MLLM does not support: "
 CASES = {
     "another model": (settings(model_type="kosmos-2.5"), "model_type='kosmos-2.5'; allowed for a folder: 'kosmos-2'"),
-    "no config": (renamed("config.json", "c"), r"config\.json' does not exist, so its folder is no Kosmos-2"),
+    "no config": (renamed("config.json", "c"), r"config\.json' does not exist, so its folder is not a Kosmos-2"),
     "quantized": (settings(quantization_config={}), "quantization_config: its weights are quantized"),
-    "no number": (settings("text_config", layers="two"), "is no configuration of Kosmos-2: .*layers"),
+    "no number": (settings("text_config", layers="two"), "is not a configuration of Kosmos-2: .*layers"),
     "activation": (
         settings("text_config", activation_function="relu"),
         CANNOT + r"text_config\.activation_function='relu' \(allowed: 'gelu'\)",
@@ -221,7 +221,7 @@ CASES = {
     "cross-attention": (settings("text_config", add_cross_attention=True), CANNOT + r"text_config\.add_cross"),
     "untied by configuration": (settings(tie_word_embeddings=False), CANNOT + "tie_word_embeddings=False"),
     "no square": (settings("vision_config", image_size=[64, 32]), r"vision_config\.image_size=\[64, 32\]"),
-    "heads that do not divide": (settings("text_config", attention_heads=5), "no MLLM can be built of it: .*heads=5"),
+    "heads that do not divide": (settings("text_config", attention_heads=5), "no MLLM can be built from it: .*heads=5"),
     "another padding": (settings("text_config", pad_token_id=3), r"text_config\.pad_token_id=3; allowed: 1"),
     "another size": (
         settings("text_config", embed_dim=64),
@@ -251,7 +251,7 @@ CASES = {
     ),
     "pickles": (
         renamed(WEIGHTS, "pytorch_model.bin"),
-        r"pickles alone \(pytorch_model\.bin\).*Kosmos2ForConditionalGeneration and write it with save_pretrained",
+        r"only as pickles \(pytorch_model\.bin\).*Kosmos2ForConditionalGeneration and write it with save_pretrained",
     ),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "neither model.safetensors nor its index"),
     "no pieces": (renamed(SENTENCEPIECE_FILE, "s"), r"sentencepiece\.bpe\.model' does not exist"),
@@ -265,7 +265,7 @@ CASES = {
         tokens(lambda values: next(t for t in values["added_tokens"] if t["content"] == "<image>").update(id=99)),
         "1 ids of .*'<image>' is 99, expected 69",
     ),
-    "no tokenizer": (tokens(lambda values: values.pop("model")), r"tokenizer\.json' is no tokenizer file of Kosmos-2"),
+    "no tokenizer": (tokens(lambda values: values.pop("model")), r"tokenizer\.json' is not a tokenizer file"),
 }
 
 
@@ -302,7 +302,7 @@ def test_older_files(source, tmp_path):
 
 
 def test_flags_that_would_do_nothing(source, final, tmp_path):
-    with pytest.raises(ConversionError, match="folder or hub id, for which --spm, --vision-heads means nothing"):
+    with pytest.raises(ConversionError, match="not a checkpoint, so --spm, --vision-heads does not apply"):
         convert_checkpoint(source, tmp_path / "out", spm="a", vision_heads=2)
-    with pytest.raises(ConversionError, match="no Kosmos-2, for which --keep-grounding means nothing"):
+    with pytest.raises(ConversionError, match="not a Kosmos-2, so --keep-grounding does not apply"):
         convert_checkpoint(final, tmp_path / "out", keep_grounding=True)
