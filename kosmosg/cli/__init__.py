@@ -28,12 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, 2 after an error of the user (printed to stderr), or 130 after an interrupt."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be bytes that are not valid text
-    arguments = build_parser().parse_args(argv)
     # The libraries read these at import. Their reports on weights are not needed: kosmosg checks weights itself.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        return arguments.run(arguments)
+        arguments = build_parser().parse_args(argv)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has exited; the rest of the output is discarded
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"kosmosg: {error}", file=sys.stderr)
         return USER_ERROR

@@ -54,7 +54,7 @@ tags:
 Prompts of interleaved images and text for a frozen Stable Diffusion ([arXiv 2310.02992](https://arxiv.org/abs/2310.02992)).
 
 Converted from `{file}` ({bytes:,} bytes, SHA-256 `{sha256}`) by `kosmosg convert`, which renamed tensors and
-{cast}. `{record}` lists the sizes that were assumed and the tensors that were left out.
+{cast}. `{record}` lists all decisions and omitted tensors.
 
 | part | parameters | type | from |
 |---|---:|---|---|
@@ -86,7 +86,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     return CARD.format(
         base=f"base_model: {base}\n" if base and not Path(base).is_dir() else "",
         stage=STAGES[record["kind"]],
-        cast="changed no values" if dtype is None else f"rounded values to {dtype}",
+        cast="changed no value" if dtype is None else f"rounded values to {dtype}",
         record=RECORD,
         parts="\n".join(
             f"| {name} | {part['parameters']:,} | {part['dtype']} | {part['from']} |"

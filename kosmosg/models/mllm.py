@@ -75,7 +75,7 @@ class MultimodalLM(nn.Module):
 
     @abstractmethod
     def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
-        """Return a prompt with one blank image, one row; `StageModule.with_image` adds it to batches without images.
+        """Return a one-row batch with one blank image, for batches without any: see `StageModule.with_dummy_image`.
 
         Args:
             usual: give the image a typical size, for dry runs of models that read images of any size.
