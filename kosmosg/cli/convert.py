@@ -20,10 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spm", metavar="FILE", help="the released SentencePiece model")
     parser.add_argument("--dict", metavar="FILE", dest="dictionary", help="the released dictionary")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as in the checkpoint")
-    parser.add_argument(
-        "--vision-heads", type=int, metavar="N", help="heads of the vision encoder; default: width / 64"
-    )
-    parser.add_argument("--aligner-heads", type=int, metavar="N", help="heads of AlignerNet; default: width / 64")
+    parser.add_argument("--vision-heads", type=int, metavar="N", help="vision encoder heads; default: width / 64")
+    parser.add_argument("--aligner-heads", type=int, metavar="N", help="AlignerNet heads; default: width / 64")
     parser.add_argument("--keep-grounding", action="store_true", help="keep Kosmos-2's grounding tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR once the new folder is complete")
 

@@ -73,11 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate the images; returns 1 if lines of the manifest were skipped, else 0.
-
-    Raises:
-        ValueError, FileNotFoundError: with a message for the user.
-    """
+    """Generate the images; returns 1 if lines of the manifest were skipped, else 0. Raises ValueError or
+    FileNotFoundError with a message for the user."""
     from rich.progress import track
 
     from kosmosg import generation
@@ -229,11 +226,7 @@ def added_networks(arguments: argparse.Namespace, lora_scales: Sequence[float] =
 
 
 def placement(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Return device and dtype, by default those that suit this machine.
-
-    Raises:
-        GenerationError: the device does not exist.
-    """
+    """Return device and dtype, by default those that suit this machine. Raises GenerationError for a missing device."""
     import torch
 
     from kosmosg.generation import GenerationError

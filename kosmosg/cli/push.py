@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", required=True, metavar="ID", help="such as mit, openrail, other")
     parser.add_argument("--dtype", help="float32, float16, bfloat16 or int8; default: unchanged")
     parser.add_argument("--base", metavar="ID", help="folder or hub id; weights equal to those of the base are omitted")
-    parser.add_argument(
-        "--evaluation", type=Path, metavar="DIR", help="evaluation folder with tables for the model card"
-    )
+    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="evaluation to add to the model card")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier --output")
 

@@ -68,11 +68,7 @@ class Header:
         return heads
 
     def heads(self, part: str, width: int, given: int | None, flag: str) -> int:
-        """Return the heads given by the flag, else those stored by `export`, else width / 64.
-
-        Raises:
-            ConversionError: the heads do not divide the width.
-        """
+        """Return the heads of the flag, else those stored by `export`, else width / 64. Raises ConversionError."""
         stored = self.get(f"{part}_heads", OUR_SECTION)
         if given is not None:
             heads, reason = given, f"from {flag}"

@@ -29,11 +29,10 @@ STAGE_PARTS = {
 
 
 def export_checkpoint(folder: str | Path, file: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write a released checkpoint and describe its content.
+    """Write a released checkpoint.
 
     Args:
         folder: model folder or run folder.
-        file: file to write.
         overwrite: replace `file`.
 
     Returns:
