@@ -83,7 +83,7 @@ def cat_padded(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class EncodedPrompt:
-    """One prompt: ids L int64; image_mask L bool, True at image tokens, None if there are none; images in reading order,
+    """One prompt: ids L int64; image_mask L bool, True at image tokens, None if none; images in reading order,
     float32 3×S×S or a `PackedImages` of one image."""
 
     ids: Tensor | list[int]
