@@ -103,8 +103,8 @@ def test_another_configuration_is_refused(toyland, checked, curated, capsys):
         ("crops.threshold=0.5", "crops.threshold was 0.4 and is now 0.5"),
         ("seed=1", "seed was 0 and is now 1"),
         ("input.chunk_size=5", "input.chunk_size was 4 and is now 5"),
-        ("engine=ray", "'engine' is gone. Ray Data"),
-        ("report.sheet=3", "'report' is gone. 'report.sheet' is now 'sheet'"),
+        ("engine=ray", "'engine' was removed. Curation"),
+        ("report.sheet=3", "'report' was removed. 'report.sheet' is now 'sheet'"),
         ("input.images=x", "one of input.images"),
     ]:
         before = world.digests(curated)
