@@ -11,7 +11,7 @@ from datamodules.curation.images import CutEntities, Prepare, crop, largest_regi
 from datamodules.curation.rows import decode_grey, encode_grey, new_row
 from datamodules.curation.text import CaptionFilter, CheckEntities, choose_entities, parse_answer
 from datamodules.curation.toyland import iou
-from datamodules.entities import COLOURS, illustrated
+from datamodules.entities import COLOURS, match_entities
 from datamodules.images import Limits, StoredImage, encode_png
 from datamodules.sample import Entity
 from tests.datamodules.worlds import image
@@ -116,7 +116,7 @@ def test_the_caption_alone_is_trusted_and_what_is_kept_is_what_training_places()
     caption = "A small brown dog, a hot dog and two red mugs on a brown table"
     candidates = ["brown", "dog", "hot dog", "mugs", "table", "TABLE", "spoon"]
     kept, _ = choose_entities(candidates, caption, set(COLOURS), max_entities=8)
-    placed = illustrated(caption, [Entity(text, image(0), image(0)) for text in kept], COLOURS)
+    placed = match_entities(caption, [Entity(text, image(0), image(0)) for text in kept], COLOURS)
     assert [entity.text for entity, _ in placed] == kept == ["hot dog", "mugs", "table"]
 
 
