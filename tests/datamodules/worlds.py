@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -96,10 +97,12 @@ def clip() -> ClipTokens:
     return ClipTokens(clip_tokenize)
 
 
+clip_tokenizer = cache(tiny.clip_tokenizer)
+
+
 def clip_tokenize(texts: list[str]) -> torch.Tensor:
     """CLIP ids, 77 positions."""
-    tokenizer = tiny.clip_tokenizer()
-    return torch.tensor(tokenizer(list(texts), padding="max_length", truncation=True, max_length=77).input_ids)
+    return torch.tensor(clip_tokenizer()(list(texts), padding="max_length", truncation=True, max_length=77).input_ids)
 
 
 class RecordedDraws:
