@@ -204,7 +204,7 @@ def check_lengths(pipeline: Any, requests: Iterable[Request]) -> list[str]:
     encoder, wrong = pipeline.encoder, []
     for request in requests:
         for name, text, images in (
-            ("prompt", request.prompt, [encoder.stand_in(file) for file in request.images]),
+            ("prompt", request.prompt, [encoder.blank_image(file) for file in request.images]),
             ("negative_prompt", request.negative_prompt, []),
         ):
             try:

@@ -96,6 +96,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
 
 
 @pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_stable_diffusion: Path) -> Path:
+    """A pipeline folder of both, in which all is saved by the parts' own save_pretrained."""
+    from kosmosg.pipeline import KosmosGPipeline
+
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of training and validation shards of every kind of sample."""
     return miniature.write_shards(tmp_path_factory.mktemp("shards"))

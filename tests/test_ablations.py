@@ -12,9 +12,9 @@ from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_aligner_decoder
 from kosmosg.pipeline import KosmosGPipeline
 from tests import tiny
+from tests.conftest import REPOSITORY
 from tests.lightning_modules.runs import run, trainable_names
 
-REPOSITORY = Path(train.__file__).parent
 FOLDER = REPOSITORY / "configs" / "ablations"
 ABLATIONS = sorted(file for file in FOLDER.glob("*.yaml") if file.stem != "run")
 TABLE_2 = sorted(file for file in REPOSITORY.glob("configs/toyland/table_2/*.yaml") if file.stem != "run")

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.conftest import REPOSITORY
+
 ROOMS = ("kosmosg", "datamodules", "lightning_modules", "callbacks", "evaluation", "train", "evaluate", "tests")
 ALLOWED = {
     "kosmosg": {"kosmosg"},

@@ -4,15 +4,13 @@ import json
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from kosmosg import cli
 from kosmosg.cli import COMMANDS, main
 from tests import tiny
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.conftest import REPOSITORY
 
 
 def test_help_does_not_load_torch():
@@ -39,9 +37,6 @@ def test_the_script_is_declared():
 def test_mistakes_are_one_line(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "no.pt"), str(tmp_path / "out")]) == 2
     assert capsys.readouterr() == ("", f"kosmosg: there is no file '{tmp_path / 'no.pt'}'.\n")
-
-
-def test_arguments_that_are_wrong(capsys):
     for arguments in ([], ["translate"], ["convert"], ["convert", "a", "b", "--dtype", "int8"]):
         with pytest.raises(SystemExit) as done:
             main(arguments)
