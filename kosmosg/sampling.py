@@ -74,8 +74,6 @@ SCHEDULERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-# What diffusers' pipelines hold of the null condition and of the condition, one after the other.
-GUIDED = ("prompt_embeds", "add_text_embeds", "add_time_ids")
 LARGEST_SEED = 2**64 - 1
 
 
@@ -190,7 +188,6 @@ class DiffusionSampler:
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cross_attention_kwargs: dict[str, Any] | None = None,
-        fast_unguided_share: float = 0.0,
     ) -> Any:
         """B·n images, those of one condition together: ε̂ = uncond + w (cond − uncond), eq. 4.
 
@@ -203,8 +200,6 @@ class DiffusionSampler:
             latents: starting noise B·n×4×h×w instead of drawn noise.
             height, width: pixels; by default what the decoder was trained on.
             sampler: see `build_scheduler`; None for the scheduler that was given.
-            fast_unguided_share: share of the steps, the last ones, that go without guidance and so at half the cost.
-                It changes the images: for previews, never for a table.
             others: as in `diffusers.StableDiffusionPipeline`.
 
         Raises:
@@ -214,15 +209,6 @@ class DiffusionSampler:
         check_numbers(num_inference_steps, guidance_scale, num_images_per_prompt, timesteps)
         height, width = self.decoder.image_size(height, width)
         self.decoder.check(condition)
-        if not 0 <= fast_unguided_share <= 1:
-            raise ValueError(f"fast_unguided_share={fast_unguided_share} is not allowed; allowed: 0 … 1.")
-        if fast_unguided_share and self.decoder.spec.masked:
-            raise ValueError("fast_unguided_share is not allowed for image decoders that read a mask; allowed: 0.")
-        if fast_unguided_share and guidance_scale > 1:
-            guided = round((1 - fast_unguided_share) * num_inference_steps)
-            callback_on_step_end = Unguide(guided, callback_on_step_end)
-            doubled = [name for name in GUIDED if name in self.pipeline._callback_tensor_inputs]
-            callback_on_step_end_tensor_inputs = [*callback_on_step_end_tensor_inputs, *doubled]
         prompts = len(condition.states)
         images = prompts * num_images_per_prompt
         self.pipeline.scheduler = self.scheduler(sampler)
@@ -282,19 +268,6 @@ def check_numbers(
         )
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} is not allowed; allowed: finite numbers.")
-
-
-class Unguide:
-    """A callback after each step that ends guidance after `guided` of them, and calls another one."""
-
-    def __init__(self, guided: int, then: Callable[..., dict] | None):
-        self.guided, self.then = max(1, guided), then
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step + 1 == self.guided:
-            pipeline._guidance_scale = 0.0
-            tensors |= {name: tensors[name].chunk(2)[-1] for name in GUIDED if name in tensors}
-        return tensors if self.then is None else tensors | self.then(pipeline, step, timestep, tensors)
 
 
 def seeded(
