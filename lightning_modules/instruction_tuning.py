@@ -161,7 +161,7 @@ class InstructionTuningModule(StageModule):
         module = cls(mllm, aligner, decoder, recipe, experiment.optimizer, experiment.seed)
         if data.cached_vision:
             require_frozen_vision(experiment)
-            mllm.vision.keep_blocks(recipe.vision_training.blocks)
+            mllm.vision.keep_last_blocks(recipe.vision_training.blocks)
         if data.cached_latents:
             decoder.drop_encoder()
         module.cached_latents = bool(data.cached_latents)
@@ -197,7 +197,7 @@ class InstructionTuningModule(StageModule):
 
             def states(images: list[Tensor]) -> list[dict[str, Tensor]]:
                 device = vision.clip.post_layernorm.weight.device
-                return [{"states": row} for row in vision.states_before(torch.stack(images).to(device), blocks)]
+                return [{"states": row} for row in vision.input_of_last_blocks(torch.stack(images).to(device), blocks)]
 
             encoders["vision"] = CacheEncoder(vision, states)
         return encoders

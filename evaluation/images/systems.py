@@ -50,7 +50,9 @@ def text_system(weights: str, device: torch.device, acceleration: Acceleration |
 
     def load() -> Generate:
         # In float32 whatever precision the files are stored in.
-        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **kind.unneeded).to(device)
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **kind.pipeline_options).to(
+            device
+        )
         pipeline.set_progress_bar_config(disable=True)
         denoiser, vae = (getattr(pipeline, name) for name in kind.networks)
         accelerate(denoiser, vae, acceleration or Acceleration())

@@ -29,12 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 a mistake, told on stderr, 130 interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be bytes that are no text
-    arguments = build_parser().parse_args(argv)
     # Read when the libraries are imported; our own loaders report weights themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        return arguments.run(arguments)
+        arguments = build_parser().parse_args(argv)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has exited; the rest of the output is discarded
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"kosmosg: {error}", file=sys.stderr)
         return MISTAKE

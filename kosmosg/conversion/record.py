@@ -51,10 +51,10 @@ tags:
 
 # KOSMOS-G, {stage}
 
-Interleaved images and text as the prompt of a frozen Stable Diffusion ([arXiv 2310.02992](https://arxiv.org/abs/2310.02992)).
+Prompts of interleaved images and text for a frozen Stable Diffusion ([arXiv 2310.02992](https://arxiv.org/abs/2310.02992)).
 
-Converted from `{file}` ({bytes:,} bytes, SHA-256 `{sha256}`) by `kosmosg convert`, which changed names and
-{cast}. What was decided and left out is in `{record}`.
+Converted from `{file}` ({bytes:,} bytes, SHA-256 `{sha256}`) by `kosmosg convert`, which renamed tensors and
+{cast}. `{record}` lists all decisions and omitted tensors.
 
 | part | parameters | type | from |
 |---|---:|---|---|
@@ -86,7 +86,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     return CARD.format(
         base=f"base_model: {base}\n" if base and not Path(base).is_dir() else "",
         stage=STAGES[record["kind"]],
-        cast="no value" if dtype is None else f"rounded values to {dtype}",
+        cast="changed no value" if dtype is None else f"rounded values to {dtype}",
         record=RECORD,
         parts="\n".join(
             f"| {name} | {part['parameters']:,} | {part['dtype']} | {part['from']} |"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from datamodules.agreement import AnsweringDataset
+from datamodules.agreement import CatchDataErrors
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import DataConfig, Source
 from datamodules.entities import EntityRules
@@ -166,7 +166,7 @@ def test_every_tensor_of_a_batch_is_pinned(make, monkeypatch):
     """Through what the DataLoader's thread calls; page-locked memory itself needs a GPU."""
     data = make()
     data.setup()
-    answer = AnsweringDataset(data.train_dataset)[range(3)]
+    answer = CatchDataErrors(data.train_dataset)[range(3)]
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     result = torch.utils.data._utils.pin_memory.pin_memory(answer)

@@ -12,7 +12,7 @@ from datamodules.data_config import Source
 from datamodules.errors import DataError
 from datamodules.instruction import InstructionData, InstructionDataConfig
 from datamodules.language_modelling import LanguageModellingData, LanguageModellingDataConfig
-from datamodules.mixture import TURNS_PER_WEIGHT, BatchPositions
+from datamodules.mixture import DRAWS_PER_WEIGHT, BatchPositions
 from datamodules.order import Mixture
 from datamodules.sample import CaptionSample, EditSample, TextSample
 from kosmosg.image_processing import TargetTransform
@@ -23,13 +23,13 @@ RELEASED = (2, 2, 1)  # constructed, edit, captions
 
 
 def turns(order: Mixture, first: int, n: int) -> list[int]:
-    return [order(turn * order.rows_per_turn).source for turn in range(first, first + n)]
+    return [order(turn * order.rows_per_draw).source for turn in range(first, first + n)]
 
 
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_turns_spread_as_independent_draws_of_the_released_weights_do(lanes):
     """Counts of a source in a step of 64 ranks: mean 64·p, variance 64·p·(1-p)."""
-    order = Mixture(0, RELEASED, lanes, 16, 16, TURNS_PER_WEIGHT)
+    order = Mixture(0, RELEASED, lanes, 16, 16, DRAWS_PER_WEIGHT)
     steps = [Counter(turns(order, 64 * step, 64)) for step in range(200)]
     for source, p in enumerate((0.4, 0.4, 0.2)):
         counts = [step[source] for step in steps]

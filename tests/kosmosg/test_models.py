@@ -251,7 +251,7 @@ def test_aligners_are_read_by_their_kind(model, linear, tokenizer, tmp_path):
     assert torch.equal(read.null_condition().states, model.eval().null_condition().states)
     with pytest.raises(ValueError, match="holds a LinearAligner, not a AlignerEncoder"):
         load_part(AlignerEncoder, tmp_path / "aligner")
-    with pytest.raises(FileNotFoundError, match="an aligner after stages 2 and 3"):
+    with pytest.raises(FileNotFoundError, match="stage 3 an aligner"):
         load_aligner(tmp_path / "nowhere")
 
 

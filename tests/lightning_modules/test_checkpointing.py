@@ -173,7 +173,7 @@ def test_failed_save_leaves_the_one_before_and_nothing_else(tmp_path: Path, monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("_save_tensors", "_checksums", "_complete"):
+    for place in ("_save_tensors", "_checksums", "_finalize"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpointing, place, full)
             with pytest.raises(CheckpointWriteError, match="No space left on device"):

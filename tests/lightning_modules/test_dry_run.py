@@ -75,10 +75,10 @@ def test_report_and_refusal_write_nothing(
     command = [str(configs["language_modelling"]), "dry_run=true"]
     assert train.main([*command, "hardware.images_per_row=0"]) == 0
     told = capsys.readouterr().out
-    assert "4 rows a step = 4 a device × 1 devices × 1 micro-batches" in told and ": fits" in told
+    assert "4 rows per step = 4 rows × 1 devices × 1 micro-batches" in told and ": fits" in told
     assert train.main([*command, "hardware.memory_gib=0.001", "hardware.reserve_gib=0"]) == 2
     captured = capsys.readouterr()
-    assert "DOES NOT FIT" in captured.out and "GiB are needed on each GPU and h100-80gb has 0.0" in captured.err
+    assert "DOES NOT FIT" in captured.out and "GiB are needed on each GPU, but h100-80gb has 0.0" in captured.err
     assert train.main([*command, "hardware.images_per_row=8"]) == 2
     assert "8 images need rows of 49 tokens, but a row has 48" in capsys.readouterr().err
     assert not (tmp_path / "language_modelling").exists()
@@ -87,11 +87,11 @@ def test_report_and_refusal_write_nothing(
 def test_refusal_says_what_would_fit() -> None:
     layout = BatchLayout(micro_batch_size=8, world_size=1, micro_batches=1)
     rows = Estimate({"weights": 10 * GIB, "activations": 8 * GIB}, GIB, 15 * GIB, 1.0, 1.0)
-    assert "18.0 GiB are needed on each GPU and card has 15.0: data.micro_batch_size=5 would fit" in refusal(
+    assert "18.0 GiB are needed on each GPU, but card has 15.0: data.micro_batch_size=5 would fit" in refusal(
         rows, layout, "card"
     )
     none = Estimate({"weights": 20 * GIB, "activations": 8 * GIB}, GIB, 15 * GIB, 1.0, 1.0)
-    assert "no micro-batch fits; most is taken by weights 20.0" in refusal(none, layout, "card")
+    assert "no micro-batch fits; the largest parts are weights 20.0" in refusal(none, layout, "card")
 
 
 def test_micro_batches_are_derived_and_devices_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:

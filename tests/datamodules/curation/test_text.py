@@ -3,7 +3,7 @@
 from datamodules.curation.config import Entities, TextFilter
 from datamodules.curation.rows import new_row
 from datamodules.curation.text import CaptionFilter, CheckEntities, choose_entities, parse_answer
-from datamodules.entities import COLOURS, illustrated
+from datamodules.entities import COLOURS, match_entities
 from datamodules.sample import Entity
 from tests.datamodules.worlds import image
 
@@ -48,9 +48,8 @@ def test_what_is_kept_is_what_training_places():
         ["brown", "dog", "hot dog", "mugs", "table", "TABLE", "spoon"], caption, set(COLOURS), max_entities=8
     )
     entities = [Entity(text, image(0), image(0)) for text in kept]
-    assert (
-        [entity.text for entity, _ in illustrated(caption, entities, COLOURS)] == kept == ["hot dog", "mugs", "table"]
-    )
+    matched = [entity.text for entity, _ in match_entities(caption, entities, COLOURS)]
+    assert matched == kept == ["hot dog", "mugs", "table"]
 
 
 def test_a_bad_answer_is_a_failure_and_an_empty_list_is_not():

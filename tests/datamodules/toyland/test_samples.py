@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from datamodules.entities import COLOURS, illustrated
+from datamodules.entities import COLOURS, match_entities
 from datamodules.toyland import samples, scene
 from datamodules.toyland.config import Captions, Constructed, DreamBench, ToylandData
 from datamodules.toyland.data_sets import chunks, data_sets, draw_chunk
@@ -56,7 +56,7 @@ def test_entities_are_found_in_the_caption_in_its_order():
     counts = Counter()
     for number in range(60):
         sample = samples.constructed_sample(generator(number), Constructed())
-        found = [entity for entity, _ in illustrated(sample.caption, sample.entities, COLOURS)]
+        found = [entity for entity, _ in match_entities(sample.caption, sample.entities, COLOURS)]
         assert found == sample.entities
         assert all(picture.size == (SIZE, SIZE) for e in found for picture in (e.white, e.background, sample.target))
         counts[len(found)] += 1
