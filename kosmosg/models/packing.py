@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -77,9 +78,10 @@ def unpacked(folder: Path) -> Iterator[Path]:
     """A folder that `pack` made smaller, whole in a temporary place; matrices of int8 come as float32.
 
     Raises:
-        ValueError: its base is another one than it was packed with.
+        ValueError: `packed.json` or a scale is not as `pack` writes it, or the base is another one than it was packed
+            with.
     """
-    record = json.loads((folder / PACKED).read_text(encoding="utf-8"))
+    record = read_record(folder)
     base = located(record["base"]) if record["left_out"] else None
     parts = sorted({Path(file).parent.as_posix() for file in record["left_out"]})
     if base is not None and fingerprint(base, *parts) != record["base_fingerprint"]:
@@ -96,15 +98,57 @@ def unpacked(folder: Path) -> Iterator[Path]:
             with safe_open(file, "pt") as opened:
                 for key in (key for key in names if not key.endswith(SCALE)):
                     tensor = opened.get_tensor(key)
-                    if tensor.dtype == torch.int8 and key + SCALE in names:
-                        scale = opened.get_tensor(key + SCALE)
-                        tensor = tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
+                    if key + SCALE in names:
+                        tensor = rescaled(tensor, opened.get_tensor(key + SCALE), f"'{file}': {key}")
                     tensors[key] = tensor
                 if base is not None and (absent := record["left_out"].get(name.as_posix())):
                     there = weights_of(base / name.parent)
+                    if missing := [key for key in absent if key not in there]:
+                        raise ValueError(
+                            f"'{folder / PACKED}': left_out names {missing[0]!r} of '{name}'; allowed: the weights in "
+                            f"'{base / name.parent}', as {next(iter(there), None)!r}."
+                        )
                     tensors |= {key: weight(there[key], key) for key in absent}
                 save_file(tensors, target, opened.metadata())
-        yield Path(temporary)
+        try:
+            yield Path(temporary)
+        except (ValueError, FileNotFoundError) as error:  # of parts that do not load; theirs is the temporary's name
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(str(error).replace(temporary, str(folder))) from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `packed.json` says. Raises ValueError: it is not as `pack` writes it; names the key."""
+    file = folder / PACKED
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}' is not JSON: {error}.") from error
+    found = record if isinstance(record, dict) else {}
+    left_out = found.get("left_out")
+    if not isinstance(left_out, dict) or not all(map(is_names, left_out.values())):
+        raise ValueError(f"'{file}': left_out is {str(left_out)[:80]}; allowed: an object of lists of weights' names.")
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    if unknown := sorted(left_out.keys() - set(there)):
+        raise ValueError(f"'{file}': left_out has {unknown[0]!r}; allowed: {', '.join(there)}.")
+    for key in ("base", "base_fingerprint"):
+        if not isinstance(found.get(key), str if left_out else str | None):
+            raise ValueError(f"'{file}': {key} is {str(found.get(key))[:80]}; allowed: text.")
+    return found
+
+
+def is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def rescaled(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
+    """An int8 matrix as float32. Raises ValueError: it is none, or has another number of rows than scales."""
+    if tensor.dtype != torch.int8 or not tensor.dim() or scale.shape != tensor.shape[:1]:
+        raise ValueError(
+            f"{name} is {tensor.dtype} of {list(tensor.shape)} with scales {list(scale.shape)}; allowed: int8 and one "
+            "scale for each row."
+        )
+    return tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def located(base: str) -> Path:

@@ -74,9 +74,12 @@ class StrictWeights:
                 "tensors to 'diffusion_pytorch_model.safetensors' with safetensors.torch.save_file."
             )
         tell = options.pop("output_loading_info", False)
-        # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; either
-        # way the report names them.
-        model, report = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
+        # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; then
+        # the report names them.
+        try:
+            model, report = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
+        except ValueError as error:
+            raise ValueError(f"'{folder}': {error}") from error
         check_weights(model, folder, report, ("missing_keys", "unexpected_keys", "mismatched_keys"))
         return (model, report) if tell else model
 
