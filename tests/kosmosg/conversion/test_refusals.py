@@ -75,7 +75,7 @@ STAGE_1 = without("aligner", "diffusion_unet", "vae")
 ALONE = {"alone": True}  # the checkpoint has no tokenizer beside it
 CASES = {
     "unknown name": (put("novel", 1), {}, "1 names .* as .'novel'"),
-    "missing tensor": (model(lambda m: m.pop(FC1)), {}, f"mllm .* 1 missing, as '{FC1}'"),
+    "missing tensor": (model(lambda m: m.pop(FC1)), {}, f"mllm .* 1 missing, such as '{FC1}'"),
     "another shape": (put(FC1, 2, 2), {}, rf"1 of another shape, as '{FC1}' \[2, 2\] for \[64, 32\]"),
     "NaN": (model(lambda m: m[FC1][0].fill_(torch.nan)), {}, "'decoder.layers.1.feed_forward.fc1.weight' has NaN"),
     "a layer more": (put(FC1.replace(".1.", ".2."), 64, 32), {}, "decoder_layers=2 but the tensors 3"),
@@ -115,7 +115,7 @@ CASES = {
     "another U-Net": (
         None,
         rewrite("unet/config.json", lambda text: text.replace(b'"layers_per_block": 1', b'"layers_per_block": 2')),
-        r"unet .*missing, as 'diffusion_unet\.unet\..*other'",
+        r"unet .*missing, such as 'diffusion_unet\.unet\..*other'",
     ),
     "damaged configuration": (None, rewrite("unet/config.json", lambda _: b"{"), r"unet/config\.json' is not valid"),
     "no VAE": (None, decoder(lambda folder: shutil.rmtree(folder / "vae")), "is not a Stable Diffusion folder: vae"),
@@ -173,7 +173,11 @@ def test_a_public_clip(golden, tiny_stable_diffusion, tmp_path):
     for file, options, message in (
         (clip, {"decoder": tiny_stable_diffusion, "spm": "a"}, "weights of CLIP.*--decoder, --spm does not apply"),
         (clip, {}, r"vision: its heads .*--vision-heads"),
-        (tmp_path / "clip.pt", {"vision_heads": 3}, r"1 missing, as 'visual\.transformer\.resblocks\.1\.mlp\.c_fc"),
+        (
+            tmp_path / "clip.pt",
+            {"vision_heads": 3},
+            r"1 missing, such as 'visual\.transformer\.resblocks\.1\.mlp\.c_fc",
+        ),
     ):
         with pytest.raises(ConversionError, match=message):
             convert_checkpoint(file, tmp_path / "out", **options)
