@@ -244,7 +244,7 @@ CASES = [
     (put(FC1, torch.ones(2, 2)), rf"'{FC1}' \[2, 2\] for \[64, 32\]"),
     (put(FC1, torch.ones(64, 32, dtype=torch.int8)), rf"'{FC1}' is torch\.int8; allowed: float32"),
     (tensors(lambda s: s.update({HEAD: s[EMBEDDING] + 1})), f"'{HEAD}' differs from '{EMBEDDING}'"),
-    (tensors(lambda s: s[FC1][0].fill_(torch.nan)), f"1 tensors have NaN or infinite values, as '{FC1}'"),
+    (tensors(lambda s: s[FC1][0].fill_(torch.nan)), f"1 tensors are NaN or infinite, such as '{FC1}'"),
     (lambda folder: os.truncate(folder / WEIGHTS, 10_000), r"safetensors' is missing, truncated"),
     (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), r"pickles alone.*save_pretrained"),
     (without(WEIGHTS), "neither model.safetensors nor its index"),
