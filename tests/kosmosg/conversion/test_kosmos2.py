@@ -246,7 +246,7 @@ CASES = [
     (tensors(lambda s: s.update({HEAD: s[EMBEDDING] + 1})), f"'{HEAD}' differs from '{EMBEDDING}'"),
     (tensors(lambda s: s[FC1][0].fill_(torch.nan)), f"1 tensors are NaN or infinite, such as '{FC1}'"),
     (lambda folder: os.truncate(folder / WEIGHTS, 10_000), r"safetensors' is missing, truncated"),
-    (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), r"pickles alone.*save_pretrained"),
+    (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), r"only as pickles.*save_pretrained"),
     (without(WEIGHTS), "neither model.safetensors nor its index"),
     (without("config.json"), r"config\.json' does not exist, so its folder is not a Kosmos-2"),
     (without(SENTENCEPIECE_FILE), r"sentencepiece\.bpe\.model' does not exist"),
