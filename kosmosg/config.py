@@ -156,7 +156,7 @@ def _merged(arguments: Sequence[str], schema: SchemaChoice[Any]) -> Iterator[Dic
     for layer in layers:
         _refuse_old_keys(layer, kind)
         try:
-            config = OmegaConf.merge(config, _typed(layer.values, kind))
+            config = OmegaConf.unsafe_merge(config, _typed(layer.values, kind))  # in place: merge() copies it each time
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             hint = f" (the path of that name is ./{layer.origin})" if Path(layer.origin).is_dir() else ""
             raise ConfigError(f"{layer.origin}: {_describe(error)}{hint}") from error

@@ -73,8 +73,6 @@ SCHEDULERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-# Tensors in which diffusers' pipelines concatenate the null condition and the condition for guidance.
-GUIDANCE_TENSORS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
 LARGEST_SEED = 2**64 - 1
 
 
@@ -189,7 +187,6 @@ class DiffusionSampler:
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cross_attention_kwargs: dict[str, Any] | None = None,
-        fast_unguided_share: float = 0.0,
     ) -> Any:
         """Draw B·n images with guidance ε̂ = uncond + w (cond − uncond) (eq. 4); those of one condition are adjacent.
 
@@ -202,8 +199,6 @@ class DiffusionSampler:
             generator: draws the initial noise if there are no seeds.
             latents: initial noise B·n×c×h×w instead of drawn noise.
             height, width: pixels; by default the size that the decoder was trained on.
-            fast_unguided_share: share of the steps at the end without guidance, which halves their cost. It changes
-                the images, so use it for previews only, not for measurements.
             others: as in `diffusers.StableDiffusionPipeline`.
 
         Raises:
@@ -214,15 +209,6 @@ class DiffusionSampler:
         check_numbers(num_inference_steps, guidance_scale, num_images_per_prompt, timesteps)
         height, width = self.decoder.image_size(height, width)
         self.decoder.check(condition)
-        if not 0 <= fast_unguided_share <= 1:
-            raise ValueError(f"fast_unguided_share={fast_unguided_share} is not allowed; allowed: 0 to 1.")
-        if fast_unguided_share and self.decoder.spec.masked:
-            raise ValueError("fast_unguided_share is not allowed for image decoders that read a mask; allowed: 0.")
-        if fast_unguided_share and guidance_scale > 1:
-            guided = round((1 - fast_unguided_share) * num_inference_steps)
-            callback_on_step_end = StopGuidance(guided, callback_on_step_end)
-            doubled = [name for name in GUIDANCE_TENSORS if name in self.pipeline._callback_tensor_inputs]
-            callback_on_step_end_tensor_inputs = [*callback_on_step_end_tensor_inputs, *doubled]
         prompts = len(condition.states)
         images = prompts * num_images_per_prompt
         self.pipeline.scheduler = self.scheduler(sampler)
@@ -281,19 +267,6 @@ def check_numbers(
         )
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} is not allowed; allowed: finite numbers.")
-
-
-class StopGuidance:
-    """Step callback that ends guidance after `guided` steps, then calls `callback`."""
-
-    def __init__(self, guided: int, callback: Callable[..., dict] | None):
-        self.guided, self.callback = max(1, guided), callback
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step + 1 == self.guided:
-            pipeline._guidance_scale = 0.0
-            tensors |= {name: tensors[name].chunk(2)[-1] for name in GUIDANCE_TENSORS if name in tensors}
-        return tensors if self.callback is None else tensors | self.callback(pipeline, step, timestep, tensors)
 
 
 def seeded(

@@ -48,12 +48,6 @@ def test_rooms_are_known_in_one_direction() -> None:
         assert not any(levels), f"{file.relative_to(REPOSITORY)} has a relative import"
 
 
-def test_the_check_sees_imports_in_functions(tmp_path: Path) -> None:
-    file = tmp_path / "late.py"
-    file.write_text("def f():\n    from lightning.pytorch import Trainer\n    import wandb.sdk\n")
-    assert set(imported(file)) == {"lightning", "wandb"}
-
-
 def test_processes_that_decode_or_draw_start_without_the_libraries_of_models() -> None:
     """As many are started as there are cores: `kosmosg data check` and `convert`, and Toyland."""
     modules = "datamodules.checks.check, datamodules.sources.conversion, datamodules.toyland.data_sets"

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tomllib
 
 import pytest
 
@@ -24,14 +23,6 @@ def test_help_does_not_load_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"usage: kosmosg {name}" in done.stdout for name in COMMANDS) and "commands" in done.stdout
-
-
-def test_the_script_is_declared():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"kosmosg": "kosmosg.cli:main"}
-    packages = set(project["tool"]["setuptools"]["packages"])
-    on_disk = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "kosmosg").rglob("__init__.py")}
-    assert {".".join(path.parts) for path in on_disk} == packages
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -270,12 +270,6 @@ def test_an_input_whose_name_is_no_text(model, tmp_path):
     assert read_parameters(tmp_path / "out" / "image-0.png")["images"][0]["file"] == "d\ufffdg.png"
 
 
-def test_one_side_leaves_the_other_to_the_model(model, tmp_path):
-    assert generate(model, "a dog", "--width", "96", "--output", tmp_path / "out") == 0
-    with Image.open(tmp_path / "out" / "image-0.png") as image:
-        assert image.size == (96, 64)
-
-
 @pytest.fixture
 def added(model, images):
     pipe = KosmosGPipeline.from_pretrained(model)

@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation.config import EvaluationConfig
 from kosmosg.condition import Condition
-from kosmosg.config import ConfigError, load_config
 from kosmosg.models.stable_diffusion import StableDiffusion
 from kosmosg.sampling import SCHEDULERS, Acceleration, DiffusionSampler, accelerate, build_scheduler
 from tests import tiny
-from tests.conftest import REPOSITORY
 
 STEPS = 4
 
@@ -65,7 +62,6 @@ REFUSED = [
     ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
     ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
     ({"num_inference_steps": 1001}, "num_inference_steps=1001 is not allowed; allowed: at most 1000"),
-    ({"fast_unguided_share": 1.5}, r"fast_unguided_share=1\.5"),
 ]
 
 
@@ -88,29 +84,3 @@ def test_channels_last_keeps_the_images(sampler) -> None:
     weight = decoder.unet.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     torch.testing.assert_close(sampled(DiffusionSampler(decoder)), plain, rtol=0, atol=1e-4)
-
-
-def test_going_without_guidance_halves_the_work_of_the_last_steps(sampler) -> None:
-    rows: list[int] = []
-    sampler = DiffusionSampler(deepcopy(sampler.decoder))
-    sampler.decoder.unet.register_forward_pre_hook(lambda unet, arguments: rows.append(len(arguments[0])))
-    guided = sampled(sampler)
-    assert rows == [2] * STEPS
-    rows.clear()
-    steps: list[int] = []
-
-    def count(pipeline, step, timestep, tensors):
-        steps.append(step)
-        return {}
-
-    fast = sampled(sampler, fast_unguided_share=0.5, callback_on_step_end=count)
-    assert rows == [2, 2, 1, 1] and steps == list(range(STEPS))
-    assert not torch.allclose(fast, guided, atol=1e-3)
-
-
-def test_no_protocol_takes_a_fast_mode(tmp_path) -> None:
-    file = REPOSITORY / "configs" / "toyland" / "evaluation.yaml"
-    for table in ["dreambench", "coco"]:
-        arguments = [str(file), f"output={tmp_path}", f"{table}.sampling.fast_unguided_share=0.5"]
-        with pytest.raises(ConfigError, match="fast_unguided_share"):
-            load_config(arguments, EvaluationConfig)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from kosmosg.cli import main
 from kosmosg.generation import read_parameters
 from kosmosg.pipeline import KosmosGPipeline
-from kosmosg.steering import hints, masked, without
+from kosmosg.steering import hints, masked
 
 RED, BLUE = Image.new("RGB", (70, 80), "red"), Image.new("RGB", (64, 64), "blue")
 PROMPT = "<i> in the suit of <i>"
@@ -58,12 +58,6 @@ def test_a_batch_has_a_list_for_each_prompt(pipe):
     ):
         with pytest.raises(ValueError, match=message):
             pipe.encode_prompt(prompts, images=images, image_weights=weights)
-
-
-def test_the_texts_around_an_image_that_is_taken_out_become_one():
-    assert without(["a ", RED, " in the snow"], [1]) == ["a in the snow"]
-    assert without([RED, " in the suit of ", BLUE], [0, 2]) == ["in the suit of "]
-    assert without(["a ", RED, BLUE, " there"], [1]) == ["a ", BLUE, " there"]
 
 
 def test_a_mask_leaves_the_subject_on_white_in_a_square(pipe):
