@@ -164,10 +164,6 @@ class CaptionRows(RowBuilder[AlignmentRow]):
             self._row(sample, *next(encoded)) if isinstance(sample, CaptionSample) else sample for sample in samples
         ]
 
-    def tokens(self, row: AlignmentRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
-
     def _row(
         self, sample: CaptionSample, text_ids: np.ndarray, length: int, prompt: EncodedPrompt
     ) -> tuple[AlignmentRow, str] | SampleError:
@@ -186,10 +182,6 @@ class CachedCaptionRows(RowBuilder[CachedRow]):
         """See `RowBuilder`."""
         report.reads += len(requests)
         return [self._row(request) for request in requests]
-
-    def tokens(self, row: CachedRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
 
     def _row(self, request: Request) -> tuple[CachedRow, str] | SampleError:
         sample = read_caption(self.source, request)
@@ -251,10 +243,6 @@ class EntityPromptRows(RowBuilder[AlignmentRow]):
         """See `RowBuilder`."""
         report.reads += len(requests)
         return [self._row(request) for request in requests]
-
-    def tokens(self, row: AlignmentRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
 
     def _row(self, request: Request) -> tuple[AlignmentRow, str] | SampleError:
         try:

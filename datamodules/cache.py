@@ -103,7 +103,7 @@ class _Opened(NamedTuple):
 def _open(file: str) -> _Opened:
     opened = safe_open(file, "pt")
     values = {}
-    for key in opened.keys():  # noqa: SIM118 - no dictionary
+    for key in opened.keys():  # noqa: SIM118 - not a dict
         if key.endswith(SHAPE):
             name, shapes = key.removesuffix(SHAPE), opened.get_tensor(key).numpy()
             values[name] = _Value(name, shapes.prod(axis=1).cumsum(), shapes)

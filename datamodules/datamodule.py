@@ -22,7 +22,7 @@ from datamodules.cache import Cache, Encode, Item, write_cache
 from datamodules.data_config import DataConfig, Source
 from datamodules.errors import DataError
 from datamodules.mixture import DRAWS_PER_WEIGHT, BatchPositions, MixtureDataset, RowBuilder
-from datamodules.order import Mixture, SampleOrder, mix, whole_weights
+from datamodules.order import Mixture, SampleOrder, integer_weights, mix
 from datamodules.report import SampleCounter
 from datamodules.sample import Sample
 from datamodules.shards import ShardList, list_shards
@@ -272,7 +272,7 @@ class MixtureDataModule(lightning.LightningDataModule):
             builder.samples_per_row = values["samples_per_row"]
         if all("tokens_per_row" in values for values in measured):
             shares = [self.sources()[builder.name].weight for builder in dataset.builders]
-            weights = whole_weights(
+            weights = integer_weights(
                 [share / max(values["tokens_per_row"], 1.0) for share, values in zip(shares, measured, strict=True)]
             )
             names = [builder.name for builder in dataset.builders]

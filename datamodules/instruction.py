@@ -153,10 +153,6 @@ class InstructionRows(RowBuilder[InstructionRow]):
                 rows.append(error)
         return rows
 
-    def tokens(self, row: InstructionRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
-
     def build(self, sample: Sample, random: Random, located: Located | None = None) -> InstructionRow:
         """Return prompt, target (3,H,W) or its moments, and the target's caption of a sample.
 

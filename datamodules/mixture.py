@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch.utils.data import Dataset, Sampler
 
@@ -60,9 +60,9 @@ class RowBuilder(ABC, Generic[T]):
         Adds the number of samples read, and errors that did not prevent a row, to `report`.
         """
 
-    @abstractmethod
-    def tokens(self, row: T) -> int:
-        """Return the number of tokens of a row, without padding."""
+    def tokens(self, row: Any) -> int:
+        """Return the number of tokens of a row, without padding: by default, the length of the row's first item."""
+        return len(row[0])
 
     def measure(self) -> float:
         """Measure `samples_per_row` on the first samples."""

@@ -49,7 +49,7 @@ class Draw(NamedTuple):
 
 
 class Mixture:
-    """Maps a global row to its source, lane and row in both.
+    """Maps a global row to a source, a lane, and a row of the source in this lane.
 
     The sources of a lane are drawn in blocks of sum(weights) × `repeats` draws, without replacement: every block takes
     each source exactly weight × `repeats` times, in an order of its own.
@@ -153,7 +153,7 @@ class SampleOrder:
             )
         self.seed, self.lanes, self.lane_rows, self.window, self.block = seed, lanes, lane_rows, window, block
         self.one_block = len(counts) <= window or self.total < lanes
-        self._forget()
+        self._reset()
 
     def __call__(self, lane: int, number: int) -> tuple[Block, int]:
         """Return the block of sample `number` of a lane, and the sample's place in the shuffled block."""
@@ -191,24 +191,18 @@ class SampleOrder:
             return range(min(low, stop), min(low + self.window, stop))
 
         parts = [
-            Slice(
-                int(order[i]),
-                int(max(begin - before[i], 0)),
-                int(min(end, before[i + 1]) - before[i]),
-            )
+            Slice(int(order[i]), int(max(begin - before[i], 0)), int(min(end, before[i + 1]) - before[i]))
             for i in shards(number)
         ]
         parts = [part for part in parts if part.end > part.begin]
         total = sum(part.end - part.begin for part in parts)
         count = -(-total // self.block)
-        following = shards(number + 1)
+        following = tuple(int(order[i]) for i in shards(number + 1))
         if not following:  # the lane's first shards of the next epoch
-            after, before_after = self._order(epoch + 1)
-            low = int(np.searchsorted(before_after, begin, side="right")) - 1
-            high = int(np.searchsorted(before_after, end, side="left"))
-            ahead = tuple(int(after[i]) for i in range(low, min(low + self.window, high)))
-        else:
-            ahead = tuple(int(order[i]) for i in following)
+            next_order, next_before = self._order(epoch + 1)
+            low = int(np.searchsorted(next_before, begin, side="right")) - 1
+            high = int(np.searchsorted(next_before, end, side="left"))
+            following = tuple(int(next_order[i]) for i in range(low, min(low + self.window, high)))
         window = tuple(part.shard for part in parts)
         blocks = []
         for j in range(count):
@@ -221,12 +215,12 @@ class SampleOrder:
                 for part in parts
             )
             key = (self.seed, 4, epoch, lane, number, j)
-            blocks.append(Block(tuple(piece for piece in slices if piece.end > piece.begin), key, window, ahead))
+            blocks.append(Block(tuple(piece for piece in slices if piece.end > piece.begin), key, window, following))
         start = max(int(before[first + number * self.window]) - begin, 0)
         bounds = start + np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
         return _Window(epoch, start, start + total, blocks, bounds)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._windows: dict[int, _Window] = {}
         self._order = lru_cache(maxsize=3)(self._epoch)
         self._whole = lru_cache(maxsize=3)(self._whole_block)
@@ -236,7 +230,7 @@ class SampleOrder:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()
 
 
 class _Window(NamedTuple):
@@ -247,7 +241,7 @@ class _Window(NamedTuple):
     bounds: np.ndarray
 
 
-def whole_weights(shares: Sequence[float], total: int = 1000) -> list[int]:
+def integer_weights(shares: Sequence[float], total: int = 1000) -> list[int]:
     """Round shares to integer weights that sum to about `total`, each at least 1.
 
     Raises:

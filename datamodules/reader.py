@@ -54,7 +54,7 @@ class SampleReader:
         self.shards, self.order, self.kind, self.limits, self.suffixes = shards, order, kind, limits, suffixes
         self.names = [url.partition("?")[0].rpartition("/")[2] for url in shards.urls]
         self.spool = None if shards.store is None else Spool(shards.store, shards.urls, shards.bytes)
-        self._forget()
+        self._reset()
 
     def __call__(self, lane: int, number: int, attempt: int = 0) -> Sample:
         """Read sample `number` of a lane. Its images stay encoded.
@@ -100,7 +100,7 @@ class SampleReader:
     def members(self, located: Located) -> tuple[str, dict[str, bytes]]:
         """Return key and members of a located sample. Raises SampleError if it cannot be read."""
         if located.group is None:
-            reason, detail = self._lost[located.shard]
+            reason, detail = self._damage[located.shard]
             raise SampleError(reason, self.names[located.shard], f"number {located.number}", detail)
         return self._tar(located.shard).read(located.group.begin, located.group.end, self.limits, self.suffixes)
 
@@ -165,12 +165,12 @@ class SampleReader:
                     self.shards.urls[shard], end,
                 )  # fmt: skip
         except SampleError as error:
-            self._lost[shard] = error.reason, f"{error.key}: {error.detail}"
+            self._damage[shard] = error.reason, f"{error.key}: {error.detail}"
         except OSError as error:
-            self._lost[shard] = "unreachable_shard", str(error)
+            self._damage[shard] = "unreachable_shard", str(error)
         else:
             if len(found) < end - begin:
-                self._lost[shard] = "truncated_tar", f"ends before its {self.shards.samples[shard]} samples"
+                self._damage[shard] = "truncated_tar", f"ends before its {self.shards.samples[shard]} samples"
             self._walks[lane, shard] = end, groups
         return found
 
@@ -194,11 +194,11 @@ class SampleReader:
                 self._tars.popitem(last=False)
         return self._tars[shard]
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._files = OpenFiles()
         self._tars: OrderedDict[int, Tar] = OrderedDict()
         self._longer: set[int] = set()
-        self._lost: dict[int, tuple[str, str]] = {}
+        self._damage: dict[int, tuple[str, str]] = {}
         self._all: np.ndarray | None = None
         self._blocks: dict[Any, tuple[tuple[int, ...], np.ndarray]] = {}
         self._windows: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -209,4 +209,4 @@ class SampleReader:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()

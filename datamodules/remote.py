@@ -166,7 +166,7 @@ class Spool:
 
     def __init__(self, store: Store, urls: list[str], sizes: Any):
         self.store, self.urls, self.sizes = store, urls, sizes
-        self._forget()
+        self._reset()
 
     def want(self, numbers: Iterable[int]) -> list[Path]:
         """Start to download these shards, in this order. Deletes all others and returns their paths.
@@ -205,7 +205,7 @@ class Spool:
     def _open(self) -> None:
         if self._process == os.getpid():
             return
-        self._forget()
+        self._reset()
         root = Path(self.store.config.spool_folder).expanduser()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ class Spool:
         Finalize(self, shutil.rmtree, (self._folder,), {"ignore_errors": True}, exitpriority=1)
         self._pool, self._process = ThreadPoolExecutor(self.store.config.connections), os.getpid()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._process, self._count = -1, 0
         self._folder: Path | None = None
         self._pool: ThreadPoolExecutor | None = None

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
 from functools import cache
@@ -146,7 +146,7 @@ def find_listed(pattern: str) -> dict[Path, dict]:
         else:
             folders = [Path(listing).parent for listing in glob(os.path.join(folder, LISTING), recursive=True)]
         for parent in folders:
-            listed |= {parent / one: record for one, record in records(parent).items() if fnmatch(one, last)}
+            listed |= {parent / tar: record for tar, record in records(parent).items() if fnmatch(tar, last)}
     return listed
 
 
@@ -214,7 +214,7 @@ def _remote(pattern: str, store: Store) -> tuple[list[str], list[dict]]:
         if folder not in folders:
             folders[folder] = {record["name"]: record for record in read_listing(f"{folder}/{LISTING}", store)}
         listed = folders[folder]
-        matches = sorted(one for one in listed if fnmatch(one, name)) if WILDCARD.search(name) else [name]
+        matches = sorted(tar for tar in listed if fnmatch(tar, name)) if WILDCARD.search(name) else [name]
         for match in matches:
             if match not in listed:
                 raise ShardError(f"'{url}' is not listed in '{folder}/{LISTING}'. {_remedy(pattern)}")
@@ -277,12 +277,6 @@ def _remedy(pattern: str) -> str:
     return f"Write it with: kosmosg data index '{pattern}'"
 
 
-def index_shards(urls: Sequence[str], store: Store | None = None, known: Iterable[dict] = ()) -> Iterable[dict]:
-    """Yield the record of each tar (see `index_shard`), given the `known` records of earlier listings."""
-    earlier = {record["name"]: record for record in known}
-    return (index_shard(url, store, earlier.get(url.partition("?")[0].rpartition("/")[2])) for url in urls)
-
-
 def index_shard(url: str, store: Store | None = None, known: dict | None = None) -> dict:
     """Make the record of a tar, from img2dataset's `_stats.json` beside it or else by counting the samples of the tar,
     which is downloaded for this if it is remote.
@@ -332,7 +326,7 @@ def write_listing(folder: Path, records: Sequence[dict], replaces: Callable[[str
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # a folder may contain several sets
         earlier = read_listing(str(listing)) if listing.exists() else []
-        earlier = [one for one in earlier if one["name"] not in names and not (replaces and replaces(one["name"]))]
+        earlier = [old for old in earlier if old["name"] not in names and not (replaces and replaces(old["name"]))]
         save_listing(listing, [*earlier, *records])
     finally:
         os.close(descriptor)

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from kosmosg.config import RUN_CONFIG
 from kosmosg.conversion import inspect_model
 from kosmosg.files import replaced, write_text
-from kosmosg.models.packing import PACKED, pack
+from kosmosg.models.packing import PACKED, pack, read_record
 from kosmosg.models.storage import find_model
 
 CARD = """---
@@ -153,7 +153,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
         ValueError: no token, or a base that others cannot read.
     """
     file = Path(folder) / PACKED
-    base = json.loads(file.read_text())["base"] if file.is_file() else None
+    base = read_record(file.parent)["base"] if file.is_file() else None
     if base and Path(base).is_dir():
         raise ValueError(f"the base '{base}' is a folder, which others do not have; push it first, and name its id.")
     if huggingface_hub.get_token() is None:

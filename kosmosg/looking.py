@@ -48,8 +48,9 @@ class Segmenter:
         logits = self.model(**text.to(self.model.device), **pixels.to(self.model.device)).logits.float()
         heat = Image.fromarray((logits.reshape(logits.shape[-2:]).sigmoid() * 255).round().byte().cpu().numpy())
         # Stretch the mask back, because the processor squeezed the image to a square.
-        mask = heat.resize(image.size, Image.Resampling.BILINEAR)
-        return mask.point([255 * (value > 255 * THRESHOLD) for value in range(256)])
+        return heat.resize(image.size, Image.Resampling.BILINEAR).point(
+            [255 * (v > 255 * THRESHOLD) for v in range(256)]
+        )
 
 
 def own_preprocessing(source: str | Path) -> Preprocess:

@@ -83,13 +83,8 @@ def cat_padded(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class EncodedPrompt:
-    """The tokens and images of one prompt.
-
-    Attributes:
-        ids: L, int64.
-        image_mask: L, bool, True at image tokens; may be None for prompts without images.
-        images: float32 3×S×S or a `PackedImages` of one image, in reading order.
-    """
+    """One prompt: ids L int64; image_mask L bool, True at image tokens, None if none; images in reading order,
+    float32 3×S×S or a `PackedImages` of one image."""
 
     ids: Tensor | list[int]
     image_mask: Tensor | list[bool] | None
@@ -103,16 +98,14 @@ class EncodedPrompt:
 class PromptBatch:
     """Prompts padded on the right.
 
-    `lengths` and `images_per_row` are kept on the host, so that splitting a batch does not wait for the GPU. By default
-    they are computed from the tensors.
-
     Attributes:
         ids: B×L int64, `pad_id` at padding.
         image_mask: B×L bool, True at image tokens.
         images: I×3×S×S, cached states of the vision encoder I×T×width, or `PackedImages`; None without images.
         padding: B×L bool, True at padding.
-        lengths: number of tokens of each row, without padding.
-        images_per_row: number of images of each row.
+        lengths: tokens of each row without padding. A list on the host like `images_per_row`, so that splitting a batch
+            does not wait for the GPU; both are computed by default.
+        images_per_row: images of each row.
     """
 
     ids: Tensor
@@ -217,18 +210,16 @@ class PromptBatch:
         assert isinstance(self.images, PackedImages)
         rows, first = [], 0
         for row, count in enumerate(self.images_per_row):
-            row_images = range(first, first + count)
             ids, mask, end = [], [], 0
             old_ids, old_mask = (part[row, : self.lengths[row]].tolist() for part in (self.ids, self.image_mask))
-            for image in row_images:
+            for image in range(first, first + count):
                 start = old_mask.index(True, end)
                 image_ids = images.ids[image]
                 ids += [*old_ids[end:start], *image_ids]
                 mask += [*old_mask[end:start], *(token == image_ids[0] for token in image_ids)]
                 end = start + len(self.images.ids[image])
-            rows.append(
-                EncodedPrompt(ids + old_ids[end:], mask + old_mask[end:], [images.take([i]) for i in row_images])
-            )
+            row_images = [images.take([image]) for image in range(first, first + count)]
+            rows.append(EncodedPrompt(ids + old_ids[end:], mask + old_mask[end:], row_images))
             first += count
         return PromptBatch.stack(rows, self.pad_id).to(self.ids.device)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from evaluate import quiet_libraries
+from evaluate import configure_logging
 from kosmosg.config import load_config
 from tests import tiny
 from tests.datamodules.sources import published
@@ -308,7 +308,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "rehearsal", help="emptied first")
     given = parser.parse_args(arguments)
     chosen = given.recipes or list(known)
-    quiet_libraries()
+    configure_logging()
     started, here, folder = time.monotonic(), Path.cwd(), given.folder.resolve()
     spaces: dict[str, Workspace] = {}
     try:

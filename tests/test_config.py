@@ -57,7 +57,7 @@ def test_later_wins_and_extends_is_read_first_and_merged_deeply(configs: Path) -
 
 
 MISTAKEN_FILES = (
-    ("extends: run", r"circle: run.yaml → run.yaml"),
+    ("extends: run", r"circular: run.yaml → run.yaml"),
     ("extends: model/smal", r"Did you mean: 'model/small'"),
     ("tag: [a]", r"run.yaml: Key 'tag' not in 'Schema'. Did you mean: 'tags'"),
     ("- a\n- b", r"run\.yaml"),
@@ -93,14 +93,14 @@ MISTAKES = (
     (["name=x", "group="], r"has no value"),
     (["name=x", "tags=[a"], r"not YAML"),
     (["name=x", "--optimizer.lr=1"], r"write optimizer.lr=1, without dashes"),
-    (["name=x", "extends=model/toyland"], r"'extends' is no key"),
-    (["name=x", "optimizer..lr=1"], r"is no key"),
+    (["name=x", "extends=model/toyland"], r"'extends' is not a key"),
+    (["name=x", "optimizer..lr=1"], r"is not a key"),
     (["name=x", HALF, "vision.layers=7"], r"7 cannot be divided by 2 without a remainder"),
     (["name=x", "vision={half: '${divide:4,0}'}"], r"divided by 0"),
-    (["name=x", "trainer.max_flops=1e18"], r"'trainer.max_flops' is gone. Set trainer.max_steps"),
+    (["name=x", "trainer.max_flops=1e18"], r"'trainer.max_flops' was removed. Set trainer.max_steps"),
     (["nonsense"], r"neither a YAML file, a run folder nor key=value"),
     (["no/such.yaml"], r"no configuration file 'no/such.yaml'"),
-    (["configs"], r"no run folder"),
+    (["configs"], r"not a run folder"),
     ([], r"'name' has no value; set it in a YAML file or as name=…"),
 )
 

@@ -239,7 +239,7 @@ REFUSALS = [
     (["data.coco=/nowhere"], "there is no COCO at '/nowhere'"),
     (["models.after_stage_3=/nowhere"], "'/nowhere' holds no model"),
     (["models.image_decoder=/nowhere"], "there is no folder '/nowhere'"),
-    (["dreambench.dino.weights=/nowhere"], "'/nowhere' holds no encoder"),
+    (["dreambench.dino.weights=/nowhere"], "'/nowhere' is not an encoder"),
     (["coco.fid.network=inception2"], "inception2"),
     (["coco.fid.network=inception"], "there is no weight file"),
     (["coco.kid.subset_size=7"], "coco.kid.subset_size=7 is not allowed; it must be at most coco.captions=6"),
@@ -250,7 +250,7 @@ REFUSALS = [
     (["curve.guidance_scales=[2]", "dreambench=null"], "is not allowed without a dreambench protocol"),
     (
         ["curve.guidance_scales=[2]", "curve.systems=[SD]"],
-        "curve.systems=['SD'] are no rows that are made; allowed",
+        "curve.systems=['SD'] are not generated here; allowed",
     ),
     (["models.external.Rival=/nowhere"], "there is no folder '/nowhere'"),
     (["models.external.Real images=/"], "the name of a row of ours"),
@@ -365,7 +365,7 @@ DAMAGED_ANSWERS = [
     (lambda lines: [*lines, '{"index": 99, "file": "0.png"}'], "line 11: index 99 is no request's"),
     (lambda lines: [lines[0].replace("0.png", "x.png"), *lines[1:]], "x.png' does not exist"),
     (lambda lines: ['{"index": 0, "file": "0.png", "prompt": "a cat"}', *lines[1:]], "index 0 is of 'a cat', but"),
-    (lambda lines: ["[]", *lines[1:]], "line 1: this is no object"),
+    (lambda lines: ["[]", *lines[1:]], "line 1: expected an object"),
     (lambda lines: ['{"index": 0.5, "file": "0.png"}', *lines[1:]], "line 1: index 0.5 is no request's"),
 ]
 

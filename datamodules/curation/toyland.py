@@ -61,7 +61,7 @@ class GroundTruth:
             scene_name = f"scene {row['key']} of '{self.config.split}'"
             detail = f"it differs from {scene_name} by {difference:.0f} of 255; check toyland.*"
             raise SampleError("not_toyland", row["shard"], row["key"], detail)
-        return language.caption(scene, rng, told=False, with_article=bool(rng.random() < 0.5))
+        return language.caption(scene, rng, with_looks=False, with_article=bool(rng.random() < 0.5))
 
     def _heat(self, row: Row) -> list[dict]:
         scene, rng = self.scene(row), self.random(row, "heat")

@@ -11,12 +11,7 @@ import math
 from torch import Tensor, nn
 
 from kosmosg.models.positions import XPos, sinusoidal_positions
-from kosmosg.models.transformer import (
-    LAYER_NORM_EPS,
-    magneto_scale,
-    self_attention_gain,
-    transformer_layers,
-)
+from kosmosg.models.transformer import LAYER_NORM_EPS, magneto_scale, self_attention_gain, transformer_layers
 
 
 class CausalDecoder(nn.Module):

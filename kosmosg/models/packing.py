@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -79,9 +80,9 @@ def unpacked(folder: Path) -> Iterator[Path]:
     """Restore a folder written by `pack` to a temporary folder; int8 matrices become float32.
 
     Raises:
-        ValueError: the base model has changed.
+        ValueError: `packed.json` or a scale is not as `pack` writes it, or the base model has changed.
     """
-    record = json.loads((folder / PACKED).read_text(encoding="utf-8"))
+    record = read_record(folder)
     base = local_model(record["base"]) if record["left_out"] else None
     parts = sorted({Path(file).parent.as_posix() for file in record["left_out"]})
     if base is not None and fingerprint(base, *parts) != record["base_fingerprint"]:
@@ -98,15 +99,57 @@ def unpacked(folder: Path) -> Iterator[Path]:
             with safe_open(file, "pt") as opened:
                 for key in (key for key in names if not key.endswith(SCALE)):
                     tensor = opened.get_tensor(key)
-                    if tensor.dtype == torch.int8 and key + SCALE in names:
-                        scale = opened.get_tensor(key + SCALE)
-                        tensor = tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
+                    if key + SCALE in names:
+                        tensor = rescaled(tensor, opened.get_tensor(key + SCALE), f"'{file}': {key}")
                     tensors[key] = tensor
                 if base is not None and (omitted := record["left_out"].get(name.as_posix())):
                     base_weights = weight_files(base / name.parent)
+                    if missing := [key for key in omitted if key not in base_weights]:
+                        raise ValueError(
+                            f"'{folder / PACKED}': left_out names {missing[0]!r} of '{name}'; allowed: the weights in "
+                            f"'{base / name.parent}', such as {next(iter(base_weights), None)!r}."
+                        )
                     tensors |= {key: read_weight(base_weights[key], key) for key in omitted}
                 save_file(tensors, target, opened.metadata())
-        yield Path(temporary)
+        try:
+            yield Path(temporary)
+        except (ValueError, FileNotFoundError) as error:  # name the packed folder in place of the temporary one
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(str(error).replace(temporary, str(folder))) from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `packed.json`. Raises ValueError: it is not as `pack` writes it; names the key."""
+    file = folder / PACKED
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}' is not JSON: {error}.") from error
+    found = record if isinstance(record, dict) else {}
+    left_out = found.get("left_out")
+    if not isinstance(left_out, dict) or not all(map(is_names, left_out.values())):
+        raise ValueError(f"'{file}': left_out is {str(left_out)[:80]}; allowed: an object of lists of weights' names.")
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    if unknown := sorted(left_out.keys() - set(there)):
+        raise ValueError(f"'{file}': left_out has {unknown[0]!r}; allowed: {', '.join(there)}.")
+    for key in ("base", "base_fingerprint"):
+        if not isinstance(found.get(key), str if left_out else str | None):
+            raise ValueError(f"'{file}': {key} is {str(found.get(key))[:80]}; allowed: text.")
+    return found
+
+
+def is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def rescaled(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
+    """Return an int8 matrix as float32. Raises ValueError: another dtype, or not one scale per row."""
+    if tensor.dtype != torch.int8 or not tensor.dim() or scale.shape != tensor.shape[:1]:
+        raise ValueError(
+            f"{name} is {tensor.dtype} of {list(tensor.shape)} with scales {list(scale.shape)}; allowed: int8 and one "
+            "scale for each row."
+        )
+    return tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def local_model(base: str) -> Path:

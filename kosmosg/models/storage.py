@@ -76,7 +76,10 @@ class StrictWeights:
         output_loading_info = options.pop("output_loading_info", False)
         # For shapes that differ, diffusers raises a ValueError or, with low_cpu_mem_usage, keeps random weights. The
         # report names them in both cases.
-        model, report = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
+        try:
+            model, report = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
+        except ValueError as error:
+            raise ValueError(f"'{folder}': {error}") from error
         check_weights(model, folder, report, ("missing_keys", "unexpected_keys", "mismatched_keys"))
         return (model, report) if output_loading_info else model
 

@@ -65,16 +65,16 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: the images are not 3×S×S.
         """
-        if self.blocks is not None:
+        if self.blocks is None:
+            expected = (3, self.image_size, self.image_size)
+            if tuple(images.shape[1:]) != expected:
+                raise ValueError(
+                    f"images are {tuple(images.shape[1:])} but the vision encoder reads {expected} (channels, height, "
+                    f"width); preprocess them with ClipImageTransform(size={self.image_size})."
+                )
+            tokens = self.clip(images.to(self.clip.dtype)).last_hidden_state
+        else:
             tokens = images.to(self.clip.dtype)
-            for layer in self.clip.encoder.layers[-self.blocks :] if self.blocks else ():
+            for layer in self.clip.encoder.layers[len(self.clip.encoder.layers) - self.blocks :]:
                 tokens = layer(tokens, None)
-            return F.normalize(self.clip.post_layernorm(tokens), dim=-1)
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images are {tuple(images.shape[1:])} but the vision encoder reads {expected} (channels, height, "
-                f"width); preprocess them with ClipImageTransform(size={self.image_size})."
-            )
-        tokens = self.clip(images.to(self.clip.dtype)).last_hidden_state
         return F.normalize(self.clip.post_layernorm(tokens), dim=-1)

@@ -116,7 +116,7 @@ def test_a_manifest_goes_on_where_it_was(model, images, capsys, monkeypatch):
     first = {name: (out / name).read_bytes() for name in FILES}
     (out / "dog-1.png").unlink()
     assert generate(*arguments) == 0
-    assert "3 of 4 images are there already" in capsys.readouterr().out
+    assert "3 of 4 images exist already" in capsys.readouterr().out
     assert_drawn(out / "dog-1.png", Image.open(io.BytesIO(first["dog-1.png"])))
     monkeypatch.setattr(KosmosGPipeline, "from_pretrained", None)  # nothing left: the model is not even loaded
     assert generate(*arguments) == 0
@@ -153,12 +153,12 @@ BAD = [
     ({"prompt": "a", "count": 0}, "count=0"),
     ({"prompt": "a", "seed": "x"}, "seed='x'; allowed: int"),
     ({"prompt": "a", "seed": 2**64}, "seeds in 0 … 2^64 - 1"),
-    ({"prompt": "a", "name": "../a"}, "name='../a' is not a plain file name"),
-    ({"prompt": "a", "name": "x" * 300}, "is not a plain file name"),
-    ({"prompt": "a", "name": "a\0b"}, "is not a plain file name"),
+    ({"prompt": "a", "name": "../a"}, "name='../a' is not allowed; allowed: a plain file name"),
+    ({"prompt": "a", "name": "x" * 300}, "is not allowed; allowed: a plain file name"),
+    ({"prompt": "a", "name": "a\0b"}, "is not allowed; allowed: a plain file name"),
     ({"prompt": "a", "count": 10**11}, "count=100000000000 and seed=0; allowed: count in 1 … 1,000,000"),
-    ('{"prompt": "a \\ud83d dog"}', r"prompt is no text: it has '\ud83d'"),
-    ({"prompt": "a", "negative_prompt": "\udc00"}, "negative_prompt is no text"),
+    ('{"prompt": "a \\ud83d dog"}', r"prompt is not valid text: it has '\ud83d'"),
+    ({"prompt": "a", "negative_prompt": "\udc00"}, "negative_prompt is not valid text"),
     ({"prompt": "<i>", "images": ["\ud83d"]}, "the image"),
     ("[" * 100_000, "maximum recursion depth exceeded"),
     (b'{"prompt": "a d\xf6g"}', "'utf-8' codec can't decode byte 0xf6"),
@@ -191,7 +191,7 @@ def test_bad_lines_are_named_before_the_model_is_loaded(model, images, capsys, m
     assert f"{len(BAD)} lines of" in heard.err and "Traceback" not in heard.err and not (images / "out").exists()
     assert generate(*arguments, "--skip-bad") == 1
     assert [file.name for file in (images / "out").iterdir()] == [f"{len(BAD) + 1:06d}-0.png"]
-    assert f"{len(BAD)} lines were left out" in capsys.readouterr().out
+    assert f"{len(BAD)} lines were skipped" in capsys.readouterr().out
 
 
 def test_prompts_that_are_too_long_are_named_before_anything_is_drawn(model, images, capsys):
@@ -320,7 +320,7 @@ def test_controlnet_initial_image_and_lora_are_drawn_as_the_pipeline_composes_th
     assert read_parameters(images / "lora" / "image-5.png")["loras"][0]["scale"] == 0.5
     for wrong, message in (
         (["--control-image", images / "hero.png"], "a control image needs --controlnet"),
-        (["--init-image", images / "hero.png", "--strength", "0.1"], "strength=0.1 of 2 steps is not one step"),
+        (["--init-image", images / "hero.png", "--strength", "0.1"], "strength=0.1 of 2 steps is less than one step"),
         (["--init-image", images / "hero.png", "--strength", "1.5"], "strength=1.5 is not allowed"),
         (["--init-image", images / "none.png"], "none.png"),
         ([*control, "--controlnet", images / "other"], "reads images 4 times the latents' size; here: 8"),

@@ -11,10 +11,11 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from kosmosg import hub
 from kosmosg.cli import main
-from kosmosg.models.packing import PACKED
+from kosmosg.models.packing import PACKED, SCALE
 from kosmosg.pipeline import KosmosGPipeline
 
 DOG = Image.new("RGB", (64, 64), "sienna")
@@ -107,6 +108,41 @@ def test_what_the_base_has_is_left_out_and_another_base_is_refused(run, tiny_mod
         condition(tmp_path / "small")
     with pytest.raises(ValueError, match="a folder, which others do not have"):
         hub.push(tmp_path / "small", "owner/name")
+
+
+def test_a_damaged_folder_is_refused_by_name(run, tiny_model, tmp_path):
+    small, rounded = tmp_path / "small", tmp_path / "rounded"
+    assert export(run, small, "--base", tiny_model) == 0 and export(run, rounded, "--dtype", "int8") == 0
+    record = json.loads((small / PACKED).read_text())
+    weights = "aligner/diffusion_pytorch_model.safetensors"
+    for damaged, message in (
+        ('{"base"', "is not JSON"),
+        (b"\xff", "is not JSON"),
+        ([], "left_out is None; allowed: an object of lists"),
+        ({**record, "left_out": [weights]}, "left_out is .'aligner/"),
+        ({**record, "left_out": {weights: "abc"}}, "left_out is {'aligner/"),
+        ({**record, "left_out": {weights: [1]}}, "left_out is {'aligner/"),
+        ({**record, "left_out": {"../x.safetensors": ["a"]}}, "left_out has '../x.safetensors'; allowed: aligner/"),
+        ({**record, "left_out": {**record["left_out"], weights: ["absent"]}}, "names 'absent' of 'aligner/"),
+        ({**record, "base": None}, "base is None; allowed: text"),
+        ({**record, "base_fingerprint": 3}, "base_fingerprint is 3; allowed: text"),
+    ):
+        text = damaged if isinstance(damaged, str | bytes) else json.dumps(damaged)
+        (small / PACKED).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=f"'{small / PACKED}'.*{message}"):
+            condition(small)
+    whole = load_file(rounded / weights)
+    scale = next(name for name in whole if name.endswith(SCALE))
+    matrix = scale.removesuffix(SCALE)
+    for damaged, message in (
+        ({scale: whole[scale][:1].clone()}, f"{matrix} is torch.int8 of .* with scales .1.; allowed"),
+        ({matrix: whole[matrix].float()}, f"{matrix} is torch.float32 of"),
+        ({matrix: whole[matrix][:, :1].clone()}, "expected shape .*, but got"),
+        ({"absent": whole[scale] + 1}, "1 unexpected_keys"),
+    ):
+        save_file(whole | damaged, rounded / weights)
+        with pytest.raises(ValueError, match=f"'{rounded}/aligner.*{message}"):
+            condition(rounded)
 
 
 def test_mistakes_are_named(run, tmp_path, monkeypatch, capsys):

@@ -166,7 +166,7 @@ ERRORS = [
     ([], {}, "no prompts"),
     ("dog " * 3000, {}, "at most 254 are allowed"),
     ("a <i>", {"images": [Image.new("F", (8, 8))]}, "mode 'F' has no fixed range"),
-    ("a <i>", {"images": [Image.new("RGB", (1, 101))]}, "1×101 pixels cannot be resized"),
+    ("a <i>", {"images": [Image.new("RGB", (1, 101))]}, "1×101 pixels is not allowed"),
     ("a dog", {"sampler": "euler"}, "sampler='euler' is not allowed; allowed: dpm, ddim, pndm, or"),
     ("a dog", {"seeds": [1], "num_images_per_prompt": 2}, "1 seeds were given for 2 images"),
     ("a dog", {"seeds": [1], "generator": torch.Generator()}, "choose one source of noise"),

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -32,6 +33,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw
 
+from kosmosg import drawing
+from kosmosg.generation import Job, Request, Settings
 from kosmosg.pipeline import KosmosGPipeline
 from tests import tiny
 
@@ -308,6 +311,60 @@ def test_lora_files(pipe, theirs, family, tmp_path):
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
     np.testing.assert_allclose(drawn(pipe), plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["xl", "sana"], indirect=True)
+def test_files_of_a_request_are_drawn_as_composed_by_hand(pipe, family, tmp_path):
+    """`kosmosg generate` and the page draw through `drawing.draw`."""
+    files = {"images": (str(tmp_path / "red.png"),)}
+    for name, image in (("red", RED), ("edges", EDGES)):
+        image.save(tmp_path / f"{name}.png")
+    if family == "xl":
+        _, lora = tiny.write_controlnet_and_lora(tmp_path, pipe.unet)
+    else:
+        control_of_sana(pipe.transformer).save_pretrained(tmp_path / "controlnet")
+        lora = lora_file(tmp_path, pipe.transformer, SanaPipeline) / "pytorch_lora_weights.safetensors"
+    network, settings = drawing.load_controlnet(str(tmp_path / "controlnet"), pipe), Settings(2, 4.0)
+    control = {"control_image": str(tmp_path / "edges.png"), "control_scale": 0.5}
+    initial = {"init_image": str(tmp_path / "edges.png"), "strength": 0.5}
+
+    def ours(**more):
+        jobs = [Job(Request("<i> in the snow", **files, **more), seed, tmp_path, {}) for seed in (3, 4)]
+        return np.stack(list(map(np.asarray, drawing.draw(pipe, jobs, settings, network))))
+
+    def theirs(kind, parts, **inputs):
+        twice = pipe.embeddings([PROMPT["prompt"]] * 2, [PROMPT["images"]] * 2)
+        inputs = {name: [value] * 2 if value is EDGES else value for name, value in inputs.items()}
+        composed = quiet(pipe.compose(kind, **parts))
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        call = {**twice, **inputs, **sized(family), "generator": generators}
+        images = composed(**call, num_inference_steps=2, guidance_scale=4.0).images
+        return np.stack(list(map(np.asarray, images)))
+
+    scaled, parts = {"controlnet_conditioning_scale": 0.5}, {"controlnet": network}
+    if family == "sana":
+        hand = theirs(SanaControlNetPipeline, parts, control_image=EDGES, **scaled)
+        assert np.abs(ours(**control).astype(int) - hand).max() <= 1 and not np.array_equal(hand, ours())
+        with pytest.raises(ValueError, match="diffusers has no SanaImg2ImgPipeline"):
+            ours(**initial)
+    else:
+        kinds = (
+            (StableDiffusionXLControlNetPipeline, parts, control, {"image": EDGES, **scaled}),
+            (StableDiffusionXLImg2ImgPipeline, {}, initial, {"image": EDGES, "strength": 0.5}),
+            (
+                StableDiffusionXLControlNetImg2ImgPipeline,
+                parts,
+                control | initial,
+                {"image": EDGES, "strength": 0.5, "control_image": EDGES, **scaled},
+            ),
+        )
+        for kind, networks, request, inputs in kinds:
+            assert np.array_equal(ours(**request), theirs(kind, networks, **inputs))
+    plain = ours()
+    drawing.load_loras(pipe, [str(lora)])
+    styled = ours()
+    drawing.scale_loras(pipe, [0.0])
+    assert np.array_equal(ours(), plain) and not np.array_equal(styled, plain)
 
 
 @pytest.mark.parametrize("family", ["1.5"], indirect=True)

@@ -47,14 +47,14 @@ def test_every_scheduler_that_is_allowed_finds_what_the_noise_says(name, sampler
 
 
 REFUSED = [
-    ({"sampler": "euler"}, "sampler='euler' is not allowed; allowed: dpm, ddim, pndm, or of diffusers' schedulers"),
+    ({"sampler": "euler"}, "sampler='euler' is not allowed; allowed: dpm, ddim, pndm, or one of diffusers'"),
     ({"sampler": "FlowMatchEulerDiscreteScheduler"}, "is not allowed"),
     ({"sampler": "SASolverScheduler"}, "is not allowed"),
     ({"sampler": "DDIMInverseScheduler"}, "is not allowed"),
     ({"sampler": "DPMSolverSDEScheduler"}, "'DPMSolverSDEScheduler' needs the package a_missing_package"),
     ({"seeds": 3}, "seeds=3 is not allowed; allowed: a list of 1 integers"),
     ({"seeds": ["a"]}, "seeds=.*is not allowed"),
-    ({"seeds": [-1]}, r"seeds has -1; allowed: integers in 0 … 2\^64 - 1"),
+    ({"seeds": [-1]}, r"seeds contains -1; allowed: integers from 0 to 2\^64 - 1"),
     ({"seeds": [2**64]}, "seeds has 18446744073709551616"),
     ({"height": -8}, "height=-8 and width=None are not allowed; allowed: positive multiples of 8"),
     ({"width": 100}, "width=100"),

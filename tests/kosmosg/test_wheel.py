@@ -102,7 +102,7 @@ def test_the_wheel_works_by_itself(wheel, tmp_path, tiny_model, tiny_pipeline):
     done = run(programs / "python", "-c", PROGRAM, json.dumps(commands), **options)
     assert Path(done.stdout.splitlines()[0]).is_relative_to(tmp_path / "environment"), done.stderr
     assert done.stdout.endswith("[0, 0, 0, 2, 2, 2]\n"), done.stderr
-    assert done.stderr.count("kosmosg: 'data' is run from a clone of the repository") == 3
+    assert done.stderr.count("kosmosg: 'data' needs a clone of the repository") == 3
     assert [file.name for file in (empty / "drawn").iterdir()] == ["image-0.png"]
     assert (empty / "model.pt").is_file() and (empty / "out" / "mllm").is_dir()
 

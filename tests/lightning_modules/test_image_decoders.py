@@ -239,7 +239,7 @@ def test_stages_train_resume_and_dry_run(
     exported = kosmosg(["export", str(folder), str(tmp_path / "released.pt")])
     assert exported == (2 if family == "xl" else 0), "released checkpoints have no pooled vector"
     if exported:
-        assert "gives a pooled vector, which released checkpoints have no place for" in capsys.readouterr().err
+        assert "has a pooled vector, which released checkpoints have no place for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

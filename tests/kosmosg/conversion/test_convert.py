@@ -241,7 +241,7 @@ def test_a_decoder_on_the_hub_and_the_card(final, plain, tiny_stable_diffusion, 
         assert told in card.text
     of_this_disk = huggingface_hub.ModelCard.load(plain / "README.md")
     assert of_this_disk.data.base_model is None  # a folder on this disk is no model of the hub
-    with pytest.raises(ConversionError, match=r"--decoder 'someone/else' is no folder.*the hub was not reached"):
+    with pytest.raises(ConversionError, match=r"--decoder 'someone/else' is not a folder.*the hub was not reached"):
         convert_checkpoint(final, tmp_path / "none", decoder="someone/else")
 
 

@@ -34,7 +34,7 @@ def test_folders(tiny_pipeline, tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("write", "pooled", "denoiser", "told"),
     [
-        (tiny.write_stable_diffusion_xl, tiny.POOLED_WIDTH, "unet", "gives a pooled vector"),
+        (tiny.write_stable_diffusion_xl, tiny.POOLED_WIDTH, "unet", "has a pooled vector"),
         (tiny.write_sana, None, "transformer", "holds a AutoencoderDC"),
     ],
 )

@@ -134,7 +134,7 @@ def test_the_command(source, converted, tmp_path, capsys, monkeypatch):
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "plain")
     assert main(["convert", str(source), "lm"]) == 2 and "exists" in capsys.readouterr().err
     assert main(["convert", str(source), "kept", "--keep-grounding"]) == 0
-    with pytest.raises(ConversionError, match="keeps grounding tokens, which the released code has no ids for"):
+    with pytest.raises(ConversionError, match="has grounding tokens, for which the released code has no ids"):
         export_checkpoint("kept", "kept.pt")
 
 
@@ -146,7 +146,7 @@ def test_shards_and_a_hub_id(source, tiny_tokenizer, tmp_path, monkeypatch):
     assert "model-00002-of-" in record["source"]["file"]
     assert weights_of(tmp_path / "one") == weights_of(tmp_path / "many")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversionError, match="the Kosmos-2 'nobody/kosmos-2' is no folder, and was not fetched"):
+    with pytest.raises(ConversionError, match="'nobody/kosmos-2' is not a folder and cannot be downloaded"):
         convert_checkpoint("nobody/kosmos-2", "hub")
     for missing in ("nobody/stage1.pt", "one/kosmos-2"):  # files, by their suffix and by the folder that is there
         with pytest.raises(FileNotFoundError):
@@ -228,11 +228,11 @@ CANNOT = [
     (settings(tie_word_embeddings=False), "tie_word_embeddings=False"),
 ]
 CASES = [
-    *((edit, f"describes a model that MLLM cannot compute: .*{told}") for edit, told in CANNOT),
+    *((edit, f"has settings that MLLM does not support: .*{told}") for edit, told in CANNOT),
     (settings(model_type="kosmos-2.5"), "model_type='kosmos-2.5'; allowed for a folder: 'kosmos-2'"),
     (settings(quantization_config={}), "quantization_config: its weights are quantized"),
-    (text(layers="two"), "is no configuration of Kosmos-2: .*layers"),
-    (text(attention_heads=5), "no MLLM can be built of it: .*heads=5"),
+    (text(layers="two"), "is not a configuration of Kosmos-2: .*layers"),
+    (text(attention_heads=5), "no MLLM can be built from it: .*heads=5"),
     (text(pad_token_id=3), r"text_config\.pad_token_id=3; allowed: 1"),
     (text(embed_dim=64), r"do not fit its sizes: .*latent_query' \[4, 32\] for \[4, 64\]"),
     (text(vocab_size=50), r"it gives 73 ids; allowed: text_config\.vocab_size=50"),
@@ -248,13 +248,13 @@ CASES = [
     (lambda folder: os.truncate(folder / WEIGHTS, 10_000), r"safetensors' is missing, truncated"),
     (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), r"pickles alone.*save_pretrained"),
     (without(WEIGHTS), "neither model.safetensors nor its index"),
-    (without("config.json"), r"config\.json' does not exist, so its folder is no Kosmos-2"),
+    (without("config.json"), r"config\.json' does not exist, so its folder is not a Kosmos-2"),
     (without(SENTENCEPIECE_FILE), r"sentencepiece\.bpe\.model' does not exist"),
     (without("tokenizer.json"), r"states the ids of <s>, .*</line>.*Kosmos2Processor"),
-    (lambda folder: (folder / SENTENCEPIECE_FILE).write_text("a"), "damaged or no SentencePiece"),
+    (lambda folder: (folder / SENTENCEPIECE_FILE).write_text("a"), "damaged or not a SentencePiece"),
     (tokens(swapped), r"2 ids of its tokenizer files .* is 4, expected 5"),
     (tokens(other_id), "1 ids of .*'<image>' is 99, expected 69"),
-    (tokens(lambda values: values.pop("model")), r"tokenizer\.json' is no tokenizer file of Kosmos-2"),
+    (tokens(lambda values: values.pop("model")), r"tokenizer\.json' is not a tokenizer file"),
 ]
 
 
@@ -290,5 +290,5 @@ def test_older_files(source, tmp_path):
 
 
 def test_flags_that_would_do_nothing(source, tmp_path):
-    with pytest.raises(ConversionError, match="folder or hub id, for which --spm, --vision-heads means nothing"):
+    with pytest.raises(ConversionError, match="not a checkpoint, so --spm, --vision-heads does not apply"):
         convert_checkpoint(source, tmp_path / "out", spm="a", vision_heads=2)

@@ -63,7 +63,7 @@ def test_headers_without_end(tmp_path):
     header = {}
     header["self"] = header
     torch.save({"args": header, "model": WEIGHTS}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ConversionError, match="nested without end"):
+    with pytest.raises(ConversionError, match="nested too deeply"):
         read_checkpoint(tmp_path / "checkpoint.pt")
 
 
@@ -112,5 +112,5 @@ def test_other_files(tmp_path):
             read_checkpoint(path)
     for content in ({"weights": {}}, {"model": {"a": 1}}, [1], torch.ones(2)):
         torch.save(content, path)
-        with pytest.raises(ConversionError, match="no 'model'"):
+        with pytest.raises(ConversionError, match="no mapping 'model'"):
             read_checkpoint(path)

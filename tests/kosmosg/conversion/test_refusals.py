@@ -87,7 +87,7 @@ CASES = {
     "no heads": (header(decoder_attention_heads=None), {}, "decoder_attention_heads=None; .* whole number"),
     "heads that are text": (header(decoder_attention_heads="2"), {}, "decoder_attention_heads='2'"),
     "heads that do not divide": (header(decoder_attention_heads=5), {}, "decoder_attention_heads=5 .* 32"),
-    "another model's header": (header(decoder_embed_dim=2048), {}, "decoder_embed_dim=2048 but the tensors 32"),
+    "another model's header": (header(decoder_embed_dim=2048), {}, "decoder_embed_dim=2048 but the tensors have 32"),
     "no heads of the tower": (no_heads, {}, "vision: its heads .* width 32 .*--vision-heads"),
     "no heads of M": (no_heads, {"vision_heads": 2}, "aligner: its heads.*--aligner-heads"),
     "given heads": (no_heads, {"vision_heads": 2, "aligner_heads": 5}, r"5 heads \(from --aligner-heads\) .* 32"),
@@ -98,7 +98,7 @@ CASES = {
     "both stages": ("both", {"decoder": None}, "no released checkpoint has both"),
     "decoder of stage 1": (STAGE_1, {}, "stage 1.*--decoder"),
     "heads of stage 1": (STAGE_1, {"decoder": None, "aligner_heads": 2}, "no AlignerNet.*--aligner-heads"),
-    "no Kosmos-2": (None, {"keep_grounding": True}, "no Kosmos-2, for which --keep-grounding means nothing"),
+    "no Kosmos-2": (None, {"keep_grounding": True}, "not a Kosmos-2, so --keep-grounding does not apply"),
     "no tokenizer": (None, ALONE, "does not exist.*--spm and --dict"),
     "half a tokenizer": (None, {**ALONE, "spm": spm}, "does not exist.*--spm and --dict"),
     "dictionary alone": (None, {**ALONE, "dictionary": dictionary}, "does not exist.*--spm and --dict"),
@@ -107,8 +107,8 @@ CASES = {
         {"spm": spm, "dictionary": file("dict.txt", lambda world: dictionary(world).read_bytes() + b"another 1\n")},
         rf"dict\.txt' gives 74 ids but '{EMBEDDING}' has 73 rows",
     ),
-    "no SentencePiece": (None, {"spm": dictionary, "dictionary": dictionary}, "are no tokenizer"),
-    "empty": (None, tokenizer(b""), r"empty\.model' is empty, damaged or no SentencePiece"),
+    "no SentencePiece": (None, {"spm": dictionary, "dictionary": dictionary}, "are not a tokenizer"),
+    "empty": (None, tokenizer(b""), r"empty\.model' is empty, damaged or not a SentencePiece"),
     "damaged": (None, tokenizer(lambda world: spm(world).read_bytes()[:-100]), r"empty\.model' is empty, damaged"),
     "v1.5's sizes": (None, {"decoder": None}, r"32 wide but unet's cross_attention_dim is 768.*--decoder"),
     "v1.5's text": ("stage2", {"decoder": None}, r"32 wide but text_encoder's hidden_size is 768.*--decoder"),
@@ -118,7 +118,7 @@ CASES = {
         r"unet .*missing, as 'diffusion_unet\.unet\..*other'",
     ),
     "damaged configuration": (None, rewrite("unet/config.json", lambda _: b"{"), r"unet/config\.json' is not valid"),
-    "no VAE": (None, decoder(lambda folder: shutil.rmtree(folder / "vae")), "is no Stable Diffusion folder: vae"),
+    "no VAE": (None, decoder(lambda folder: shutil.rmtree(folder / "vae")), "is not a Stable Diffusion folder: vae"),
     "damaged weights": (None, rewrite(UNET, lambda content: content[:-10]), r"safetensors' is missing, truncated"),
     "no weights": (without("diffusion_unet."), decoder(lambda folder: (folder / UNET).unlink()), "no weights in unet/"),
 }
@@ -171,7 +171,7 @@ def test_a_public_clip(golden, tiny_stable_diffusion, tmp_path):
     del state["visual.transformer.resblocks.1.mlp.c_fc.bias"]
     torch.save(state, tmp_path / "clip.pt")
     for file, options, message in (
-        (clip, {"decoder": tiny_stable_diffusion, "spm": "a"}, "public CLIP.*--decoder, --spm means nothing"),
+        (clip, {"decoder": tiny_stable_diffusion, "spm": "a"}, "weights of CLIP.*--decoder, --spm does not apply"),
         (clip, {}, r"vision: its heads .*--vision-heads"),
         (tmp_path / "clip.pt", {"vision_heads": 3}, r"1 missing, as 'visual\.transformer\.resblocks\.1\.mlp\.c_fc"),
     ):
@@ -213,7 +213,7 @@ def test_a_folder_that_exists(final, plain, tmp_path, tiny_stable_diffusion):
     options = {"decoder": tiny_stable_diffusion}
     for source, folder, overwrite, message in (
         (final, out, False, r"out' exists; .*--overwrite"),
-        (final, mistaken, True, "photographs' is no model folder"),
+        (final, mistaken, True, "photographs' is not a model folder"),
         (final, mistaken / "1.jpg", True, r"1\.jpg' is a file; name the folder"),
         (out / "checkpoint.pt", out, True, r"checkpoint\.pt' lies in '.*out', which --overwrite would replace"),
     ):
