@@ -202,7 +202,7 @@ def test_a_pickle_among_the_parts(final, tmp_path, tiny_model, tiny_stable_diffu
         for read in reading:
             with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' (is a|is not a)") as error:
                 read()
-            assert "weights_only" not in str(error.value) and "save" in str(error.value)
+            assert "weights_only" not in str(error.value)  # torch's advice
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "model"]
 
 
