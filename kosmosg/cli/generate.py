@@ -185,7 +185,7 @@ def lint(requests: list) -> int:
     found = [
         f"{request.place}: {hint}"
         for request in requests
-        for hint in hints(request.prompt, [read_image(name) for name in request.images])
+        for hint in hints(request.prompt, [read_image(name).size for name in request.images])
     ]
     print("\n".join(found) or "No hints.")
     return int(bool(found))
