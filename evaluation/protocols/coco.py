@@ -128,8 +128,8 @@ class Coco(Benchmark):
         ]
         if (kid := self.protocol.kid) is not None:
             notes.append(
-                f"KID: mean over {kid.subsets} subsets of {kid.subset_size} images of each side. In place of an interval: "
-                "±1.96 standard deviations over the subsets, which is the variation at their size, not at n."
+                f"KID: mean over {kid.subsets} subsets of {kid.subset_size} images of each side. In place of an "
+                "interval: ±1.96 standard deviations over the subsets, the variation at their size, not at n."
             )
         return notes
 

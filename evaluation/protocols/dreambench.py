@@ -209,8 +209,8 @@ class DreamBench(Benchmark):
             notes.append(f"The judge on {max(score.n for score in real)} real images: {accuracy}.")
         if chances := [1 / (1 + len(others)) for name in self.subjects if (others := self.others(name))]:
             notes.append(
-                "Identity: share of images whose judge feature is closer to their own input image than to all portraits "
-                f"of other individuals of the kind; chance is {sum(chances) / len(chances):.3g}."
+                "Identity: share of images whose judge feature is closer to their own input image than to all "
+                f"portraits of other individuals of the kind; chance is {sum(chances) / len(chances):.3g}."
             )
         if "leaked" in measured:
             notes.append(
@@ -220,8 +220,8 @@ class DreamBench(Benchmark):
             )
         if self.pairs:
             notes.append(
-                f"Two subjects: {len(self.pairs)} pairs; kind and identity of each subject are judged in its half of the "
-                "image. Swapped: each half shows the other's kind; missing: neither half shows one of the kinds."
+                f"Two subjects: {len(self.pairs)} pairs; kind and identity of each subject are judged in its half of "
+                "the image. Swapped: each half shows the other's kind; missing: neither half shows one of the kinds."
             )
         return notes
 

@@ -209,4 +209,4 @@ def test_second_evaluation_reads_no_reference_image(
     kid = [row for row in results[0] if row["metric"] == "kid"]
     assert len(kid) == 4 and all(row["low"] < row["value"] < row["high"] and row["n"] == 6 for row in kid)
     page, table = ((tmp_path / "second" / name).read_text() for name in ("report.html", "results.md"))
-    assert "KID ↓" in page and "KID ↓" in table and "the mean over 5 subsets of 4 images" in table
+    assert "KID ↓" in page and "KID ↓" in table and "mean over 5 subsets of 4 images" in table
