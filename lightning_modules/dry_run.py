@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from kosmosg.config import ConfigError
 from kosmosg.models.build import image_decoder_class
-from kosmosg.models.image_decoder import with_values
+from kosmosg.models.image_decoder import real_tensors
 from kosmosg.tokenizer import Tokenizer
 from lightning_modules.base import PromptShape, StageModule
 from lightning_modules.optimizer import BLOCK
@@ -249,7 +249,7 @@ class RealIntegers(TorchDispatchMode):
         if all(type(tensor) is Tensor for tensor in inputs):
             results = None if inputs else tree_leaves(function(*args, **kwargs))
             if results is None or not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in results):
-                with with_values():
+                with real_tensors():
                     return function(*args, **kwargs)
         elif function in INDEXING:
             args = (args[0], [numbers for index in args[1] for numbers in integer_index(index)], *args[2:])
@@ -263,7 +263,7 @@ def integer_index(index: Tensor | None) -> Sequence[Tensor | None]:
     """Convert a mask to integer indices, one per dimension; other indices are returned as they are."""
     if type(index) is not Tensor or index.dtype != torch.bool:
         return (index,)
-    with with_values():
+    with real_tensors():
         return index.nonzero(as_tuple=True)
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from kosmosg.models.image_decoder import with_values
+from kosmosg.models.image_decoder import real_tensors
 from kosmosg.models.mllm import MultimodalLM
 
 
@@ -20,7 +20,7 @@ def add_lora(mllm: MultimodalLM, rank: int) -> None:
         name for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad
     ]
     decoder.requires_grad_(False)
-    with with_values():  # peft moves A and B to the weight's device, which fails for the fake tensors of a dry run
+    with real_tensors():  # peft moves A and B to the weight's device, which fails for the fake tensors of a dry run
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), decoder)
 
 

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily as with_values
+from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 
 from kosmosg.condition import Condition, ConditionSpec
 from kosmosg.losses import TimestepWeighting
 
 Parts = Literal["all", "text", "images"]
-__all__ = ["ImageDecoder", "Parts", "with_values"]
+__all__ = ["ImageDecoder", "Parts", "real_tensors"]
 
 
 class ImageDecoder(nn.Module):
@@ -58,7 +58,7 @@ class ImageDecoder(nn.Module):
         """Build the parts without weights, for dry runs.
 
         Dry runs call it under FakeTensorMode, where networks have shapes but no memory. Wrap code that needs real
-        values, such as a scheduler's constructor, in `with_values()`.
+        values, such as a scheduler's constructor, in `real_tensors()`.
 
         Raises:
             ValueError: the configuration of the hub id is not among `kosmosg.models.published`.

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
 from kosmosg.condition import Condition, ConditionSpec
-from kosmosg.models.image_decoder import ImageDecoder, Parts, with_values
+from kosmosg.models.image_decoder import ImageDecoder, Parts, real_tensors
 from kosmosg.models.published import decoder_configs
 from kosmosg.models.storage import load_network
 
@@ -80,7 +80,7 @@ class Sana(ImageDecoder):
         networks: dict[str, Any] = {}
         if parts != "text":
             networks = {name: kind.from_config(configs[name]) for name, kind in cls.networks.items()}
-            with with_values(), torch.device("cpu"):
+            with real_tensors(), torch.device("cpu"):
                 networks["scheduler"] = flow_scheduler(configs["scheduler"])
         if parts != "images":
             networks["text_encoder"] = Gemma2Model(Gemma2Config(**configs["text_encoder"]))

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kosmosg.condition import Condition, ConditionSpec
 from kosmosg.losses import TimestepWeighting, min_snr_weights, timestep_weights
-from kosmosg.models.image_decoder import ImageDecoder, Parts, with_values
+from kosmosg.models.image_decoder import ImageDecoder, Parts, real_tensors
 from kosmosg.models.published import decoder_configs
 from kosmosg.models.storage import load_network
 
@@ -112,7 +112,7 @@ class StableDiffusion(ImageDecoder):
         networks: dict[str, Any] = {}
         if parts != "text":
             networks = {name: kind.from_config(configs[name]) for name, kind in cls.networks.items()}
-            with with_values():
+            with real_tensors():
                 networks["scheduler"] = DDPMScheduler.from_config(configs["scheduler"])
         if parts != "images":
             for part, kind in cls.text_models.items():

@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from kosmosg.image_processing import read_image, resizable, to_images
-from kosmosg.models.image_decoder import with_values
+from kosmosg.models.image_decoder import real_tensors
 from kosmosg.models.mllm import MultimodalLM, VisionTraining
 from kosmosg.models.published import LANGUAGE_MODELS
 from kosmosg.models.storage import CONFIG_FILE, load_network
@@ -386,7 +386,7 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
     @torch.no_grad()
     def _blank_image(self, side: int) -> PackedImages:
         """Prepare a blank image as the model's processor would, from the configuration alone."""
-        with with_values():
+        with real_tensors():
             processor = image_processor(self.network.config)
             output = processor([Image.new("RGB", (side, side))], return_tensors="pt")
         inputs = {}

@@ -31,7 +31,7 @@ from kosmosg.batches import MicroBatch, ReadReport
 from kosmosg.condition import Condition, ConditionSpec
 from kosmosg.image_processing import to_images
 from kosmosg.models.build import IMAGE_DECODERS, build_aligner, build_mllm, load_image_decoder
-from kosmosg.models.image_decoder import ImageDecoder, with_values
+from kosmosg.models.image_decoder import ImageDecoder, real_tensors
 from kosmosg.models.kosmosg import KosmosG
 from lightning_modules.base import PromptShape, StageModule, fake_prompts
 from tests import tiny
@@ -110,7 +110,7 @@ class FlowDecoder(ImageDecoder):
 
     @classmethod
     def from_config(cls, source, parts="all") -> "FlowDecoder":
-        with with_values():
+        with real_tensors():
             scheduler = FlowMatchEulerDiscreteScheduler()
         embedding = nn.Embedding(256, tiny.CONDITION_WIDTH)
         networks = (None, None) if parts == "text" else (Denoiser(), Autoencoder())
