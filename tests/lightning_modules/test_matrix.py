@@ -16,7 +16,7 @@ from kosmosg.models.build import load_image_decoder
 from kosmosg.models.kosmosg import KosmosG, load_tokenizer
 from kosmosg.sampling import DiffusionSampler
 from lightning_modules import dry_run
-from lightning_modules.dry_run import size_up
+from lightning_modules.dry_run import measure_module
 from tests import tiny
 from tests.lightning_modules.miniature import KEYS, losses, picture
 from tests.lightning_modules.runs import back_to, exported, finish, numbers, run, weights
@@ -121,16 +121,16 @@ def test_a_dry_run_counts_what_runs(
     arguments = [str(configs["instruction_tuning"]), *named(language, "1.5"), "recipe.new_aligner=true"]
     arguments += ["model.max_image_pixels=4096", "hardware.prompt_tokens=200", "hardware.images_per_row=2"]
     experiment = load_config(arguments, train.stage_schema)
-    sized = size_up(experiment)
+    costs = measure_module(experiment)
     module = experiment.module.build(experiment, train.build_tokenizer(experiment.model)).train()
-    batch = module.fake_batch(3, sized.shape, experiment.model.image_size)
+    batch = module.fake_batch(3, costs.shape, experiment.model.image_size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module.losses(batch)["loss"].backward()
-    assert sized.flops(3) == pytest.approx(
+    assert costs.flops(3) == pytest.approx(
         counter.get_total_flops(), rel=0.1
     )  # of attention, the backward pass computes a product again
-    assert dry_run.count(module.mllm, True) == dry_run.count(sized.module.mllm, True) > 0
-    assert dry_run.count(module.mllm, False) == dry_run.count(sized.module.mllm, False) > 0
+    assert dry_run.count(module.mllm, True) == dry_run.count(costs.module.mllm, True) > 0
+    assert dry_run.count(module.mllm, False) == dry_run.count(costs.module.mllm, False) > 0
 
 
 @pytest.mark.slow
