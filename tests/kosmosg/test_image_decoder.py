@@ -85,7 +85,7 @@ def test_text_side(tiny_stable_diffusion):
     assert (states[1, 5] - states[1, 6]).abs().max() > 0  # padding is read, position by position
     long = "a very long caption about a fish"
     assert decoder.tokenize([long]).shape == (1, tiny.QUERIES)
-    with pytest.raises(ValueError, match="at most 24 are allowed"):
+    with pytest.raises(ValueError, match=r"28 .*24"):
         decoder.tokenize([long], truncation=False)
 
 

@@ -74,22 +74,22 @@ def tokenizer(content):
 STAGE_1 = without("aligner", "diffusion_unet", "vae")
 ALONE = {"alone": True}  # the checkpoint has no tokenizer beside it
 CASES = {
-    "unknown name": (put("novel", 1), {}, "1 names .* as .'novel'"),
-    "missing tensor": (model(lambda m: m.pop(FC1)), {}, f"mllm .* 1 missing, as '{FC1}'"),
-    "another shape": (put(FC1, 2, 2), {}, rf"1 of another shape, as '{FC1}' \[2, 2\] for \[64, 32\]"),
+    "unknown name": (put("novel", 1), {}, "1 of .* names .* as .'novel'"),
+    "missing tensor": (model(lambda m: m.pop(FC1)), {}, f"mllm .* 1 missing, such as '{FC1}'"),
+    "another shape": (put(FC1, 2, 2), {}, rf"1 of another shape, such as '{FC1}' \[2, 2\] for \[64, 32\]"),
     "NaN": (model(lambda m: m[FC1][0].fill_(torch.nan)), {}, "'decoder.layers.1.feed_forward.fc1.weight' has NaN"),
-    "a layer more": (put(FC1.replace(".1.", ".2."), 64, 32), {}, "decoder_layers=2 but the tensors 3"),
+    "a layer more": (put(FC1.replace(".1.", ".2."), 64, 32), {}, "decoder_layers=2 but the tensors have 3"),
     "missing size": (without("aligner.encoder_query"), {}, r"aligner: .* lacks 'aligner\.encoder_query'"),
     "untied": (model(lambda m: m.update({PROJECTION: m[EMBEDDING] + 1})), {}, f"'{PROJECTION}'.*'{EMBEDDING}'"),
     "no mllm": (without("gpt_model", "img_"), {}, r"lacks the part mllm .*holds aligner, unet, vae"),
     "no aligner": (without("aligner"), {}, r"lacks the part aligner .*holds mllm, unet, vae"),
     "no vae, no decoder": (without("vae."), {"decoder": None}, r"lacks the part vae \(vae\.vae\.\*\).*--decoder"),
-    "no heads": (header(decoder_attention_heads=None), {}, "decoder_attention_heads=None; .* whole number"),
+    "no heads": (header(decoder_attention_heads=None), {}, "decoder_attention_heads=None; .* integer"),
     "heads that are text": (header(decoder_attention_heads="2"), {}, "decoder_attention_heads='2'"),
     "heads that do not divide": (header(decoder_attention_heads=5), {}, "decoder_attention_heads=5 .* 32"),
     "another model's header": (header(decoder_embed_dim=2048), {}, "decoder_embed_dim=2048 but the tensors have 32"),
-    "no heads of the tower": (no_heads, {}, "vision: its heads .* width 32 .*--vision-heads"),
-    "no heads of M": (no_heads, {"vision_heads": 2}, "aligner: its heads.*--aligner-heads"),
+    "no heads of the tower": (no_heads, {}, "vision: .*its heads.* width 32 .*--vision-heads"),
+    "no heads of M": (no_heads, {"vision_heads": 2}, "aligner: .*its heads.*--aligner-heads"),
     "given heads": (no_heads, {"vision_heads": 2, "aligner_heads": 5}, r"5 heads \(from --aligner-heads\) .* 32"),
     "patches of no square": (put("img_model.visual.positional_embedding", 16, 32), {}, "16 positions.*square"),
     "other states": (put("aligner.encoder_proj.embed_tokens.weight", 32, 16), {}, "aligner .* 16 wide .* 32"),
@@ -115,7 +115,7 @@ CASES = {
     "another U-Net": (
         None,
         rewrite("unet/config.json", lambda text: text.replace(b'"layers_per_block": 1', b'"layers_per_block": 2')),
-        r"unet .*missing, as 'diffusion_unet\.unet\..*other'",
+        r"unet .*missing, such as 'diffusion_unet\.unet\..*other'",
     ),
     "damaged configuration": (None, rewrite("unet/config.json", lambda _: b"{"), r"unet/config\.json' is not valid"),
     "no VAE": (None, decoder(lambda folder: shutil.rmtree(folder / "vae")), "is not a Stable Diffusion folder: vae"),
@@ -172,8 +172,12 @@ def test_a_public_clip(golden, tiny_stable_diffusion, tmp_path):
     torch.save(state, tmp_path / "clip.pt")
     for file, options, message in (
         (clip, {"decoder": tiny_stable_diffusion, "spm": "a"}, "weights of CLIP.*--decoder, --spm does not apply"),
-        (clip, {}, r"vision: its heads .*--vision-heads"),
-        (tmp_path / "clip.pt", {"vision_heads": 3}, r"1 missing, as 'visual\.transformer\.resblocks\.1\.mlp\.c_fc"),
+        (clip, {}, r"vision: .*does not contain its heads.*--vision-heads"),
+        (
+            tmp_path / "clip.pt",
+            {"vision_heads": 3},
+            r"1 missing, such as 'visual.*resblocks\.1\.mlp\.c_fc",
+        ),
     ):
         with pytest.raises(ConversionError, match=message):
             convert_checkpoint(file, tmp_path / "out", **options)
@@ -196,9 +200,9 @@ def test_a_pickle_among_the_parts(final, tmp_path, tiny_model, tiny_stable_diffu
             with (part / "diffusion_pytorch_model.bin").open("wb") as file:
                 write(content, file)
         for read in reading:
-            with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' (is a|holds no)") as error:
+            with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' (is a|is not a)") as error:
                 read()
-            assert "weights_only" not in str(error.value) and "write" in str(error.value)
+            assert "weights_only" not in str(error.value)  # torch's advice
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "model"]
 
 
