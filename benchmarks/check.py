@@ -16,7 +16,7 @@ from benchmarks.setting import Setting, backward
 from kosmosg.condition import Condition
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.sampling import DiffusionSampler, build_scheduler, seeded
-from lightning_modules.dry_run import GIB, estimate, size_up
+from lightning_modules.dry_run import GIB, estimate, measure_module
 from lightning_modules.parallelize import apply_compile
 from lightning_modules.trainer import batch_layout
 from train import STAGES
@@ -33,15 +33,15 @@ def check_stage(setting: Setting, part: str, limit: Limit) -> Rows:
     if on_gpu:
         memory = torch.cuda.get_device_properties(device).total_memory / GIB
         experiment = replace(experiment, hardware=replace(experiment.hardware, memory_gib=MEMORY_SHARE * memory))
-    sized, options, hardware = size_up(experiment), experiment.trainer, experiment.hardware
-    predicted = estimate(sized, experiment, batch_layout(experiment.data.micro_batch_size, options))
+    costs, options, hardware = measure_module(experiment), experiment.trainer, experiment.hardware
+    predicted = estimate(costs, experiment, batch_layout(experiment.data.micro_batch_size, options))
     rows = min(experiment.data.micro_batch_size, predicted.largest_micro_batch(experiment.data.micro_batch_size))
     if rows < 1:
         raise ValueError(f"by the dry run no micro-batch fits into {predicted.available / GIB:.1f} GiB")
-    predicted = estimate(sized, experiment, batch_layout(rows, options))
+    predicted = estimate(costs, experiment, batch_layout(rows, options))
     module = setting.build(experiment)
     optimizer: Any = module.configure_optimizers()
-    batch = setting.fill(module.fake_batch(rows, sized.shape, experiment.model.image_size))
+    batch = setting.fill(module.fake_batch(rows, costs.shape, experiment.model.image_size))
 
     def step() -> None:
         backward(module, batch, options.precision)
@@ -58,12 +58,12 @@ def check_stage(setting: Setting, part: str, limit: Limit) -> Rows:
             "part": part,
             "variant": variant,
             "micro_batch": rows,
-            "tokens_per_row": sized.shape.tokens,
+            "tokens_per_row": costs.shape.tokens,
             "peak_bytes": peak_bytes(step, module, states),
             "dry_run_bytes": predicted.total - hardware.reserve_gib * GIB,
             "seconds": interval(seconds),
             "rows_per_second": rows / interval(seconds)["median"],
-            "flops_per_second": sized.flops(rows) / interval(seconds)["median"],
+            "flops_per_second": costs.flops(rows) / interval(seconds)["median"],
         }
 
 

@@ -98,7 +98,7 @@ class HardwareConfig:
 
 
 # Counting.
-class PassCost(NamedTuple):
+class MicroBatchCost(NamedTuple):
     """FLOPs and peak bytes of activations in the forward and backward pass of a micro-batch."""
 
     flops: float
@@ -106,14 +106,14 @@ class PassCost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sized:
+class ModuleCosts:
     """A stage's module without data, and the costs of micro-batches of one and two rows; costs are linear in rows."""
 
     module: StageModule
     shape: PromptShape
     vocabulary: int
-    one: PassCost
-    two: PassCost
+    one: MicroBatchCost
+    two: MicroBatchCost
 
     def flops(self, rows: int) -> float:
         return self.one.flops + (rows - 1) * (self.two.flops - self.one.flops)
@@ -129,7 +129,7 @@ class Sized:
         return max(0.0, self.one.activations - self.row_bytes)
 
 
-class Vocabulary(NamedTuple):
+class FakeTokenizer(NamedTuple):
     """The part of a tokenizer that is needed to build a model."""
 
     size: int
@@ -140,7 +140,7 @@ class Vocabulary(NamedTuple):
         return self.size
 
 
-def size_up(experiment: Any) -> Sized:
+def measure_module(experiment: Any) -> ModuleCosts:
     """Build the stage's module under FakeTensorMode and measure micro-batches of one and two rows.
 
     Raises:
@@ -159,7 +159,7 @@ def size_up(experiment: Any) -> Sized:
     with FakeTensorMode(allow_non_fake_inputs=True), RealIntegers(), torch.random.fork_rng(devices=[]):
         module = experiment.module.build(
             untrained,
-            Vocabulary(words),
+            FakeTokenizer(words),
             lambda source, parts: image_decoder_class(source).from_config(source, parts),
         ).train()
         options = experiment.trainer
@@ -172,14 +172,14 @@ def size_up(experiment: Any) -> Sized:
             typical.images if hardware.images_per_row is None else hardware.images_per_row,
         )
 
-        def cost(rows: int) -> PassCost:
+        def cost(rows: int) -> MicroBatchCost:
             batch = module.fake_batch(rows, shape, experiment.model.image_size)
             return measure(module, lambda: module.losses(batch)["loss"], experiment.trainer.precision)
 
-        return Sized(module, shape, words, cost(1), cost(2))
+        return ModuleCosts(module, shape, words, cost(1), cost(2))
 
 
-def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> PassCost:
+def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> MicroBatchCost:
     """Measure the cost of `loss()` and its backward pass under FakeTensorMode."""
     # FSDP2 reduces gradients at once, so they are freed here. `estimate` adds what each rank keeps of them.
     hooks = [
@@ -201,7 +201,7 @@ def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> Pa
         value.backward()
     for hook in hooks:
         hook.remove()
-    return PassCost(counter.get_total_flops(), live.peak)
+    return MicroBatchCost(counter.get_total_flops(), live.peak)
 
 
 class NoModuleTracker(contextlib.nullcontext):
@@ -298,10 +298,10 @@ class Estimate:
         return max(0, int((self.available - (self.total - rows * self.row_bytes)) // self.row_bytes))
 
 
-def estimate(sized: Sized, experiment: Any, layout: BatchLayout) -> Estimate:
+def estimate(costs: ModuleCosts, experiment: Any, layout: BatchLayout) -> Estimate:
     """Estimate memory, FLOPs and time of an optimizer step on one GPU."""
     hardware, options, ema = experiment.hardware, experiment.trainer, experiment.ema.decay > 0
-    device, module = hardware.card(), sized.module
+    device, module = hardware.card(), costs.module
     sharded = options.is_sharded(layout.world_size)
     share = layout.world_size if sharded else 1
     mixed = options.precision.endswith("-mixed")
@@ -313,7 +313,7 @@ def estimate(sized: Sized, experiment: Any, layout: BatchLayout) -> Estimate:
     frozen_whole = sum(parameter.numel() for parameter in frozen) - frozen_sharded
     stored = sum(weight.nbytes for weight in stored_weights(module))
     state_bytes = EIGHT_BIT_STATES if experiment.optimizer.eight_bit else 2 * own
-    copies = sized.fixed_bytes
+    copies = costs.fixed_bytes
     memory = {
         "trainable weights": own * trainable / share,
         "gradients": own * trainable / share,
@@ -329,11 +329,11 @@ def estimate(sized: Sized, experiment: Any, layout: BatchLayout) -> Estimate:
         memory["gradient buckets"] = own * trainable
     rows = layout.micro_batch_size
     memory["half-precision copies and the like"] = copies
-    memory[f"activations, {rows} rows, checkpointing {options.activation_checkpointing}"] = rows * sized.row_bytes
+    memory[f"activations, {rows} rows, checkpointing {options.activation_checkpointing}"] = rows * costs.row_bytes
     memory["CUDA, NCCL, fragmentation"] = hardware.reserve_gib * GIB
-    flops = sized.flops(rows) * layout.micro_batches
+    flops = costs.flops(rows) * layout.micro_batches
     seconds = flops / (peak_tflops(device, options) * TERA * hardware.utilization)
-    return Estimate(memory, sized.row_bytes, device.memory_gib * GIB, flops, seconds)
+    return Estimate(memory, costs.row_bytes, device.memory_gib * GIB, flops, seconds)
 
 
 def peak_tflops(device: Device, options: TrainerConfig) -> float:
@@ -373,18 +373,18 @@ def report(experiment: Any, console: Console) -> None:
     options, hardware = experiment.trainer, experiment.hardware
     try:
         layout = batch_layout(experiment.data.micro_batch_size, options)
-        sized = size_up(experiment)
+        costs = measure_module(experiment)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    result = estimate(sized, experiment, layout)
+    result = estimate(costs, experiment, layout)
     console.print(f"Dry run of {experiment.stage}: {layout}", highlight=False, soft_wrap=True)
-    console.print(parameters_table(sized.module), memory_table(result, hardware.device, layout.world_size))
-    for line in time_lines(sized, result, options, layout, hardware):
+    console.print(parameters_table(costs.module), memory_table(result, hardware.device, layout.world_size))
+    for line in time_lines(costs, result, options, layout, hardware):
         console.print(line, highlight=False, soft_wrap=True)
     if options.precision == "bf16-mixed" and not hardware.card().has_bf16:
         console.print(f"{hardware.device} does not support bf16: use trainer.precision=16-mixed.", style="bold")
     if experiment.model.language_model is None and not Path(experiment.model.tokenizer).is_dir():
-        console.print(f"No tokenizer at '{experiment.model.tokenizer}' yet: assuming {sized.vocabulary:,} ids.")
+        console.print(f"No tokenizer at '{experiment.model.tokenizer}' yet: assuming {costs.vocabulary:,} ids.")
     if result.total > result.available:
         raise DoesNotFitError(refusal(result, layout, hardware.device))
 
@@ -429,7 +429,7 @@ def memory_table(result: Estimate, device: str, world_size: int) -> Table:
 
 
 def time_lines(
-    sized: Sized, result: Estimate, options: TrainerConfig, layout: BatchLayout, hardware: HardwareConfig
+    costs: ModuleCosts, result: Estimate, options: TrainerConfig, layout: BatchLayout, hardware: HardwareConfig
 ) -> Iterator[str]:
     """Lines on FLOPs, time and assumptions."""
     days = result.seconds * options.max_steps / SECONDS_PER_DAY
@@ -443,6 +443,6 @@ def time_lines(
         f"{peak_tflops(hardware.card(), options):g} TFLOP/s and without waiting for data or network"
     )
     yield (
-        f"Assumed: {sized.shape.tokens} tokens and {sized.shape.images} images per row (keys hardware.*); the largest "
+        f"Assumed: {costs.shape.tokens} tokens and {costs.shape.images} images per row (keys hardware.*); the largest "
         f"data.micro_batch_size that fits is {result.largest_micro_batch(layout.micro_batch_size)}"
     )

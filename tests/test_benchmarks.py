@@ -46,7 +46,7 @@ def test_part_that_fails_or_runs_over_is_reported_and_the_rest_goes_on(
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(check, "size_up", out_of_memory)
+    monkeypatch.setattr(check, "measure_module", out_of_memory)
     file = tmp_path / "results.jsonl"
     assert main(["check", "alignment", "sampling", *ONE_LAYER, f"output={file}"]) == 1
     assert [("problem" in result, result["part"]) for result in results(file)] == [

@@ -14,7 +14,7 @@ from kosmosg.config import load_config
 from kosmosg.models.kosmosg import KosmosG
 from lightning_modules import dry_run
 from lightning_modules.base import StageModule
-from lightning_modules.dry_run import count, size_up
+from lightning_modules.dry_run import count, measure_module
 from tests import tiny
 from tests.lightning_modules import miniature
 from tests.lightning_modules.runs import back_to, exported, finish, run
@@ -215,12 +215,12 @@ def test_a_cache_of_something_else_is_refused_naming_both(
 @pytest.mark.parametrize("model", ENCODERS)
 def test_a_dry_run_shows_what_is_not_loaded(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At full size: M and N alone in stage 2; in stage 3 one block of CLIP of 24, and of the VAE its decoder."""
-    monkeypatch.setattr(dry_run, "measure", lambda *_: dry_run.PassCost(1.0, 1.0))
+    monkeypatch.setattr(dry_run, "measure", lambda *_: dry_run.MicroBatchCost(1.0, 1.0))
     frozen: dict[str, list[int]] = {stage: [] for stage in CACHED}
     for stage, counts in frozen.items():
         for given in (PLAIN[stage], cached(stage)):
             files = [str(CONFIGS / f"{stage}.yaml"), str(CONFIGS / "model" / f"{model}.yaml")]
-            counts.append(count(size_up(load_config([*files, *given], train.stage_schema)).module, False))
+            counts.append(count(measure_module(load_config([*files, *given], train.stage_schema)).module, False))
     assert frozen["alignment"][0] > 1e9 and frozen["alignment"][1] == 0
     vision = 303_179_776 - 12_596_224 - 2_048  # CLIP ViT-L/14, but for the last block and the norm after it
     assert frozen["instruction_tuning"][0] - frozen["instruction_tuning"][1] == vision + ENCODERS[model]

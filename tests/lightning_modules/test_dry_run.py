@@ -11,7 +11,7 @@ import train
 from kosmosg.config import load_config
 from lightning_modules import dry_run
 from lightning_modules.base import build_stage
-from lightning_modules.dry_run import Estimate, PassCost, refusal, size_up
+from lightning_modules.dry_run import Estimate, MicroBatchCost, measure_module, refusal
 from lightning_modules.trainer import BatchLayout, TrainerConfig, batch_layout, count_devices
 
 CONFIGS = Path(train.__file__).parent / "configs"
@@ -53,29 +53,29 @@ def test_it_counts_what_runs(
     if language:
         given = [str(configs[stage]), f"model.language_model={tiny_folder(language)}", *LANGUAGE]
     experiment = load_config(given, train.stage_schema)
-    sized = size_up(experiment)
+    costs = measure_module(experiment)
     module = build_stage(experiment.module, experiment, train.build_tokenizer(experiment.model))
-    batch = module.train().fake_batch(3, sized.shape, experiment.model.image_size)
+    batch = module.train().fake_batch(3, costs.shape, experiment.model.image_size)
     # As matrix products, attention is counted on a CPU too.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module.losses(batch)["loss"].backward()
     # Of transformers' attention, the backward pass computes a product again.
-    assert sized.flops(3) == pytest.approx(counter.get_total_flops(), rel=0.1 if language else 0.02)
+    assert costs.flops(3) == pytest.approx(counter.get_total_flops(), rel=0.1 if language else 0.02)
     for name, network in module.named_children():
-        theirs = getattr(sized.module, name)
+        theirs = getattr(costs.module, name)
         assert dry_run.count(network, True) == dry_run.count(theirs, True), name
         assert dry_run.count(network, False) == dry_run.count(theirs, False), name
-    assert sized.row_bytes > 0 and all(parameter.grad is None for parameter in sized.module.parameters())
+    assert costs.row_bytes > 0 and all(parameter.grad is None for parameter in costs.module.parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(file.stem for file in (CONFIGS / "model").glob("*.yaml")))
 def test_every_model_has_its_parameters_without_a_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full-size modules that fit their image decoder; the passes, which take minutes, are not counted here."""
-    monkeypatch.setattr(dry_run, "measure", lambda *_: PassCost(1.0, 1.0))
+    monkeypatch.setattr(dry_run, "measure", lambda *_: MicroBatchCost(1.0, 1.0))
     monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("the dry run asked the network"))
     files = [str(CONFIGS / "alignment.yaml"), str(CONFIGS / "model" / f"{model}.yaml")]
-    module = size_up(load_config(files, train.stage_schema)).module
+    module = measure_module(load_config(files, train.stage_schema)).module
     for name, expected in PARAMETERS[model].items():
         assert sum(parameter.numel() for parameter in getattr(module, name).parameters()) == expected, name
 
