@@ -246,7 +246,7 @@ CASES = [
     (tensors(lambda s: s.update({HEAD: s[EMBEDDING] + 1})), f"'{HEAD}' differs from '{EMBEDDING}'"),
     (tensors(lambda s: s[FC1][0].fill_(torch.nan)), rf"NaN .*'{FC1}'"),
     (lambda folder: os.truncate(folder / WEIGHTS, 10_000), "safetensors'"),
-    (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), r"pickles alone.*save_pretrained"),
+    (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), r"pytorch_model\.bin.*save_pretrained"),
     (without(WEIGHTS), r"model\.safetensors"),
     (without("config.json"), r"config\.json' does not exist"),
     (without(SENTENCEPIECE_FILE), r"sentencepiece\.bpe\.model' does not exist"),

