@@ -46,7 +46,7 @@ class InstructionDataConfig(DataConfig):
     entities: EntityRules = field(default_factory=EntityRules)
     """How constructed samples become prompts."""
     edit_caption_drop: float = 0.5
-    """Probability that the caption before the image to edit is emptied (0 … 1)."""
+    """Probability that the caption before the image to edit is dropped (0 … 1)."""
     min_image_side: int = 384
     """Skip image-caption pairs whose width or height has fewer pixels (released-code.md, "Caption rows")."""
     max_pieces: int = 128

@@ -73,7 +73,7 @@ class Packer:
         self.tokenizer, self.image_transform = encoder.tokenizer, encoder.image_transform
         self.image_ids = [self.tokenizer.image_id] * (1 + encoder.image_tokens) + [self.tokenizer.image_end_id]
         self.capacity = sequence_length + 1
-        self.longest_unit = self.capacity - 2  # beside <s> and </s>
+        self.longest_unit = self.capacity - 2  # without <s> and </s>
         if self.longest_unit < len(self.image_ids):
             raise ValueError(
                 f"sequence_length={sequence_length} cannot hold an image of {len(self.image_ids)} tokens between <s> "
@@ -125,7 +125,7 @@ class Packer:
         for document in documents:
             count = self.fit(document, self.capacity - len(packed))
             if not count and not packed:
-                detail = f"{sum(len(unit.ids) for unit in document.units)} tokens, a row takes {self.longest_unit}"
+                detail = f"{sum(len(unit.ids) for unit in document.units)} tokens, at most {self.longest_unit}"
                 report.errors.append(FilteredSample("too_long", document.shard, document.key, detail))
                 continue
             units = document.units[:count]

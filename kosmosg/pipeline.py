@@ -363,8 +363,8 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def embeddings(self, *prompt: Any, **options: Any) -> dict[str, Any]:
         """Return the result of `encode_prompt` as keyword arguments for diffusers' pipelines of the family."""
         self._require_decoder(scheduler=False)
-        placed = {"device": self._execution_device, "dtype": self.denoiser.dtype}
-        conditions = (condition.to(**placed) for condition in self._conditions(*prompt, **options))
+        placement = {"device": self._execution_device, "dtype": self.denoiser.dtype}
+        conditions = (condition.to(**placement) for condition in self._conditions(*prompt, **options))
         return self.decoder_class.pipeline_arguments(*conditions)
 
     def compose(self, kind: Callable[..., Composed], **parts: Any) -> Composed:
@@ -416,7 +416,7 @@ class KosmosGPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         state, *alphas, metadata = reader.lora_state_dict(source, **options)
         name = "the dictionary" if isinstance(source, dict) else f"'{source}'"
         if others := [key for key in state if "lora" not in key]:
-            raise ValueError(f"{name} is no LoRA file: {others[0]!r} is not a LoRA weight.")
+            raise ValueError(f"{name} is not a LoRA file: {others[0]!r} is not a LoRA weight.")
         weights = {key: tensor for key, tensor in state.items() if key.startswith(f"{denoiser}.")}
         if not weights:
             first = next(iter(state), None)
@@ -518,27 +518,27 @@ def decoder_of_run(folder: str | Path) -> str | None:
         raise ValueError(f"'{file}' cannot be read: {error}") from error
 
 
-def decoder_parts(image_decoder: str | Path, dtype: Dtype, given: Collection[str]) -> dict[str, Any]:
-    """Load the denoiser and VAE of an image decoder and build its "dpm" scheduler; skip components in `given`."""
+def decoder_parts(image_decoder: str | Path, dtype: Dtype, skip: Collection[str]) -> dict[str, Any]:
+    """Load the denoiser and VAE of an image decoder and build its "dpm" scheduler; skip components in `skip`."""
     index = image_decoder_index(image_decoder)
     kind = IMAGE_DECODERS[index["_class_name"]]
-    parts: dict[str, Any] = dict.fromkeys(DENOISERS - set(given))
+    parts: dict[str, Any] = dict.fromkeys(DENOISERS - set(skip))
     for name, network in kind.networks.items():
-        if name not in given:
+        if name not in skip:
             parts[name] = load_network(network, image_decoder, name, dtype=dtype_of(name, dtype))
-    if "scheduler" not in given:
+    if "scheduler" not in skip:
         parts["scheduler"] = build_scheduler("dpm", kind.read_scheduler(image_decoder))
     return {**parts, "family": index["_class_name"], "unconditional": kind.unconditional_of(index)}
 
 
-def model_parts(folder: Path, dtype: Dtype, given: Collection[str]) -> dict[str, Any]:
-    """Load mllm/, aligner/ and tokenizer/ of a training run; skip components in `given`."""
+def model_parts(folder: Path, dtype: Dtype, skip: Collection[str]) -> dict[str, Any]:
+    """Load mllm/, aligner/ and tokenizer/ of a training run; skip components in `skip`."""
     load: dict[str, Callable[[], Any]] = {
         "mllm": lambda: load_mllm(folder / "mllm", dtype_of("mllm", dtype)),
         "aligner": lambda: load_aligner(folder / "aligner", dtype_of("aligner", dtype)),
         "tokenizer": lambda: load_tokenizer(folder / "tokenizer"),
     }
-    return {name: read() for name, read in load.items() if name not in given}
+    return {name: read() for name, read in load.items() if name not in skip}
 
 
 def for_each(values: Sequence[Any], prompts: Sequence[Any], name: str) -> list[Sequence[Any]]:

@@ -121,11 +121,16 @@ def with_masks(prompts: Sequence[list[Segment]], masks: Sequence[Sequence[Any]])
     return changed
 
 
-def hints(prompt: str, images: Sequence[Image.Image]) -> list[str]:
-    """What may be wrong with a prompt, in sentences; none of it keeps it from being drawn but the first."""
+def hints(prompt: str, sizes: Sequence[tuple[int, int]], numbers: Sequence[int] = ()) -> list[str]:
+    """What may be wrong with a prompt, in sentences; none of it keeps it from being drawn but the first.
+
+    Args:
+        sizes: (width, height) of its images, in order.
+        numbers: what the images are called; 1, 2, … if not given.
+    """
     found = []
-    if (places := prompt.count(PLACEHOLDER)) != len(images):
-        found.append(f"The prompt has {places} placeholders {PLACEHOLDER} and {len(images)} images; each needs one.")
+    if (places := prompt.count(PLACEHOLDER)) != len(sizes):
+        found.append(f"The prompt has {places} placeholders {PLACEHOLDER} and {len(sizes)} images; each needs one.")
     if match := LEADING.match(prompt):
         found.append(
             f"The prompt begins with {match.group().strip()!r} before an image. The released model was asked without "
@@ -133,8 +138,7 @@ def hints(prompt: str, images: Sequence[Image.Image]) -> list[str]:
         )
     if (words := len(prompt.split())) > MOST_WORDS:
         found.append(f"The prompt has {words} words; captions in training have about {MOST_WORDS} at most.")
-    for number, image in enumerate(images, 1):
-        width, height = image.size
+    for number, (width, height) in dict(zip(numbers or range(1, len(sizes) + 1), sizes, strict=True)).items():
         if max(width, height) > FAR_FROM_SQUARE * min(width, height):
             found.append(
                 f"Image {number} is {width}×{height} pixels. The paper's MLLM reads the square in its middle: crop "

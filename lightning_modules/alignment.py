@@ -80,9 +80,9 @@ class AlignmentRecipe:
     """Keep dropout active in the frozen MLLM, as the released code does."""
 
     def __post_init__(self) -> None:
-        for name, least in (("mse_weight", 0), ("rec_weight", 0), ("length_buckets", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"recipe.{name} is {getattr(self, name)}; allowed: {least} or more")
+        for name, minimum in (("mse_weight", 0), ("rec_weight", 0), ("length_buckets", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; allowed: {minimum} or more")
         if self.length_buckets > 1 and self.variant == "released":
             raise ValueError(
                 f"recipe.length_buckets is {self.length_buckets}, but recipe.variant=released depends on the padding "

@@ -271,7 +271,7 @@ def test_interruption_is_told(
 
     monkeypatch.setattr("evaluation.plan.generate", interrupt)
     assert evaluate.main([*arguments, f"output={tmp_path / 'evaluation'}"]) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "Run the same command again" in capsys.readouterr().err
 
 
 def test_help_lists_the_keys(capsys: pytest.CaptureFixture) -> None:

@@ -122,14 +122,14 @@ class Coco(Benchmark):
     def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
         """Return notes on FID, KID and their intervals."""
         notes = [
-            f"FID against {len(self.references())} real images; it depends on n, so compare rows of equal n only. "
-            f"Intervals: {bootstrap.fid_replicates} draws of generated images, centred on the value; "
-            f"{bootstrap.replicates} of captions for CLIP-T."
+            f"FID against {len(self.references())} real images. It depends on n: compare rows of equal n only. "
+            f"Intervals: {bootstrap.fid_replicates} bootstrap draws of generated images, centred on the value; for "
+            f"CLIP-T {bootstrap.replicates} draws of captions."
         ]
         if (kid := self.protocol.kid) is not None:
             notes.append(
-                f"KID: the mean over {kid.subsets} subsets of {kid.subset_size} images of each side; what stands in "
-                "place of its interval is ±1.96 standard deviations over them, so how it varies at that size, not at n."
+                f"KID: mean over {kid.subsets} subsets of {kid.subset_size} images of each side. In place of an interval: "
+                "±1.96 standard deviations over the subsets, which is the variation at their size, not at n."
             )
         return notes
 

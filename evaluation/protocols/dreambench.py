@@ -48,7 +48,7 @@ class DreamBench(Benchmark):
     tables: ClassVar = {
         "dreambench": "Subjects (DreamBench)",
         "pairs": "Two subjects",
-        "leakage": "What the input image gives",
+        "leakage": "Leakage of the input image",
     }
     protocol_type = DreamBenchProtocol
 
@@ -190,17 +190,17 @@ class DreamBench(Benchmark):
         """Return notes on references, near copies, the judge's accuracy and chance levels."""
         against = "the input image" if self.protocol.references == "kept_image" else "all real images"
         notes = [
-            f"Subjects: {len(self.subjects)}, compared with {against}, so that a mere copy of the input is the upper "
-            f"end of DINO and CLIP-I. Intervals: {bootstrap.replicates} bootstrap draws of subjects.",
-            f"Near copies: the share of images whose DINO cosine with the input image is at least {NEAR_COPY}, under "
-            "every protocol. The row of real images tells how many other photos of a subject reach that.",
+            f"{len(self.subjects)} subjects, compared with {against}: a copy of the input has the highest DINO and "
+            f"CLIP-I. Intervals: {bootstrap.replicates} bootstrap draws of subjects.",
+            f"Near copies: share of images whose DINO cosine with the input image is at least {NEAR_COPY}, under every "
+            "protocol. The row of real images shows how many other photos of a subject reach it.",
         ]
         measured = {score.metric for score in scores}
         if not measured & {*LABEL_GROUPS, "identity", "words"}:
             return notes
         notes.append(
-            "Kind, colour, pattern: the share of images in which the judge, a network that no model looks through, "
-            "sees the subject's own, or what the words change it to. Words: all that the template asks for is seen."
+            "Kind, colour, pattern: share of images in which the judge, a network that no model uses, sees the "
+            "subject's label, or the one the template changes it to. Words: it sees everything the template asks for."
         )
         judged = (*LABEL_GROUPS, "identity")
         real = [s for s in scores if s.system == REAL_IMAGES and s.table == "dreambench" and s.metric in judged]
@@ -209,19 +209,19 @@ class DreamBench(Benchmark):
             notes.append(f"The judge on {max(score.n for score in real)} real images: {accuracy}.")
         if chances := [1 / (1 + len(others)) for name in self.subjects if (others := self.others(name))]:
             notes.append(
-                "Identity: the share of images that are nearer, by the judge's feature, to their own input image than "
-                f"to the portraits of others of the same kind; chance is {sum(chances) / len(chances):.3g}."
+                "Identity: share of images whose judge feature is closer to their own input image than to all portraits "
+                f"of other individuals of the kind; chance is {sum(chances) / len(chances):.3g}."
             )
         if "leaked" in measured:
             notes.append(
-                "What the input image gives: 1 where the output always tells it from others, as a copy does; 0 where "
-                "it tells nothing. Kept is the mean of kind and look, which should show; leaked that of background and "
-                "pose, which should not. The row of real images, other photos of the subject, does both right."
+                "Leakage: 1 if the output identifies its input image among others in every case, as a copy does; 0 for "
+                "chance. Kept is the mean of kind and look, which should show; leaked is the mean of background and "
+                "pose, which should not. Real images, which are other photos of the subject, keep all and leak none."
             )
         if self.pairs:
             notes.append(
-                f"Two subjects: {len(self.pairs)} pairs, each slot's kind and identity in its half of the image. "
-                "Swapped: both halves show the other's kind; missing: a kind that neither half shows."
+                f"Two subjects: {len(self.pairs)} pairs; kind and identity of each subject are judged in its half of the "
+                "image. Swapped: each half shows the other's kind; missing: neither half shows one of the kinds."
             )
         return notes
 

@@ -64,9 +64,9 @@ class GenEval(Benchmark):
     def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
         """Return a note on the detector and CLIP."""
         return [
-            f"GenEval: {len(self.asked)} prompts; the mean over kinds of task. Objects by "
+            f"GenEval: {len(self.asked)} prompts; mean over task types. Objects by "
             f"{self.protocol.detector.weights}, colours by {self.protocol.clip.weights} on boxes without masks: "
-            "numbers of GenEval's own detector do not compare."
+            "not comparable with scores of GenEval's own detector."
         ]
 
 

@@ -92,8 +92,8 @@ class Judged(Benchmark):
         judge = self.protocol.vlm
         return [
             f"{next(iter(self.tables.values()))}: {self.size}, judged by {judge.weights}"
-            f"{f' at {judge.revision}' if judge.revision else ''}, from 0 to 1. Numbers of other judges or "
-            "instructions, as those published with GPT-4o, do not compare. "
+            f"{f' at {judge.revision}' if judge.revision else ''}, from 0 to 1. Not comparable with scores "
+            "of other judges or instructions, such as those published with GPT-4o. "
             f"Intervals: {bootstrap.replicates} bootstrap draws."
         ]
 

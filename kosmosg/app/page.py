@@ -1,6 +1,9 @@
 """How the page looks, and what its parts do when they are used."""
 
+import html
 import tempfile
+from abc import ABCMeta
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from kosmosg.app.requests import (
     build_request,
     check_size,
     command,
+    distinct,
     draw,
     opened,
     painted,
@@ -35,6 +39,23 @@ WAITING = 32  # requests; more are refused
 OWN_SAMPLER = "the model's own"
 FONT = ["system-ui", "sans-serif"]  # gradio's own would be loaded from elsewhere
 KEPT_SECONDS = 24 * 3600
+LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to it
+CSS = """
+.slot .image-frame, .slot img { width: 100%; height: 100%; object-fit: contain }
+.slot .prompt > * { font-size: var(--text-sm) }
+.slot .prompt > :not(:first-child) { display: none }
+#hints p { font-size: var(--text-lg) }
+#hints img { display: inline; height: 2.2em; margin: 0 0.2em; vertical-align: middle; border-radius: 4px }
+#hints ul { list-style: disc; padding-left: 1.4em }
+#scores th, #scores td { padding: 0.3em 0.6em; overflow-wrap: normal }
+#examples thead { display: none }
+#examples tbody { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)) }
+#examples tr { display: flex; flex-direction: column-reverse; justify-content: flex-end; border: 0; background: none }
+#examples tr:hover { background: var(--color-accent-soft) }
+#examples td { border: 0; padding: 0.3em; text-align: center }
+#grid img { padding-top: 2.4em }
+#legend span { display: inline-block; margin-right: 1.2em }
+"""
 # gradio's own editor sends three files at every move of the pointer, and needs WebGL.
 BRUSH_HTML = """<canvas></canvas>
 <div><label>Size <input type="range" min="8" max="160" value="48"></label>
@@ -86,11 +107,21 @@ def picked(event: gr.SelectData) -> int:
     return event.index
 
 
+def refused(error: Exception | str) -> gr.Error:
+    """What is shown of a mistake, as text: gradio takes it for HTML, in which `<1>` is a tag."""
+    return gr.Error(html.escape(str(error), quote=False), print_exception=False)
+
+
+# gradio would open the file, and say nothing of one that is no image. A class, since components are built anew when
+# they change; not by `class`, for which gradio writes a .pyi file beside this one.
+FileImage = ABCMeta.__new__(
+    type(gr.Image), "Image", (gr.Image,), {"preprocess": lambda self, payload: payload and payload.path}
+)
+
+
 def image_file(**options: Any) -> gr.Image:
-    """An image whose value is its file, which gradio does not open: of one that is none it would say nothing."""
-    image = gr.Image(type="filepath", image_mode=None, **options)
-    image.preprocess = lambda payload: payload and payload.path
-    return image
+    """An image whose value is its file."""
+    return FileImage(type="filepath", image_mode=None, **options)
 
 
 def has_initial(served: Served) -> bool:
@@ -117,17 +148,17 @@ def build(served: Served | None, run: Path | None = None) -> gr.Blocks:
     with gr.Blocks(title="kosmosg", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as page:
         if served is not None and run is not None:
             with gr.Tab("Draw"):
-                drawing(served)
+                drawing(served, page)
             with gr.Tab("Run"):
                 gallery(run, page)
         elif served is not None:
-            drawing(served)
+            drawing(served, page)
         elif run is not None:
             gallery(run, page)
     return page
 
 
-def drawing(served: Served) -> None:
+def drawing(served: Served, page: gr.Blocks) -> None:
     """Builds what draws into the page."""
     gr.Markdown("# Images as words\nPut images in, and name them in the prompt: `<1> on the beach`.")
     with gr.Row():
@@ -135,7 +166,7 @@ def drawing(served: Served) -> None:
             prompt = gr.Textbox(
                 "", label="Prompt", placeholder="<1> in the suit of <2>", max_length=2000, elem_id="prompt"
             )
-            notes = gr.Markdown(elem_id="hints")
+            notes = gr.HTML(elem_id="hints")
             slots, weights, masks, mask_buttons = [], [], [], []
             with gr.Row():
                 for number in range(1, SLOTS + 1):
@@ -143,15 +174,17 @@ def drawing(served: Served) -> None:
                         slots.append(
                             image_file(
                                 label=f"<{number}>", height=150, sources=["upload", "clipboard"],
-                                elem_id=f"image-{number}",
+                                elem_id=f"image-{number}", elem_classes="slot",
                             )
                         )  # fmt: skip
-                        weights.append(gr.Slider(0, 2, 1, step=0.05, label="weight", elem_id=f"weight-{number}"))
-                        mask_buttons.append(gr.Button("Mask", size="sm", elem_id=f"mask-{number}"))
+                        weights.append(
+                            gr.Slider(0, 2, 1, step=0.05, label="Weight", visible=False, elem_id=f"weight-{number}")
+                        )
+                        mask_buttons.append(gr.Button("Mask", size="sm", visible=False, elem_id=f"mask-{number}"))
                         masks.append(
                             image_file(
-                                label="white is read", height=110, buttons=["download"], visible=False,
-                                interactive=False, elem_id=f"masked-{number}",
+                                label="White is read", height=110, buttons=["download"], visible=False,
+                                interactive=False, elem_id=f"masked-{number}", elem_classes="slot",
                             )
                         )  # fmt: skip
             edited = gr.State(0)
@@ -165,16 +198,17 @@ def drawing(served: Served) -> None:
                     given = gr.UploadButton("From a file", file_types=[".png"], size="sm", min_width=90)
                     removed = gr.Button("Remove", size="sm", min_width=90)
                     done = gr.Button("Close", size="sm", min_width=90, elem_id="close-brush")
+            start = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Accordion("Settings", open=False):
                 negative = gr.Textbox("", label="Steer away from", max_length=2000)
                 with gr.Row():
                     steps = gr.Slider(1, 100, served.steps, step=1, label="Steps")
                     guidance = gr.Slider(1, 15, served.guidance_scale, step=0.5, label="Guidance")
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
                     count = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures")
                     sampler = gr.Dropdown([OWN_SAMPLER, *SAMPLERS], value=OWN_SAMPLER, label="Sampler")
-            uploads: dict[str, Any] = {"height": 200, "sources": ["upload", "clipboard"]}
+            uploads: dict[str, Any] = {"height": 200, "sources": ["upload", "clipboard"], "elem_classes": "slot"}
             with gr.Accordion("Start from an image", open=False, visible=has_initial(served)):
                 initial = image_file(label="Initial image", elem_id="initial", **uploads)
                 strength = gr.Slider(0.05, 1, 0.7, step=0.05, label="Strength: how much is drawn anew", visible=False)
@@ -183,24 +217,25 @@ def drawing(served: Served) -> None:
                 control_scale = gr.Slider(0, 2, 1, step=0.05, label="Scale")
             with gr.Accordion("LoRA", open=False, visible=bool(served.loras)):
                 loras = [gr.Slider(-2, 2, 1, step=0.05, label=Path(file).name) for file in served.loras]
-            start = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Column(scale=2):
             pictures = gr.Gallery(
                 label="Pictures",
                 columns=1 + len(served.beside) if served.beside else 2,
                 object_fit="contain",
+                buttons=["download", "download_all", "fullscreen"],
                 interactive=False,
                 elem_id="pictures",
             )
             scores = gr.Markdown(elem_id="scores")
             chosen = gr.State(0)
-            again = gr.Button("Use the picture as an image", size="sm")
+            again = gr.Button("Use the picture as an input image", size="sm")
             line = gr.Textbox(label="Command", interactive=False, buttons=["copy"], elem_id="command")
             dropped = gr.File(
                 label="Restore settings: drop a picture", file_types=[".png"], height=150, elem_id="restore"
             )
+            note = gr.Textbox(label="Restored", visible=False, interactive=False, elem_id="restored")
     if served.examples:
-        gr.Examples([list(pair) for pair in served.examples], [prompt, slots[0]], label="Examples")
+        gr.Examples([list(pair) for pair in served.examples], [prompt, slots[0]], label="Examples", elem_id="examples")
 
     def run(values, progress=gr.Progress()):  # noqa: B008
         def of(components):
@@ -235,13 +270,13 @@ def drawing(served: Served) -> None:
                 drawn = {name: [file for file, _ in column] for name, column in zip(names, columns, strict=True)}
                 yield in_rows(columns), "\n".join(lines), score_table(served, request, drawn)
         except (ValueError, FileNotFoundError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise refused(error) from error
 
     def restore(file):
         try:
-            found, note = restored(file, served.identity)
+            found, text = restored(file, served.identity)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise refused(error) from error
         values = {
             prompt: found["prompt"],
             negative: found["negative_prompt"],
@@ -252,14 +287,14 @@ def drawing(served: Served) -> None:
             sampler: found["sampler"] or OWN_SAMPLER,
             control_scale: found.get("control_image", 1),
             strength: found.get("init_image", 0.7),
-            notes: note,
+            note: gr.update(value=text, visible=True),
         }
         values |= dict(zip(weights, [*found["image_weights"], *[1] * SLOTS], strict=False))
         return values | dict(zip(loras, [*found["lora_scales"], *[1] * len(loras)], strict=False))
 
     def use(pictures, index, *files):
         if not pictures:
-            raise gr.Error("There is no picture yet.", print_exception=False)
+            raise refused("There is no picture yet.")
         place = next((number for number, file in enumerate(files) if not file), SLOTS - 1)
         file = pictures[min(index, len(pictures) - 1)][0]
         return [file if number == place else gr.skip() for number in range(SLOTS)]
@@ -267,11 +302,11 @@ def drawing(served: Served) -> None:
     def edit(number):
         def show(file, mask):
             if not file:
-                raise gr.Error(f"Put in image {number + 1} first.", print_exception=False)
+                raise refused(f"Put in image {number + 1} first.")
             try:
                 value = opened(file, mask)
             except ValueError as error:
-                raise gr.Error(str(error), print_exception=False) from error
+                raise refused(error) from error
             text = f"Paint over the subject of **&lt;{number + 1}&gt;**; the rest is read as white."
             return number, text, value, gr.update(visible=True)
 
@@ -289,23 +324,34 @@ def drawing(served: Served) -> None:
         assert served.segmenter is not None
         mask = served.segmenter(read_image(files[number]), words)
         if not mask.getbbox():
-            raise gr.Error(f"'{words}' is not seen in image {number + 1}.", print_exception=False)
+            raise refused(f"'{words}' is not seen in image {number + 1}.")
         with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:
             yield [opened(files[number], file := stored(mask, folder)), *set_mask(number, file)]
 
     def take(number, file, *files):
         try:
             check_size(file)
-            masked(read_image(files[number]), read_image(file))
+            masked(read_image(files[number]), mask := read_image(file).convert("L"))
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return [opened(files[number], file), *set_mask(number, file)]
+            raise refused(error) from error
+        with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:
+            yield [opened(files[number], file := stored(mask, folder)), *set_mask(number, file)]
+
+    def rename(place, *files):
+        with tempfile.TemporaryDirectory(prefix="kosmosg-") as folder:
+            yield distinct(files, place, folder) or gr.skip()
+
+    def change_slot(file):
+        there = gr.update(visible=bool(file))
+        return there, there, gr.update(value=None, visible=False), gr.update(visible=False)
 
     for number, button in enumerate(mask_buttons):
         shown = [edited, title, editor, panel]
         button.click(edit(number), [slots[number], masks[number]], shown, show_progress="hidden")
-        slots[number].change(lambda: (gr.update(value=None, visible=False), gr.update(visible=False)), None,
-                             [masks[number], panel], queue=False)  # fmt: skip
+        slots[number].change(change_slot, slots[number], [weights[number], button, masks[number], panel], queue=False)
+    files = [*slots, control, initial]
+    for place, component in enumerate(files):
+        component.change(partial(rename, place), files, component, show_progress="hidden", queue=False)
     editor.input(paint, [edited, *slots], masks, show_progress="hidden", trigger_mode="always_last")
     words.submit(find, [edited, words, *slots], [editor, *masks])
     given.upload(take, [edited, given, *slots], [editor, *masks])
@@ -314,16 +360,22 @@ def drawing(served: Served) -> None:
     )
     done.click(lambda: gr.update(visible=False), None, panel, queue=False)
 
-    settings = [prompt, negative, steps, guidance, seed, count, sampler, control_scale, strength, *weights, *loras]
+    settings: list[Any] = [prompt, negative, steps, guidance, seed, count, sampler, control_scale, strength]
+    settings += [*weights, *loras]
     asked = {*settings, *slots, *masks, control, initial}
-    start.click(run, asked, [pictures, line, scores])
-    prompt.submit(run, asked, [pictures, line, scores])
+    gr.on([start.click, prompt.submit], run, asked, [pictures, line, scores], show_progress_on=pictures)
     initial.change(lambda file: gr.update(visible=bool(file)), initial, strength, queue=False)
     for component in (prompt, *slots):
         component.change(told, [prompt, *slots], notes, show_progress="hidden", queue=False)
-    dropped.upload(restore, dropped, [*settings, notes])
+    dropped.upload(restore, dropped, [*settings, note])
     pictures.select(picked, None, chosen)
     again.click(use, [pictures, chosen, *slots], slots)
+    # What was typed outlives the server and a reload. gradio's own key would be another after each start.
+    name = f"kosmosg {served.arguments} {served.loras}"
+    kept = gr.BrowserState(None, storage_key=name, secret="kosmosg")
+    for component in settings:
+        component.change(None, settings, kept, js="(...values) => [values]", queue=False)
+    page.load(lambda values: values or [gr.skip()] * len(settings), kept, settings, show_progress="hidden")
 
 
 def serve(served: Served | None, host: str, port: int | None, run: Path | None = None, **options: Any) -> Any:
@@ -336,6 +388,8 @@ def serve(served: Served | None, host: str, port: int | None, run: Path | None =
         share=False,
         max_file_size=LARGEST_FILE,
         footer_links=[],
+        run_history=False,
         theme=theme,
+        css=CSS,
         **options,
     )

@@ -2,13 +2,16 @@
 
 import base64
 import hashlib
+import html
 import io
 import queue
 import re
 import shlex
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +66,12 @@ def named_images(prompt: str, files: Sequence[str | None]) -> tuple[str, list[in
     """`"<2> in the suit of <1>"` → the prompt with placeholders, and the numbers of the images in it, from 0.
 
     Raises:
-        ValueError: a number without an image.
+        ValueError: nothing is asked for, or a number without an image.
     """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; allowed: text, numbers of images as <1>, or both.")
+    if PLACEHOLDER in prompt:
+        raise ValueError(f"the prompt has {PLACEHOLDER}; images are named by their numbers here, as <1>.")
     numbers = [int(number) - 1 for number in NUMBER.findall(prompt)]
     if missing := [number + 1 for number in numbers if not (0 <= number < len(files) and files[number])]:
         raise ValueError(f"the prompt names <{missing[0]}>, but there is no image {missing[0]}.")
@@ -84,17 +91,47 @@ def check_size(file: str) -> None:
 
 
 def told(prompt: str, *files: str | None) -> str:
-    """Hints about what is typed, as Markdown."""
+    """What is typed, with its images, and hints about it, as HTML."""
+    shown, found, numbers = "", [], list(range(len(files)))
     try:
         for file in filter(None, files):
             check_size(file)
-        text, numbers = named_images(prompt, files)
-        found = hints(text, [read_image(str(files[number])) for number in numbers])
+        if prompt.strip():
+            text, numbers = named_images(prompt, files)
+            seen = [glimpse(str(files[number])) for number in numbers]
+            names = iter(numbers)
+            found = [
+                re.sub(PLACEHOLDER, lambda _: f"<{next(names) + 1}>", hint)
+                for hint in hints(text, [size for size, _ in seen], [number + 1 for number in numbers])
+            ]
+            pieces = [html.escape(piece) for piece in NUMBER.split(prompt)]
+            pieces[1::2] = [f'<img src="{url}" alt="image {n + 1}">' for n, (_, url) in zip(numbers, seen, strict=True)]
+            shown = f"<p>{''.join(pieces)}</p>" if numbers else ""
     except ValueError as error:
-        found, numbers = [str(error)], list(range(len(files)))
+        found = [str(error)]
     unnamed = [n + 1 for n, file in enumerate(files) if file and n not in numbers]
     found += [f"No <{number}> in the prompt names image {number}." for number in unnamed]
-    return "\n".join(f"- {hint}" for hint in found).replace("<", "&lt;")
+    return f"{shown}<ul>{''.join(f'<li>{html.escape(hint)}</li>' for hint in found)}</ul>" if shown or found else ""
+
+
+@lru_cache(64)
+def glimpse(file: str) -> tuple[tuple[int, int], str]:
+    """An image's size, and a small copy as a data URL. Raises ValueError."""
+    image = read_image(file)
+    size = image.size
+    image.thumbnail((64, 64))
+    return size, data_url(image)
+
+
+def distinct(files: Sequence[str | None], place: int, folder: str) -> str | None:
+    """A copy in `folder` of the file at `place` under a name of its own, if another has its name, as pasted images do.
+
+    Else the command that draws the picture again could not tell them apart.
+    """
+    file = Path(files[place] or "")
+    if file.name not in {Path(other).name for other in files if other and other != files[place]}:
+        return None
+    return shutil.copy(file, f"{folder}/{file.stem[:40]}-{generation.file_hash(file)[:8]}{file.suffix}")
 
 
 def build_request(
@@ -227,7 +264,10 @@ def score_table(served: Served, request: generation.Request, pictures: Mapping[s
                  for name in found[0]}  # fmt: skip
         rows.append([model.replace("|", "/"), *(", ".join(f"{mean:.2f}" for mean in means[name]) for name in means)])
     lines = [["", *found[0]], ["---"] * len(rows[0]), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return (
+        f"{table}\n\nMean cosines to each input image, by DINO and CLIP, and to the text, by CLIP." if found[0] else ""
+    )
 
 
 def restored(file: str, identity: dict[str, Any]) -> tuple[dict[str, Any], str]:

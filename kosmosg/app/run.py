@@ -1,6 +1,7 @@
 """Gallery of a training run, of the files in its folder: grids by step, losses, and the report of an evaluation."""
 
 import html
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 METRICS, GRIDS, REPORT = "metrics.csv", "step-*.png", "evaluation/report.html"
 MOST_POINTS = 1000  # of one curve
+COLOURS = ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d")
 
 
 def grids(run: Path) -> dict[int, Path]:
@@ -44,7 +46,8 @@ def gallery(run: Path, page: gr.Blocks) -> None:
     gr.Markdown(f"## {run.name}")
     place = gr.Slider(1, 2, 1, step=1, label="Grid", elem_id="grid-step")
     grid = gr.Image(interactive=False, format="png", buttons=["download", "fullscreen"], elem_id="grid")
-    plot = gr.LinePlot(x="step", y="loss", color="name", height=350, elem_id="losses")
+    plot = gr.LinePlot(x="step", y="loss", color="name", colors_in_legend=[], height=350, elem_id="losses")
+    legend = gr.HTML(elem_id="legend")  # the plot's own is cut where the window is narrow
     with gr.Accordion("Report of the evaluation", open=False, visible=report(run) is not None) as folded:
         shown = gr.HTML(elem_id="report")
 
@@ -58,7 +61,11 @@ def gallery(run: Path, page: gr.Blocks) -> None:
     def read() -> list[Any]:
         last = len(grids(run))
         slider = gr.update(maximum=max(2, last), value=max(1, last), visible=last > 1)
-        return [slider, show(last) if last else gr.update(visible=False), losses(run)]
+        table = losses(run)
+        colours = dict(zip(table["name"].unique(), cycle(COLOURS), strict=False))
+        names = [f'<span><b style="color: {c}">●</b> {html.escape(name)}</span>' for name, c in colours.items()]
+        curves = gr.update(value=table, color_map=colours)
+        return [slider, show(last) if last else gr.update(visible=False), curves, " ".join(names)]
 
     def read_report() -> str:
         file = report(run)
@@ -66,6 +73,6 @@ def gallery(run: Path, page: gr.Blocks) -> None:
         # Nothing in it runs, and it sees nothing of the page.
         return f'<iframe sandbox srcdoc="{text}" style="width: 100%; height: 80vh; border: 0"></iframe>'
 
-    page.load(read, None, [place, grid, plot])
+    page.load(read, None, [place, grid, plot, legend])
     place.input(show, place, grid, show_progress="hidden", trigger_mode="always_last")
     folded.expand(read_report, None, shown)

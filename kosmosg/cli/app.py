@@ -70,15 +70,15 @@ def load_served(arguments: argparse.Namespace) -> Any:
     from kosmosg.looking import CLIPEncoder, DinoEncoder, Segmenter
 
     loading = {"--image-decoder": arguments.image_decoder, "--dtype": arguments.dtype, "--device": arguments.device}
-    given = [word for flag, value in loading.items() if value for word in (flag, value)]
-    own = [arguments.model, *given]
+    flags = [word for flag, value in loading.items() if value for word in (flag, value)]
+    command = [arguments.model, *flags]
     options: dict[str, Any] = {}
     examples = []
     if arguments.model == MINIATURE and not Path(MINIATURE).is_dir():
-        arguments.model, shipped = miniature()
-        arguments.image_decoder = arguments.image_decoder or shipped
+        arguments.model, image_decoder = miniature()
+        arguments.image_decoder = arguments.image_decoder or image_decoder
         options = {"guidance_scale": 4.0, "steps": 20}
-        weights = Path(shipped).parent
+        weights = Path(image_decoder).parent
         arguments.clip, arguments.dino = arguments.clip or weights / "clip", arguments.dino or weights / "dino"
         files = sorted((Path(arguments.model).parent / "examples").glob("*.png"))
         examples = [(EXAMPLES[number % len(EXAMPLES)], str(file)) for number, file in enumerate(files)]
@@ -90,16 +90,16 @@ def load_served(arguments: argparse.Namespace) -> Any:
     networks = {"clip": (CLIPEncoder, arguments.clip), "dino": (DinoEncoder, arguments.dino)}
     options["scores"] = {name: kind(source, device) for name, (kind, source) in networks.items() if source}
 
-    def loaded(model: argparse.Namespace, words: list[str], **options: Any) -> Served:
+    def load_one(model: argparse.Namespace, command: list[str], **options: Any) -> Served:
         pipeline = load(model, device, dtype)
         load_loras(pipeline, arguments.lora)
         if arguments.controlnet:
             options["controlnet"] = arguments.controlnet, load_controlnet(arguments.controlnet, pipeline)
-        return Served(pipeline, words, {"model": model_name(model), **added}, loras=arguments.lora, **options)
+        return Served(pipeline, command, {"model": model_name(model), **added}, loras=arguments.lora, **options)
 
     beside = []
     for model in arguments.beside:
         other = argparse.Namespace(**{**vars(arguments), "model": model})
-        own_decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
-        beside.append(loaded(other, [model, *(own_decoder if "--image-decoder" not in given else []), *given]))
-    return loaded(arguments, own, examples=examples, beside=beside, **options)
+        decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
+        beside.append(load_one(other, [model, *(decoder if "--image-decoder" not in flags else []), *flags]))
+    return load_one(arguments, command, examples=examples, beside=beside, **options)

@@ -187,7 +187,7 @@ def lint(requests: list) -> int:
     lines = [
         f"{request.place}: {hint}"
         for request in requests
-        for hint in hints(request.prompt, [read_image(name) for name in request.images])
+        for hint in hints(request.prompt, [read_image(name).size for name in request.images])
     ]
     print("\n".join(lines) or "No hints.")
     return int(bool(lines))

@@ -217,10 +217,10 @@ def plan_stable_diffusion(
     Raises:
         ConversionError: weights do not fit the configuration, or the width does not fit M.
     """
-    wanted = [part for part in ("unet", "vae") if part in source.parts or (decoder.folder and "aligner" in ours)]
-    wanted += [part for part in ("text_encoder",) if part in source.parts]
+    needed = [part for part in ("unet", "vae") if part in source.parts or (decoder.folder and "aligner" in ours)]
+    needed += [part for part in ("text_encoder",) if part in source.parts]
     planned = {}
-    for name in wanted:
+    for name in needed:
         weights = source.parts.get(name) or decoder.weights(name)
         if weights is None:
             raise ConversionError(f"--decoder '{decoder.name}' has no weights in {name}/, which the checkpoint lacks.")

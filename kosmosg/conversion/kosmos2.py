@@ -273,7 +273,7 @@ def open_kosmos2(files: list[Path]) -> dict[str, Tensor]:
     names = {name: kosmos2_place(name) for name in tensors if name != HEAD}
     if unknown := sorted(name for name, ours in names.items() if ours is None):
         raise ConversionError(
-            f"'{files[0].parent}': {len(unknown)} names are not those of a Kosmos-2, as {unknown[:NAMED]}."
+            f"'{files[0].parent}': {len(unknown)} names are not those of a Kosmos-2, such as {unknown[:NAMED]}."
         )
     return {str(ours): tensors[name] for name, ours in names.items()}
 
@@ -308,7 +308,7 @@ def require_usable(weights: Weights) -> None:
         broken += [f"'{kosmos2_name(name)}'" for name in group if not is_finite(opened[name])]
     if broken:
         raise ConversionError(
-            f"'{weights.origin}': {len(broken)} tensors have NaN or infinite values, as {', '.join(broken[:NAMED])}."
+            f"'{weights.origin}': {len(broken)} tensors are NaN or infinite, such as {', '.join(broken[:NAMED])}."
         )
 
 

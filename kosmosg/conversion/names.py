@@ -178,7 +178,7 @@ def rename(state: Mapping[str, Tensor]) -> Converted:
             (converted.unneeded if is_unneeded(name) else unknown).append(name)
     if unknown:
         raise ConversionError(
-            f"{len(unknown)} names of the checkpoint are not those of a released KOSMOS-G, as {sorted(unknown)[:5]}."
+            f"{len(unknown)} of the checkpoint's names are not those of KOSMOS-G, such as {sorted(unknown)[:5]}."
         )
     return converted
 

@@ -93,7 +93,7 @@ def require_exact(
     }
     wrong = {kind: names for kind, names in wrong.items() if names}
     if wrong:
-        text = "; ".join(f"{len(names)} {kind}, as {', '.join(names[:NAMED])}" for kind, names in wrong.items())
+        text = "; ".join(f"{len(names)} {kind}, such as {', '.join(names[:NAMED])}" for kind, names in wrong.items())
         raise ConversionError(f"{weights.origin}: the tensors of {part} do not fit its sizes: {text}.{hint}")
 
 

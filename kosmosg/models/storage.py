@@ -108,7 +108,7 @@ def check_weights(
         ValueError: weights do not match the network, or are NaN or infinite; names the first few.
     """
     wrong = {name: sorted(map(str, report[name])) for name in refused if report.get(name)}
-    if problems := "; ".join(f"{len(keys)} {name}, as {keys[:3]}" for name, keys in wrong.items()):
+    if problems := "; ".join(f"{len(keys)} {name}, such as {keys[:3]}" for name, keys in wrong.items()):
         raise ValueError(f"'{folder}' is not a {type(network).__name__} of the sizes in its {CONFIG_FILE}: {problems}.")
     broken = [
         name
@@ -116,7 +116,7 @@ def check_weights(
         if tensor.is_floating_point() and not tensor.is_meta and not is_finite(tensor)
     ]
     if broken:
-        raise ValueError(f"'{folder}' has {len(broken)} weights with NaN or infinite values, as {broken[:3]}.")
+        raise ValueError(f"'{folder}' has {len(broken)} weights with NaN or infinite values, such as {broken[:3]}.")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -196,7 +196,7 @@ def fingerprint(source: str | Path, *parts: str, wanted: Callable[[str], bool] =
         files = [file for file in files if not VARIANT.fullmatch(file.name)]
         weights = any(file.suffix == ".safetensors" for file in files)
         if not files or (not weights and (Path(source) / part / CONFIG_FILE).is_file()):
-            raise FileNotFoundError(f"'{Path(source) / part}' holds none of {', '.join(FINGERPRINTED)} to know it by.")
+            raise FileNotFoundError(f"'{Path(source) / part}' holds none of {', '.join(FINGERPRINTED)}.")
         with ExitStack() as stack:
             tensors: dict[str, Any] = {}
             for file in files:

@@ -95,6 +95,7 @@ def test_requests_of_pairs(tmp_path: Path) -> None:
     assert with_class[2].prompt == "toy boat <i> beside dog <i>"
 
 
+TEAL = {"class": "cat", "count": 1, "color": "teal"}
 REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (
         lambda folder: DreamBenchPairs(
@@ -118,17 +119,10 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
         "task 2: the file '1-0.png' is missing",
     ),
     (
-        lambda folder: GenEval(GENEVAL, write_geneval(folder, [{"tag": "t", "prompt": "p"}])),
-        "prompt 1: nothing is included or excluded",
-    ),
-    (
         lambda folder: GenEval(
-            GENEVAL,
-            write_geneval(
-                folder, [{"tag": "t", "prompt": "p", "include": [{"class": "cat", "count": 1, "color": "teal"}]}]
-            ),
+            GENEVAL, write_geneval(folder, [{"tag": "t", "prompt": "p"}, ROWS[3] | {"include": [TEAL]}])
         ),
-        "color 'teal' is not one of red, orange",
+        "prompt 1: nothing is included or excluded; prompt 2: color 'teal' is not one of red, orange",
     ),
     (
         lambda folder: GenEval(GENEVAL, write_geneval(folder)).check_networks({"detector_names": ["dog", "kitten"]}),

@@ -68,6 +68,7 @@ def test_what_is_refused_is_named(files, tmp_path):
     for changed, options, message in (
         (files, {"prompt": "<3> there"}, "names <3>, but there is no image 3"),
         (files, {"prompt": " "}, "prompt is empty"),
+        (files, {"prompt": "<i>"}, "images are named by their numbers here"),
         (files, {"count": 9}, "9 pictures are asked for; allowed: at most 8"),
         ([str(text), None, None, None], {"prompt": "<1>"}, "'text.png' is no image"),
         ([str(large), None, None, None], {"prompt": "<1>"}, "'large.png' has 10000×5000 pixels; allowed: 25,000,000"),
@@ -168,16 +169,38 @@ def test_scores_compare_with_the_images_that_were_read_and_with_the_text(served,
     images = [read_image(mug), read_image(boot)]
     across = float(cosine_similarity(*dino.images(images).split(1)))
     text = [float(cosine_similarity(clip.images([image]), clip.texts(["and there"]))) for image in images]
-    one, both = (line.split("|")[2:5] for line in table[2:])
+    one, both = (line.split("|")[2:5] for line in table[2:4])
     assert one[0].strip() == f"1.00, {across:.2f}" and one[2].strip() == f"{text[0]:.2f}"
     assert both[0].strip() == f"{(1 + across) / 2:.2f}, {(1 + across) / 2:.2f}"
     assert float(both[2]) == pytest.approx(sum(text) / 2, abs=0.006)
 
 
-def test_hints_are_told_as_text(files):
-    assert app.told("a <1> there", *files).count("&lt;") and "<" not in app.told("a <1> there", *files)
-    assert "names image 2" in app.told("<1> there", *files)
-    assert "no image 3" in app.told("<3>", *files)
+def test_a_prompt_is_shown_with_its_images_and_hints(files, tmp_path):
+    files[2] = str(tmp_path / "strip.png")
+    Image.new("RGB", (90, 30)).save(files[2])
+    shown = app.told("a <3> & <1>", *files)
+    assert [f'alt="image {n}"' in shown for n in (1, 2, 3)] == [True, False, True]
+    assert "<p>a <img" in shown and " &amp; <img" in shown and shown.count("data:image/png;base64,") == 2
+    assert "begins with &#x27;a&#x27;" in shown and "&lt;3&gt; &amp; &lt;1&gt;" in shown  # by their numbers, as typed
+    assert "Image 3 is 90×30" in shown and "names image 2" in shown
+    assert "there is no image 4" in app.told("<4>", *files) and "no image 4" in app.told("<1> <4>", *files)
+    assert "images are named by their numbers here" in app.told("<i>", *files)
+    assert app.told("", *files) == "" and "<script>" not in app.told("<script><1>", *files)
+
+
+def test_files_of_one_name_are_told_apart_in_the_command(served, files, tmp_path):
+    for folder, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / folder / "image.png")
+    pasted = [str(tmp_path / "one" / "image.png"), str(tmp_path / "two" / "image.png"), None, None]
+    assert app.distinct([pasted[0], *files[1:]], 0, str(tmp_path)) is None
+    assert app.distinct([pasted[0], pasted[0], None], 1, str(tmp_path)) is None  # the same file, twice
+    pasted[1] = app.distinct(pasted, 1, str(tmp_path))
+    assert pasted[1] == f"{tmp_path}/image-{file_record(pasted[1])['sha256'][:8]}.png"
+    assert app.distinct(pasted, 0, str(tmp_path)) is None
+    assert np.array_equal(np.asarray(Image.open(pasted[1])), np.asarray(Image.open(tmp_path / "two" / "image.png")))
+    words = app.command(served, ask(pasted), SETTINGS)
+    assert f"--images {Path(pasted[1]).name} image.png " in words
 
 
 @pytest.fixture
@@ -287,8 +310,11 @@ def test_in_a_browser(served, files, training_run, tmp_path):
         with sync_api.sync_playwright() as browsers:
             browser = browsers.chromium.launch(executable_path=CHROMIUM, args=QUIET)
             page = visit(browser)
-            for number, file in enumerate(files[:2], 1):
-                put_in(page, number, file)
+            (tmp_path / "pasted").mkdir()
+            same_name = shutil.copy(files[1], tmp_path / "pasted" / "dog.png")
+            put_in(page, 1, files[0])
+            put_in(page, 2, same_name)
+            page.locator("#image-2 img[src*='/dog-']").wait_for()
             page.fill("#prompt textarea", "a <1> in the suit of <2>")
             page.get_by_text("begins with 'a'").wait_for()
             page.click("#mask-2")
@@ -301,6 +327,7 @@ def test_in_a_browser(served, files, training_run, tmp_path):
             page.mouse.up()
             page.locator("#masked-2 img").wait_for()
             draw(page, "a <1> in the suit of <2>", "--image-masks - mask-")
+            assert "--images dog.png dog-" in page.locator("#command textarea").input_value()
             page.get_by_text("another", exact=True).first.wait_for()
             pictures = [image.get_attribute("src") for image in page.locator("#pictures img").all()]
             picture = tmp_path / "drawn.png"
@@ -320,6 +347,7 @@ def test_in_a_browser(served, files, training_run, tmp_path):
             page.fill("#prompt textarea", "")
             page.locator("#restore input[type=file]").set_input_files(picture)
             page.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('a <1>')")
+            page.wait_for_function("document.querySelector('#restored textarea')?.value.includes('image 1: dog.png')")
             page.fill("#prompt textarea", "<4>")
             page.click("#draw")
             page.get_by_text("there is no image 4").first.wait_for()
@@ -334,6 +362,8 @@ def test_in_a_browser(served, files, training_run, tmp_path):
                 page.locator(".toast-body").get_by_text(message).first.wait_for()
                 page.get_by_label("Remove Image").last.click()
 
+            page.fill("#prompt textarea", "<1> there")
+            page.locator("#hints img").wait_for()
             # Connections of one process may outlive its server, so that the browser does not see that it was lost.
             running.get_blocks().server.force_exit = True
             app_page.gr.close_all()
@@ -345,8 +375,15 @@ def test_in_a_browser(served, files, training_run, tmp_path):
                 time.sleep(0.2)
             app_page.serve(served, "127.0.0.1", port, training_run, prevent_thread_lock=True, quiet=True)
             page.goto(address)
+            page.wait_for_function("document.querySelector('#prompt textarea')?.value == '<1> there'")
+            page.locator("#hints").get_by_text("there is no image 1").wait_for()
             put_in(page, 1, files[0])
             draw(page, "<1> there", "dog.png")
+            page.fill("#prompt textarea", "")
+            page.click("#draw")
+            page.locator(".toast-body").get_by_text(
+                "the prompt is empty; allowed: text, numbers of images as <1>"
+            ).wait_for()
             page.get_by_role("tab", name="Run").click()
             page.get_by_text("Step 200").wait_for()
             page.get_by_label("range slider for Grid").press("ArrowLeft")

@@ -55,7 +55,7 @@ REFUSED = [
     ({"seeds": 3}, "seeds=3 is not allowed; allowed: a list of 1 integers"),
     ({"seeds": ["a"]}, "seeds=.*is not allowed"),
     ({"seeds": [-1]}, r"seeds contains -1; allowed: integers from 0 to 2\^64 - 1"),
-    ({"seeds": [2**64]}, "seeds has 18446744073709551616"),
+    ({"seeds": [2**64]}, "seeds contains 18446744073709551616"),
     ({"height": -8}, "height=-8 and width=None are not allowed; allowed: positive multiples of 8"),
     ({"width": 100}, "width=100"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan is not allowed"),

@@ -80,15 +80,15 @@ def test_a_mask_leaves_the_subject_on_white_in_a_square(pipe):
 
 
 def test_hints_name_what_may_be_wrong():
-    assert hints("<i> in the snow", [BLUE]) == []
-    (leading,) = hints("a photo of a <i> in the snow", [BLUE])
+    assert hints("<i> in the snow", [BLUE.size]) == []
+    (leading,) = hints("a photo of a <i> in the snow", [BLUE.size])
     assert "'<i> in the snow'" in leading
-    assert hints("a dog beside <i>", [BLUE]) == []
-    (wide,) = hints("<i>", [Image.new("RGB", (100, 40))])
+    assert hints("a dog beside <i>", [BLUE.size]) == []
+    (wide,) = hints("<i>", [(100, 40)])
     assert "Image 1 is 100×40" in wide
-    (unnamed,) = hints("<i>", [BLUE, BLUE])
+    (unnamed,) = hints("<i>", [BLUE.size] * 2)
     assert "1 placeholders <i> and 2 images" in unnamed
-    (long,) = hints("<i>" + " in the snow" * 20, [BLUE])
+    (long,) = hints("<i>" + " in the snow" * 20, [BLUE.size])
     assert "has 61 words" in long
 
 

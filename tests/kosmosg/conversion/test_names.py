@@ -58,7 +58,7 @@ def test_unneeded_names_are_listed_and_unknown_ones_refused():
         "aligner.encoder_extra",
         "optimizer.state",
     ):
-        with pytest.raises(ValueError, match=f"1 names .*{name}"):
+        with pytest.raises(ValueError, match=f"1 of .*{name}"):
             convert_state({EMBEDDING: embedding, name: torch.zeros(1)})
 
 
