@@ -74,53 +74,57 @@ def tokenizer(content):
 STAGE_1 = without("aligner", "diffusion_unet", "vae")
 ALONE = {"alone": True}  # the checkpoint has no tokenizer beside it
 CASES = {
-    "unknown name": (put("novel", 1), {}, "1 of .* names .* as .'novel'"),
-    "missing tensor": (model(lambda m: m.pop(FC1)), {}, f"mllm .* 1 missing, such as '{FC1}'"),
-    "another shape": (put(FC1, 2, 2), {}, rf"1 of another shape, such as '{FC1}' \[2, 2\] for \[64, 32\]"),
-    "NaN": (model(lambda m: m[FC1][0].fill_(torch.nan)), {}, "'decoder.layers.1.feed_forward.fc1.weight' has NaN"),
-    "a layer more": (put(FC1.replace(".1.", ".2."), 64, 32), {}, "decoder_layers=2 but the tensors have 3"),
-    "missing size": (without("aligner.encoder_query"), {}, r"aligner: .* lacks 'aligner\.encoder_query'"),
+    "unknown name": (put("novel", 1), {}, "'novel'"),
+    "missing tensor": (model(lambda m: m.pop(FC1)), {}, rf"1 missing.*'{FC1}'"),
+    "another shape": (put(FC1, 2, 2), {}, rf"'{FC1}' \[2, 2\] .*\[64, 32\]"),
+    "NaN": (model(lambda m: m[FC1][0].fill_(torch.nan)), {}, "'decoder.layers.1.feed_forward.fc1.weight' .*NaN"),
+    "a layer more": (put(FC1.replace(".1.", ".2."), 64, 32), {}, "decoder_layers=2 .* 3"),
+    "missing size": (without("aligner.encoder_query"), {}, r"aligner.*'aligner\.encoder_query'"),
     "untied": (model(lambda m: m.update({PROJECTION: m[EMBEDDING] + 1})), {}, f"'{PROJECTION}'.*'{EMBEDDING}'"),
-    "no mllm": (without("gpt_model", "img_"), {}, r"lacks the part mllm .*holds aligner, unet, vae"),
-    "no aligner": (without("aligner"), {}, r"lacks the part aligner .*holds mllm, unet, vae"),
-    "no vae, no decoder": (without("vae."), {"decoder": None}, r"lacks the part vae \(vae\.vae\.\*\).*--decoder"),
-    "no heads": (header(decoder_attention_heads=None), {}, "decoder_attention_heads=None; .* integer"),
+    "no mllm": (without("gpt_model", "img_"), {}, "part mllm .*aligner, unet, vae"),
+    "no aligner": (without("aligner"), {}, "part aligner .*mllm, unet, vae"),
+    "no vae, no decoder": (without("vae."), {"decoder": None}, r"part vae \(vae\.vae\.\*\).*--decoder"),
+    "no heads": (header(decoder_attention_heads=None), {}, "decoder_attention_heads=None"),
     "heads that are text": (header(decoder_attention_heads="2"), {}, "decoder_attention_heads='2'"),
     "heads that do not divide": (header(decoder_attention_heads=5), {}, "decoder_attention_heads=5 .* 32"),
-    "another model's header": (header(decoder_embed_dim=2048), {}, "decoder_embed_dim=2048 but the tensors have 32"),
-    "no heads of the tower": (no_heads, {}, "vision: .*its heads.* width 32 .*--vision-heads"),
-    "no heads of M": (no_heads, {"vision_heads": 2}, "aligner: .*its heads.*--aligner-heads"),
-    "given heads": (no_heads, {"vision_heads": 2, "aligner_heads": 5}, r"5 heads \(from --aligner-heads\) .* 32"),
-    "patches of no square": (put("img_model.visual.positional_embedding", 16, 32), {}, "16 positions.*square"),
+    "another model's header": (header(decoder_embed_dim=2048), {}, "decoder_embed_dim=2048 .* 32"),
+    "no heads of the tower": (no_heads, {}, "vision.* 32 .*--vision-heads"),
+    "no heads of M": (no_heads, {"vision_heads": 2}, "aligner.* 32 .*--aligner-heads"),
+    "given heads": (no_heads, {"vision_heads": 2, "aligner_heads": 5}, "5 heads .*--aligner-heads.* 32"),
+    "patches of no square": (put("img_model.visual.positional_embedding", 16, 32), {}, "16 positions"),
     "other states": (put("aligner.encoder_proj.embed_tokens.weight", 32, 16), {}, "aligner .* 16 wide .* 32"),
-    "overflow": (model(lambda m: m["aligner.encoder_query"].fill_(1e5)), {"dtype": "float16"}, "'queries'.*bfloat16"),
-    "dtype": (None, {"dtype": "int8"}, "dtype='int8' is unknown; allowed: float32"),
-    "both stages": ("both", {"decoder": None}, "no released checkpoint has both"),
+    "overflow": (
+        model(lambda m: m["aligner.encoder_query"].fill_(1e5)),
+        {"dtype": "float16"},
+        "'queries' .*float16.*bfloat16",
+    ),
+    "dtype": (None, {"dtype": "int8"}, "dtype='int8' .*float32"),
+    "both stages": ("both", {"decoder": None}, "both"),
     "decoder of stage 1": (STAGE_1, {}, "stage 1.*--decoder"),
-    "heads of stage 1": (STAGE_1, {"decoder": None, "aligner_heads": 2}, "no AlignerNet.*--aligner-heads"),
-    "no Kosmos-2": (None, {"keep_grounding": True}, "not a Kosmos-2, so --keep-grounding does not apply"),
-    "no tokenizer": (None, ALONE, "does not exist.*--spm and --dict"),
-    "half a tokenizer": (None, {**ALONE, "spm": spm}, "does not exist.*--spm and --dict"),
-    "dictionary alone": (None, {**ALONE, "dictionary": dictionary}, "does not exist.*--spm and --dict"),
+    "heads of stage 1": (STAGE_1, {"decoder": None, "aligner_heads": 2}, "--aligner-heads"),
+    "no Kosmos-2": (None, {"keep_grounding": True}, "--keep-grounding"),
+    "no tokenizer": (None, ALONE, "--spm and --dict"),
+    "half a tokenizer": (None, {**ALONE, "spm": spm}, "--spm and --dict"),
+    "dictionary alone": (None, {**ALONE, "dictionary": dictionary}, "--spm and --dict"),
     "longer dictionary": (
         None,
         {"spm": spm, "dictionary": file("dict.txt", lambda world: dictionary(world).read_bytes() + b"another 1\n")},
-        rf"dict\.txt' gives 74 ids but '{EMBEDDING}' has 73 rows",
+        rf"dict\.txt' .*74 .*'{EMBEDDING}' .*73",
     ),
-    "no SentencePiece": (None, {"spm": dictionary, "dictionary": dictionary}, "are not a tokenizer"),
-    "empty": (None, tokenizer(b""), r"empty\.model' is empty, damaged or not a SentencePiece"),
-    "damaged": (None, tokenizer(lambda world: spm(world).read_bytes()[:-100]), r"empty\.model' is empty, damaged"),
-    "v1.5's sizes": (None, {"decoder": None}, r"32 wide but unet's cross_attention_dim is 768.*--decoder"),
-    "v1.5's text": ("stage2", {"decoder": None}, r"32 wide but text_encoder's hidden_size is 768.*--decoder"),
+    "no SentencePiece": (None, {"spm": dictionary, "dictionary": dictionary}, r"dict\.txt' and '"),
+    "empty": (None, tokenizer(b""), r"empty\.model'"),
+    "damaged": (None, tokenizer(lambda world: spm(world).read_bytes()[:-100]), r"empty\.model'"),
+    "v1.5's sizes": (None, {"decoder": None}, "32 .*cross_attention_dim .*768.*--decoder"),
+    "v1.5's text": ("stage2", {"decoder": None}, "32 .*hidden_size .*768.*--decoder"),
     "another U-Net": (
         None,
         rewrite("unet/config.json", lambda text: text.replace(b'"layers_per_block": 1', b'"layers_per_block": 2')),
-        r"unet .*missing, such as 'diffusion_unet\.unet\..*other'",
+        r"unet .*missing.*'diffusion_unet\.unet\..*other'",
     ),
-    "damaged configuration": (None, rewrite("unet/config.json", lambda _: b"{"), r"unet/config\.json' is not valid"),
-    "no VAE": (None, decoder(lambda folder: shutil.rmtree(folder / "vae")), "is not a Stable Diffusion folder: vae"),
-    "damaged weights": (None, rewrite(UNET, lambda content: content[:-10]), r"safetensors' is missing, truncated"),
-    "no weights": (without("diffusion_unet."), decoder(lambda folder: (folder / UNET).unlink()), "no weights in unet/"),
+    "damaged configuration": (None, rewrite("unet/config.json", lambda _: b"{"), r"unet/config\.json'"),
+    "no VAE": (None, decoder(lambda folder: shutil.rmtree(folder / "vae")), "other'.* vae"),
+    "damaged weights": (None, rewrite(UNET, lambda content: content[:-10]), "safetensors'"),
+    "no weights": (without("diffusion_unet."), decoder(lambda folder: (folder / UNET).unlink()), "other' .*unet/"),
 }
 
 
@@ -172,12 +176,8 @@ def test_a_public_clip(golden, tiny_stable_diffusion, tmp_path):
     torch.save(state, tmp_path / "clip.pt")
     for file, options, message in (
         (clip, {"decoder": tiny_stable_diffusion, "spm": "a"}, "weights of CLIP.*--decoder, --spm does not apply"),
-        (clip, {}, r"vision: .*does not contain its heads.*--vision-heads"),
-        (
-            tmp_path / "clip.pt",
-            {"vision_heads": 3},
-            r"1 missing, such as 'visual.*resblocks\.1\.mlp\.c_fc",
-        ),
+        (clip, {}, "vision.* 48 .*--vision-heads"),
+        (tmp_path / "clip.pt", {"vision_heads": 3}, r"1 missing.*resblocks\.1\.mlp\.c_fc"),
     ):
         with pytest.raises(ConversionError, match=message):
             convert_checkpoint(file, tmp_path / "out", **options)
@@ -200,7 +200,7 @@ def test_a_pickle_among_the_parts(final, tmp_path, tiny_model, tiny_stable_diffu
             with (part / "diffusion_pytorch_model.bin").open("wb") as file:
                 write(content, file)
         for read in reading:
-            with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' (is a|is not a)") as error:
+            with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin' ") as error:
                 read()
             assert "weights_only" not in str(error.value)  # torch's advice
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "model"]
