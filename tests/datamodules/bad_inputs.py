@@ -11,7 +11,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -33,37 +33,22 @@ Members = dict[str, bytes]
 
 @dataclass
 class BadInput:
-    """One thing that may be wrong.
-
-    Attributes:
-        name: as the table says it.
-        way: what becomes of it.
-        reason: the name it is counted by; for `REFUSED` a part of the message, else a remark.
-        members: of one sample.
-        entries: adds tar entries by hand instead.
-        spoil: changes a sound shard, given its path and the marker's; may return another pattern to read.
-        kind: of the sample and its source.
-        count: samples lost.
-        last: nothing behind it in the tar can be read.
-        two: there is a second, sound shard.
-        during: the shard is spoilt when the set is listed already.
-        key: of the sample.
-        marker: called with a path that must never come into being; gives further members.
-    """
+    """One thing that may be wrong: its name in the table, what becomes of it, and the name that it is counted by; for
+    `REFUSED` a part of the message, else a remark."""
 
     name: str
     way: str
     reason: str
-    members: Members | None = None
-    entries: Callable[[tarfile.TarFile], None] | None = None
-    spoil: Callable[[Path, Path], str | None] | None = None
-    kind: str = "caption"
-    count: int = 1
-    last: bool = False
-    two: bool = False
-    during: bool = False
+    members: Members | None = None  # of one sample
+    entries: Callable[[tarfile.TarFile], None] | None = None  # adds tar entries by hand instead
+    spoil: Callable[[Path, Path], str | None] | None = None  # a sound shard, given its path and the marker's
+    kind: str = "caption"  # of the sample and its source
+    count: int = 1  # samples lost
+    last: bool = False  # nothing behind it in the tar can be read
+    two: bool = False  # there is a second, sound shard
+    during: bool = False  # the shard is spoilt when the set is listed already
     key: str = "bad"
-    marker: Callable[[Path], Members] | None = field(default=None, repr=False)
+    marker: Callable[[Path], Members] | None = None  # further members, given a path that must never come into being
 
 
 class Marker:

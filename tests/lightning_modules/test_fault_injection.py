@@ -97,50 +97,40 @@ def forget_after(step: int, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks"),
+    ("stage", "ranks", "told"),
     [
-        ("language_modelling", 1),
-        ("language_modelling", 2),
-        pytest.param("alignment", 1, marks=pytest.mark.one_fault),
-        ("alignment", 2),
-        ("instruction_tuning", 1),
-        ("instruction_tuning", 2),
+        ("language_modelling", 2, None),
+        pytest.param("alignment", 1, None, marks=pytest.mark.one_fault),
+        ("instruction_tuning", 2, None),
+        ("alignment", 2, 0),
+        ("alignment", 2, 1),
     ],
 )
-def test_killed_at_random_moments(
-    stage: str, ranks: int, faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
+def test_killed_or_told_to_stop_at_random_moments(
+    stage: str,
+    ranks: int,
+    told: int | None,
+    faults: int,
+    configs: dict[str, Path],
+    tmp_path: Path,
+    record_samples: None,
 ) -> None:
-    """kill -9 of every rank, the first of them at random."""
-    source, whole, killed = random.Random(f"{stage}{ranks}"), tmp_path / "whole", tmp_path / "killed"
+    """kill -9 of every rank in any order; or SIGTERM to one of two: both save and stop, and no step is done twice."""
+    source, whole, cut = random.Random(f"{stage}{ranks}{told}"), tmp_path / "whole", tmp_path / "cut"
     finish(ranks, configs[stage], whole, *length(faults))
     arguments = [f"data.micro_batch_size={4 // ranks}", f"trainer.devices={ranks}", *length(faults)]
     for _ in range(faults):
-        children = start(ranks, training(configs[stage], killed, *arguments), killed.with_suffix(".log"))
-        live_a_little(killed, source, lambda children=children: is_over(children[0]))
-        for child in source.sample(children, len(children)):
-            os.kill(child, signal.SIGKILL)
-        assert wait(children) == [-signal.SIGKILL] * ranks, output(killed)
-    finish(ranks, configs[stage], killed, *length(faults))
-    assert_same(killed, whole, stage)
-
-
-@pytest.mark.parametrize("told", [0, 1])
-def test_told_to_stop_at_random_moments(
-    told: int, faults: int, configs: dict[str, Path], tmp_path: Path, record_samples: None
-) -> None:
-    """SIGTERM to one of two sharded ranks: both save and stop, and no step is done twice."""
-    stage, source, whole, stopped = "alignment", random.Random(told), tmp_path / "whole", tmp_path / "stopped"
-    finish(2, configs[stage], whole, *length(faults))
-    arguments = ["data.micro_batch_size=2", "trainer.devices=2", *length(faults)]
-    for _ in range(faults):
-        children = start(2, training(configs[stage], stopped, *arguments), stopped.with_suffix(".log"))
-        live_a_little(stopped, source, lambda children=children: is_over(children[0]))
-        os.kill(children[told], signal.SIGTERM)
-        assert wait(children, kill_after=LIMIT_SECONDS) == [STOPPED, FINISHED], output(stopped)
-    finish(2, configs[stage], stopped, *length(faults))
-    assert_same(stopped, whole, stage)
-    steps = [json.loads(line)["step"] for line in (stopped / "samples.0.jsonl").open()]
-    assert steps == list(range(STEPS_PER_FAULT * faults))
+        children = start(ranks, training(configs[stage], cut, *arguments), cut.with_suffix(".log"))
+        live_a_little(cut, source, lambda children=children: is_over(children[0]))
+        for child in source.sample(children, len(children)) if told is None else [children[told]]:
+            os.kill(child, signal.SIGKILL if told is None else signal.SIGTERM)
+        ended = [-signal.SIGKILL] * ranks if told is None else [STOPPED, FINISHED]
+        assert wait(children, kill_after=LIMIT_SECONDS) == ended, output(cut)
+    finish(ranks, configs[stage], cut, *length(faults))
+    assert_same(cut, whole, stage)
+    if told is not None:
+        steps = [json.loads(line)["step"] for line in (cut / "samples.0.jsonl").open()]
+        assert steps == list(range(STEPS_PER_FAULT * faults))
 
 
 def test_launcher_told_to_stop_at_random_moments(faults: int, configs: dict[str, Path], tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -32,6 +30,7 @@ from evaluation.protocols.coco import Coco
 from evaluation.protocols.dreambench import DreamBench
 from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
+from tests.lightning_modules.processes import start, wait
 
 SHORT = str(REPOSITORY / "configs" / "toyland" / "data_short.yaml")
 SMALL = [
@@ -59,19 +58,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def copy(world: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(world, tmp_path / "toyland"))
-
-
-def test_what_stands_is_reused_and_what_is_missing_drawn_again(world, copy):
-    shutil.rmtree(copy / "coco")
-    kept = (copy / "dreambench" / "dreambench.json").stat().st_mtime_ns
-    assert build(copy) == 0
-    assert digests(copy) == digests(world)
-    assert (copy / "dreambench" / "dreambench.json").stat().st_mtime_ns == kept
-
-
 def test_an_interrupted_part_is_drawn_again_and_finished_ones_are_kept(world, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "toyland"
     edit, drawn = data_sets.samples.MAKERS["edit"], []
@@ -82,15 +68,17 @@ def test_an_interrupted_part_is_drawn_again_and_finished_ones_are_kept(world, tm
             raise KeyboardInterrupt
         return edit(*arguments)
 
-    monkeypatch.setitem(data_sets.samples.MAKERS, "edit", interrupted)
-    assert build(folder) == 130
+    with monkeypatch.context() as patch:
+        patch.setitem(data_sets.samples.MAKERS, "edit", interrupted)
+        assert build(folder) == 130
     assert "continues with" in capsys.readouterr().err
-    assert (folder / "shards" / "constructed").is_dir() and not (folder / "shards" / "edit").exists()
-    kept = (folder / "shards" / "constructed" / data_sets.RECORD).stat().st_mtime_ns
-    monkeypatch.undo()
-    assert build(folder) == 0
-    assert digests(folder) == digests(world)
-    assert (folder / "shards" / "constructed" / data_sets.RECORD).stat().st_mtime_ns == kept
+    finished = folder / "shards" / "constructed" / data_sets.RECORD
+    kept = finished.stat().st_mtime_ns
+    assert not (folder / "shards" / "edit").exists()
+    for _ in range(2):
+        assert build(folder) == 0
+        assert digests(folder) == digests(world) and finished.stat().st_mtime_ns == kept
+        shutil.rmtree(folder / "coco")  # and drawn again
 
 
 def test_what_was_built_from_something_else_is_refused_and_left_alone(world, tmp_path, capsys, monkeypatch):
@@ -186,17 +174,22 @@ def group_lives(group: int) -> bool:
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_processes_and_the_next_start_goes_on(world, tmp_path, forked):
-    folder, more = tmp_path / "toyland", "edit.train=3000"  # long enough to be met at work
-    command = [sys.executable, "-m", "datamodules.toyland", *SMALL, f"output={folder}", "processes=2", more]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 300
+    folder = tmp_path / "toyland"
+
+    def draw_long() -> int:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background starts with it ignored
+        return build(folder, "edit.train=3000", processes=2)  # long enough to be met at work
+
+    [process], deadline = start(1, draw_long, tmp_path / "log"), time.monotonic() + 300
     while not list((folder / "shards").glob(".edit.*")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline, (tmp_path / "log.0").read_text()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in errors and "continues with" in errors
-    while group_lives(process.pid):
+    os.killpg(process, signal.SIGINT)
+    assert wait([process], kill_after=120) == [130]
+    errors = (tmp_path / "log.0").read_text()
+    assert "Traceback" not in errors and "continues with" in errors
+    while group_lives(process):
         assert time.monotonic() < deadline, "processes are left behind"
         time.sleep(0.1)
     assert not (folder / "shards" / "edit").exists()

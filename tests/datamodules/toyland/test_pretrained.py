@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
         f"output={tmp_path / 'weights'}",
         f"work={tmp_path / 'work'}",
     ]
+    shutil.copytree(WEIGHTS / "tokenizer", tmp_path / "weights" / "tokenizer")  # one that is there is not trained again
     main(command)
     check(tmp_path / "weights")
     capsys.readouterr()
@@ -103,7 +105,7 @@ def test_the_recipe_writes_such_models_and_trains_none_twice(tmp_path, capsys):
 @pytest.mark.slow
 def test_probes_tell_where_a_look_is_lost(tmp_path, capsys):
     model = Path(datamodules.toyland.__file__).parent / "model"
-    report.main([f"model={model}", f"work={tmp_path}", "scenes=100"])
+    report.main([f"model={model}", f"work={tmp_path}", "scenes=64"])
     lines = re.findall(r"^(.{20}) (.{48}) ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
     found = {(place.strip(), group.strip()): float(figure) for place, group, figure in lines}
     assert {place for place, _ in found} == {"vision encoder", "resampler", "MLLM's image tokens", "M"}
