@@ -1,6 +1,6 @@
-# Two commands on a fresh machine with Python and make:
-#   make toyland   set up, then the whole paper in miniature: data, three stages, evaluation, report
-#   make test      set up, then the tests
+# The main targets, on a fresh machine with Python and make:
+#   make toyland   set up and run the whole paper in miniature: data, three stages, evaluation, report
+#   make test      set up and run the tests
 # Both are resumable: finished steps are skipped, interrupted ones continue.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 
 TOYLAND_RUNS ?= runs/toyland
 
-# A resumable command; says so, too, when it is stopped before it can say it itself.
+# Run a resumable command. The message is for commands that are stopped before they can print their own.
 resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; exit 130' INT; $(1)
 
 .PHONY: help setup test toyland toyland-long toyland-table-2 toyland-image-prompts toyland-decoders toyland-short toyland-pretrained rehearsal gpu-check lint docs clean-toyland
@@ -20,18 +20,18 @@ resumable = @echo "$(1)"; trap 'echo "Stopped: make $@ resumes from here." >&2; 
 
 help:
 	@echo "make setup          virtual environment in .venv with the pinned packages"
-	@echo "make test           set up and run the tests (SLOW=0 leaves out the slow ones; JOBS=2 at a time)"
+	@echo "make test           set up and run the tests (SLOW=0 skips the slow ones; JOBS=2 worker processes)"
 	@echo "make toyland        set up and run the whole paper in miniature"
-	@echo "make toyland-long   the same with three and four times the steps on prompts with images, into runs/toyland-long"
-	@echo "make toyland-table-2  Table 2 in miniature after it: five alignments × three seeds (SEEDS=0 for one)"
-	@echo "make toyland-image-prompts  what image prompts in alignment bring, at equal compute, three seeds"
+	@echo "make toyland-long   the same with three to four times the steps on prompts with images, into runs/toyland-long"
+	@echo "make toyland-table-2  Table 2 in miniature, after make toyland: five alignments × three seeds (SEEDS=0 for one)"
+	@echo "make toyland-image-prompts  with and without image alignment at equal compute, three seeds"
 	@echo "make toyland-decoders  stages 2 and 3 on a tiny Stable Diffusion XL and a tiny Sana, after make toyland"
-	@echo "make toyland-short  the same in a few steps, to see that everything runs"
-	@echo "make toyland-pretrained  train the tiny pretrained models anew, into runs/toyland-pretrained"
-	@echo "make rehearsal      docs/recipes.md's own commands on tiny random files, into runs/rehearsal; under ten minutes (RECIPES=B)"
-	@echo "make gpu-check      every stage and sampling on one GPU, beside dry run and diffusers; under ten minutes"
+	@echo "make toyland-short  make toyland with a few steps, as a quick check"
+	@echo "make toyland-pretrained  train the tiny pretrained models again, into runs/toyland-pretrained"
+	@echo "make rehearsal      run the commands of docs/recipes.md on tiny random files, in runs/rehearsal; under ten minutes (RECIPES=B)"
+	@echo "make gpu-check      measure every stage and sampling on one GPU against dry run and diffusers; under ten minutes"
 	@echo "make lint           ruff, pyright and the documentation's links"
-	@echo "make docs           the documentation as pages, into runs/site"
+	@echo "make docs           build the documentation pages, into runs/site"
 	@echo "make clean-toyland  remove Toyland's data and runs"
 
 setup: $(STAMP)
@@ -41,9 +41,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-# Parity alone in one process, which counts that every recorded output was compared, and with the threads it was recorded
-# with. Of the rest, each worker has one thread: more threads than cores would wait for each other. Workers take files
-# in the order of tests/conftest.py, the long ones first.
+# Parity tests run in one process, which checks that every recorded output was compared, and with the number of threads
+# used for the recording. The other tests run in worker processes with one thread each. Workers take files in the order of
+# tests/conftest.py, long ones first.
 JOBS ?= 2
 PYTEST := $(RUN) -m pytest $(if $(filter 0,$(SLOW)),,--slow)
 test: setup
@@ -59,7 +59,7 @@ toyland: setup
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml)
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml)
 
-# Stages 1 and 2 are make toyland's own.
+# Stages 1 and 2 are shared with make toyland.
 LONG := configs/toyland/long.yaml
 LONG_EVALUATION := output=$(TOYLAND_RUNS)-long/evaluation models.after_stage_3=$(TOYLAND_RUNS)-long/instruction_tuning
 toyland-long: export HF_HUB_OFFLINE := 1
@@ -71,12 +71,12 @@ toyland-long: setup
 	$(call resumable,$(RUN) train.py configs/toyland/instruction_tuning.yaml $(LONG))
 	$(call resumable,$(RUN) evaluate.py configs/toyland/evaluation.yaml $(LONG_EVALUATION))
 
-# The rows of Table 2: the stage whose file each one changes, and its file in configs/toyland/table_2/.
+# The rows of Table 2, as stage/row: the stage's file and the row's file in configs/toyland/table_2/.
 TABLE_2 := alignment/alignernet_24_layers alignment/alignernet_12_layers alignment/decoder_12_layers \
            instruction_tuning/end_to_end_with_alignernet instruction_tuning/end_to_end_without_alignernet
 SEEDS ?= 0 1 2
 
-# Seed by seed, so that all rows are there after a third of the time.
+# Seed by seed, so that all rows exist after a third of the time.
 toyland-table-2: export HF_HUB_OFFLINE := 1
 toyland-table-2: setup
 	$(foreach seed,$(SEEDS),$(foreach row,$(TABLE_2),$(call table_2_run,$(row),$(seed))))
@@ -88,8 +88,8 @@ define table_2_run
 
 endef
 
-# Two recipes at equal FLOPs, each half of make toyland's, from one stage 2: 680 steps of the paper's stage 3, or 400 steps
-# of image alignment and 300 of stage 3 with its term. EYES is what the MLLM sees with, a CLIP folder, and its name.
+# Two recipes from the same stage 2 at equal FLOPs, half of make toyland's: 680 steps of the paper's stage 3, or 400 steps
+# of image alignment and 300 of stage 3 with mse_weight. EYES is the CLIP folder of the vision encoder, EYES_NAME its name.
 EYES ?= datamodules/toyland/weights/clip
 EYES_NAME ?= eyes
 toyland-image-prompts: export HF_HUB_OFFLINE := 1
@@ -110,9 +110,9 @@ define image_prompts_run
 
 endef
 
-# Stages 2 and 3 on two more image decoders, which are trained first. What Gemma makes of a caption behind its long
-# instruction is computed once. Where words stand in Sana's condition depends on the caption's length, so M takes more
-# steps, without N. Flow matching has no other w(t) than 1.
+# Stages 2 and 3 with two more image decoders, which are trained first. For Sana, Gemma's states of the captions are cached,
+# because its instruction makes prompts long. The positions of words in Sana's condition depend on the caption's length, so
+# M needs more steps, without N. Flow matching supports only w(t) = 1.
 DECODERS := $(TOYLAND_RUNS)/decoders
 SANA_ALIGNMENT := data.cached_states=bfloat16 recipe.variant=masked recipe.rec_weight=0 grids.every=0 \
   trainer.max_steps=4000 optimizer.lr=2e-3 optimizer.warmup_steps=100
@@ -135,7 +135,7 @@ endef
 toyland-short: export HF_HUB_OFFLINE := 1
 toyland-short: export TOYLAND_DATA := data/toyland-short
 toyland-short: export TOYLAND_RUNS := runs/toyland-short
-# Its networks gain nothing from a second thread, which another job may want.
+# Its networks are too small to gain from a second thread.
 toyland-short: export OMP_NUM_THREADS ?= 1
 toyland-short: setup
 	$(call resumable,$(RUN) -m datamodules.toyland configs/toyland/data_short.yaml)
@@ -162,7 +162,7 @@ gpu-check: setup
 lint: setup docs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
-# Refuses dead links; `mkdocs serve` shows the pages while they are written.
+# Fails on dead links; `mkdocs serve` shows the pages while you edit them.
 docs: export TRANSFORMERS_VERBOSITY := error
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup

@@ -1,30 +1,31 @@
 """Evaluate: python evaluate.py evaluation.yaml [more.yaml | key=value …]
 
-Every argument is a YAML file or key=value; later arguments override earlier ones. Protocols are in configs/protocols/.
-Any of their values may be changed, which gives the protocol another fingerprint. A finished evaluation is reused;
-repeat the command to continue an interrupted one.
+Each argument is a YAML file or key=value; later arguments override earlier ones. Protocols are in configs/protocols/.
+Changing any of their values changes the protocol's fingerprint. A finished evaluation is reused; to continue an
+interrupted one, run the same command again.
 
     python evaluate.py configs/toyland/evaluation.yaml
     python evaluate.py configs/toyland/evaluation.yaml configs/toyland/evaluation_short.yaml
-    torchrun --nproc-per-node 8 evaluate.py configs/evaluation.yaml …       # the same images, to the byte
+    torchrun --nproc-per-node 8 evaluate.py configs/evaluation.yaml …       # byte-identical images
     python evaluate.py configs/toyland/evaluation.yaml dreambench.sampling.guidance_scale=5 output=runs/guidance-5
-    python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # refused: the protocols differ; force=true
+    python evaluate.py compare runs/toyland/evaluation runs/guidance-5      # protocols differ: needs force=true
     python evaluate.py tables runs/toyland/evaluation output=tables         # the paper's Tables 1 and 2
 
-Score another model's images, without any model of ours; BENCHMARK is a file of configs/protocols/:
+Score the images of another model; needs no KOSMOS-G weights. BENCHMARK is a file of configs/protocols/:
 
-    python evaluate.py requests dreambench/kosmosg data=dreambooth/dataset output=runs/theirs   # what to draw
+    python evaluate.py requests dreambench/kosmosg data=dreambooth/dataset output=runs/theirs   # images to generate
     python evaluate.py score dreambench/kosmosg images=theirs data=dreambooth/dataset output=runs/theirs
 """
 
 import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: nothing has begun
+if __name__ == "__main__":  # Ctrl-C during imports exits without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report missing weights
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,57 +47,57 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 finished, 2 something missing or mistaken, 130 interrupted."""
-    given = [argument for argument in arguments if argument not in ("-h", "--help")]
-    if not given:
+    """Run the command and return the exit status: 0 finished, 2 invalid or missing input, 130 interrupted."""
+    words = [argument for argument in arguments if argument not in ("-h", "--help")]
+    if not words:
         print((__doc__ or "") + "\nAdd --help to a file to list all keys.")
         return 0 if arguments else 2
-    if len(given) < len(arguments):
+    if len(words) < len(arguments):
         print(describe_schema(EvaluationConfig))
         return 0
-    quiet_libraries()
+    configure_logging()
     try:
-        if given[0] in COMMANDS:
-            COMMANDS[given[0]](given[1:])
+        if words[0] in COMMANDS:
+            COMMANDS[words[0]](words[1:])
         else:
-            evaluate(load_config(given, EvaluationConfig))
+            evaluate(load_config(words, EvaluationConfig))
         sys.stdout.flush()
-    except BrokenPipeError:  # `… | head` has read enough; what is left is flushed to nowhere at exit
+    except BrokenPipeError:  # the reader (`… | head`) has exited; discard what Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, EvaluationError, FileNotFoundError) as error:
-        tell(error)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-def tell(error: Exception) -> None:
-    """A mistake, once: of several processes, the first tells what all run into, each what befell itself."""
+def print_error(error: Exception) -> None:
+    """Print an error to stderr once: errors that all ranks share are printed by rank 0 alone."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or not isinstance(error, (ConfigError, ProcessError)):
         print(f"evaluate.py{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
 
 
 def compare_command(arguments: Sequence[str]) -> None:
-    """compare FOLDER FOLDER … [force=true]"""
+    """compare FOLDER FOLDER … [force=true]: print finished evaluations side by side."""
     paths, options = split_options(arguments, {"force": "false"})
     if options["force"] not in ("true", "false"):
-        raise ConfigError(f"force={options['force']} is not allowed; it is true or false.")
+        raise ConfigError(f"force={options['force']} is not allowed; it must be true or false.")
     print(compare(paths, force=options["force"] == "true"), end="")
 
 
 def tables_command(arguments: Sequence[str]) -> None:
-    """tables FOLDER … [output=tables]"""
+    """tables FOLDER … [output=tables]: write the paper's tables."""
     paths, options = split_options(arguments, {"output": "tables"})
     for file in write_tables(paths, Path(options["output"])):
         print(file)
 
 
 def requests_command(arguments: Sequence[str]) -> None:
-    """requests BENCHMARK data=FOLDER output=FOLDER, or requests evaluation.yaml [more.yaml | key=value …]: what other
-    models are asked to draw, into <output>/requests/"""
+    """requests BENCHMARK data=FOLDER output=FOLDER, or requests evaluation.yaml [more.yaml | key=value …]: write the
+    image requests for other models to <output>/requests/."""
     if arguments and not arguments[0].endswith(".yaml"):
         arguments, _ = benchmark_arguments("requests", arguments)
     config = load_config(arguments, EvaluationConfig)
@@ -105,17 +106,17 @@ def requests_command(arguments: Sequence[str]) -> None:
 
 
 def score_command(arguments: Sequence[str]) -> None:
-    """score BENCHMARK images=FOLDER data=FOLDER output=FOLDER [name=NAME] [key=value …]"""
+    """score BENCHMARK images=FOLDER data=FOLDER output=FOLDER [name=NAME] [key=value …]: score a folder of images."""
     config, options = benchmark_arguments("score", arguments, "images")
     name = options["name"] or Path(options["images"]).resolve().name
     evaluate(load_config([*config, f"models.external={json.dumps({name: options['images']})}"], EvaluationConfig))
 
 
-def benchmark_arguments(command: str, arguments: Sequence[str], *needed: str) -> tuple[list[str], dict[str, str]]:
-    """The arguments of an evaluation of BENCHMARK, and the command's own options.
+def benchmark_arguments(command: str, arguments: Sequence[str], *required: str) -> tuple[list[str], dict[str, str]]:
+    """Translate `BENCHMARK key=value …` into arguments of `load_config`, and return the command's own options.
 
     Raises:
-        ConfigError: a benchmark that there is not, or an option that is missing.
+        ConfigError: the benchmark is unknown, or an option is missing.
     """
     benchmark, *rest = arguments or [""]
     protocols = CONFIGS / "protocols"
@@ -123,29 +124,25 @@ def benchmark_arguments(command: str, arguments: Sequence[str], *needed: str) ->
     if not file.is_file():
         known = sorted(str(path.relative_to(protocols).with_suffix("")) for path in protocols.rglob("*.yaml"))
         raise ConfigError(f"{command}: there is no benchmark {benchmark!r}; allowed: {', '.join(known)}.")
-    options, others = dict.fromkeys((*needed, "data", "output", "name"), ""), []
+    options, overrides = dict.fromkeys((*required, "data", "output", "name"), ""), []
     for argument in rest:
         key, _, value = argument.partition("=")
         if key in options:
             options[key] = value
         else:
-            others.append(argument)
-    if missing := [f"{key}=FOLDER" for key in (*needed, "data", "output") if not options[key]]:
+            overrides.append(argument)
+    if missing := [f"{key}=FOLDER" for key in (*required, "data", "output") if not options[key]]:
         raise ConfigError(f"{command} {benchmark} needs {', '.join(missing)}.")
     table = benchmark.partition("/")[0]
-    return [str(file), f"data.{table}={options['data']}", f"output={options['output']}", *others], options
+    return [str(file), f"data.{table}={options['data']}", f"output={options['output']}", *overrides], options
 
 
-COMMANDS = {
-    "compare": compare_command,
-    "tables": tables_command,
-    "requests": requests_command,
-    "score": score_command,
-}
+COMMANDS = {"compare": compare_command, "tables": tables_command, "requests": requests_command, "score": score_command}
 
 
-def quiet_libraries() -> None:
-    """No loading bars between our own; a classifier's head that FID's network leaves out is no news."""
+def configure_logging() -> None:
+    """Silence progress bars and warnings of libraries, such as those on missing fonts or unused classifier heads."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -15,9 +15,9 @@ interrupted run.
 import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while the libraries load ends quietly: nothing has begun
+if __name__ == "__main__":  # let Ctrl-C end the process without a traceback while libraries are imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report weights themselves
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; our loaders report missing weights
 
 import sys
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ from lightning_modules.step_guard import TooManySkippedStepsError
 from lightning_modules.trainer import TrainerConfig, batch_layout, build_trainer, configure_logging
 
 DTYPES = ("float32", "float16", "bfloat16")
-# What ends a run with a message and exit status 2.
+# Reported as a message, with exit status 2.
 USER_ERRORS = (
     CheckpointDamagedError,
     CheckpointMismatchError,
@@ -84,41 +84,41 @@ USER_ERRORS = (
 
 @dataclass
 class Experiment:
-    """The keys that all stages have; see `stage` for what each stage adds."""
+    """Configuration keys of all stages; `stage` adds those of each stage."""
 
     module: ClassVar[type[StageModule]]
     datamodule: ClassVar[type[MixtureDataModule]]
 
     stage: str = MISSING
-    """Name of the stage, see STAGES."""
+    """Stage to train, see STAGES in train.py."""
     runs: str = "runs"
-    """Folder of the run folders; `run` and `init_from` may refer to it."""
+    """Parent of the run folders, for use in `run` and `init_from` as ${runs}."""
     run: str = MISSING
-    """Run folder."""
+    """Run folder: checkpoints, metrics, image grids and the finished model."""
     ablation: str | None = None
-    """Name of the ablation, under which evaluations group its seeds, see configs/ablations/; null: none."""
+    """Name of the ablation, by which evaluations group the seeds, see configs/ablations/; null: none."""
     seed: int = 0
-    """Seed of initial weights, noise, timesteps and dropout; data.seed is that of the order of samples."""
+    """Seed of initial weights, noise, timesteps and dropout; data.seed sets the order of samples."""
     init_from: str | None = None
-    """Model folder or run folder of the stage before; null starts from random weights (and CLIP's vision encoder)."""
+    """Model or run folder of the previous stage; null: random weights, and CLIP's in the vision encoder."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Sizes and pretrained parts, see configs/model/."""
+    """Network sizes and pretrained networks, see configs/model/."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule."""
+    """AdamW and its learning rate schedule."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """Length, devices and intervals."""
+    """Number of steps, devices, precision and intervals."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    """Assumptions of a dry run."""
+    """GPU and assumptions of a dry run."""
     dry_run: bool = False
-    """Print the memory and time that the run would take, and exit; nothing is read or written."""
+    """Print the memory and time that the run needs, and exit. No weights or data are read, nothing is written."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """Average of the weights."""
+    """Moving average of the weights."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    """Weights & Biases."""
+    """Weights & Biases logging."""
 
 
 def stage(module: type[StageModule], datamodule: type[MixtureDataModule]) -> type[Experiment]:
-    """The configuration of a stage: `data`, `recipe` and, where there is something to draw, `grids`."""
+    """Make the configuration schema of a stage: `Experiment` with `data`, `recipe` and, if it can draw, `grids`."""
     schemas = {"data": datamodule.Config, "recipe": module.Recipe}
     if module.draws_images:
         schemas["grids"] = GridConfig
@@ -138,7 +138,7 @@ STAGES: dict[str, type[Experiment]] = {
 
 
 def stage_schema(values: dict[str, Any]) -> type[Experiment]:
-    """The schema of `stage:`. Raises ConfigError: unknown or missing."""
+    """Return the schema of the configured stage. Raises ConfigError: `stage` is missing or unknown."""
     name = values.get("stage")
     if name not in STAGES:
         raise ConfigError(f"stage is {name!r}; allowed: {', '.join(STAGES)}. Set it in a YAML file or as stage=…")
@@ -146,11 +146,11 @@ def stage_schema(values: dict[str, Any]) -> type[Experiment]:
 
 
 def train(experiment: Any, written: dict[str, Any]) -> Path:
-    """Run the stage, or resume it, to its end; the run folder. Raises what `main` answers with a message."""
+    """Run or resume a stage to its end; returns the run folder. Raises one of USER_ERRORS."""
     run = RunFolder(experiment.run)
     with run.lock(written, type(experiment), write=rank_zero_only.rank == 0):
         if (finished := run.finished()) is not None:
-            print(f"Run folder '{run.path}' is finished since {finished['finished']} ({finished['step']} steps)")
+            print(f"Run '{run.path}' is finished: {finished['step']} steps, on {finished['finished']}")
         else:
             fit(experiment, written, run)
             if rank_zero_only.rank == 0:
@@ -161,7 +161,7 @@ def train(experiment: Any, written: dict[str, Any]) -> Path:
 
 
 def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
-    """Build everything and train."""
+    """Build module, data and callbacks, and train from the last intact checkpoint."""
     options, model = experiment.trainer, experiment.model
     try:
         layout = batch_layout(experiment.data.micro_batch_size, options)
@@ -173,11 +173,11 @@ def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
         grids = []
         if experiment.module.draws_images and experiment.grids.every:
             if encoder is None:
-                raise ValueError("grids are drawn with networks that data.cached_states leaves out; set grids.every=0")
+                raise ValueError("grids need the MLLM, which is not loaded with data.cached_states; set grids.every=0")
             decoder = module.image_decoder if module.image_decoder.denoiser is not None else None
             sampler = DiffusionSampler(decoder or load_image_decoder(model.image_decoder, "images"))
             grids = [ImageGrid(experiment.grids, run.grids, sampler, encoder)]
-    except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit, named by the message
+    except (ValueError, FileNotFoundError) as error:  # parts that are missing or do not fit together
         raise ConfigError(str(error)) from error
     module.global_batch, module.guard.limit = layout.global_batch, options.max_skipped_steps
     data.micro_batches = layout.micro_batches
@@ -186,7 +186,7 @@ def fit(experiment: Any, written: dict[str, Any], run: RunFolder) -> None:
     apply_activation_checkpointing(module, options.activation_checkpointing)
     if options.compile:
         apply_compile(module)
-    # The first rank alone reads a checkpoint's every byte; its choice is the others', see FolderCheckpoints.
+    # Only rank 0 verifies the checkpoint; FolderCheckpoints.load_checkpoint broadcasts its choice.
     checkpoint = run.intact_checkpoint() if rank_zero_only.rank == 0 else run.latest_checkpoint()
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     wandb = wandb_logger(experiment.wandb, run.path, experiment.stage, written)
@@ -214,48 +214,49 @@ def export_model(
     average: bool | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> bool:
-    """Write a checkpoint's model folder; whether it holds the average of the weights, by default as `ema` says.
+    """Write a checkpoint as a model folder; returns whether it holds the moving average, by default as in `ema`.
 
-    Parameters sharded over ranks are whole on none, and an average is not in the module: so the module is built afresh
-    and filled from the checkpoint. Raises ConfigError: no checkpoint, or a part that is missing.
+    The module is built anew and loaded from the checkpoint, because the trained one may be sharded.
+
+    Raises:
+        ConfigError: there is no checkpoint, or a part of the model is missing.
     """
     if checkpoint is None or not checkpoint.is_dir():
-        raise ConfigError(f"run folder '{run.path}' holds no checkpoint {checkpoint.name if checkpoint else 'yet'}.")
-    wanted = bool(experiment.ema.exported if average is None else average)
+        raise ConfigError(f"run folder '{run.path}' has no checkpoint {checkpoint.name if checkpoint else 'yet'}.")
+    average = bool(experiment.ema.exported if average is None else average)
     try:
         tokenizer = build_tokenizer(experiment.model)
         module = build_stage(experiment.module, without_caches(experiment), tokenizer)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    load_weights(checkpoint, module, wanted)
+    load_weights(checkpoint, module, average)
     module.to(dtype).save_model(output, tokenizer)
-    return wanted
+    return average
 
 
 def without_caches(experiment: Any) -> Any:
-    """The stage with all its networks."""
+    """Return the experiment with all networks loaded and nothing read from caches."""
     return replace(experiment, data=experiment.data.without_caches())
 
 
 def cached_networks(experiment: Any) -> dict[str, dict[str, str]]:
-    """What each cache of the run depends on beside its data; the precision of computation counts."""
+    """Return what each cache of the run depends on besides its data: networks and precision."""
     precision = {"computed": experiment.trainer.precision}
-    return {name: found | precision for name, found in experiment.module.cached_networks(experiment).items()}
+    return {name: network | precision for name, network in experiment.module.cached_networks(experiment).items()}
 
 
 def cache(arguments: Sequence[str]) -> str:
-    """CONFIGURATION…: write the caches that the stage's `data.cached_*` names, by the run's own configuration; what was
-    done, in a sentence.
+    """`train.py cache CONFIGURATION…`: write the caches that `data.cached_*` selects; returns a summary.
 
     Raises:
-        ConfigError: none is named, or what should be cached trains.
+        ConfigError: no cache is selected, or a network to be cached is trained.
         DataError: see `datamodules.cache.write_cache`.
     """
     experiment: Any = load_config(arguments, stage_schema)
     try:
         networks = cached_networks(experiment)
         if not networks:
-            raise ValueError(f"no data.{CACHED}… is set, as data.{CACHED}latents=float32 in stage 3")
+            raise ValueError(f"no data.{CACHED}… is set; for example data.{CACHED}latents=float32 in stage 3")
         tokenizer = build_tokenizer(experiment.model)
         module: Any = build_stage(experiment.module, without_caches(experiment), tokenizer).eval()
         encoder = module.mllm.encoder(tokenizer)
@@ -263,7 +264,7 @@ def cache(arguments: Sequence[str]) -> str:
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     data.networks = networks
-    options, told = experiment.trainer, []
+    options, summary = experiment.trainer, []
     fabric = Fabric(accelerator=options.accelerator, devices=1, precision=options.precision)
     for name, (network, encode) in module.cache_encoders().items():
         if name not in networks:
@@ -272,58 +273,58 @@ def cache(arguments: Sequence[str]) -> str:
         with torch.no_grad(), fabric.autocast():
             counts = data.write_cache(name, encode)
         network.cpu()
-        told.append(
-            f"{name}: {counts['written']} shards written, {counts['skipped']} skipped (finished, or another process is "
-            f"at them); {counts['items']} items, {counts['unusable']} unusable."
+        summary.append(
+            f"{name}: {counts['written']} shards written, {counts['skipped']} skipped (finished, or in use by another "
+            f"process); {counts['items']} items, {counts['unusable']} unusable."
         )
-    return "\n".join(told)
+    return "\n".join(summary)
 
 
 def export(arguments: Sequence[str]) -> str:
-    """RUN output=FOLDER [step=N] [weights=ema|raw] [dtype=float16|bfloat16]: a checkpoint to a model folder, while its
-    run goes on or after it; what was done, in a sentence. By default the last checkpoint, the run's own choice of
-    weights, in float32.
+    """`train.py export RUN output=FOLDER [step=N] [weights=ema|raw] [dtype=float16|bfloat16]`: write a checkpoint as a
+    model folder, also during training; returns a summary. By default the last checkpoint, the weights that the run's
+    `ema` selects, in float32.
 
     Raises:
-        ConfigError: arguments that are missing, unknown or not allowed; no checkpoint.
-        CheckpointDamagedError, CheckpointMismatchError: what the checkpoint holds is of no use.
+        ConfigError: an argument is missing, unknown or not allowed, or there is no checkpoint.
+        CheckpointDamagedError, CheckpointMismatchError: the checkpoint cannot be used.
     """
     runs, options = split_options(arguments, {"output": None, "step": None, "weights": None, "dtype": "float32"})
     step, weights, dtype = options["step"], options["weights"], options["dtype"]
     if len(runs) != 1 or options["output"] is None:
-        raise ConfigError("export takes a run folder and output=FOLDER; step=, weights= and dtype= may be added.")
+        raise ConfigError("export needs one run folder and output=FOLDER; step=, weights= and dtype= are optional.")
     if dtype not in DTYPES:
         raise ConfigError(f"export: dtype={dtype} is not allowed; allowed: {', '.join(DTYPES)}.")
     if weights not in (None, "ema", "raw") or not (step is None or step.isdecimal()):
         raise ConfigError(
-            f"export: step={step} weights={weights} is not allowed; step is a number, weights ema or raw."
+            f"export: step={step} weights={weights} is not allowed; step must be a number, weights ema or raw."
         )
     experiment, run = load_config(runs, stage_schema), RunFolder(runs[0])
     checkpoint = run.checkpoints / checkpoint_name(int(step)) if step else run.latest_checkpoint()
     if checkpoint is not None and checkpoint.is_dir():
         verify(checkpoint)
     output = Path(options["output"])
-    wanted = None if weights is None else weights == "ema"
-    average = export_model(experiment, run, checkpoint, output, wanted, getattr(torch, dtype))
-    return f"The {'average' if average else 'weights'} of '{checkpoint}' are the model in '{output}'."
+    average = None if weights is None else weights == "ema"
+    average = export_model(experiment, run, checkpoint, output, average, getattr(torch, dtype))
+    return f"Exported the {'moving average' if average else 'weights'} of '{checkpoint}' to '{output}'."
 
 
 COMMANDS = {"cache": cache, "export": export}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 finished, 2 a mistake in the arguments, 128 + signal when stopped and saved."""
-    given = [argument for argument in arguments if argument not in ("-h", "--help")]
-    if not given:
+    """Run the command; returns the exit status: 0 finished, 2 user error, 128 + signal if stopped by a signal."""
+    positional = [argument for argument in arguments if argument not in ("-h", "--help")]
+    if not positional:
         print(f"{__doc__}\nStages: {', '.join(STAGES)}. Add --help to a file to list its keys.")
         return 0 if arguments else 2
     configure_logging()
     try:
-        if given[0] in COMMANDS:
-            print(COMMANDS[given[0]](given[1:]))
+        if positional[0] in COMMANDS:
+            print(COMMANDS[positional[0]](positional[1:]))
             return 0
-        if len(given) < len(arguments):
-            print(describe_schema(type(load_config(given, stage_schema))))
+        if len(positional) < len(arguments):
+            print(describe_schema(type(load_config(positional, stage_schema))))
             return 0
         experiment = load_config(arguments, stage_schema)
         if experiment.dry_run:
@@ -334,12 +335,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except RunInterruptedError as stop:
-        # The first rank's exit status is the run's: a launcher kills the others as soon as one fails.
+        # Only rank 0 reports the signal: launchers kill all ranks as soon as one fails.
         if rank_zero_only.rank:
             return 0
         print(stop, file=sys.stderr)
         return 128 + stop.signal
-    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+    except KeyboardInterrupt:  # before the first step, or on a second Ctrl-C
         print("Stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 128 + signal.SIGINT
     if rank_zero_only.rank == 0:

@@ -2,13 +2,13 @@
 
     python -m benchmarks check size=gpu                # or: make gpu-check
     python -m benchmarks check sampling size=gpu part_seconds=300
-    python -m benchmarks released alignment            # the CPU size: some minutes
-    python -m benchmarks released --write              # the table into docs/performance.md
+    python -m benchmarks released alignment            # at the CPU size, in some minutes
+    python -m benchmarks released --write              # write the table into docs/performance.md
     python -m benchmarks loader
 
-check: each stage's whole optimizer step beside its dry run, and sampling beside diffusers. released: each stage's step
-beside the released code's way of the same work. loader: reading beside bare decoding, on one core. Parts are the
-stages and sampling; without any, all are measured. Every result is printed and appended to `output` as it comes.
+check: each stage's optimizer step compared with its dry run, and sampling compared with diffusers. released: each
+stage's step compared with the released code's implementation. loader: data loading compared with decoding alone, on one
+core. Parts are the stages and sampling, by default all. Results are printed and appended to `output` one by one.
 """
 
 import gc
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Read at import: libraries that talk about themselves between our tables.
+# Read at import; silences messages of libraries between our tables.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -40,7 +40,7 @@ Result = dict[str, Any]
 
 
 def run(command: str, parts: Sequence[str], config: BenchmarkConfig, setting: Setting) -> list[Result]:
-    """The results of all parts; one that fails or takes too long is a result too, and the rest goes on."""
+    """Measure all parts. If a part fails or exceeds its time limit, that is recorded as its result."""
     results: list[Result] = []
     end = time.monotonic() + config.total_seconds
     run_facts: dict[str, Any] = {"command": command, "size": config.name, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -61,20 +61,20 @@ def run(command: str, parts: Sequence[str], config: BenchmarkConfig, setting: Se
                     measured = check.check_stage(setting, part, limit)
                 for result in measured:
                     results.append(run_facts | result)
-                    keep(results[-1], config.output)
+                    record(results[-1], config.output)
         except (OutOfTimeError, RuntimeError, ValueError) as error:  # running out of memory is a RuntimeError
             if isinstance(error, ConfigError):
                 raise
             problem = str(error).partition("\n")[0]
             results.append(run_facts | {"part": part, "problem": f"{type(error).__name__}: {problem}"})
-            keep(results[-1], config.output)
+            record(results[-1], config.output)
         gc.collect()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
     return results
 
 
-def keep(result: Result, output: str) -> None:
+def record(result: Result, output: str) -> None:
     """Print a result and append it to `output`."""
     print(" | ".join(row(result)), flush=True)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -83,31 +83,31 @@ def keep(result: Result, output: str) -> None:
 
 
 HEADERS = {
-    "check": ("part", "micro-batch", "peak GiB / dry run", "rows a second", "of the peak FLOP/s", "beside diffusers"),
-    "released": ("stage", "way", "seconds a step", "times as fast as released", "peak GiB", "loss"),
+    "check": ("part", "micro-batch", "peak GiB / dry run", "rows per second", "share of peak FLOP/s", "vs. diffusers"),
+    "released": ("stage", "variant", "seconds per step", "speed-up over released", "peak GiB", "loss"),
 }
 
 
 def row(result: Result) -> list[str]:
-    """A result as cells of its command's table."""
+    """Format a result as a row of its command's table."""
     if "problem" in result:
         return [result["part"], result["problem"]]
     memory = f"{result['peak_bytes'] / GIB:.2f}"
     if result["command"] == "released":
         seconds, loss = f"{result['seconds']:.3f}", f"{result['loss']:.6f}"
         return [result["part"], result["variant"], seconds, times(result["ratio"]), memory, loss]
-    share = dry = beside = ""
+    share = dry = versus = ""
     if "dry_run_bytes" in result:
         dry = f" / {result['dry_run_bytes'] / GIB:.2f}"
         share = f"{result['flops_per_second'] / result['peak_flops_per_second']:.0%}"
     if "ratio" in result:
-        beside = f"{times(result['ratio'])} of {result['diffusers_rows_per_second']:.3g}/s"
+        versus = f"{times(result['ratio'])} of {result['diffusers_rows_per_second']:.3g}/s"
     size = (
         f"{result['micro_batch']} × {result['tokens_per_row']} tokens" if share else f"{result['micro_batch']} images"
     )
     tokens = f" ({result['rows_per_second'] * result['tokens_per_row']:,.0f} tokens)" if share else ""
     speed = f"{result['rows_per_second']:.3g}{tokens}"
-    return [f"{result['part']}, {result['variant']}", size, memory + dry, speed, share, beside]
+    return [f"{result['part']}, {result['variant']}", size, memory + dry, speed, share, versus]
 
 
 def times(ratio: dict[str, float]) -> str:
@@ -115,20 +115,20 @@ def times(ratio: dict[str, float]) -> str:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The results as one table, and what they hold for."""
+    """Format the results as a Markdown table with machine, versions and date."""
     facts, header = results[0], HEADERS[results[0]["command"]]
     cells = [row(result) for result in results]
     lines = [header, ["---"] * len(header), *(line + [""] * (len(header) - len(line)) for line in cells)]
     versions = ", ".join(f"{name} {version}" for name, version in facts["machine"]["versions"].items())
     note = f"{facts['machine']['device']}, {facts['machine']['threads']} threads; {versions}; {facts['started']}."
     if peak := facts.get("peak_flops_per_second"):
-        note = f"Peak, a large matrix product: {peak / TERA:,.3g} TFLOP/s. " + note
+        note = f"Peak, in a large matrix product: {peak / TERA:,.3g} TFLOP/s. " + note
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"### {facts['command']}, size {facts['size']}\n\n{table}\n\n{note}\n"
 
 
 def with_section(page: str, name: str, text: str) -> str:
-    """The page with its section `name` replaced between its two marks; at the end if it has none."""
+    """Replace the section `name` of a page between its two comments, or append it."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     section = f"{begin}\n{text}\n{end}"
     if begin not in page:
@@ -138,13 +138,13 @@ def with_section(page: str, name: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 measured, 1 a part failed or took too long, 2 a mistake in the arguments."""
-    given = [argument for argument in arguments if argument != "--write"]
-    if not given or given[0] not in COMMANDS:
+    """Run the command; returns the exit status: 0 success, 1 a part failed or took too long, 2 invalid arguments."""
+    positional = [argument for argument in arguments if argument != "--write"]
+    if not positional or positional[0] not in COMMANDS:
         print(__doc__, file=sys.stderr)
         return 2
-    command, keys = given[0], [argument for argument in given[1:] if "=" in argument]
-    parts = [argument for argument in given[1:] if "=" not in argument]
+    command, keys = positional[0], [argument for argument in positional[1:] if "=" in argument]
+    parts = [argument for argument in positional[1:] if "=" not in argument]
     configure_logging()
     problems = False
     try:
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str]) -> int:
             known += ["sampling"] if command == "check" else []
             for part in parts:
                 if part not in known:
-                    raise ConfigError(f"there is no part '{part}' of {command}; allowed: {', '.join(known)}")
+                    raise ConfigError(f"{command} has no part '{part}'; allowed: {', '.join(known)}")
             with open_setting(config) as setting:
                 results = run(command, parts or known, config, setting)
             text, name = markdown(results), f"{command} {config.name}"

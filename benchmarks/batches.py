@@ -1,4 +1,4 @@
-"""Prompts of random words and pixels with the lengths of real ones: padding and packing are what costs.
+"""Prompts of random words and pixels with realistic lengths, so that padding and packing cost what they do in training.
 
 Shapes: `B` rows, `L` tokens, `I` images of a row.
 """
@@ -15,13 +15,13 @@ from benchmarks.setting import FIRST_WORD, Setting
 from kosmosg.losses import IGNORED_LABEL
 from kosmosg.prompt import EncodedPrompt, PromptBatch
 
-IMAGE = 0  # in place of a number of words
+IMAGE = 0  # stands for an image in a list of word counts
 IMAGE_ID = 4
 MIXTURE = ("text",) * 5 + ("pair",) * 5 + ("interleaved",) * 2  # paper, section 3.2
 
 
 class Lengths(NamedTuple):
-    """Words of a text: log-normal, cut at both ends."""
+    """Distribution of the number of words of a text: log-normal, clamped to [shortest, longest]."""
 
     median: float
     sigma: float
@@ -29,18 +29,18 @@ class Lengths(NamedTuple):
     longest: int
 
     def draw(self, source: Random) -> int:
-        drawn = round(source.lognormvariate(math.log(self.median), self.sigma))
-        return min(max(drawn, self.shortest), self.longest)
+        words = round(source.lognormvariate(math.log(self.median), self.sigma))
+        return min(max(words, self.shortest), self.longest)
 
 
-# Mean 19, and the longest of 56 about 70; the released filter leaves out captions of more than 85 pieces.
+# The mean is 19, the longest of 56 about 70; the released filter drops captions of more than 85 tokens.
 CAPTION = Lengths(15.5, 0.65, 3, 85)
 INSTRUCTION = Lengths(9, 0.4, 3, 40)
-ENTITIES = (0.4, 0.35, 0.15, 0.1)  # shares of constructed samples with 1, 2, 3, 4 images
+ENTITIES = (0.4, 0.35, 0.15, 0.1)  # shares of constructed samples with 1, 2, 3 and 4 images
 
 
 class Writer:
-    """Writes prompts for the MLLM of a setting."""
+    """Makes random prompts for the MLLM of a setting."""
 
     def __init__(self, setting: Setting):
         mllm, self.pad_id, self.bos_id = setting.model.mllm, setting.tokenizer.pad_id, setting.tokenizer.bos_id
@@ -52,7 +52,7 @@ class Writer:
         return 1 + sum(words or self.image_tokens + 2 for words in pieces)
 
     def document(self, pieces: Sequence[int]) -> EncodedPrompt:
-        """`<s>` and the pieces: numbers of words, or IMAGE."""
+        """A prompt of `<s>` and pieces: texts, given by their number of words, or IMAGE."""
         ids, mask, images = [self.bos_id], [False], []
         for words in pieces:
             if words == IMAGE:
@@ -68,8 +68,8 @@ class Writer:
         return PromptBatch.stack(rows, self.pad_id).to(self.device)
 
     def documents(self, rows: int, length: int) -> tuple[PromptBatch, PromptBatch]:
-        """Stage 1's documents twice: packed into rows of `length`, and one to a row, padded to the longest. The last
-        document of a packed row is text that fills it."""
+        """Documents of stage 1: packed into rows of `length` tokens, and the same ones with one per row. The last
+        document of a packed row is a text that fills it."""
         text = Lengths(length / 4, 1.0, min(30, length // 4), length)  # web pages have 500 to 1,000 tokens on average
         packed, alone = [], []
         for row in range(rows):
@@ -83,15 +83,15 @@ class Writer:
                 documents.append(self.document(pieces if self.length(pieces) <= left - 2 else [left - 1]))
                 left -= len(documents[-1])
             alone += documents
-            packed.append(joined(documents))
+            packed.append(join(documents))
         return self.stack(packed), self.stack(alone)
 
     def captions(self, rows: int) -> PromptBatch:
-        """Stage 2's."""
+        """Prompts of stage 2."""
         return self.stack([self.document([CAPTION.draw(self.random)]) for _ in range(rows)])
 
     def instructions(self, rows: int) -> PromptBatch:
-        """Stage 3's: constructed : edit : caption = 2 : 2 : 1."""
+        """Prompts of stage 3: constructed : edit : caption = 2 : 2 : 1."""
         return self.stack([self.document(self._instruction(row % 5)) for row in range(rows)])
 
     def _instruction(self, kind: int) -> list[int]:
@@ -103,8 +103,8 @@ class Writer:
         return [*[piece for _ in range(images) for piece in (share, IMAGE)], share]
 
 
-def joined(documents: Sequence[EncodedPrompt]) -> EncodedPrompt:
-    """One row of all."""
+def join(documents: Sequence[EncodedPrompt]) -> EncodedPrompt:
+    """Join documents into one row."""
     ids: Any = [token for document in documents for token in document.ids]
     masks: Any = [document.image_mask for document in documents]
     images = [image for document in documents for image in document.images]
@@ -112,7 +112,7 @@ def joined(documents: Sequence[EncodedPrompt]) -> EncodedPrompt:
 
 
 def next_words(prompt: PromptBatch) -> Tensor:
-    """Labels of stage 1, B×L: the next token, where it is a word of the same document."""
+    """Labels of stage 1, B×L: the next token, if it is a word of the same document."""
     labels = torch.full_like(prompt.ids, IGNORED_LABEL)
     following = prompt.ids[:, 1:]
     labels[:, :-1] = torch.where(following >= FIRST_WORD, following, IGNORED_LABEL)

@@ -1,6 +1,6 @@
-"""The check of a machine: each stage's whole optimizer step beside its dry run, and sampling beside diffusers.
+"""Check a machine: compare each stage's optimizer step with its dry run, and sampling with diffusers.
 
-Micro-batches are the stages' `fake_batch` filled with random values, so that the dry run counts the same shapes.
+Micro-batches are each stage's `fake_batch` with random values, which has the shapes that the dry run assumes.
 """
 
 import copy
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import Limit, in_turns, interval, peak_bytes, ratio
+from benchmarks.measure import Limit, interval, peak_bytes, ratio, time_alternately
 from benchmarks.setting import Setting, backward
 from kosmosg.condition import Condition
 from kosmosg.models.image_decoder import ImageDecoder
@@ -22,23 +22,23 @@ from lightning_modules.trainer import batch_layout
 from train import STAGES
 
 GUIDANCE_SCALE = 7.5
-ROOM = 0.9  # share of the device's memory that a micro-batch may take by the dry run
+MEMORY_SHARE = 0.9  # share of the device's memory that the dry run may use
 Rows = Iterator[dict[str, Any]]
 
 
 def check_stage(setting: Setting, part: str, limit: Limit) -> Rows:
-    """Forward, backward, clipping and optimizer step, as written, and of the stages themselves with compiled layers."""
+    """Measure forward, backward, clipping and optimizer step, in eager mode and, for stages, with compiled layers."""
     config, device, experiment = setting.config, setting.device, setting.experiment(part)
     on_gpu = device.type == "cuda"
     if on_gpu:
         memory = torch.cuda.get_device_properties(device).total_memory / GIB
-        experiment = replace(experiment, hardware=replace(experiment.hardware, memory_gib=ROOM * memory))
+        experiment = replace(experiment, hardware=replace(experiment.hardware, memory_gib=MEMORY_SHARE * memory))
     sized, options, hardware = size_up(experiment), experiment.trainer, experiment.hardware
-    found = estimate(sized, experiment, batch_layout(experiment.data.micro_batch_size, options))
-    rows = min(experiment.data.micro_batch_size, found.largest_micro_batch(experiment.data.micro_batch_size))
+    predicted = estimate(sized, experiment, batch_layout(experiment.data.micro_batch_size, options))
+    rows = min(experiment.data.micro_batch_size, predicted.largest_micro_batch(experiment.data.micro_batch_size))
     if rows < 1:
-        raise ValueError(f"by the dry run no micro-batch fits {found.available / GIB:.1f} GiB")
-    found = estimate(sized, experiment, batch_layout(rows, options))
+        raise ValueError(f"by the dry run no micro-batch fits into {predicted.available / GIB:.1f} GiB")
+    predicted = estimate(sized, experiment, batch_layout(rows, options))
     module = setting.build(experiment)
     optimizer: Any = module.configure_optimizers()
     batch = setting.fill(module.fake_batch(rows, sized.shape, experiment.model.image_size))
@@ -52,7 +52,7 @@ def check_stage(setting: Setting, part: str, limit: Limit) -> Rows:
     for variant in ("eager", "compiled") if config.compile and part in STAGES else ("eager",):
         if variant == "compiled":
             apply_compile(module)
-        seconds = in_turns({part: step}, config.repetitions, config.warmup, device, limit, config.clock)[part]
+        seconds = time_alternately({part: step}, config.repetitions, config.warmup, device, limit, config.clock)[part]
         states = [value for state in optimizer.state.values() for value in state.values()]
         yield {
             "part": part,
@@ -60,7 +60,7 @@ def check_stage(setting: Setting, part: str, limit: Limit) -> Rows:
             "micro_batch": rows,
             "tokens_per_row": sized.shape.tokens,
             "peak_bytes": peak_bytes(step, module, states),
-            "dry_run_bytes": found.total - hardware.reserve_gib * GIB,
+            "dry_run_bytes": predicted.total - hardware.reserve_gib * GIB,
             "seconds": interval(seconds),
             "rows_per_second": rows / interval(seconds)["median"],
             "flops_per_second": sized.flops(rows) / interval(seconds)["median"],
@@ -68,10 +68,10 @@ def check_stage(setting: Setting, part: str, limit: Limit) -> Rows:
 
 
 def check_sampling(setting: Setting, limit: Limit) -> Rows:
-    """`DiffusionSampler` beside diffusers' own pipeline over the same networks, conditions and noise.
+    """Compare `DiffusionSampler` with diffusers' own pipeline, with the same networks, conditions and noise.
 
-    Channels last goes with compilation alone: GroupNorm in eager mode on CUDA gives contiguous results whatever it is
-    given (pytorch#111824), so that every convolution after one converts its input back.
+    Channels last is used only with compilation: in eager mode on CUDA, GroupNorm always returns contiguous tensors
+    (pytorch#111824), so that the next convolution would have to convert its input back.
     """
     config, options, device = setting.config, setting.config.sampling, setting.device
     with torch.device(device):
@@ -107,20 +107,20 @@ def check_sampling(setting: Setting, limit: Limit) -> Rows:
         return lambda: sampler(condition, null, **shared, seeds=seeds)
 
     for variant in ("eager", "compiled, channels last") if config.compile else ("eager",):
-        drawn_with = decoder
+        network = decoder
         if variant != "eager":
-            drawn_with = copy.deepcopy(decoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            drawn_with.denoiser.compile()
-        ways = {"ours": ours(drawn_with), "diffusers": theirs}
-        seconds = in_turns(ways, config.repetitions, min(1, config.warmup), device, limit, config.clock)
+            network = copy.deepcopy(decoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.denoiser.compile()
+        variants = {"ours": ours(network), "diffusers": theirs}
+        seconds = time_alternately(variants, config.repetitions, min(1, config.warmup), device, limit, config.clock)
         yield {
             "part": "sampling",
             "variant": f"{options.dtype}, {variant}",
             "micro_batch": options.images,
-            "peak_bytes": peak_bytes(ways["ours"], drawn_with),
+            "peak_bytes": peak_bytes(variants["ours"], network),
             "seconds": interval(seconds["ours"]),
             "rows_per_second": options.images / interval(seconds["ours"])["median"],
             "diffusers_rows_per_second": options.images / interval(seconds["diffusers"])["median"],
             "ratio": ratio(seconds["diffusers"], seconds["ours"]),
-            "largest_difference": float((ways["ours"]() - theirs()).abs().max()),
+            "largest_difference": float((variants["ours"]() - theirs()).abs().max()),
         }

@@ -1,12 +1,12 @@
-"""Peak memory and time of `kosmosg convert` on a final checkpoint of the full size, written for the purpose.
+"""Measure peak memory and time of `kosmosg convert` on a generated full-size checkpoint.
 
-    python benchmarks/convert_memory.py                        # 5.7 GB in a temporary folder, and as much again
+    python benchmarks/convert_memory.py                        # needs twice 5.7 GB in a temporary folder
     python benchmarks/convert_memory.py --folder /scratch --dtype float32
     python benchmarks/convert_memory.py --config configs/model/toyland.yaml --vocabulary 300 \\
         --decoder datamodules/toyland/weights/stable-diffusion
 
-The checkpoint has the released names and shapes: modules without values are built from the configuration, and their
-names are turned back. The peak is the conversion's own process's (VmHWM: mapped pages count).
+The checkpoint has the released names and shapes, derived from modules built on the meta device. The peak is that of the
+conversion's own process (VmHWM, which includes mapped pages).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from kosmosg.models.model_config import ModelConfig
 from kosmosg.tokenizer import DICTIONARY_FILE, LEADING_SYMBOLS, SENTENCEPIECE_FILE, TRAILING_SYMBOLS, Tokenizer
 
 RELEASED_VOCABULARY = 64_007
-# The child reports on itself: what a parent sees of a child's peak starts with the parent's own.
+# The child reports its own peak: measured by the parent, it would include the parent's memory at the fork.
 CHILD = """
 import sys
 import kosmosg.conversion
@@ -82,16 +82,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default="configs/model/kosmosg.yaml", help="sizes of the model")
     parser.add_argument("--decoder", help="Stable Diffusion folder; by default v1.5's published configurations")
-    parser.add_argument("--vocabulary", type=int, default=RELEASED_VOCABULARY, help="ids of the dictionary")
+    parser.add_argument("--vocabulary", type=int, default=RELEASED_VOCABULARY, help="number of token ids")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="what to convert to; default: float16, as the checkpoint"
+        "--dtype", choices=tuple(DTYPES), help="dtype to convert to; default: float16, as in the checkpoint"
     )
-    parser.add_argument("--folder", help="where to put the temporary folder")
+    parser.add_argument("--folder", help="parent of the temporary folder")
     return parser.parse_args(arguments)
 
 
 def write_checkpoint(file: Path, given: argparse.Namespace) -> None:
-    """A final checkpoint in float16, and a tokenizer of its vocabulary beside it."""
+    """Write a final checkpoint in float16, and a tokenizer with its vocabulary into the same folder."""
     tokenizer = write_tokenizer(file.parent, given.vocabulary)
     config = load_config([given.config, "model.vision_weights=null"], Benchmarked).model
     decoder = StableDiffusion.find(given.decoder)
@@ -105,7 +105,7 @@ def write_checkpoint(file: Path, given: argparse.Namespace) -> None:
 
 
 def constant_weights(shapes: dict[str, tuple[int, ...]]) -> Weights:
-    """Each tensor filled with a number of its own."""
+    """Weights in which each tensor is filled with a different number."""
 
     def fill() -> dict[str, Tensor]:
         numbered = enumerate(shapes.items(), 1)
@@ -115,7 +115,7 @@ def constant_weights(shapes: dict[str, tuple[int, ...]]) -> Weights:
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
-    """Any SentencePiece model, and a dictionary of as many words as the embedding has rows."""
+    """Write a small SentencePiece model, and a dictionary with `vocabulary` ids."""
     Tokenizer.train(["a few words to split", "and some more of them"], folder, vocab_size=64)
     words = vocabulary - len(LEADING_SYMBOLS) - len(TRAILING_SYMBOLS)
     (folder / DICTIONARY_FILE).write_text("".join(f"word{n} 1\n" for n in range(words)))

@@ -1,8 +1,8 @@
-"""The loaders beside what they cannot do without (decoding for stage 3, tokenising for stage 2) and beside webdataset's
-and Hugging Face's readers of the same shards; how they start on sets of any size; and their memory.
+"""Compare data loaders with their unavoidable work (decoding in stage 3, tokenising in stage 2) and with webdataset's
+and Hugging Face's readers of the same shards; measure start-up and memory on large data sets.
 
-Samples are made for the purpose: noise whose spectrum falls off as photographs' does, at the sizes of the sources, and
-Toyland's captions. One process, one core, CPU seconds; all ways take turns.
+Samples are synthetic: noise with the spectrum of photographs at realistic sizes, and Toyland's captions. All variants
+alternate in one process on one core, and CPU seconds are measured.
 """
 
 import gc
@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 from webdataset.compat import WebDataset
 
-from benchmarks.measure import Limit, in_turns, interval, ratio
+from benchmarks.measure import Limit, interval, ratio, time_alternately
 from datamodules.alignment import AlignmentData, AlignmentDataConfig, ClipTokens
 from datamodules.data_config import DataConfig, Source
 from datamodules.images import Limits, StoredImage
@@ -41,28 +41,28 @@ from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "datamodules" / "toyland" / "weights"
-SPECTRUM = 1.1  # exponent of the amplitude's fall; photographs lie near 1
+SPECTRUM = 1.1  # amplitudes fall with frequency to this power; photographs are near 1
 SIDE, CLIP_TOKENS, LARGE_BATCH = 512, 77, 1024
 
 
 @dataclass
 class LoaderBenchmark:
     samples: int = 24
-    """Samples of each source of stage 3."""
+    """Number of samples of each source of stage 3."""
     batches: int = 16
-    """Repetitions."""
+    """Number of repetitions."""
     batch_size: int = 20
-    """Samples of a batch of stage 3, a multiple of 5: 2 constructed, 2 edits, 1 pair."""
+    """Samples per batch of stage 3, a multiple of 5: 2 constructed, 2 edits, 1 pair."""
     crops: str = "png"
-    """How entity crops are stored: png, as the curation writes them, or jpg."""
+    """Format of entity crops: png, as written by the curation, or jpg."""
     captions: int = 20_000
-    """Captions written; batches of stage 2 hold 56."""
+    """Number of captions; batches of stage 2 have 56."""
     memory_captions: int = 200_000
-    """Captions read while the memory is watched."""
+    """Number of captions read while memory is measured."""
     real_captions: int = 1_000_000
-    """Captions of a set that is written to see how it starts."""
+    """Number of captions of the written data set for the start-up measurement."""
     listed_shards: int = 200_000
-    """Shards of 10,000 samples each, 2·10⁹ in all, of a set that is only listed."""
+    """Number of shards with 10,000 samples each, 2·10⁹ in all, of the data set that is listed but not written."""
     tokenizer: str = str(WEIGHTS / "tokenizer")
     """Folder of the MLLM's tokenizer."""
     clip: str = str(WEIGHTS / "stable-diffusion" / "tokenizer")
@@ -77,16 +77,16 @@ class LoaderBenchmark:
 
 
 def measure(arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Both loaders' speed, beside bare work over as many images and captions, and the growth of resident memory."""
+    """Measure speed and memory of the loaders of stages 2 and 3, and their start-up."""
     config = load_config(arguments, LoaderBenchmark)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        starts = measure_starts(config, Path(folder))  # first, while the memory is small
+        starts = measure_starts(config, Path(folder))  # first, while little memory is in use
         return measure_stage3(config, Path(folder)) | measure_stage2(config, Path(folder)) | starts
 
 
 def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
-    """Two entities a constructed sample, so that all batches hold equally many images."""
+    """Measure stage 3's loader. Constructed samples have two entities, so that all batches have equally many images."""
     rng = np.random.default_rng(0)
     pair, edits, crops = ([] for _ in range(3))
     per_shard = -(-config.samples // 4)
@@ -110,12 +110,12 @@ def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     words = Tokenizer.from_pretrained(Path(config.tokenizer))
     module: Any = InstructionData(InstructionDataConfig(**sources), PromptEncoder(words, clip, 64), target)
     module.setup()
-    # Of 5 samples: 2 × 2 crops and 2 images to edit are read by the MLLM, and 4 edits and a pair are targets.
+    # Of 5 samples the MLLM reads 2 × 2 crops and 2 images to edit; the targets are 2 constructed, 2 edited and 1 pair.
     fifth = config.batch_size // 5
     images = {clip: [*crops, *edits[: len(crops) // 2]], target: [*edits, *pair[: len(edits) // 4]]}
     counts = {clip: 6 * fifth, target: 5 * fifth}
     images = {transform: [of[i % len(of)] for i in range(counts[transform])] for transform, of in images.items()}
-    decoded = [(transform, bare(image)) for transform, chosen in images.items() for image in chosen]
+    decoded = [(transform, decode(image.data)) for transform, chosen in images.items() for image in chosen]
     begins = iter(range(0, 10**9, config.batch_size))
 
     def read() -> None:
@@ -125,10 +125,10 @@ def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     read_by_mllm = {"constructed": [f"{i}.background.{config.crops}" for i in range(2)], "edit": ["source.jpg"]}
 
     def prepare(name: str, sample: dict[str, Any]) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:
-        """What a row of a source needs and no more: words, crops or the image to edit for the MLLM, and the target."""
+        """Prepare a row: token ids, images for the MLLM (crops or the image to edit), and the target."""
         text = sample["txt"].decode() if name == "captions" else json.loads(sample["json"])["caption"]
-        images = [clip(decoded_image(sample[member])) for member in read_by_mllm.get(name, [])]
-        return words.encode(text), images, target(decoded_image(sample["jpg" if name == "captions" else "target.jpg"]))
+        images = [clip(decode(sample[member])) for member in read_by_mllm.get(name, [])]
+        return words.encode(text), images, target(decode(sample["jpg" if name == "captions" else "target.jpg"]))
 
     def peer(open_set: Callable[[Path], Iterator[dict[str, Any]]]) -> Callable[[], None]:
         samples = {name: open_set(folder / name) for name in weights}
@@ -143,29 +143,29 @@ def measure_stage3(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
         return read_theirs
 
     peers = {name: peer(open_set) for name, open_set in peer_readers().items()}
-    ways = peers | {
+    variants = peers | {
         "loader": read,
-        "decode": lambda: [bare(image) for chosen in images.values() for image in chosen],
+        "decode": lambda: [decode(image.data) for chosen in images.values() for image in chosen],
         "transforms": lambda: [transform(image) for transform, image in decoded],
     }
-    seconds = turns(ways, config)
-    both = [sum(pair) for pair in zip(seconds["decode"], seconds["transforms"], strict=True)]
+    seconds = time_variants(variants, config)
+    decode_and_transform = [sum(pair) for pair in zip(seconds["decode"], seconds["transforms"], strict=True)]
     return {
-        "stage 3, of bare decoding": ratio(seconds["decode"], seconds["loader"]),
-        "stage 3, of decoding and bringing to size": ratio(both, seconds["loader"]),
-        **{f"stage 3, of {name}": ratio(seconds[name], seconds["loader"]) for name in peers},
-        "stage 3, samples a second": interval([config.batch_size / taken for taken in seconds["loader"]]),
+        "stage 3, relative to decoding": ratio(seconds["decode"], seconds["loader"]),
+        "stage 3, relative to decoding and transforms": ratio(decode_and_transform, seconds["loader"]),
+        **{f"stage 3, relative to {name}": ratio(seconds[name], seconds["loader"]) for name in peers},
+        "stage 3, samples per second": interval([config.batch_size / elapsed for elapsed in seconds["loader"]]),
     }
 
 
 def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
-    """The words of one epoch are known when the clock starts, as in a long run."""
+    """Measure stage 2's loader, after one epoch has filled the tokenizers' caches, as in a long run."""
     rng = np.random.default_rng(1)
-    texts = [caption(sample_scene(rng), rng, told=True) for _ in range(config.captions)]
-    stand_in = photograph(rng, 64, 64)
+    texts = [caption(sample_scene(rng), rng, with_looks=True) for _ in range(config.captions)]
+    image = photograph(rng, 64, 64)
     with ShardWriter(folder / "text", "captions", -(-config.captions // 20)) as writer:
         for number, text in enumerate(texts):
-            writer.write(CaptionSample(text, stand_in), f"{number:09d}")
+            writer.write(CaptionSample(text, image), f"{number:09d}")
     clip, words = CLIPTokenizer.from_pretrained(config.clip), Tokenizer.from_pretrained(Path(config.tokenizer))
 
     def tokenize(texts: list[str]) -> torch.Tensor:
@@ -174,7 +174,7 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     data = AlignmentDataConfig(captions=Source(str(folder / "text" / "*.tar")))
     module: Any = AlignmentData(data, PromptEncoder(words, ClipImageTransform(224), 64), ClipTokens(tokenize))
     module.setup()
-    gc.freeze()  # as the loader's workers do
+    gc.freeze()  # as in the loader's workers
     resident = []
     for begin in range(0, max(config.memory_captions, config.captions), LARGE_BATCH):
         module.train_dataset[range(begin, begin + LARGE_BATCH)]
@@ -203,17 +203,17 @@ def measure_stage2(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
         return read_theirs
 
     peers = {name: peer(open_set(folder / "text")) for name, open_set in peer_readers().items()}
-    seconds = turns(peers | {"loader": read, "tokens": tokens}, config)
+    seconds = time_variants(peers | {"loader": read, "tokens": tokens}, config)
     return {
-        "stage 2, of the two tokenizers alone": ratio(seconds["tokens"], seconds["loader"]),
-        **{f"stage 2, of {name}": ratio(seconds[name], seconds["loader"]) for name in peers},
-        "stage 2, captions a second": interval([560 / taken for taken in seconds["loader"]]),
-        "stage 2, kB of resident memory after the first tenth": (resident[-1] - resident[len(resident) // 10]) / 1000,
+        "stage 2, relative to the two tokenizers alone": ratio(seconds["tokens"], seconds["loader"]),
+        **{f"stage 2, relative to {name}": ratio(seconds[name], seconds["loader"]) for name in peers},
+        "stage 2, captions per second": interval([560 / elapsed for elapsed in seconds["loader"]]),
+        "stage 2, kB of memory added after the first tenth": (resident[-1] - resident[len(resident) // 10]) / 1000,
     }
 
 
 def peer_readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
-    """Other readers of the same tars, without end: member name → bytes. Hugging Face's is left out if not installed."""
+    """Return endless readers of the same tars by other libraries: member name → bytes. `datasets` is optional."""
     readers = {"webdataset": read_by_webdataset}
     if importlib.util.find_spec("datasets") is not None:
         readers["Hugging Face datasets"] = read_by_datasets
@@ -221,7 +221,7 @@ def peer_readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
 
 
 def read_by_webdataset(folder: Path) -> Iterator[dict[str, Any]]:
-    """Its pipeline with a shuffle of shards and a buffer of 1,000 samples."""
+    """Read with webdataset, with shuffled shards and a shuffle buffer of 1,000 samples."""
     files = [str(path) for path in find_tars(str(folder))]
     stream: Any = WebDataset(files, shardshuffle=len(files), seed=0).shuffle(1000)
     while True:
@@ -229,7 +229,7 @@ def read_by_webdataset(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_by_datasets(folder: Path) -> Iterator[dict[str, Any]]:
-    """Streaming, its images left encoded, with the same buffer."""
+    """Stream with Hugging Face datasets, with encoded images and the same shuffle buffer."""
     import datasets  # type: ignore[import-not-found]
 
     files = [str(path) for path in find_tars(str(folder))]
@@ -250,7 +250,7 @@ def as_bytes(value: Any) -> Any:
 
 
 def measure_starts(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
-    """Seconds until the first batch is located, on from a random step, and the growth of resident memory."""
+    """Measure the seconds until a batch in the middle of a run is located, and the growth of resident memory."""
     record = {"samples": 10_000, "bytes": 2**30}
     urls = [f"https://store.example/laion-{number:06d}.tar" for number in range(config.listed_shards)]
     save_listing(folder / "laion.json", [record | {"name": url} for url in urls])
@@ -258,7 +258,7 @@ def measure_starts(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
     with ShardWriter(folder / "real", "captions", 10_000) as writer:
         for number in range(config.real_captions):
             writer.write(TextSample(f"a boat on lake number {number}"), f"{number:09d}")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     listed = 10_000 * config.listed_shards
     sets = {f"{listed:,} samples, listed": folder / "laion.json", f"{config.real_captions:,} texts": folder / "real"}
     for name, place in sets.items():
@@ -274,26 +274,22 @@ def measure_starts(config: LoaderBenchmark, folder: Path) -> dict[str, Any]:
                 reader(draw.lane, draw.row)
             else:
                 order(draw.lane, draw.row)
-        found[f"start on {name}, seconds"] = {key: time.monotonic() - began for key in ("median", "low", "high")}
-        found[f"start on {name}, kB of resident memory"] = (resident_bytes() - before) / 1000
-    return found
+        results[f"start on {name}, seconds"] = {key: time.monotonic() - began for key in ("median", "low", "high")}
+        results[f"start on {name}, kB of resident memory"] = (resident_bytes() - before) / 1000
+    return results
 
 
-def turns(ways: dict[str, Any], config: LoaderBenchmark) -> dict[str, list[float]]:
-    return in_turns(ways, config.batches, 1, torch.device("cpu"), Limit(600), "cpu")
+def time_variants(variants: dict[str, Any], config: LoaderBenchmark) -> dict[str, list[float]]:
+    return time_alternately(variants, config.batches, 1, torch.device("cpu"), Limit(600), "cpu")
 
 
-def bare(image: StoredImage) -> Image.Image:
-    """Bytes → RGB pixels, by Pillow and nothing else."""
-    return decoded_image(image.data)
-
-
-def decoded_image(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
+    """Decode an image with Pillow."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def photograph(rng: np.random.Generator, width: int, height: int, kind: str = "jpg") -> StoredImage:
-    """Coloured noise with the spectrum of photographs, encoded."""
+    """Return encoded coloured noise with the spectrum of photographs."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
     shape = (3, *frequency.shape)
@@ -308,17 +304,17 @@ def photograph(rng: np.random.Generator, width: int, height: int, kind: str = "j
 
 
 def resident_bytes() -> int:
-    """Of this process (Linux)."""
+    """Return the resident memory of this process (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    lines = ["### loader", "", "One core, its CPU seconds.", "", "| | |", "|---|---|"]
+    """Format the result as a Markdown table."""
+    lines = ["### loader", "", "CPU seconds on one core.", "", "| | |", "|---|---|"]
     for name, value in result.items():
-        shown = (
+        text = (
             f"{value:+,.0f}" if isinstance(value, float) else "{median:,.3g} ({low:,.3g}–{high:,.3g})".format(**value)
         )
-        lines.append(f"| {name} | {shown} |")
+        lines.append(f"| {name} | {text} |")
     return "\n".join([*lines, ""])

@@ -1,4 +1,4 @@
-"""Timing in turns, time limits, memory, the device's peak in a large matrix product, versions."""
+"""Measure time (alternating between variants), peak memory and peak FLOP/s; describe the machine."""
 
 import gc
 import importlib.metadata
@@ -23,11 +23,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "lightning", "nvidia-cudnn-cu
 
 
 class OutOfTimeError(Exception):
-    """A part took longer than its limit."""
+    """A part exceeded its time limit."""
 
 
 class Limit:
-    """What is left of a part's time; beyond it, `OutOfTimeError` is raised wherever the part is."""
+    """The time limit of a part."""
 
     def __init__(self, seconds: float):
         self.seconds, self.end = seconds, time.monotonic() + seconds
@@ -37,7 +37,7 @@ class Limit:
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """By an alarm, which waits for the kernel or the compiler at work."""
+        """Raise `OutOfTimeError` at the limit, by a signal that waits for the current kernel or compilation."""
 
         def stop(*_: Any) -> None:
             raise OutOfTimeError(f"no further result within {self.seconds:g} s")
@@ -51,25 +51,25 @@ class Limit:
             signal.signal(signal.SIGALRM, before)
 
 
-def in_turns(
-    ways: Mapping[str, Step], repetitions: int, warmup: int, device: torch.device, limit: Limit, clock: str = "wall"
+def time_alternately(
+    variants: Mapping[str, Step], repetitions: int, warmup: int, device: torch.device, limit: Limit, clock: str = "wall"
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each repetition: A, B, B, A, …, as what runs second finds other caches; fewer repetitions
-    where the next would not fit."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """Return the seconds of each variant in each repetition. The order alternates (A, B, B, A, …), because the first
+    one leaves caches behind. Stops early if another repetition would exceed the limit."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repetition in range(warmup + repetitions):
         began = time.monotonic()
-        for name, step in list(ways.items())[:: -1 if repetition % 2 else 1]:
-            taken = timed(step, device, clock)
+        for name, step in list(variants.items())[:: -1 if repetition % 2 else 1]:
+            elapsed = timed(step, device, clock)
             if repetition >= warmup:
-                seconds[name].append(taken)
+                seconds[name].append(elapsed)
         if repetition >= warmup and limit.left() < 2 * (time.monotonic() - began):
             break
     return seconds
 
 
 def timed(step: Step, device: torch.device, clock: str = "wall") -> float:
-    """Seconds of one call, the device's queue empty before and after."""
+    """Return the seconds of one call, with synchronisation before and after it."""
     now = CLOCKS[clock]
     synchronize(device)
     started = now()
@@ -79,13 +79,13 @@ def timed(step: Step, device: torch.device, clock: str = "wall") -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what the device still computes."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Median over repetitions, with its 95 % bootstrap interval."""
+    """Return the median of `values` with its 95 % bootstrap interval."""
     source = random.Random(seed)
     medians = sorted(statistics.median(source.choices(values, k=len(values))) for _ in range(REPLICATES))
     edge = round(0.025 * REPLICATES)
@@ -93,19 +93,19 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """How many times faster, repetition by repetition."""
-    return interval([theirs / ours for theirs, ours in zip(slow, fast, strict=True)])
+    """Return the speed-up of `fast` over `slow`, paired by repetition."""
+    return interval([a / b for a, b in zip(slow, fast, strict=True)])
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, clock: str = "wall", repetitions: int = 10) -> float:
-    """FLOP/s of a large square matrix product, at best of some: what the device reaches."""
+    """Return the best FLOP/s that the device reaches in a large square matrix product."""
     side = PEAK_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / min(timed(lambda: a @ b, device, clock) for _ in range(repetitions))
 
 
 def peak_bytes(step: Step, module: nn.Module, others: Sequence[Tensor] = ()) -> int:
-    """The most memory that is held while `step` runs: weights, `others` such as optimizer states, all it makes."""
+    """Return the peak bytes while `step` runs, including weights and `others`, such as optimizer states."""
     held = [*module.parameters(), *module.buffers(), *others]
     gc.collect()
     if held[0].device.type == "cuda":
@@ -119,7 +119,7 @@ def peak_bytes(step: Step, module: nn.Module, others: Sequence[Tensor] = ()) -> 
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, and versions of libraries, without those that are not installed."""
+    """Return device, number of threads, and versions of the installed libraries."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -131,7 +131,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor as Linux names it, or the vector instructions that PyTorch uses."""
+    """Return the processor's name from Linux, or the vector instructions that PyTorch uses."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

@@ -1,12 +1,11 @@
-"""Each stage's step as it is shipped, beside the released code's way of the same work over the same networks.
+"""Compare each stage's training step with the released code's implementation of it, with the same networks.
 
-The released code pads to the longest row, computes the language model's head and drops it in stages 2 and 3, computes
-all layers again in the backward pass, encodes targets in every step and gives the null condition a pass of its own
-(docs/released-code.md). Each habit is also left out alone. No script of stage 1 was released: its released way is the
-same documents, one to a row, with logits at all positions. Reentrant checkpoints, which cost the released code the
-gradient of CLIP's last block, are not imitated: they change the result, not the time. Dropout is off, so that losses
-are equal, but for two things: a packed document reads those before it unless they are kept apart, and a variant of
-L_rec without padding is another sum.
+The released code pads to the longest row, computes the language model's logits in stages 2 and 3 without using them,
+recomputes all layers in the backward pass, encodes targets in every step, and computes the null condition in a separate
+pass (docs/released-code.md). Further variants leave out one of these at a time. For stage 1, which was not released,
+the released variant has one document per row and logits at all positions. Reentrant checkpointing, which loses the
+gradient of CLIP's last block, is not imitated: it changes the result, not the time. Dropout is off, so that losses are
+equal, except that packed documents read the ones before them unless separated, and that L_rec without padding differs.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.batches import Writer, next_words
-from benchmarks.measure import Limit, in_turns, peak_bytes, ratio
+from benchmarks.measure import Limit, peak_bytes, ratio, time_alternately
 from benchmarks.setting import Setting, backward
 from kosmosg.batches import LanguageModellingBatch, MicroBatch
 from kosmosg.condition import Condition
@@ -31,19 +30,19 @@ from lightning_modules.base import PromptShape
 from lightning_modules.parallelize import apply_activation_checkpointing, denoisers, layers
 
 OURS, RELEASED = "as shipped", "released way"
-Way = Callable[[], Tensor]
+Variant = Callable[[], Tensor]
 
 
 def compare_stage(setting: Setting, stage: str, limit: Limit) -> Iterator[dict[str, Any]]:
-    """The shipped way and each habit against the released way, in turns."""
+    """Measure all variants of a stage's step, alternately, with speed-ups over the released one."""
     config, experiment = setting.config, setting.experiment(stage)
     experiment.model.mllm.dropout = 0.0
     module = setting.build(experiment)
-    ways = WAYS[stage](Steps(module, experiment.trainer.precision), Writer(setting), experiment)
-    losses = {name: float(way()) for name, way in ways.items()}
-    seconds = in_turns(ways, config.repetitions, config.warmup, setting.device, limit, config.clock)
-    memory = {name: peak_bytes(way, module) for name, way in ways.items()}
-    for name in ways:
+    variants = VARIANTS[stage](Steps(module, experiment.trainer.precision), Writer(setting), experiment)
+    losses = {name: float(step()) for name, step in variants.items()}
+    seconds = time_alternately(variants, config.repetitions, config.warmup, setting.device, limit, config.clock)
+    memory = {name: peak_bytes(step, module) for name, step in variants.items()}
+    for name in variants:
         yield {
             "part": stage,
             "variant": name,
@@ -56,10 +55,10 @@ def compare_stage(setting: Setting, stage: str, limit: Limit) -> Iterator[dict[s
 
 
 class Steps:
-    """Makes steps of a stage's module with its recipe or habits changed.
+    """Makes variants of a stage's training step.
 
     Args:
-        precision: Lightning's name of it.
+        precision: the precision, as Lightning names it.
     """
 
     def __init__(self, module: Any, precision: str):
@@ -73,12 +72,12 @@ class Steps:
         head: bool = False,
         patches: dict[str, Any] | None = None,
         **recipe: Any,
-    ) -> Way:
+    ) -> Variant:
         """A step on `batch`.
 
         Args:
-            recompute: all layers in the backward pass.
-            head: compute the language model's logits and drop them.
+            recompute: recompute all layers in the backward pass.
+            head: compute the language model's logits without using them.
             patches: methods of the module to replace.
             recipe: keys of the stage's recipe to replace.
         """
@@ -103,7 +102,7 @@ class Steps:
 
 @contextmanager
 def recomputed(module: nn.Module) -> Iterator[None]:
-    """Full activation checkpointing, for a while."""
+    """Apply full activation checkpointing temporarily."""
     apply_activation_checkpointing(module, "full")
     try:
         yield
@@ -116,12 +115,12 @@ def recomputed(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def compute_head(mllm: Any, _: Any, hidden: Tensor) -> None:
-    """A forward hook: nothing asks for the logits, nor for their gradient."""
+    """Forward hook that computes the logits without using them."""
     mllm.logits(hidden)
 
 
-def language_modelling(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
-    """Stage 1."""
+def language_modelling(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Variant]:
+    """Variants of stage 1."""
     prompts = writer.documents(experiment.data.micro_batch_size, experiment.data.sequence_length)
     packed, alone = (LanguageModellingBatch(prompt=prompt, labels=next_words(prompt)) for prompt in prompts)
 
@@ -134,15 +133,15 @@ def language_modelling(steps: Steps, writer: Writer, experiment: Any) -> dict[st
         OURS: steps(packed),
         RELEASED: steps(alone, recompute=True, patches=patches),
         "released, but packed": steps(packed, recompute=True, patches=patches),
-        "released, but logits where they count": steps(alone, recompute=True, loss_chunk=None),
+        "released, but logits of labels only": steps(alone, recompute=True, loss_chunk=None),
         "released, but not recomputed": steps(alone, patches=patches),
         "as shipped, but recomputed": steps(packed, recompute=True),
         "as shipped, documents kept apart": steps(packed, separate_documents=True),
     }
 
 
-def alignment(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
-    """Stage 2."""
+def alignment(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Variant]:
+    """Variants of stage 2."""
     rows, buckets = experiment.data.micro_batch_size, experiment.recipe.length_buckets
     fake = steps.module.fake_batch(rows, PromptShape(1, 0), experiment.model.image_size)
     batch = replace(fake, prompt=writer.captions(rows))
@@ -157,8 +156,8 @@ def alignment(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
     }
 
 
-def instruction_tuning(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Way]:
-    """Stage 3; as shipped, but with cached latents (data.cached_latents)."""
+def instruction_tuning(steps: Steps, writer: Writer, experiment: Any) -> dict[str, Variant]:
+    """Variants of stage 3; the shipped one uses cached latents (data.cached_latents)."""
     module, rows = steps.module, experiment.data.micro_batch_size
     fake = module.fake_batch(rows, PromptShape(1, 0), experiment.model.image_size)
     encoded = replace(fake, prompt=writer.instructions(rows))
@@ -170,22 +169,22 @@ def instruction_tuning(steps: Steps, writer: Writer, experiment: Any) -> dict[st
         first, second = (module.aligner(*module.mllm.hidden_states(part)) for part in (prompt, null))
         return first, second
 
-    habits: dict[str, Any] = {"head": True, "recompute": True, "length_buckets": 1}
+    as_released: dict[str, Any] = {"head": True, "recompute": True, "length_buckets": 1}
     null: dict[str, Any] = {"patches": {"conditions": own_null_pass}}
     buckets = module.recipe.length_buckets
     return {
         OURS: steps(cached),
-        RELEASED: steps(encoded, **habits, **null),
-        "released, but with cached latents": steps(cached, **habits, **null),
-        "released, but not recomputed": steps(encoded, **{**habits, "recompute": False}, **null),
-        "released, but without the head": steps(encoded, **{**habits, "head": False}, **null),
-        "released, but the null condition a row of the batch": steps(encoded, **habits),
-        f"released, but {buckets} buckets, null a row": steps(encoded, **{**habits, "length_buckets": buckets}),
+        RELEASED: steps(encoded, **as_released, **null),
+        "released, but with cached latents": steps(cached, **as_released, **null),
+        "released, but not recomputed": steps(encoded, **{**as_released, "recompute": False}, **null),
+        "released, but without the head": steps(encoded, **{**as_released, "head": False}, **null),
+        "released, but the null condition a row of the batch": steps(encoded, **as_released),
+        f"released, but {buckets} buckets, null a row": steps(encoded, **{**as_released, "length_buckets": buckets}),
         "as shipped, images encoded in every step": steps(encoded),
     }
 
 
-WAYS = {
+VARIANTS = {
     "language_modelling": language_modelling,
     "alignment": alignment,
     "instruction_tuning": instruction_tuning,

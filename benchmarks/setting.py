@@ -1,4 +1,4 @@
-"""What is measured: the stages' own configurations at a size of benchmarks/sizes/, built on the device at once."""
+"""Configuration of benchmarks, and the stages' modules with random weights at a size of benchmarks/sizes/."""
 
 import json
 import tempfile
@@ -32,56 +32,56 @@ ONE_DEVICE = ("trainer.devices=1", "trainer.strategy=single", "trainer.global_ba
 @dataclass
 class Sampling:
     images: int = 8
-    """Images drawn at once."""
+    """Number of images per batch."""
     steps: int = 50
-    """Denoising steps."""
+    """Number of denoising steps."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the image decoder."""
+    """Dtype of the image decoder."""
 
 
 @dataclass
 class BenchmarkConfig:
     name: str = "gpu"
-    """Of the size, for the report."""
+    """Name of the size, for the report."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Sizes of the networks; their weights are random."""
+    """Network sizes; weights are random."""
     vocabulary: int = 64_007
-    """Words of the tokenizer."""
+    """Vocabulary size of the tokenizer."""
     decoder: dict[str, Any] = field(default_factory=dict)
-    """unet, vae, text_encoder: what differs from Stable Diffusion v1.5, where model.image_decoder names it."""
+    """Changes to the configurations of Stable Diffusion v1.5 (unet, vae, text_encoder), if it is the image decoder."""
     stages: dict[str, list[str]] = field(default_factory=dict)
-    """Arguments of train.py by part: a stage, or a stage as a GPU of some size trains it."""
+    """Arguments of train.py for each part: a stage, or a stage with the configuration for some GPU."""
     sampling: Sampling = field(default_factory=Sampling)
-    """What is sampled beside diffusers."""
+    """Sampling that is compared with diffusers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
+    """auto: a GPU if available."""
     compile: bool = True
-    """Measure the compiled networks as well."""
+    """Also measure compiled networks."""
     clock: Literal["wall", "cpu"] = "wall"
-    """cpu: the process's own seconds, for machines whose cores others use meanwhile."""
+    """cpu: CPU seconds of the process, for machines that are shared with other jobs."""
     repetitions: int = 10
-    """Repetitions that count; fewer where a part runs out of time."""
+    """Number of measured repetitions; fewer if a part runs out of time."""
     warmup: int = 2
-    """Repetitions before them."""
+    """Number of repetitions before the measured ones."""
     part_seconds: float = 130
-    """Time limit of each part."""
+    """Time limit of each part in seconds."""
     total_seconds: float = 570
-    """Time limit of all parts together."""
+    """Time limit of all parts together in seconds."""
     output: str = "runs/benchmarks.jsonl"
-    """Every result is appended as it comes."""
+    """File to which every result is appended."""
     seed: int = 0
-    """Of weights, lengths and values."""
+    """Seed of weights, lengths and values."""
 
     def __post_init__(self) -> None:
-        for name, least in (("repetitions", 1), ("warmup", 0), ("part_seconds", 0), ("total_seconds", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+        for name, minimum in (("repetitions", 1), ("warmup", 0), ("part_seconds", 0), ("total_seconds", 0)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {minimum} or more")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_config(arguments: Sequence[str], schema: type[Any] = BenchmarkConfig) -> Any:
-    """The size that `size=` names (cpu if none does), and the other arguments over it. Raises ConfigError."""
+    """Load the size that `size=` names (default cpu), overridden by the other arguments. Raises ConfigError."""
     sizes = [argument.partition("=")[2] for argument in arguments if argument.startswith("size=")] or ["cpu"]
     file = SIZES / f"{sizes[-1]}.yaml"
     if not file.is_file():
@@ -93,7 +93,7 @@ class Setting:
     """Experiments and networks of one size.
 
     Args:
-        folder: for a tokenizer, and for the image decoder's configurations where its weights are not at hand.
+        folder: temporary folder for a generated tokenizer and for configurations of the image decoder.
     """
 
     def __init__(self, config: BenchmarkConfig, folder: Path):
@@ -112,18 +112,20 @@ class Setting:
         self.model, self.tokenizer = model, Tokenizer.from_pretrained(Path(model.tokenizer))
 
     def experiment(self, part: str, *changes: str) -> Any:
-        """The part's configuration on one device, at this size.
+        """Load the configuration of a part for one device, at this size.
 
         Raises:
-            ConfigError: a size without the part, or what `load_config` refuses.
+            ConfigError: the size does not have the part, or an argument is invalid.
         """
         if part not in self.config.stages:
-            raise ConfigError(f"there is no part '{part}'; allowed: {', '.join([*self.config.stages, 'sampling'])}")
+            raise ConfigError(
+                f"size {self.config.name} has no part '{part}'; allowed: {', '.join([*self.config.stages, 'sampling'])}"
+            )
         experiment = load_config([*self.config.stages[part], *ONE_DEVICE, *changes], stage_schema)
         return replace(experiment, model=deepcopy(self.model), init_from=None)
 
     def build(self, experiment: Any) -> StageModule:
-        """The stage's module in training mode, with random weights drawn on the device."""
+        """Build the stage's module in training mode, with random weights drawn on the device."""
         with torch.random.fork_rng(), torch.device(self.device):
             torch.manual_seed(self.config.seed)
             module = experiment.module.build(experiment, self.tokenizer, self.load_decoder).to(self.device).train()
@@ -132,11 +134,11 @@ class Setting:
         return module
 
     def load_decoder(self, source: str | Path, parts: Parts = "all") -> ImageDecoder:
-        """An image decoder with random weights."""
+        """Build an image decoder with random weights."""
         return image_decoder_class(source).from_config(source, parts)
 
     def fill(self, batch: Any) -> Any:
-        """The batch with random words and pixels in place of zeros: what is multiplied changes a GPU's clock."""
+        """Fill the batch with random words and pixels, because a GPU's clock rate depends on the values."""
         source = torch.Generator(self.device).manual_seed(self.config.seed)
 
         def filled(value: Tensor, words: int) -> Tensor:
@@ -147,7 +149,7 @@ class Setting:
         prompt, words = batch.prompt, len(self.tokenizer)
         images = None if prompt.images is None else filled(prompt.images, words)
         prompt = replace(prompt, ids=filled(prompt.ids, words), images=images)
-        # Other ids may be of a smaller vocabulary, so few words are drawn.
+        # Ids outside of the prompt may be of a smaller vocabulary.
         own = {item.name: getattr(batch, item.name) for item in fields(batch)}
         own = {name: filled(value, min(words, 256)) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(batch, prompt=prompt, **own)
@@ -155,13 +157,13 @@ class Setting:
 
 @contextmanager
 def open_setting(config: BenchmarkConfig) -> Iterator[Setting]:
-    """A `Setting` in a temporary folder."""
+    """Create a `Setting` in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         yield Setting(config, Path(folder))
 
 
 def backward(module: StageModule, batch: MicroBatch, precision: str) -> Tensor:
-    """Loss of a micro-batch after its backward pass, in Lightning's `precision`."""
+    """Run a forward and backward pass and return the loss, with Lightning's `precision`."""
     device = module.device.type
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
         loss = module.losses(batch)["loss"]

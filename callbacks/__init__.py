@@ -1,1 +1,1 @@
-"""What watches a run: checkpoints, pictures, throughput, progress, logs, the export at the end."""
+"""Lightning callbacks and loggers: checkpoints, moving average, metrics, progress, image grids, Weights & Biases."""

@@ -1,7 +1,7 @@
-"""Exponential moving average of the trainable weights, as each rank holds them: whole or sharded.
+"""Exponential moving average (EMA) of the trainable weights.
 
-The average is float32, is in every checkpoint under `ema.`, and is what the finished model holds unless told otherwise.
-It is a pure function of the optimizer steps, so any number of ranks finds the same.
+The average is float32, sharded like the weights, saved in checkpoints under `ema.`, and exported as the finished model
+unless `ema.export` is false.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_modules.base import StageModule
 from lightning_modules.checkpointing import empty_average, trainable_parameters
+from lightning_modules.optimizer import local
 
 
 @dataclass
 class EmaConfig:
     decay: float = 0.0
-    """Share of the old average that a step keeps, less in the first steps: at most (1 + n) / (10 + n). 0: none."""
+    """Decay per step, limited to (1 + n) / (10 + n) at step n; 0: no average."""
     export: bool = True
-    """Whether the finished model holds the average instead of the last weights."""
+    """Export the average as the finished model, instead of the last weights."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -30,12 +30,12 @@ class EmaConfig:
 
     @property
     def exported(self) -> bool:
-        """Whether the model folder holds an average."""
+        """Whether there is an average and it is exported."""
         return self.decay > 0 and self.export
 
 
 class WeightAverage(Callback):
-    """Keeps the average with `decay`."""
+    """Updates the average after every optimizer step that was not skipped."""
 
     def __init__(self, decay: float):
         self.decay = decay
@@ -61,8 +61,3 @@ class WeightAverage(Callback):
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.average = checkpoint["ema"]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: the average of parts is the part of the average."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

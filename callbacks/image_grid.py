@@ -1,7 +1,7 @@
-"""What the model draws for fixed held-out prompts during training: input images, reference, before, now.
+"""Sample grids: draw the images of fixed held-out prompts during training.
 
-A row is a prompt. What it is compared with is the stage's own, see `StageModule.reference_images`. Noise is the same at
-every step, so that a change in an image is a change of the model.
+A row shows a prompt, its input images, the stage's reference image (`StageModule.reference_images`), the image before
+training and the current one. The noise of a row is fixed, so that differences come from the model alone.
 """
 
 import math
@@ -33,27 +33,27 @@ INK, FAINT, PAPER = (20, 20, 20), (120, 120, 120), (255, 255, 255)
 @dataclass
 class GridConfig:
     every: int = 500
-    """Steps between grids; 0 for none. One is also drawn after the last step."""
+    """Steps between grids; one is also drawn after the last step. 0: no grids."""
     prompts: int = 8
-    """Rows: held-out prompts, spread over the first validation batch."""
+    """Number of rows: held-out prompts, spread over the first validation batch."""
     steps: int = 20
-    """Sampling steps."""
+    """Number of sampling steps."""
     guidance_scale: float = 6.0
-    """Weight of classifier-free guidance, eq. 4."""
+    """Scale of classifier-free guidance, eq. 4."""
     seed: int = 0
-    """Of the starting noise; row r has seed + r."""
+    """Seed of the initial noise; row r has seed + r."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("prompts", 1), ("steps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"grids.{name} is {getattr(self, name)}; allowed: {least} or more")
+        for name, minimum in (("every", 0), ("prompts", 1), ("steps", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"grids.{name} is {getattr(self, name)}; allowed: {minimum} or more")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"grids.guidance_scale is {self.guidance_scale}; allowed: finite numbers")
 
 
 @dataclass
 class Row:
-    """A prompt's text, the images in it, and what was made of them."""
+    """A row of the grid: a prompt's text, its input images and the output images."""
 
     text: str
     inputs: list[Image.Image]
@@ -64,8 +64,8 @@ class ImageGrid(Callback):
     """Writes `folder/step-00000500.png` and logs it to W&B as `grid`. Needs held-out data.
 
     Args:
-        sampler: of the image decoder.
-        encoder: of the prompts, which it describes.
+        sampler: sampler with the image decoder.
+        encoder: encoder of the prompts, which turns them back into text and images.
     """
 
     def __init__(self, config: GridConfig, folder: Path, sampler: DiffusionSampler, encoder: PromptEncoder):
@@ -75,10 +75,10 @@ class ImageGrid(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         if not loader:
-            raise ConfigError("grids need held-out prompts: set validation= of a source in data, or grids.every=0")
+            raise ConfigError("grids need held-out prompts: set `validation` of a source in data, or grids.every=0")
         batch: MicroBatch = next(iter(loader))
         count = min(len(batch), self.config.prompts)
-        # Sharded networks run on all ranks at once, so all draw the first one's prompts.
+        # Sharded networks run on all ranks together, so all draw the prompts of rank 0.
         batch = trainer.strategy.broadcast(batch.rows([row * len(batch) // count for row in range(count)]))
         self.prompt = batch.prompt.to(pl_module.device)
         self.sampler.to(pl_module.device)
@@ -94,11 +94,11 @@ class ImageGrid(Callback):
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Draw the grid of this step."""
-        now = self.sample(module)
+        """Draw and write the grid of this step."""
+        images = self.sample(module)
         if not trainer.is_global_zero:
             return
-        rows = [Row(row.text, row.inputs, [*row.outputs, image]) for row, image in zip(self.rows, now, strict=True)]
+        rows = [Row(row.text, row.inputs, [*row.outputs, image]) for row, image in zip(self.rows, images, strict=True)]
         file = self.folder / f"step-{trainer.global_step:08d}.png"
         sheet = contact_sheet(rows, ["reference", "before", f"step {trainer.global_step}"])
         with replaced(file) as temporary:
@@ -108,7 +108,7 @@ class ImageGrid(Callback):
                 logger.log_image("grid", [str(file)])
 
     def sample(self, module: Any) -> list[Image.Image]:
-        """Draw each prompt with the model as it is now."""
+        """Draw an image for each prompt with the current model."""
         with torch.no_grad(), evaluating(module):
             batch = self.prompt.join(module.mllm.unconditional_prompt())
             conditions = module.model.condition(batch)
@@ -125,7 +125,7 @@ class ImageGrid(Callback):
         )
 
     def _before(self, module: Any, write: bool) -> list[Image.Image]:
-        """The stage's first images; a resumed run reads the ones that its first start drew."""
+        """Images before training: drawn at the first start, and read from disk when the run is resumed."""
         folder = self.folder / "before"
         files = [folder / f"{row:02d}.png" for row in range(len(self.prompt))]
         if all(file.is_file() for file in files):
@@ -140,7 +140,7 @@ class ImageGrid(Callback):
 
 
 def contact_sheet(rows: Sequence[Row], titles: Sequence[str]) -> Image.Image:
-    """Text, inputs and outputs from left to right; `titles` head the columns of outputs."""
+    """Arrange text, inputs and outputs of each row from left to right; `titles` are those of the output columns."""
     inputs = max((len(row.inputs) for row in rows), default=0)
     lefts = [TEXT_WIDTH + column * (CELL + GAP) for column in range(inputs + len(titles))]
     sheet = Image.new("RGB", (lefts[-1] + CELL + 2 * GAP, HEADER + len(rows) * (CELL + GAP)), PAPER)
@@ -153,7 +153,7 @@ def contact_sheet(rows: Sequence[Row], titles: Sequence[str]) -> Image.Image:
         lines = textwrap.wrap(row.text, (TEXT_WIDTH - 2 * GAP) // LETTER_WIDTH)
         draw.multiline_text((GAP, top), "\n".join(lines), fill=INK, font=font)
         for column, image in [*enumerate(row.inputs), *enumerate(row.outputs, start=inputs)]:
-            # Miniature images are enlarged in whole steps, so that what the model drew is not smoothed over.
+            # Small images are enlarged by a whole factor without smoothing, so that every pixel is visible.
             enlarge = image.width < CELL and CELL % image.width == 0
             resampling = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
             sheet.paste(ImageOps.pad(image.convert("RGB"), (CELL, CELL), resampling, PAPER), (lefts[column], top))

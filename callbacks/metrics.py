@@ -1,8 +1,8 @@
-"""Metrics of every step that is logged, and metrics.csv of a run folder.
+"""Log the metrics of optimizer steps, and write them to the run folder's metrics.csv.
 
-A row's step is the number of optimizer steps done. Logged are train/*, lr, grad_norm (before clipping), skipped_steps,
-samples_per_second and tokens_per_second over all ranks. The time is that of steps and of waiting for data; validation,
-checkpoints and grids are left out. Padding is not counted as tokens.
+Metrics are train/*, lr, grad_norm (before clipping), skipped_steps, samples_per_second and tokens_per_second over all
+ranks, logged with the number of finished optimizer steps. Throughput includes the wait for data, but not validation,
+checkpoints, grids or padding tokens.
 """
 
 import csv
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 
 class StepMetrics(Callback):
-    """Hands the loggers a row every `every` steps. Must be the first callback: the row is logged, and the wait for data
-    over, before anything else happens."""
+    """Logs metrics every `every` steps. Must be the first callback, so that the time of others is not measured and
+    metrics are logged before a checkpoint is saved."""
 
     def __init__(self, every: int):
         self.every = every
@@ -43,17 +43,18 @@ class StepMetrics(Callback):
         self._tokens += sum(sum(batch.prompt.lengths) for batch in step) * trainer.world_size
         if trainer.global_step % self.every:
             return
-        metrics = pl_module.step_metrics()
-        metrics |= {"samples_per_second": self._samples / self._seconds}
-        metrics |= {"tokens_per_second": self._tokens / self._seconds}
+        metrics = pl_module.step_metrics() | {
+            "samples_per_second": self._samples / self._seconds,
+            "tokens_per_second": self._tokens / self._seconds,
+        }
         self._samples, self._tokens, self._seconds = 0, 0, 0.0
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
 
 class MetricsFile(Logger):
-    """Writes `file`, a row a step, at once. A resumed run drops the rows after its `first_step`, which come again.
-    Where the disk is full it says so and goes on; the rows are written as soon as there is room."""
+    """Writes `file`, with one row per logged step, immediately. A resumed run drops rows after its `first_step`. If the
+    disk is full, the error is logged and the rows are written as soon as there is room."""
 
     def __init__(self, file: Path, first_step: int = 0):
         super().__init__()
@@ -78,16 +79,16 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row; values of the step of the last row join it."""
-        joins = bool(self.rows) and int(self.rows[-1]["step"]) == step
-        if joins:
+        """Append a row, or add the values to the last row if it is of the same step."""
+        same_step = bool(self.rows) and int(self.rows[-1]["step"]) == step
+        if same_step:
             self.rows[-1] |= metrics
         else:
             self.rows.append({"step": step, **metrics})
         new = [name for name in metrics if name not in self.columns]
         self.columns += new
         try:
-            if new or joins or not self._appendable:
+            if new or same_step or not self._appendable:
                 write_text(self.file, as_csv(self.columns, self.rows, header=True))
             else:
                 with open(self.file, "a", newline="", encoding="utf-8") as target:
@@ -95,16 +96,16 @@ class MetricsFile(Logger):
             self._appendable = True
         except OSError as error:
             self._appendable = False
-            log.error("'%s' could not be written: %s; training goes on.", self.file, error)
+            log.error("'%s' could not be written: %s; training continues.", self.file, error)
 
     @rank_zero_only
     def save(self) -> None:
-        """Let the rows survive a power cut; called before a checkpoint, which must not be ahead of them."""
+        """Flush the rows to disk. Called before a checkpoint is saved, so that rows are never behind a checkpoint."""
         if self._appendable:
             try:
                 flush(self.file)
             except OSError as error:
-                log.error("'%s' could not be written: %s; training goes on.", self.file, error)
+                log.error("'%s' could not be written: %s; training continues.", self.file, error)
 
 
 def as_csv(columns: list[str], rows: list[dict[str, Any]], header: bool = False) -> str:
@@ -117,18 +118,17 @@ def as_csv(columns: list[str], rows: list[dict[str, Any]], header: bool = False)
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv, each whole or not at all: what a power cut left of one is dropped with a warning."""
+    """Read the complete rows of metrics.csv. Rows damaged by a power cut are dropped with a warning."""
     header, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     columns = next(csv.reader([header]), [])
-    whole = [row for row in map(partial(read_row, columns), lines[:-1]) if row is not None]
-    if len(whole) < len(lines) - 1 or lines[-1:] != [""]:  # the last row, too, ends with a line break
-        found = sum(map(bool, lines))
-        log.warning("'%s' is damaged: %d of its %d rows are kept.", file, len(whole), found)
-    return whole
+    rows = [row for row in map(partial(read_row, columns), lines[:-1]) if row is not None]
+    if len(rows) < len(lines) - 1 or lines[-1:] != [""]:  # a complete last row ends with a line break
+        log.warning("'%s' is damaged: keeping %d of its %d rows.", file, len(rows), sum(map(bool, lines)))
+    return rows
 
 
 def read_row(columns: list[str], line: str) -> dict[str, str] | None:
-    """A line's numbers by column; None where it is no row of these columns."""
+    """Parse a line into values by column; returns None if it is not a valid row."""
     values = line.split(",")
     row = dict(zip(columns, values, strict=False))
     try:

@@ -1,4 +1,4 @@
-"""Progress of a run with the time left: a bar on a terminal, a line now and then in a file or pipe."""
+"""Show progress and remaining time: a progress bar on a terminal, otherwise a line every 15 seconds."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ LINE_EVERY_SECONDS = 15.0
 
 
 class RunProgress(Callback):
-    """Counts optimizer steps under the name of the stage."""
+    """Shows the finished optimizer steps, the time left and the loss."""
 
     def __init__(self, stage: str, console: Console | None = None):
         self.stage, self.console = stage, console or Console(file=sys.stdout)
@@ -31,7 +31,7 @@ class RunProgress(Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         if not trainer.is_global_zero:
             return
-        # Of this rank alone, read when the device has it: a line is due seldom, and a bar is drawn ten times a second.
+        # The loss is that of this rank.
         done, last, loss = trainer.global_step, trainer.max_steps, f"loss {float(outputs['loss']):.4g}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, loss=loss)

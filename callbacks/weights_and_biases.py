@@ -1,8 +1,8 @@
-"""Weights & Biases: losses, learning rate, gradient norm, throughput and image grids. Offline unless told otherwise.
+"""Weights & Biases logging of losses, learning rate, gradient norm, throughput and image grids.
 
-Offline runs lie in the run folder's `wandb/`; `wandb sync` uploads them later. No key is ever needed here. A server
-that does not answer never stops a training run, and keeps it waiting for `wandb.timeout` seconds at most: at the start
-the run is logged offline instead, later what was not uploaded stays on disk.
+By default runs are logged offline, in the run folder's `wandb/`, without an API key; `wandb sync` uploads them later. A
+server that does not respond never stops training; it delays the start and the end by at most `wandb.timeout` seconds.
+If it does not respond at the start, the run is logged offline; later, metrics that were not uploaded stay on disk.
 """
 
 import logging
@@ -24,19 +24,19 @@ from kosmosg.files import write_text
 @dataclass
 class WandbConfig:
     mode: Literal["offline", "online", "disabled"] = "offline"
-    """offline: into the run folder; online: to the server, with the key that wandb finds; disabled: nothing."""
+    """offline: log to the run folder; online: also to the server, with wandb's usual API key; disabled: do not log."""
     project: str = "kosmosg"
-    """Project of the run."""
+    """W&B project of the run."""
     group: str | None = None
-    """Group of the run; null is the name of the experiment's stage."""
+    """Group of the run; null: the name of the stage."""
     job_type: str = "train"
-    """Kind of the run within its group."""
+    """Job type of the run within its group."""
     name: str | None = None
-    """Name shown for the run; null is the name of the run folder."""
+    """Display name of the run; null: the name of the run folder."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
     timeout: float = 5.0
-    """Seconds that the server may keep a run waiting at its start, and again at its end."""
+    """Maximal wait for the server in seconds, at the start and again at the end of the run."""
 
     def __post_init__(self) -> None:
         if self.timeout <= 0:
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunWandbLogger(WandbLogger):
-    """Ends its run with the training, and not when the process happens to exit."""
+    """Finishes the W&B run when training ends, rather than when the process exits."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -56,19 +56,19 @@ class RunWandbLogger(WandbLogger):
 
 
 def wandb_logger(config: WandbConfig, run: Path, stage: str, written: dict[str, Any]) -> WandbLogger | None:
-    """The logger of run folder `run`; None when disabled, and on ranks other than the first.
+    """Build the logger of run folder `run`; returns None if disabled, and on ranks other than 0.
 
-    The id is random and kept in the run folder, so that a resumed run continues the same W&B run; in a sweep it is the
-    one that W&B's agent gave.
+    The W&B run id is random and stored in the run folder, so that a resumed run continues the same W&B run. In a sweep
+    it is the one set by W&B's agent.
 
     Args:
-        written: the configuration as it was written, without secrets: the run's parameters.
+        written: the configuration as written, without secrets; logged as the run's parameters.
     """
     if config.mode == "disabled" or rank_zero_only.rank != 0:
         return None
     mode: Any = config.mode
-    if mode == "online" and (why := unreachable(config.timeout)):
-        mode = offline_because(why, run)
+    if mode == "online" and (reason := unreachable(config.timeout)):
+        mode = fall_back_offline(reason, run)
     options: dict[str, Any] = {
         "project": config.project,
         "name": config.name or run.name,
@@ -81,19 +81,16 @@ def wandb_logger(config: WandbConfig, run: Path, stage: str, written: dict[str, 
         "config": written,
     }
     try:
-        started = wandb.init(mode=mode, settings=settings(config, mode), **options)
+        experiment = wandb.init(mode=mode, settings=settings(config, mode), **options)
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-        wandb.teardown()  # which still holds the run's id
-        mode = offline_because(str(error), run)
-        started = wandb.init(mode=mode, settings=settings(config, mode), **options)
-    return RunWandbLogger(experiment=started)
+        wandb.teardown()  # releases the run id
+        mode = fall_back_offline(str(error), run)
+        experiment = wandb.init(mode=mode, settings=settings(config, mode), **options)
+    return RunWandbLogger(experiment=experiment)
 
 
 def settings(config: WandbConfig, mode: str) -> wandb.Settings:
-    """Our own lines stay as they are on the terminal; offline there is no address to print either.
-
-    The metadata would record the command line, and with it what the configuration hides.
-    """
+    """Settings without console capture and without metadata, which would record secrets on the command line."""
     return wandb.Settings(
         x_disable_meta=True,
         console="off",
@@ -104,18 +101,18 @@ def settings(config: WandbConfig, mode: str) -> wandb.Settings:
     )
 
 
-def offline_because(why: str, run: Path) -> str:
-    """The offline mode, said aloud."""
+def fall_back_offline(reason: str, run: Path) -> str:
+    """Log a warning and return the offline mode."""
     logger.warning(
         "W&B cannot be reached (%s). The run is logged offline; 'wandb sync' uploads it from '%s'.",
-        why.splitlines()[0],
+        reason.splitlines()[0],
         run / "wandb",
     )
     return "offline"
 
 
 def run_id(run: Path) -> str:
-    """The folder's id, made at its first start."""
+    """Read the W&B run id of a run folder, or create it."""
     file = run / "wandb.id"
     if not file.is_file():
         write_text(file, secrets.token_hex(6))
@@ -123,10 +120,10 @@ def run_id(run: Path) -> str:
 
 
 def unreachable(timeout: float) -> str | None:
-    """Why no server answers, or None where one does. wandb itself asks several times, each as long as it may."""
+    """Return why the server does not respond, or None if it does. wandb itself would retry several times."""
     url = wandb.setup().settings.base_url
     try:
-        with requests.get(url, timeout=timeout, stream=True) as answer:
-            return f"{url} answers {answer.status_code}" if answer.status_code >= 500 else None
+        with requests.get(url, timeout=timeout, stream=True) as response:
+            return f"{url} responds with {response.status_code}" if response.status_code >= 500 else None
     except requests.RequestException as error:
         return f"{url}: {type(error).__name__}"

@@ -1,7 +1,7 @@
-"""All ranks of a run stop together: one that raised alone would deadlock the others.
+"""Stop all ranks together on a data error, since one rank that raised alone would deadlock the others.
 
-Before a micro-batch is used, the ranks sum what they read and what failed, on the CPU. A data error of one rank becomes
-an error of all, and the counts are those of the whole run, the same on every rank.
+Before a micro-batch is used, the ranks sum their numbers of reads and failures on the CPU. A data error on one rank
+becomes an error on all, and every rank has the counts of the whole run.
 """
 
 from dataclasses import dataclass
@@ -17,72 +17,72 @@ from kosmosg.batches import ReadReport
 
 
 @dataclass
-class Answered:
-    """What a dataset answered: a batch, or why there is none."""
+class FetchResult:
+    """A batch, or the message of the DataError raised in its place."""
 
     batch: Any = None
     error: str | None = None
 
-    def pin_memory(self) -> "Answered":
-        """With the batch in page-locked memory: the DataLoader pins only what says how."""
-        return self if self.batch is None else Answered(self.batch.pin_memory())
+    def pin_memory(self) -> "FetchResult":
+        """Pin the batch. The DataLoader pins objects of unknown types only through this method."""
+        return self if self.batch is None else FetchResult(self.batch.pin_memory())
 
 
-class AnsweringDataset(Dataset):
-    """Answers with the error instead of raising it, so that it reaches the training process as it is."""
+class CatchDataErrors(Dataset):
+    """Returns a DataError instead of raising it, so that it reaches the training process unchanged."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, positions: Any) -> Answered:
-        """The batch of these positions, or the DataError that there was."""
+    def __getitem__(self, positions: Any) -> FetchResult:
+        """Return the batch of these positions, or the error that occurred."""
         try:
-            return Answered(self.dataset[positions])
+            return FetchResult(self.dataset[positions])
         except DataError as error:
-            return Answered(error=str(error))
+            return FetchResult(error=str(error))
 
 
 class Agreement:
-    """Counts the report of every micro-batch together with those of the other ranks.
+    """Counts the reports of every micro-batch over all ranks.
 
     Args:
-        counter: is given the reports of all ranks.
+        counter: receives the reports of all ranks.
     """
 
     def __init__(self, counter: SampleCounter):
         self.counter = counter
         self._group: Any = None
 
-    def __call__(self, answer: Answered) -> Any:
-        """The batch. All ranks must call this equally often.
+    def __call__(self, result: FetchResult) -> Any:
+        """Return the batch of `result`. All ranks must call this the same number of times.
 
         Raises:
-            DataError: a rank has no batch, or too large a share of all ranks' reads is unusable.
+            DataError: a rank has no batch, or too large a share of the samples of all ranks is unusable.
         """
-        report = answer.batch.report if answer.error is None else ReadReport()
+        report = result.batch.report if result.error is None else ReadReport()
         if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-            if answer.error is not None:
-                raise DataError(answer.error)
+            if result.error is not None:
+                raise DataError(result.error)
             self.counter.add(report)
-            return answer.batch
-        sums = torch.tensor([report.reads, len(report.errors), answer.error is not None])
+            return result.batch
+        sums = torch.tensor([report.reads, len(report.errors), result.error is not None])
         distributed.all_reduce(sums, group=self._cpu_group())
         reads, errors, stopped = sums.tolist()
-        found = self._gather((report.errors, answer.error)) if errors or stopped else []
-        for rank, (_, error) in enumerate(found):
+        gathered = self._gather((report.errors, result.error)) if errors or stopped else []
+        for rank, (_, error) in enumerate(gathered):
             if error is not None:
                 raise DataError(f"rank {rank}: {error}")
-        self.counter.add(ReadReport(reads=reads, errors=[error for errors, _ in found for error in errors]))
-        return answer.batch
+        self.counter.add(ReadReport(reads=reads, errors=[error for errors, _ in gathered for error in errors]))
+        return result.batch
 
     def _cpu_group(self) -> Any:
-        """A group on the CPU: counting must not wait for the GPU's queue."""
+        """A gloo group, so that counting does not wait for the GPU."""
         if self._group is None:
             gloo = distributed.get_backend() == "gloo"
             self._group = distributed.group.WORLD if gloo else distributed.new_group(backend="gloo")
         return self._group
 
-    def _gather(self, mine: Any) -> list[Any]:
-        found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, mine, group=self._cpu_group())
-        return found
+    def _gather(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, value, group=self._cpu_group())
+        return gathered

@@ -1,7 +1,7 @@
-"""Stage 2 data: captions alone, as tokens for the MLLM and for the image decoder's text model (paper section 2.2).
+"""Stage 2 data: captions, tokenized for the MLLM and for the image decoder's text model (paper section 2.2).
 
-Images of the caption shards are neither decoded nor read. Constructed samples, which the paper's stage 2 does not have,
-give prompts with images for the MLLM, and their captions for the text model.
+Images of the caption shards are not read. Constructed samples, which the paper's stage 2 does not use, provide prompts
+with images for the MLLM and captions for the text model.
 """
 
 import re
@@ -31,8 +31,8 @@ from kosmosg.condition import Condition
 from kosmosg.models.image_decoder import ImageDecoder
 from kosmosg.prompt import EncodedPrompt, PromptBatch, PromptEncoder, PromptTooLongError
 
-BLANKS = re.compile("[ \t\n\r]+")  # only what every tokenizer takes for a blank
-REMEMBERED_CHARACTERS = 10_000_000  # of all words together: a hostile caption may be one word of megabytes
+WHITESPACE = re.compile("[ \t\n\r]+")  # characters that every tokenizer treats as whitespace
+MAX_CACHED_CHARACTERS = 10_000_000  # of all words together, since a single word of a caption may have megabytes
 TextTokenize = Callable[[list[str]], Tensor]
 AlignmentRow = tuple[EncodedPrompt, np.ndarray]  # the prompt; ids (Q,) of its caption for the decoder's text model
 CachedRow = tuple[Tensor, Condition]  # the MLLM's states (L,D); t of eq. 5, one row
@@ -49,13 +49,13 @@ class AlignmentDataConfig(DataConfig):
     entities: EntityRules = field(default_factory=EntityRules)
     """How constructed samples become prompts."""
     max_clip_tokens: int = 75
-    """Longer captions are left out: tokens of the image decoder's text model, CLIP's without start and end
-    (released-code.md, "Caption rows"), others' without what stands before every caption."""
+    """Skip captions with more tokens of the image decoder's text model: CLIP's without start and end tokens
+    (released-code.md, "Caption rows"), other models' without the instruction before every caption."""
     max_pieces: int = 85
-    """Longer captions are left out: SentencePiece pieces."""
+    """Skip captions with more SentencePiece pieces."""
     cached_states: Precision | None = None
-    """Read the MLLM's and the text model's states of the captions, which `train.py cache` wrote in this precision;
-    neither network is loaded."""
+    """Read the captions' states in the MLLM and the text model from the cache that `train.py cache` wrote in this
+    precision; neither network is loaded."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,19 +64,19 @@ class AlignmentDataConfig(DataConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.cached_states and self.constructed.shards and self.constructed.weight:
             raise ValueError(
-                f"constructed.shards={self.constructed.shards} is not allowed with cached_states, since its prompts "
-                "are drawn anew each time; allowed: captions alone."
+                f"constructed.shards={self.constructed.shards} is not allowed with cached_states, because its prompts "
+                "are drawn anew each time; only captions can be cached."
             )
 
 
 class ClipTokens:
-    """Captions → CLIP ids and true lengths, word by word: no CLIP token spans a blank, and most words were met before.
+    """Tokenizes captions for CLIP word by word, with a cache: no CLIP token spans whitespace, and most words recur.
 
-    Tokenising whole captions takes longer than all other work on them together (40 µs against 3 µs each).
+    Tokenizing whole captions would take longer than all other work on them (40 µs instead of 3 µs each).
 
     Args:
-        tokenize: pads and cuts to Q positions: start, tokens, end, padding.
-        clean: applied to whole captions, since what a word is cleaned to may depend on those around it.
+        tokenize: texts → ids padded and truncated to Q positions: start, tokens, end, padding.
+        clean: applied to whole captions, because the cleaning of a word may depend on its neighbours.
     """
 
     def __init__(self, tokenize: TextTokenize, clean: Callable[[str], str] = str):
@@ -88,59 +88,59 @@ class ClipTokens:
         self._characters = 0
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Ids B×Q, cut where a text is longer, and tokens of each text without start and end."""
-        divided = [BLANKS.split(self.clean(text)) for text in texts]
-        new = {word for words in divided for word in words if word not in self._words}
+        """Return truncated ids B×Q and the full length of each text in tokens, without start and end tokens."""
+        captions = [WHITESPACE.split(self.clean(text)) for text in texts]
+        new = {word for words in captions for word in words if word not in self._words}
         self._characters += sum(map(len, new))
-        if self._characters > REMEMBERED_CHARACTERS:
+        if self._characters > MAX_CACHED_CHARACTERS:
             self._words.clear()
-            new = {word for words in divided for word in words}
+            new = {word for words in captions for word in words}
             self._characters = sum(map(len, new))
         if new:
-            self._learn(sorted(new))
-        known = self._words
-        tokens = [[i for word in words for i in known[word]] for words in divided]
+            self._add(sorted(new))
+        cached = self._words
+        tokens = [[i for word in words for i in cached[word]] for words in captions]
         ids = np.full((len(texts), self.length), self.pad_id, dtype=np.int64)
         ids[:, 0] = self.start_id
-        for row, found in zip(ids, tokens, strict=True):
-            kept = found[: self.room]
-            row[1 : len(kept) + 2] = [*kept, self.end_id]
-        return torch.from_numpy(ids), [len(found) for found in tokens]
+        for row, caption in zip(ids, tokens, strict=True):
+            truncated = caption[: self.room]
+            row[1 : len(truncated) + 2] = [*truncated, self.end_id]
+        return torch.from_numpy(ids), [len(caption) for caption in tokens]
 
-    def _learn(self, words: list[str]) -> None:
+    def _add(self, words: list[str]) -> None:
         for word, row in zip(words, self.tokenize(words)[:, 1:].tolist(), strict=True):
             self._words[word] = row[: row.index(self.end_id)]
 
 
 class WholeCaptions:
-    """Captions → ids and true lengths, each tokenised as a whole, for text models whose words are not apart.
+    """Tokenizes each caption as a whole, for text models whose tokens may span words.
 
     Args:
-        tokenize: pads and cuts to Q positions; may put an instruction before captions, which does not count.
+        tokenize: texts → ids padded and truncated to Q positions; may add an instruction before each caption.
         clean: see `ClipTokens`.
     """
 
     def __init__(self, tokenize: TextTokenize, clean: Callable[[str], str] = str):
         self.tokenize, self.clean = tokenize, clean
-        ids = tokenize(["a", "7"])  # "" may have no instruction before it
+        ids = tokenize(["a", "7"])  # not "", to which some tokenizers add no instruction
         self.pad_id = int(ids[0, -1])
-        self.before = int((ids[0] != ids[1]).nonzero()[0])  # what unlike captions have in common
-        self.room = ids.shape[1] - self.before - 1  # a row without padding may have been cut
+        self.prefix = int((ids[0] != ids[1]).nonzero()[0])  # length of the instruction, which all captions share
+        self.room = ids.shape[1] - self.prefix - 1  # a row without padding may have been truncated
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Ids B×Q, cut where a text is longer, and tokens of each text without those before it."""
+        """Return truncated ids B×Q and the length of each text in tokens, without the instruction."""
         ids = self.tokenize([self.clean(text) for text in texts])
-        return ids, ((ids != self.pad_id).sum(dim=1) - self.before).tolist()
+        return ids, ((ids != self.pad_id).sum(dim=1) - self.prefix).tolist()
 
 
 def caption_tokens(decoder: ImageDecoder) -> ClipTokens | WholeCaptions:
-    """How the text model of `decoder` is given captions."""
-    kind = ClipTokens if decoder.words_apart else WholeCaptions
+    """Return the function that tokenizes captions for the text model of `decoder`."""
+    kind = ClipTokens if decoder.tokenizes_words else WholeCaptions
     return kind(partial(decoder.tokenize, clean=False), decoder.clean)
 
 
 class CaptionRows(RowBuilder[AlignmentRow]):
-    """Builds `<s>caption` and ids for the text model, all of a batch at once."""
+    """Builds rows of captions: the prompt `<s>caption`, and ids for the text model."""
 
     def __init__(
         self,
@@ -158,23 +158,21 @@ class CaptionRows(RowBuilder[AlignmentRow]):
         report.reads += len(samples)
         captions = [sample.caption for sample in samples if isinstance(sample, CaptionSample)]
         ids, lengths = self.clip(captions)
-        # All captions in one call: each call of the tokenizer costs as much as a short caption.
-        found = iter(zip(ids.numpy(), lengths, self.encoder.captions(captions), strict=True))
-        return [self._row(sample, *next(found)) if isinstance(sample, CaptionSample) else sample for sample in samples]
-
-    def tokens(self, row: AlignmentRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
+        # All captions in one call, because a call of the tokenizer costs as much as a short caption.
+        encoded = iter(zip(ids.numpy(), lengths, self.encoder.captions(captions), strict=True))
+        return [
+            self._row(sample, *next(encoded)) if isinstance(sample, CaptionSample) else sample for sample in samples
+        ]
 
     def _row(
         self, sample: CaptionSample, text_ids: np.ndarray, length: int, prompt: EncodedPrompt
     ) -> tuple[AlignmentRow, str] | SampleError:
-        wrong = unfit(sample, length, len(prompt) - 1, self.config)
-        return wrong or ((prompt, text_ids), f"{sample.shard}/{sample.key}")
+        error = check_length(sample, length, len(prompt) - 1, self.config)
+        return error or ((prompt, text_ids), f"{sample.shard}/{sample.key}")
 
 
 class CachedCaptionRows(RowBuilder[CachedRow]):
-    """What `CaptionRows`' captions are to both networks, from disk: the same samples, in the same order."""
+    """Reads both networks' states of captions from caches: the same samples as `CaptionRows`, in the same order."""
 
     def __init__(self, source: SampleReader, states: Cache, text: Cache, config: AlignmentDataConfig):
         super().__init__("captions", source)
@@ -185,10 +183,6 @@ class CachedCaptionRows(RowBuilder[CachedRow]):
         report.reads += len(requests)
         return [self._row(request) for request in requests]
 
-    def tokens(self, row: CachedRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
-
     def _row(self, request: Request) -> tuple[CachedRow, str] | SampleError:
         sample = read_caption(self.source, request)
         if isinstance(sample, SampleError):
@@ -198,14 +192,14 @@ class CachedCaptionRows(RowBuilder[CachedRow]):
         if states is None or text is None:
             return not_cached(sample)
         length = int(text.pop("length"))
-        if wrong := unfit(sample, length, len(states["states"]) - 1, self.config):
-            return wrong
+        if error := check_length(sample, length, len(states["states"]) - 1, self.config):
+            return error
         target = Condition(**{name: value[None] for name, value in text.items()})
         return (states["states"], target), f"{sample.shard}/{sample.key}"
 
 
 def read_caption(source: SampleReader, request: Request) -> CaptionSample | SampleError:
-    """The sample of a request without its image, or why there is none."""
+    """Return the sample of a request, without its image, or the error that occurred."""
     try:
         sample = source.caption(request.lane, request.row, request.attempt)
     except SampleError as error:
@@ -214,26 +208,26 @@ def read_caption(source: SampleReader, request: Request) -> CaptionSample | Samp
     return sample
 
 
-def unfit(sample: CaptionSample, length: int, pieces: int, config: AlignmentDataConfig) -> SampleError | None:
-    """Why a caption of `length` tokens of the text model and `pieces` of the MLLM is left out; None if it is not."""
+def check_length(sample: CaptionSample, length: int, pieces: int, config: AlignmentDataConfig) -> SampleError | None:
+    """Return an error if a caption of `length` tokens of the text model and `pieces` of the MLLM must be skipped."""
     if length > config.max_clip_tokens:
         return too_long(sample, length, config.max_clip_tokens)
     if pieces > config.max_pieces:
         detail = f"{pieces} pieces, at most {config.max_pieces}"
         return FilteredSample("caption_too_long", sample.shard, sample.key, detail)
     if not pieces:
-        return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenisation")
+        return SampleError("empty_caption", sample.shard, sample.key, "no token is left after tokenization")
     return None
 
 
 def not_cached(sample: Sample) -> SampleError:
-    """A sample that can be read, but could not when the cache was written."""
-    detail = "readable, but it was not when the cache was written; write that shard's anew"
+    """Error for a sample that can be read now, but could not be when the cache was written."""
+    detail = "the sample is readable now but was not when the cache was written; write the cache of this shard again"
     return SampleError("missing_in_cache", sample.shard, sample.key, detail)
 
 
 class EntityPromptRows(RowBuilder[AlignmentRow]):
-    """Builds prompts with images of constructed samples, and the text model's ids of their descriptions or captions."""
+    """Builds prompts with images from constructed samples, and text model ids of their descriptions or captions."""
 
     def __init__(
         self,
@@ -249,10 +243,6 @@ class EntityPromptRows(RowBuilder[AlignmentRow]):
         """See `RowBuilder`."""
         report.reads += len(requests)
         return [self._row(request) for request in requests]
-
-    def tokens(self, row: AlignmentRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
 
     def _row(self, request: Request) -> tuple[AlignmentRow, str] | SampleError:
         try:
@@ -271,20 +261,20 @@ class EntityPromptRows(RowBuilder[AlignmentRow]):
             return error
 
 
-def too_long(sample: Sample, tokens: int, most: int) -> FilteredSample:
-    """A caption that the image decoder's text model would be given cut."""
-    return FilteredSample("caption_too_long", sample.shard, sample.key, f"{tokens} tokens, at most {most}")
+def too_long(sample: Sample, tokens: int, allowed: int) -> FilteredSample:
+    """Error for a caption with too many tokens for the image decoder's text model."""
+    return FilteredSample("caption_too_long", sample.shard, sample.key, f"{tokens} tokens, at most {allowed}")
 
 
 class AlignmentData(MixtureDataModule):
     """Batches of stage 2.
 
     Args:
-        encoder: of the MLLM's prompts; must not cut below `max_pieces` + 1 tokens. None to read caches.
-        clip: captions → ids of the image decoder's text model. None to read caches.
+        encoder: encodes prompts of the MLLM; must allow `max_pieces` + 1 tokens. None to read caches.
+        clip: tokenizes captions for the image decoder's text model. None to read caches.
 
     Raises:
-        ValueError: `max_clip_tokens` is more than the text model takes.
+        ValueError: `max_clip_tokens` or `max_pieces` exceeds what the models accept.
     """
 
     Config = AlignmentDataConfig
@@ -307,35 +297,36 @@ class AlignmentData(MixtureDataModule):
         if config.max_clip_tokens > self.clip.room:
             raise ValueError(
                 f"max_clip_tokens={config.max_clip_tokens} but the image decoder's text model takes captions of at "
-                f"most {self.clip.room} tokens; lower data.max_clip_tokens."
+                f"most {self.clip.room} tokens; decrease data.max_clip_tokens."
             )
         if encoder.max_length is not None and encoder.max_length <= config.max_pieces:
             raise ValueError(
                 f"max_pieces={config.max_pieces} and <s> need {config.max_pieces + 1} positions but prompts may have "
-                f"only {encoder.max_length}; lower data.max_pieces."
+                f"only {encoder.max_length}; decrease data.max_pieces."
             )
 
     def sources(self) -> dict[str, Source]:
-        """Captions, constructed."""
+        """Return the captions and constructed sources."""
         return {"captions": self.config.captions, "constructed": self.config.constructed}
 
     def preprocessing(self, cache: str) -> dict[str, str]:
-        """See `MixtureDataModule`. Of longer captions the MLLM's states are kept up to one piece more than are used."""
-        kept = {"max_pieces": str(self.config.max_pieces)} if cache == "states" else {}
-        return {**kept, "precision": str(self.config.cached_states)}
+        """See `MixtureDataModule`."""
+        truncation = {"max_pieces": str(self.config.max_pieces)} if cache == "states" else {}
+        return {**truncation, "precision": str(self.config.cached_states)}
 
     def items(self, cache: str, sample: Sample) -> Sequence[Item]:
-        """The caption as a prompt, or as ids for the text model and how many tokens it has."""
+        """Return the caption as a prompt for the MLLM, or as ids for the text model with their length."""
         if not isinstance(sample, CaptionSample):
             return []
         if cache == "states":
             (prompt,) = self.encoder.captions([sample.caption])
+            # <s>, max_pieces, and one piece more, by which the reader recognises captions that are too long.
             return [lambda: EncodedPrompt(prompt.ids[: self.config.max_pieces + 2], None, [])]
         ids, (length,) = self.clip([sample.caption])
         return [lambda: (ids[0], length)]
 
     def builder(self, name: str, shards: ShardList, order: SampleOrder) -> RowBuilder:
-        """Rows of one source."""
+        """Return the row builder of a source."""
         if name == "constructed":
             source = SampleReader(shards, order, ConstructedSample.kind, self.config.limits)
             return EntityPromptRows(source, self.encoder, self.clip, self.config)
@@ -346,7 +337,7 @@ class AlignmentData(MixtureDataModule):
         return CaptionRows(source, self.encoder, self.clip, self.config)
 
     def collate(self, rows: list[Any], report: ReadReport) -> AlignmentBatch:
-        """Rows → batch."""
+        """Make a batch of rows."""
         if self.networks:
             states, targets = zip(*rows, strict=True)
             prompt = PromptBatch.stack([EncodedPrompt([0] * len(row), None, []) for row in states], 0)

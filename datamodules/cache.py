@@ -1,14 +1,14 @@
-"""Caches on disk: what a frozen network makes of a sample, computed once and read in place of the network.
+"""Caches on disk: outputs of frozen networks, computed once and read by later runs instead of running the network.
 
     python train.py cache configs/instruction_tuning.yaml data.cached_latents=float32
 
-`<shard>.<cache>-<hash>.safetensors` beside each shard holds the values of its samples' items in their order: of the
-target images, the input images or the caption. Values may have any shapes. They lie flat in one tensor, and
-`<value>.shape` holds the shapes, zeros where an item could not be read. Files are mapped into memory, so that a reader
-costs no more than what it reads.
+writes `<shard>.<cache>-<hash>.safetensors` next to each shard. It contains the values of all items of the shard's
+samples in order, where an item is a target image, an input image or a caption. Values of different shapes are stored
+flat in one tensor, with their shapes in `<value>.shape` (zeros for items that could not be read). Files are
+memory-mapped.
 
-Each file says what it is of: the network's weights, what was done before and after, and the shard. Anything else is
-refused. Resumable: finished shards are skipped. Commands that run at the same time share the shards of a set.
+The header records the weights, the preprocessing, the precision and the shard; a mismatch is an error. The command
+skips finished shards, and several commands can run at the same time and share the shards.
 """
 
 import fcntl
@@ -44,21 +44,20 @@ logger = logging.getLogger(__name__)
 OPEN_FILES = 256
 SHAPE, COUNTS = ".shape", "items"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL", torch.int64: "I64"}
-OF_SHARD = ("shard", "samples", "bytes", "sha256")
 
 Identity = Mapping[str, str]
-"""What a cache depends on beside the samples, in words or hashes; `cache` is its name, `precision` the stored one."""
+"""What a cache depends on apart from the samples, as text or hashes, with its name (`cache`) and its `precision`."""
 Values = dict[str, Tensor]
 Item = Callable[[], Any]
-"""Gives what the network reads of an item, or raises SampleError."""
+"""Returns the network's input for an item, or raises SampleError."""
 Encode = Callable[[list[Any]], list[Values]]
 
 
 class Cache:
-    """What was cached of some shards, read item by item. Safe to share with forked and spawned workers.
+    """Reads the cache of some shards, item by item. Can be shared with forked and spawned workers.
 
     Raises:
-        ShardError: a shard has no such cache, or one of other samples; says what differs.
+        ShardError: a shard has no cache of this identity; the message says what differs.
     """
 
     def __init__(self, shards: ShardList, identity: Identity):
@@ -66,20 +65,20 @@ class Cache:
         for path, file, header in cache_files(shards, identity):
             if int(header["samples"]) and read_header(file) != header:
                 raise ShardError(
-                    f"'{path}' has no cache '{identity['cache']}' of what this run would compute. "
-                    f"{_what_is_there(path, header)} Write it with: python train.py cache … and this run's "
+                    f"'{path}' has no cache '{identity['cache']}' for this configuration. "
+                    f"{_describe_caches(path, header)} Write it with: python train.py cache … and this run's "
                     "configuration, or set data.cached_… to null."
                 )
             self.files.append(str(file))
 
     def __call__(self, shard: int, sample: int, item: int = 0) -> Values | None:
-        """Values of an item of sample `sample` of a shard, numbers in float32; None where it could not be read."""
+        """Return the values of an item of sample `sample`, floats as float32; None if the item could not be read."""
         opened = _open(self.files[shard])
-        first, last = opened.first[sample : sample + 2]
-        if item >= last - first:
+        begin, end = opened.first[sample : sample + 2]
+        if item >= end - begin:
             return None
-        found = {name: value.read(opened.file, int(first) + item) for name, value in opened.values.items()}
-        return None if all(not value.numel() for value in found.values()) else found
+        values = {name: value.read(opened.file, int(begin) + item) for name, value in opened.values.items()}
+        return None if all(not value.numel() for value in values.values()) else values
 
 
 class _Value(NamedTuple):
@@ -104,7 +103,7 @@ class _Opened(NamedTuple):
 def _open(file: str) -> _Opened:
     opened = safe_open(file, "pt")
     values = {}
-    for key in opened.keys():  # noqa: SIM118 - no dictionary
+    for key in opened.keys():  # noqa: SIM118 - not a dict
         if key.endswith(SHAPE):
             name, shapes = key.removesuffix(SHAPE), opened.get_tensor(key).numpy()
             values[name] = _Value(name, shapes.prod(axis=1).cumsum(), shapes)
@@ -113,7 +112,7 @@ def _open(file: str) -> _Opened:
 
 
 def cache_files(shards: ShardList, identity: Identity) -> list[tuple[Path, Path, dict[str, str]]]:
-    """Each shard, its file of the cache, and what that says of itself."""
+    """Return, for each shard, its path, the path of its cache, and the expected header of the cache."""
     digest = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:8]
     return [
         (
@@ -128,7 +127,7 @@ def cache_files(shards: ShardList, identity: Identity) -> list[tuple[Path, Path,
 
 
 def read_header(file: Path) -> dict[str, str] | None:
-    """What a file says of itself; None if it is absent or damaged."""
+    """Return the header of a cache file; None if the file is absent or damaged."""
     try:
         with safe_open(file, "pt") as opened:
             return opened.metadata()
@@ -136,18 +135,18 @@ def read_header(file: Path) -> dict[str, str] | None:
         return None
 
 
-def _what_is_there(path: Path, wanted: dict[str, str]) -> str:
-    """How the caches beside a shard differ from the wanted one."""
-    told = []
+def _describe_caches(path: Path, wanted: dict[str, str]) -> str:
+    """Describe how the existing caches of a shard differ from the wanted one."""
+    messages = []
     for file in sorted(path.parent.glob(f"{path.name}.{wanted['cache']}-*.safetensors")):
         header = read_header(file)
         different = [
-            f"{key} is {found!s:.40} there and {wanted[key]:.40} here"
+            f"{key} is {stored!s:.40} there and {wanted[key]:.40} here"
             for key in wanted
-            if (found := (header or {}).get(key)) != wanted[key]
+            if (stored := (header or {}).get(key)) != wanted[key]
         ]
-        told.append(f"In '{file.name}' {'; '.join(different)}." if header else f"'{file.name}' is damaged.")
-    return " ".join(told) or "The shard has none."
+        messages.append(f"In '{file.name}' {'; '.join(different)}." if header else f"'{file.name}' is damaged.")
+    return " ".join(messages) or "The shard has none."
 
 
 def write_cache(
@@ -158,18 +157,18 @@ def write_cache(
     batch_size: int,
     limits: Limits,
 ) -> Counter[str]:
-    """Write the file of every shard that has none and that no other process works on.
+    """Write the cache of every shard that has none yet and that no other process is working on.
 
     Args:
-        items: of a sample, each decoded when its turn comes.
-        encode: what was decoded → the values of each; every item has the same names.
+        items: returns the items of a sample, as functions that decode them.
+        encode: computes the values of a list of decoded items; all items have values of the same names.
         batch_size: items encoded at once.
 
     Returns:
-        counts of shards `written` and `skipped`, of `items` and of those `unusable`.
+        Counts of shards (`written`, `skipped`) and of items (`items`, of which `unusable`).
 
     Raises:
-        DataError: some shards hold nothing that could be encoded, after all others were written.
+        DataError: some shards have no item that can be encoded. All other shards are written first.
     """
     counts, failed, dtype = Counter(), [], getattr(torch, identity["precision"])
     for path, file, header in track(cache_files(shards, identity), identity["cache"]):
@@ -181,15 +180,15 @@ def write_cache(
                 counts["skipped"] += 1
                 continue
             writer = _ShardCache(stack, file.parent, size, dtype)
-            found = _items(path, size, limits, items)
+            contents = _items(path, size, limits, items)
             try:
-                while batch := list(islice(found, batch_size)):
-                    usable = [read for _, read in batch if read is not None]
+                while batch := list(islice(contents, batch_size)):
+                    usable = [content for _, content in batch if content is not None]
                     encoded = iter(encode(usable) if usable else ())
-                    for row, read in batch:
-                        writer.add(row, None if read is None else next(encoded))
+                    for row, content in batch:
+                        writer.add(row, None if content is None else next(encoded))
                 if writer.items and not writer.usable:
-                    raise DataError(f"'{path}' holds nothing that can be cached.")
+                    raise DataError(f"no sample of '{path}' can be cached.")
             except DataError as error:
                 failed.append(str(error))
                 continue
@@ -203,19 +202,19 @@ def write_cache(
 def _items(
     path: Path, size: int, limits: Limits, items: Callable[[Sample], Sequence[Item]]
 ) -> Iterator[tuple[int, Any]]:
-    """Sample number and content of each item of a shard, None for one that cannot be read; in place of the items of a
-    sample that cannot, one."""
+    """Yield the sample number and content of each item of a shard. The content is None for an item that cannot be read;
+    a sample that cannot be read counts as one such item."""
     for row, read in enumerate(islice(read_shard(path, limits), size)):
         try:
             if isinstance(read, SampleError):
                 raise read
             key, members = read
-            found = items(decode(members, path.name, key, limits=limits))
+            sample_items = items(decode(members, path.name, key, limits=limits))
         except SampleError as error:
-            logger.warning("%s", error)  # the reader of the shards comes upon it, and counts it
+            logger.warning("%s", error)  # training meets the same error and counts it
             yield row, None
             continue
-        for item in found:
+        for item in sample_items:
             try:
                 content = item()
             except SampleError as error:
@@ -225,7 +224,7 @@ def _items(
 
 
 def _lock(shard: IO) -> bool:
-    """Whether no other process works on a shard; where the file system has no locks, two may do the same work."""
+    """Lock a shard; False if another process holds the lock. Without locks in the file system, two may do the same."""
     try:
         fcntl.flock(shard, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -234,8 +233,8 @@ def _lock(shard: IO) -> bool:
 
 
 class _ShardCache:
-    """The items of a shard on their way to its file. Their values wait in files without a name, which a killed process
-    takes with it, so that memory holds one batch."""
+    """Collects the items of a shard and writes its cache. Values are collected in unnamed temporary files, which vanish
+    with the process, so that only one batch is in memory."""
 
     def __init__(self, stack: ExitStack, folder: Path, samples: int, dtype: torch.dtype):
         self.stack, self.folder, self.dtype = stack, folder, dtype
@@ -245,21 +244,21 @@ class _ShardCache:
         self.items = self.usable = 0
 
     def add(self, sample: int, values: Values | None) -> None:
-        """The next item of a sample; None for one that could not be read."""
+        """Add the next item of a sample; `values` is None if it could not be read."""
         values = {
             name: value.to("cpu", self.dtype if value.is_floating_point() else value.dtype).contiguous()
             for name, value in (values or {}).items()
         }
         if not all(value.isfinite().all() for value in values.values()):
-            logger.warning("sample %d: not finite in %s, so it is not cached", sample, self.dtype)
+            logger.warning("sample %d: some values are not finite in %s, so it is not cached", sample, self.dtype)
             values = {}
         self.counts[sample] += 1
         self.items += 1
         self.usable += bool(values)
         for name, value in values.items():
             if name not in self.values:
-                waiting = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - the stack closes it
-                self.values[name] = self.stack.enter_context(waiting), value.dtype
+                temporary = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - the stack closes it
+                self.values[name] = self.stack.enter_context(temporary), value.dtype
                 self.shapes[name] = [(0,) * value.ndim] * (self.items - 1)
             self.values[name][0].write(value.view(-1).view(torch.uint8).numpy().data)
             self.shapes[name].append(tuple(value.shape))
@@ -268,30 +267,30 @@ class _ShardCache:
                 shapes.append((0,) * len(shapes[0]))
 
     def save(self, file: Path, header: dict[str, str]) -> None:
-        """Write the safetensors file; its library would hold all of it in memory."""
+        """Write the safetensors file part by part; the library would need all values in memory."""
         entries: dict[str, Any] = {}
         parts: list[IO[bytes] | bytes] = []
         end = 0
 
-        def enter(name: str, dtype: torch.dtype, shape: list[int], size: int, content: IO[bytes] | bytes) -> None:
+        def add(name: str, dtype: torch.dtype, shape: list[int], size: int, content: IO[bytes] | bytes) -> None:
             nonlocal end
             entries[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [end, end + size]}
             end += size
             parts.append(content)
 
-        enter(COUNTS, torch.int64, [len(self.counts)], self.counts.nbytes, self.counts.numpy().tobytes())
-        for name, listed in self.shapes.items():
-            shapes = torch.tensor(listed, dtype=torch.int64)
-            enter(name + SHAPE, torch.int64, list(shapes.shape), shapes.nbytes, shapes.numpy().tobytes())
-        # Largest numbers first, so that each begins at a multiple of its size.
+        add(COUNTS, torch.int64, [len(self.counts)], self.counts.nbytes, self.counts.numpy().tobytes())
+        for name, rows in self.shapes.items():
+            shapes = torch.tensor(rows, dtype=torch.int64)
+            add(name + SHAPE, torch.int64, list(shapes.shape), shapes.nbytes, shapes.numpy().tobytes())
+        # Tensors of the largest element size first, so that each begins at a multiple of its element size.
         for name, (values, dtype) in sorted(self.values.items(), key=lambda value: -value[1][1].itemsize):
             size = values.tell()
             values.seek(0)
-            enter(name, dtype, [size // dtype.itemsize], size, values)
-        written = json.dumps({"__metadata__": header, **entries}).encode()
-        written += b" " * (-len(written) % 8)
+            add(name, dtype, [size // dtype.itemsize], size, values)
+        encoded = json.dumps({"__metadata__": header, **entries}).encode()
+        encoded += b" " * (-len(encoded) % 8)
         with replaced(file) as temporary, open(temporary, "wb") as output:
-            output.write(struct.pack("<Q", len(written)) + written)
+            output.write(struct.pack("<Q", len(encoded)) + encoded)
             for part in parts:
                 if isinstance(part, bytes):
                     output.write(part)

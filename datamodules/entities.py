@@ -1,7 +1,8 @@
-"""Constructed samples as prompts: each entity's words in the caption are followed by its segmented image.
+"""Turn constructed samples into prompts in which each entity's words are followed by its segmented image.
 
-Matching, order and draws are the released code's (released-code.md, "Open-images rows"), so recorded draws give the
-recorded tokens. The paper (section 3.1) drops the words of each entity by itself; that is the other `drop` rule.
+Matching and the order of entities and random draws follow the released code (released-code.md, "Open-images rows"), so
+that recorded draws reproduce recorded tokens. With `drop: per_entity`, the words of each entity are dropped
+independently, as in the paper (section 3.1).
 """
 
 import re
@@ -36,13 +37,14 @@ class EntityRules:
     """How a caption and its entities become a prompt."""
 
     drop: Literal["per_caption", "per_entity"] = "per_entity"
-    """Whose words one draw drops: all of the caption's (released code) or one entity's (paper, section 3.1)."""
+    """Drop the words of all entities of a caption together (released code), or of each entity independently (paper,
+    section 3.1)."""
     drop_probability: float = 0.5
-    """Probability that entity words are dropped (0 … 1)."""
+    """Probability that the words are dropped (0 … 1)."""
     background_probability: float = 0.5
     """Probability that an entity is shown with its background instead of on white (0 … 1)."""
     ignored_words: tuple[str, ...] = field(default=COLOURS)
-    """Entities that are never illustrated: a crop does not show "red"."""
+    """Entities that never get an image, because a crop cannot show them, such as "red"."""
 
     def __post_init__(self):
         for name in ("drop_probability", "background_probability"):
@@ -54,22 +56,22 @@ class EntityRules:
 
 
 def entity_segments(sample: ConstructedSample, rules: EntityRules, draws: Draws) -> list[str | SampleImage]:
-    """Caption and entities → interleaved segments. A sample of which no entity is found gives its caption alone.
+    """Interleave a caption with the images of its entities. If no entity is found, the caption is the only segment.
 
-    Draws, in this order: `per_caption`: one for the words of all entities, then one per image; `per_entity`: for each
-    entity one for its words and one for its image.
+    Order of the draws: with `per_caption`, one for the words of all entities, then one per image; with `per_entity`,
+    one for the words and one for the image of each entity.
 
     Raises:
-        FilteredSample: `nothing_before_object` - `per_caption` only: nothing would precede the image. The released
-            code leaves such rows out; the paper's rule keeps them, with the image at the start.
+        FilteredSample: `nothing_before_object`, only with `per_caption`: no text precedes the image. The released code
+            skips such rows. With `per_entity`, the prompt begins with the image.
     """
     released = rules.drop == "per_caption"
     drop = released and draws.random() < rules.drop_probability
     segments: list[str | SampleImage] = []
     rest = sample.caption
-    for entity, word in illustrated(sample.caption, sample.entities, rules.ignored_words):
+    for entity, word in match_entities(sample.caption, sample.entities, rules.ignored_words):
         match = word.search(rest)
-        if match is None:  # its word was part of an earlier entity's
+        if match is None:  # its words were part of an earlier entity's
             continue
         if not released:
             drop = draws.random() < rules.drop_probability
@@ -86,17 +88,16 @@ def entity_segments(sample: ConstructedSample, rules: EntityRules, draws: Draws)
     return [*segments, rest] if rest else segments
 
 
-def illustrated(caption: str, entities: list[Entity], ignored: tuple[str, ...]) -> list[tuple[Entity, re.Pattern]]:
-    """The entities that can be placed, by where their first match in the caption ends, with what matches them.
+def match_entities(caption: str, entities: list[Entity], ignored: tuple[str, ...]) -> list[tuple[Entity, re.Pattern]]:
+    """Return the entities found in the caption with their patterns, sorted by the end of their first match.
 
-    Left out: ignored words, words that are not in the caption, and ambiguous ones, which are whole words of more than
-    one entity ("dog" beside "hot dog").
+    Ignored words are skipped, and so are ambiguous ones that also occur in another entity ("dog" beside "hot dog").
     """
-    placed = []
+    matches = []
     for entity in entities:
         word = re.compile(rf"\b{re.escape(entity.text)}\b", re.IGNORECASE)
         match = word.search(caption)
         ambiguous = sum(bool(word.search(other.text)) for other in entities) > 1
         if match and not ambiguous and entity.text.lower() not in ignored:
-            placed.append((match.end(), entity, word))
-    return [(entity, word) for _, entity, word in sorted(placed, key=lambda item: item[0])]
+            matches.append((match.end(), entity, word))
+    return [(entity, word) for _, entity, word in sorted(matches, key=lambda item: item[0])]

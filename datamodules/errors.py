@@ -1,22 +1,22 @@
-"""What can go wrong with data, from one sample to the whole set."""
+"""Errors of samples, shards and data sets."""
 
 
 class DataError(Exception):
-    """The data cannot be used as configured: the run must stop and somebody must act."""
+    """The data cannot be used as configured, and the run must stop."""
 
 
 class ShardError(DataError):
-    """A shard or a pattern of shards cannot be read at all."""
+    """A shard, or a pattern of shards, cannot be used."""
 
 
 class SampleError(Exception):
-    """One sample cannot be used; it is counted, logged and replaced by another of the same source.
+    """One sample cannot be used. It is counted, logged and replaced by another one of its source.
 
     Args:
-        reason: short machine-readable name, e.g. `unreadable_image`; samples are counted by it.
+        reason: short machine-readable name by which samples are counted, e.g. `unreadable_image`.
         shard: file name of the shard.
         key: the sample's key in the shard.
-        detail: what was found and what is allowed.
+        detail: the value found and what is allowed.
     """
 
     filtered = False
@@ -31,11 +31,11 @@ class SampleError(Exception):
 
 
 class FilteredSample(SampleError):
-    """A sound sample that the configuration leaves out (too long, too small): not a fault of the data."""
+    """A valid sample that the configuration excludes, e.g. because it is too long or too small."""
 
     filtered = True
 
 
 def printable(text: str) -> str:
-    """Text with control characters escaped: names and captions must not steer the terminal that they are read in."""
+    """Escape control characters, so that names and captions from data cannot control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

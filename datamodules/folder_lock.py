@@ -1,4 +1,4 @@
-"""One writer in a folder at a time."""
+"""Lock an output folder against other writers."""
 
 import fcntl
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from datamodules.errors import DataError
 
 
 @contextmanager
-def held(output: Path) -> Iterator[None]:
-    """Nobody else writes here meanwhile. Raises DataError: somebody does."""
+def folder_lock(output: Path) -> Iterator[None]:
+    """Lock a folder, which is created if absent. Raises DataError if another process holds the lock."""
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as lock:
         try:

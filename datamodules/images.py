@@ -1,4 +1,4 @@
-"""Images of a sample: kept as bytes until somebody needs the pixels, then decoded within bounds."""
+"""Images of samples: stored encoded and decoded on demand, within limits."""
 
 import io
 from collections.abc import Callable
@@ -17,14 +17,14 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 @dataclass
 class Limits:
-    """What one sample may cost. Pictures beyond it are refused from their header, before any pixel is decoded."""
+    """Upper limits for one sample. Images are checked by their header, before any pixel is decoded."""
 
     max_pixels: int = 64_000_000
-    """Most pixels of one image."""
+    """Maximum number of pixels of an image."""
     max_aspect_ratio: float = 32.0
-    """Longest over shortest side. Scaling the shorter side of a 1×60000 strip to 224 would fill the memory."""
+    """Maximum ratio of the sides. Scaling the shorter side of a 1×60000 image to 224 would need too much memory."""
     max_member_bytes: int = 32_000_000
-    """Most bytes of one file inside a shard."""
+    """Maximum size in bytes of a file inside a shard."""
 
     def __post_init__(self):
         for name in ("max_pixels", "max_aspect_ratio", "max_member_bytes"):
@@ -32,14 +32,14 @@ class Limits:
                 raise ValueError(f"limits.{name}={getattr(self, name)} must be at least 1.")
         if self.max_aspect_ratio > LONGEST_ASPECT:
             raise ValueError(
-                f"limits.max_aspect_ratio={self.max_aspect_ratio} must be at most {LONGEST_ASPECT}, which is what the "
-                "model's image processing takes."
+                f"limits.max_aspect_ratio={self.max_aspect_ratio} must be at most {LONGEST_ASPECT}, the limit of the "
+                "model's image processing."
             )
 
 
 @dataclass(slots=True)
 class StoredImage:
-    """An encoded image (JPEG, PNG or WebP by content, whatever its suffix says) and where it came from."""
+    """An encoded image and its origin. The format (JPEG, PNG or WebP) is detected by content, not by suffix."""
 
     data: bytes
     name: str
@@ -48,7 +48,7 @@ class StoredImage:
     limits: Limits = field(default_factory=Limits)
 
     def load(self) -> Image.Image:
-        """Decode to RGB; an animation gives its first frame, transparency becomes white, a photo is turned upright.
+        """Decode to RGB: the first frame of an animation, transparency on white, rotated as the EXIF data say.
 
         Raises:
             SampleError: `unreadable_image`, `image_too_large` or `extreme_aspect_ratio`.
@@ -63,7 +63,7 @@ class StoredImage:
         return self._guard(lambda: rgb(image))
 
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, from the header alone.
+        """Return (width, height) in pixels, read from the header.
 
         Raises:
             SampleError: `unreadable_image` or `image_too_large`.
@@ -75,9 +75,9 @@ class StoredImage:
             return decode()
         except Image.DecompressionBombError as error:
             raise self._error("image_too_large", str(error)) from error
-        except UnidentifiedImageError as error:  # whose own message is an address in memory
-            raise self._error("unreadable_image", f"no {', '.join(FORMATS)}") from error
-        except Exception as error:  # hostile bytes make Pillow's decoders raise nearly anything
+        except UnidentifiedImageError as error:  # its message contains only an address in memory
+            raise self._error("unreadable_image", f"not one of {', '.join(FORMATS)}") from error
+        except Exception as error:  # on malformed data, Pillow's decoders raise almost any exception
             raise self._error("unreadable_image", f"{type(error).__name__}: {error}") from error
 
     def _error(self, reason: str, detail: str) -> SampleError:
@@ -88,12 +88,12 @@ SampleImage = Image.Image | StoredImage
 
 
 def load(image: SampleImage) -> Image.Image:
-    """The RGB pixels of an image of a sample, decoded now if they were not yet."""
+    """Return a sample's image as RGB, decoded if necessary."""
     return image.load() if isinstance(image, StoredImage) else rgb(image)
 
 
 def suffix_of(image: SampleImage) -> str:
-    """The file suffix for what `encode_png` gives, by content: jpg, webp, else png."""
+    """Return the file suffix of `encode_png`'s result: jpg, webp or png."""
     if not isinstance(image, StoredImage):
         return "png"
     if image.data.startswith(b"\xff\xd8"):
@@ -102,7 +102,7 @@ def suffix_of(image: SampleImage) -> str:
 
 
 def encode_png(image: SampleImage) -> bytes:
-    """The bytes to store: as they are if already encoded, else PNG."""
+    """Encode an image as PNG; an image that is already encoded keeps its bytes."""
     if isinstance(image, StoredImage):
         return image.data
     stream = io.BytesIO()

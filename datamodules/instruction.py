@@ -1,8 +1,8 @@
-"""Stage 3 data: constructed : edit : caption = 2 : 2 : 1 (paper section 3.1), each a prompt and its target image.
+"""Stage 3 data: prompts with a target image, constructed : edit : caption = 2 : 2 : 1 (paper section 3.1).
 
-Where a loss reads them, the captions of the targets come along, for the image decoder's text model.
-With caches, a target is the VAE's moments of it and an image of a prompt its states in the vision encoder, read from
-beside the shards; images are then not decoded.
+Batches also hold the captions of the targets, tokenized for the image decoder's text model, if a loss needs them. With
+caches, images are not decoded: the moments of the VAE replace the targets, and states of the vision encoder the images
+of the prompts.
 """
 
 from collections.abc import Sequence
@@ -46,20 +46,20 @@ class InstructionDataConfig(DataConfig):
     entities: EntityRules = field(default_factory=EntityRules)
     """How constructed samples become prompts."""
     edit_caption_drop: float = 0.5
-    """Probability that the caption before the image to edit is emptied (0 … 1)."""
+    """Probability that the caption before the image to edit is dropped (0 … 1)."""
     min_image_side: int = 384
-    """Pixels; image-caption pairs with a smaller width or height are left out (released-code.md, "Caption rows")."""
+    """Skip image-caption pairs whose width or height has fewer pixels (released-code.md, "Caption rows")."""
     max_pieces: int = 128
-    """Longer captions of image-caption pairs are left out: SentencePiece pieces."""
+    """Skip image-caption pairs whose captions have more SentencePiece pieces."""
     aspect_ratio_multiple: int | None = None
-    """Targets are cropped to the nearest of eleven aspect ratios from 1:2 to 2:1, with about model.image_size² pixels
-    and sides that are multiples of this; 64 is usual. null: to squares, as in the paper."""
+    """Crop targets to the nearest of eleven aspect ratios from 1:2 to 2:1, with about model.image_size² pixels and
+    sides that are multiples of this; 64 is usual. null: crop to squares, as in the paper."""
     cached_latents: Precision | None = None
-    """Read the VAE's moments of the targets, which `train.py cache` wrote in this precision; the posterior is still
-    sampled in every step."""
+    """Read the VAE's moments of the targets from the cache that `train.py cache` wrote in this precision; the posterior
+    is still sampled in every step."""
     cached_vision: Precision | None = None
-    """Read the states of the prompts' images before the vision encoder's last blocks, which train; as
-    `cached_latents`. For the paper's MLLM."""
+    """Read the states of the prompts' images before the last, trainable blocks of the vision encoder from the cache, as
+    `cached_latents`. For the paper's MLLM only."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,18 +71,20 @@ class InstructionDataConfig(DataConfig):
 
 
 def edit_segments(sample: EditSample, caption_drop: float, draws: Draws) -> tuple[list[str | SampleImage], SampleImage]:
-    """`caption image instruction` and the target: the caption emptied with probability `caption_drop` (first draw),
-    the pair one of the sample's (second draw)."""
+    """Return the prompt `caption image instruction` of an edit sample and its target image.
+
+    The first draw drops the caption with probability `caption_drop`; the second one selects one of the sample's pairs.
+    """
     caption = "" if draws.random() < caption_drop else sample.caption
     source, target = sample.pairs[draws.randint(0, len(sample.pairs) - 1)]
     return [*([caption] if caption else []), source, sample.instruction], target
 
 
-InstructionRow = tuple[EncodedPrompt, Tensor, str]  # the prompt; its target, or the moments of it; the target's caption
+InstructionRow = tuple[EncodedPrompt, Tensor, str]  # the prompt; its target or the target's moments; its caption
 
 
 def target_images(sample: Sample) -> list[SampleImage]:
-    """All that `InstructionRows.segments` may give as the target."""
+    """Return all images that `InstructionRows.segments` may return as the target."""
     if isinstance(sample, EditSample):
         return [target for _, target in sample.pairs]
     image = sample.image if isinstance(sample, CaptionSample) else getattr(sample, "target", None)
@@ -90,7 +92,7 @@ def target_images(sample: Sample) -> list[SampleImage]:
 
 
 def input_images(sample: Sample) -> list[SampleImage]:
-    """All that it may give as images of the prompt."""
+    """Return all images that `InstructionRows.segments` may use in the prompt."""
     if isinstance(sample, EditSample):
         return [source for source, _ in sample.pairs]
     if isinstance(sample, ConstructedSample):
@@ -99,28 +101,28 @@ def input_images(sample: Sample) -> list[SampleImage]:
 
 
 class CachedImages:
-    """What a cache has of one sample's images.
+    """Cached values of one sample's images.
 
     Args:
-        images: of the sample, in the cache's order.
+        images: the sample's images, in the order in which they were cached.
     """
 
     def __init__(self, cache: Cache, located: Located, images: list[SampleImage]):
         self.cache, self.located, self.images = cache, located, images
 
     def __call__(self, image: SampleImage, sample: Sample) -> Tensor:
-        """Raises SampleError: it cannot be read, or could not when it should have been cached."""
+        """Return the cached value of an image. Raises SampleError if it is not cached because it could not be read."""
         number = next(place for place, other in enumerate(self.images) if other is image)
-        found = self.cache(self.located.shard, self.located.number, number)
-        if found is None:
-            load(image)  # raises why it was not cached
+        values = self.cache(self.located.shard, self.located.number, number)
+        if values is None:
+            load(image)  # raises the error that prevented caching
             raise not_cached(sample)
-        (value,) = found.values()
+        (value,) = values.values()
         return value
 
 
 class InstructionRows(RowBuilder[InstructionRow]):
-    """Builds prompt and target of one source's samples. Prompts carry no `</s>`: the model never reads one."""
+    """Builds the prompts and targets of one source. Prompts have no `</s>`, because the model never reads one."""
 
     def __init__(
         self,
@@ -151,27 +153,23 @@ class InstructionRows(RowBuilder[InstructionRow]):
                 rows.append(error)
         return rows
 
-    def tokens(self, row: InstructionRow) -> int:
-        """See `RowBuilder`."""
-        return len(row[0])
-
     def build(self, sample: Sample, random: Random, located: Located | None = None) -> InstructionRow:
-        """One sample → prompt, target (3,H,W) or the moments of it, and the target's caption.
+        """Return prompt, target (3,H,W) or its moments, and the target's caption of a sample.
 
         Args:
-            located: where it is, and what was cached of it.
+            located: position of the sample, needed to read caches.
 
         Raises:
             SampleError: an image cannot be decoded.
-            FilteredSample: too long, too small, or see `entity_segments`.
+            FilteredSample: the prompt is too long or the image too small; see also `entity_segments`.
         """
         segments, target = self.segments(sample, random)
         states: list[Tensor] = []
         if self.vision is not None and located is not None:
             cached = CachedImages(self.vision, located, input_images(sample))
             states = [cached(item, sample) for item in segments if not isinstance(item, str)]
-            stand_in = self.encoder.stand_in("")
-            segments = [item if isinstance(item, str) else stand_in for item in segments]
+            blank = self.encoder.blank_image("")
+            segments = [item if isinstance(item, str) else blank for item in segments]
         try:
             prompt = self.encoder([load(item) if isinstance(item, SampleImage) else item for item in segments])
         except PromptTooLongError as error:
@@ -187,7 +185,7 @@ class InstructionRows(RowBuilder[InstructionRow]):
         return prompt, self.target_transform(load(target)), target_caption(sample)
 
     def segments(self, sample: Sample, random: Draws) -> tuple[list[str | SampleImage], SampleImage]:
-        """The prompt's segments and the target, images not yet decoded."""
+        """Return the prompt's segments and the target, images not yet decoded."""
         if isinstance(sample, ConstructedSample):
             return entity_segments(sample, self.config.entities, random), sample.target
         if isinstance(sample, EditSample):
@@ -205,19 +203,19 @@ class InstructionRows(RowBuilder[InstructionRow]):
 
 
 def target_caption(sample: Sample) -> str:
-    """What is known in words of a sample's target; empty for edits, whose captions are of the unedited image."""
+    """Return the description or caption of a sample's target; "" for edits, whose caption is of the unedited image."""
     if isinstance(sample, ConstructedSample):
         return sample.description or sample.caption
     return sample.caption if isinstance(sample, CaptionSample) else ""
 
 
 class InstructionData(MixtureDataModule):
-    """Batches of stage 3. Dropping the condition is the LightningModule's part.
+    """Batches of stage 3. The LightningModule drops conditions.
 
     Args:
-        encoder: of the MLLM's prompts.
+        encoder: encodes prompts of the MLLM.
         target_transform: PIL image → the VAE's input.
-        clip: captions → ids of the image decoder's text model, where a loss reads them.
+        clip: tokenizes captions for the image decoder's text model, if a loss needs them.
     """
 
     Config = InstructionDataConfig
@@ -230,7 +228,7 @@ class InstructionData(MixtureDataModule):
         assert decoder is not None
         transform = TargetTransform(image_size, config.aspect_ratio_multiple)
         for size in transform.sizes:
-            decoder.latent_shape(torch.empty(1, 3, *size, device="meta"))  # raises where the VAE cannot divide them
+            decoder.latent_shape(torch.empty(1, 3, *size, device="meta"))  # raises if the VAE does not accept this size
         return cls(config, encoder, transform, caption_tokens(decoder) if decoder.has_text_model else None)
 
     def __init__(
@@ -244,12 +242,12 @@ class InstructionData(MixtureDataModule):
         self.encoder, self.target_transform, self.clip = encoder, target_transform, clip
 
     def sources(self) -> dict[str, Source]:
-        """Constructed, edit, captions, instructions."""
+        """Return the constructed, edit, captions and instructions sources."""
         names = ("constructed", "edit", "captions", "instructions")
         return {name: getattr(self.config, name) for name in names}
 
     def builder(self, name: str, shards: ShardList, order: SampleOrder) -> InstructionRows:
-        """Rows of one source."""
+        """Return the row builder of a source."""
         kinds = {"constructed": ConstructedSample.kind, "edit": EditSample.kind, "captions": CaptionSample.kind}
         kinds["instructions"] = InstructionSample.kind
         source = SampleReader(shards, order, kinds[name], self.config.limits)
@@ -262,7 +260,7 @@ class InstructionData(MixtureDataModule):
         return {"images": str(transform), "precision": str(getattr(self.config, f"{CACHED}{cache}"))}
 
     def items(self, cache: str, sample: Sample) -> Sequence[Item]:
-        """The sample's target images, or those of its prompt, as the VAE or the vision encoder reads them."""
+        """Return the transformed targets (for the VAE) or prompt images (for the vision encoder) of a sample."""
         if cache == "latents":
             images, transform = target_images(sample), self.target_transform
         else:
@@ -270,13 +268,13 @@ class InstructionData(MixtureDataModule):
         return [lambda image=image: transform(load(image)) for image in images]
 
     def collate(self, rows: list[InstructionRow], report: ReadReport) -> InstructionBatch:
-        """Rows → batch. A caption that the text model would be given cut counts as none."""
+        """Make a batch of rows. Captions that are empty or too long for the text model have ids -1."""
         prompts, targets, captions = zip(*rows, strict=True)
         text_ids = None
         if self.clip is not None:
             text_ids, lengths = self.clip(captions)
-            told = [bool(words) and length <= self.clip.room for words, length in zip(captions, lengths, strict=True)]
-            text_ids = text_ids.masked_fill(~torch.tensor(told)[:, None], -1)
-        of_one_size = len({target.shape for target in targets}) == 1
-        targets = torch.stack(targets) if of_one_size else list(targets)
+            usable = [bool(text) and length <= self.clip.room for text, length in zip(captions, lengths, strict=True)]
+            text_ids = text_ids.masked_fill(~torch.tensor(usable)[:, None], -1)
+        same_size = len({target.shape for target in targets}) == 1
+        targets = torch.stack(targets) if same_size else list(targets)
         return InstructionBatch(prompt=self.encoder.collate(prompts), targets=targets, text_ids=text_ids, report=report)

@@ -1,7 +1,7 @@
 """Stage 1 data: text, image-caption pairs and interleaved documents, mixed by tokens 5:5:2 (paper section 3.2).
 
-Every row has the same length, so mixing rows 5:5:2 mixes tokens 5:5:2 up to padding, and with `weights_of: tokens`
-without that.
+All rows have the same length, so the shares of rows are also the shares of tokens, apart from padding. With
+`weights_of: tokens` they are exact.
 """
 
 import itertools
@@ -40,9 +40,9 @@ class LanguageModellingDataConfig(DataConfig):
     interleaved: Source = field(default_factory=lambda: Source(weight=2))
     """Documents of texts and images."""
     sequence_length: int = 2048
-    """Tokens of every row, T."""
+    """Tokens per row, T."""
     caption_first: float = 0.0
-    """Probability that a caption stands before its image instead of after it (0 … 1)."""
+    """Probability that a caption comes before its image instead of after it (0 … 1)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,11 +53,11 @@ class LanguageModellingDataConfig(DataConfig):
 
 
 class PackedRows(RowBuilder[PackedRow]):
-    """Builds rows of one source: each begins about where the one before it ended, so that an epoch of rows reads every
-    document about once.
+    """Builds packed rows of one source.
 
-    Row `r` of a lane begins at its sample ⌊r·s⌋, where `s` is the measured `samples_per_row`, and the fraction of
-    r·s tells how far into that document.
+    A row begins about where the previous one ended, so that an epoch of rows reads every document about once: with the
+    measured `samples_per_row` s, row `r` of a lane begins in the lane's sample ⌊r·s⌋, at the fractional part of r·s of
+    this document.
     """
 
     def __init__(self, name: str, source: SampleReader, packer: Packer, caption_first: float):
@@ -73,7 +73,7 @@ class PackedRows(RowBuilder[PackedRow]):
         return len(row.prompt)
 
     def measure(self) -> float:
-        """See `RowBuilder`: the first documents, packed one after the other without a gap."""
+        """See `RowBuilder`. Packs the first documents one after the other without gaps."""
         rows, used, number = 0, 0, 0
         while rows < MEASURED_ROWS and number < MEASURED_SAMPLES:
             try:
@@ -84,7 +84,7 @@ class PackedRows(RowBuilder[PackedRow]):
             while document.units:
                 count = self.packer.fit(document, self.packer.capacity - used)
                 used += 1 + sum(len(unit.ids) for unit in document.units[:count])
-                document.units = document.units[count:] if count or used > 1 else []  # a pair too long for any row
+                document.units = document.units[count:] if count or used > 1 else []  # [] if too long for any row
                 if document.units:
                     rows, used = rows + 1, 0
                 else:
@@ -96,11 +96,13 @@ class PackedRows(RowBuilder[PackedRow]):
         row = self.packer.pack(self._documents(request, report), report)
         if row is not None:
             return row, row.documents[0]
-        # The mixture counts the error it is given, so it must not be in the report already.
-        return report.errors.pop() if len(report.errors) > failed else self._nothing(request)
+        # The mixture reports the returned error, so it is removed from the report here.
+        if len(report.errors) > failed:
+            return report.errors.pop()
+        return SampleError("empty_row", self.source.shards.pattern, f"row {request.row}", "no document could be used")
 
     def _documents(self, request: Request, report: ReadReport) -> Iterator[Document]:
-        assert self.samples_per_row, "MixtureDataModule.measure() comes first"
+        assert self.samples_per_row, "call MixtureDataModule.measure() first"
         fraction, first = math.modf(request.row * self.samples_per_row)
         failed = len(report.errors)
         for number in itertools.count(int(first) + MAX_ATTEMPTS * request.attempt):
@@ -112,7 +114,7 @@ class PackedRows(RowBuilder[PackedRow]):
             except SampleError as error:
                 report.errors.append(error)
                 continue
-            yield self.packer.rest(document, fraction) if number == first else document
+            yield self.packer.skip(document, fraction) if number == first else document
 
     def _document(self, sample: Sample, random: Random) -> Document:
         packer = self.packer
@@ -121,7 +123,7 @@ class PackedRows(RowBuilder[PackedRow]):
         elif isinstance(sample, CaptionSample):
             if sample.image is None:
                 raise SampleError("missing_member", sample.shard, sample.key, "no jpg, png or webp")
-            caption, image = packer.words(sample.caption), [packer.image(sample.image)]
+            caption, image = [packer.text(sample.caption)], [packer.image(sample.image)]
             pair = caption + image if random.random() < self.caption_first else image + caption
             document = Document(pair, False)
         else:
@@ -129,12 +131,9 @@ class PackedRows(RowBuilder[PackedRow]):
             nested = [packer.sentences(item) if isinstance(item, str) else [packer.image(item)] for item in segments]
             document = Document([unit for units in nested for unit in units], True)
         if not document.units:
-            raise SampleError("empty_text", sample.shard, sample.key, "no token is left after tokenisation")
+            raise SampleError("empty_text", sample.shard, sample.key, "no token is left after tokenization")
         document.shard, document.key = sample.shard, sample.key
         return document
-
-    def _nothing(self, request: Request) -> SampleError:
-        return SampleError("empty_row", self.source.shards.pattern, f"row {request.row}", "no document could be used")
 
 
 class LanguageModellingData(MixtureDataModule):
@@ -158,16 +157,16 @@ class LanguageModellingData(MixtureDataModule):
         self.packer = Packer(encoder, config.sequence_length)
 
     def sources(self) -> dict[str, Source]:
-        """Text, captions, interleaved."""
+        """Return the text, captions and interleaved sources."""
         return {"text": self.config.text, "captions": self.config.captions, "interleaved": self.config.interleaved}
 
     def builder(self, name: str, shards: ShardList, order: SampleOrder) -> PackedRows:
-        """Packed rows of one source."""
+        """Return the row builder of a source."""
         kind = {"text": TextSample.kind, "captions": CaptionSample.kind, "interleaved": InterleavedSample.kind}[name]
         source = SampleReader(shards, order, kind, self.config.limits)
         return PackedRows(name, source, self.packer, self.config.caption_first)
 
     def collate(self, rows: list[PackedRow], report: ReadReport) -> LanguageModellingBatch:
-        """Rows → batch; all are T long."""
+        """Make a batch of rows, padded to T tokens."""
         prompt = PromptBatch.stack([row.prompt for row in rows], self.packer.tokenizer.pad_id, len(rows[0].labels))
         return LanguageModellingBatch(prompt=prompt, labels=torch.stack([row.labels for row in rows]), report=report)

@@ -1,11 +1,11 @@
-"""Global sample index → example: several sources as one map-style dataset without end."""
+"""A mixture of sources as one endless map-style dataset: global sample index → row."""
 
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch.utils.data import Dataset, Sampler
 
@@ -17,16 +17,16 @@ from kosmosg.batches import MicroBatch, ReadReport
 T = TypeVar("T")
 MAX_ATTEMPTS = 100
 MEASURED_ROWS = 128
-# Turns of whole batches are drawn without replacement from blocks of this many times the weights: at 1:2:2 and 64
-# ranks, a step's counts of each source then spread as independent draws do within 1 % (63 of 4,999 turns).
-TURNS_PER_WEIGHT = 1000
+# With mixing=per_batch, sources are drawn without replacement from blocks of this many times the weights. At 1:2:2 and
+# 64 ranks, the counts per step then vary like those of independent draws to within 1 % (63 of 4,999 draws).
+DRAWS_PER_WEIGHT = 1000
 
 
 @dataclass
 class Request:
-    """One row to build: row `row` of its source in `lane`, with random choices from `random` alone.
+    """One row to build: row `row` of its source in `lane`. All random choices come from `random`.
 
-    `attempt`: how many samples were unusable for it so far.
+    `attempt` is the number of samples that were already tried for this row and were unusable.
     """
 
     lane: int
@@ -36,7 +36,7 @@ class Request:
 
     @cached_property
     def random(self) -> random.Random:
-        """Random numbers that depend on the run's seed and the position only."""
+        """Random numbers that depend only on the seed, the position and the attempt."""
         return random.Random(mix(*self.seed))
 
 
@@ -44,8 +44,8 @@ class RowBuilder(ABC, Generic[T]):
     """Builds rows from one source.
 
     Attributes:
-        name: of the source.
-        samples_per_row: samples that a row takes; 0 until it is measured.
+        name: name of the source.
+        samples_per_row: mean number of samples in a row; 0 until it is measured.
     """
 
     samples_per_row = 1.0
@@ -55,27 +55,27 @@ class RowBuilder(ABC, Generic[T]):
 
     @abstractmethod
     def __call__(self, requests: Sequence[Request], report: ReadReport) -> list[tuple[T, str] | SampleError]:
-        """For each request, in order, a row with the `shard/key` it starts from, or the error that made it impossible.
+        """Return, for each request, a row and the `shard/key` it starts with, or the error that prevented it.
 
-        `report` takes the number of samples read and the errors that did not cost a row.
+        Adds the number of samples read, and errors that did not prevent a row, to `report`.
         """
 
-    @abstractmethod
-    def tokens(self, row: T) -> int:
-        """Tokens of a row, padding left out."""
+    def tokens(self, row: Any) -> int:
+        """Return the number of tokens of a row, without padding: by default, the length of the row's first item."""
+        return len(row[0])
 
     def measure(self) -> float:
-        """A value for `samples_per_row`, from the first samples."""
+        """Measure `samples_per_row` on the first samples."""
         return 1.0
 
 
 class MixtureDataset(Dataset, Generic[T]):
-    """Rows by global sample index. An unusable sample is replaced by the next usable one of its block, and counted.
+    """Micro-batches by global sample indices. An unusable sample is counted and replaced by the next of its block.
 
     Args:
-        builders: one for each source.
-        order: which source each row is from.
-        collate: rows and their report → micro-batch.
+        builders: one per source.
+        order: determines the source of each row.
+        collate: makes a micro-batch of rows and their report.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class MixtureDataset(Dataset, Generic[T]):
         self.builders, self.order, self.collate = list(builders), order, collate
 
     def __getitem__(self, positions: Sequence[int]):
-        """The batch of these global sample indices.
+        """Return the micro-batch of these global sample indices.
 
         Raises:
-            DataError: too many samples in a row of a source are unusable.
+            DataError: `MAX_ATTEMPTS` consecutive samples of a source are unusable.
         """
         draws = {position: self.order(position) for position in positions}
         rows, report = self._rows(draws)
@@ -102,7 +102,7 @@ class MixtureDataset(Dataset, Generic[T]):
         return batch
 
     def tokens_per_row(self, source: int) -> float:
-        """Mean tokens of the first rows of a source, padding left out."""
+        """Mean number of tokens, without padding, of the first rows of a source."""
         rows, _ = self._rows({row: Draw(source, 0, row) for row in range(MEASURED_ROWS)})
         return sum(self.builders[source].tokens(row) for row, _ in rows.values()) / len(rows)
 
@@ -127,21 +127,21 @@ class MixtureDataset(Dataset, Generic[T]):
                     else:
                         rows[position] = row
         raise DataError(
-            f"{MAX_ATTEMPTS} samples in a row are unusable, the last: {report.errors[-1]}. Look at the filters and "
-            "at the shards."
+            f"{MAX_ATTEMPTS} samples in a row are unusable, the last: {report.errors[-1]}. Check the filters and the "
+            "shards."
         )
 
 
 class BatchPositions(Sampler[list[int]]):
-    """Which global sample indices each micro-batch of this rank reads.
+    """Yields the global sample indices of each micro-batch of this rank.
 
-    Micro-batch `k` of all ranks together reads the positions after those of micro-batch `k - 1` without a gap, and
-    rank `rank` of `world_size` its contiguous part, so that every rank has equally many.
+    Micro-batch `k` of all ranks together reads the positions directly after those of micro-batch `k - 1`; each rank
+    reads an equal, contiguous part of them.
 
     Args:
-        size: rows of a micro-batch.
+        size: rows per micro-batch.
         count: micro-batches of the whole run.
-        first: gives the number of the micro-batch to begin with; asked at every iteration.
+        first: returns the number of the first micro-batch; called at the start of every iteration.
     """
 
     def __init__(self, size: int, count: int, rank: int, world_size: int, first: Callable[[], int]):

@@ -1,11 +1,10 @@
-"""Full-sentence packing: rows of stage 1 filled with whole units of one or more documents (paper section 3.1).
+"""Full-sentence packing: fill the rows of stage 1 with whole units of one or more documents (paper section 3.1).
 
-A unit is a sentence or an image with its marks. A document opens with `<s>` and closes with `</s>`. A row is filled
-until the next unit does not fit; what is left of that document then comes in other rows.
+A unit is a sentence, or an image with `<image>` and `</image>`. A document begins with `<s>` and ends with `</s>`. A
+row is filled until the next unit does not fit; the remaining units of that document go into other rows.
 
-Shift: a row packs up to T+1 tokens x_0 … x_T. `ids` are x_0 … x_{T-1} and `labels[t]` is x_{t+1}, the token after
-`ids[t]`. A label is -100 where there is nothing to learn: padding, `<image>`, its tokens and `</image>` (the loss is on
-text tokens only), and the `<s>` of the next document. `</s>` is learned.
+A row packs up to T+1 tokens x_0 … x_T. `ids` are x_0 … x_{T-1} and `labels[t]` is x_{t+1}, the token after `ids[t]`.
+The loss is on text tokens and `</s>`: labels of padding, `<image>`, image tokens, `</image>` and `<s>` are -100.
 """
 
 import itertools
@@ -28,7 +27,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 @dataclass
 class Unit:
-    """What is never divided: the ids of a sentence, or an image."""
+    """The smallest part of a document, never split: a sentence or an image."""
 
     ids: list[int]
     image: SampleImage | None = None
@@ -36,7 +35,7 @@ class Unit:
 
 @dataclass
 class Document:
-    """Units of one sample in order. One that is not `divisible` is taken whole or not at all."""
+    """The units of one sample in order. A document that is not `divisible` is packed whole or not at all."""
 
     units: list[Unit]
     divisible: bool
@@ -46,7 +45,13 @@ class Document:
 
 @dataclass
 class PackedRow:
-    """prompt: the tokens of the row, without padding; labels (T,) int64; documents: `shard/key` of each."""
+    """One row.
+
+    Attributes:
+        prompt: the tokens, without padding.
+        labels: (T,) int64.
+        documents: `shard/key` of each document in the row.
+    """
 
     prompt: EncodedPrompt
     labels: Tensor
@@ -54,21 +59,21 @@ class PackedRow:
 
 
 class Packer:
-    """Segments → units, units → rows of a fixed length.
+    """Splits segments into units and packs units into rows of a fixed length.
 
     Args:
-        encoder: its tokenizer, image transform and tokens per image are used.
+        encoder: provides the tokenizer, the image transform and the number of tokens per image.
         sequence_length: T.
 
     Raises:
-        ValueError: a row would not hold even one image.
+        ValueError: an image does not fit into a row.
     """
 
     def __init__(self, encoder: PromptEncoder, sequence_length: int):
         self.tokenizer, self.image_transform = encoder.tokenizer, encoder.image_transform
         self.image_ids = [self.tokenizer.image_id] * (1 + encoder.image_tokens) + [self.tokenizer.image_end_id]
         self.capacity = sequence_length + 1
-        self.longest_unit = self.capacity - 2  # beside <s> and </s>
+        self.longest_unit = self.capacity - 2  # without <s> and </s>
         if self.longest_unit < len(self.image_ids):
             raise ValueError(
                 f"sequence_length={sequence_length} cannot hold an image of {len(self.image_ids)} tokens between <s> "
@@ -76,31 +81,30 @@ class Packer:
             )
 
     def image(self, image: SampleImage) -> Unit:
-        """An image with its marks."""
+        """Return an image as a unit, with `<image>` and `</image>`."""
         return Unit(self.image_ids, image)
 
-    def words(self, text: str) -> list[Unit]:
-        """A text as one unit."""
-        return [Unit(self.tokenizer.encode(text))]
+    def text(self, text: str) -> Unit:
+        """Return a whole text as one unit."""
+        return Unit(self.tokenizer.encode(text))
 
     def sentences(self, text: str) -> list[Unit]:
-        """The sentences of a text. One longer than a row is cut into pieces that fit: it would never be read."""
+        """Return the sentences of a text. Sentences longer than a row are cut; otherwise they could not be used."""
         units = []
         for sentence in SENTENCE_END.split(text):
             ids = self.tokenizer.encode(sentence)
             units += [Unit(ids[i : i + self.longest_unit]) for i in range(0, len(ids), self.longest_unit)]
         return units
 
-    def rest(self, document: Document, fraction: float) -> Document:
-        """The document from the unit on in which this fraction of its tokens is reached; all of one that is not
-        `divisible`."""
+    def skip(self, document: Document, fraction: float) -> Document:
+        """Skip this fraction of a document's tokens: drop the units that end within it. Indivisible ones stay whole."""
         if document.divisible:
             ends = list(itertools.accumulate(len(unit.ids) for unit in document.units))
             document.units = document.units[bisect_right(ends, fraction * ends[-1]) :]
         return document
 
     def fit(self, document: Document, room: int) -> int:
-        """How many units of the document go into `room` tokens, `<s>` included; `</s>` must fit after the last."""
+        """Return how many units of a document fit into `room` tokens with `<s>`, and `</s>` after the last unit."""
         room -= 1
         for number, unit in enumerate(document.units):
             closing = number == len(document.units) - 1
@@ -110,10 +114,10 @@ class Packer:
         return len(document.units)
 
     def pack(self, documents: Iterable[Document], report: ReadReport) -> PackedRow | None:
-        """Fill one row; None if not even one unit of all `documents` could be used.
+        """Fill one row with `documents` until one does not fit completely; None if none of them could be used.
 
-        Documents are taken until one does not fit whole. Images are decoded only of the units that take part; a
-        document with an unreadable one is left out, and `report` takes the error.
+        Only images of packed units are decoded. If one is unreadable, its document is skipped and the error is added to
+        `report`.
         """
         packed: list[int] = []
         images: list[Tensor] = []
@@ -121,7 +125,7 @@ class Packer:
         for document in documents:
             count = self.fit(document, self.capacity - len(packed))
             if not count and not packed:
-                detail = f"{sum(len(unit.ids) for unit in document.units)} tokens, a row takes {self.longest_unit}"
+                detail = f"{sum(len(unit.ids) for unit in document.units)} tokens, at most {self.longest_unit}"
                 report.errors.append(FilteredSample("too_long", document.shard, document.key, detail))
                 continue
             units = document.units[:count]
@@ -143,10 +147,10 @@ class Packer:
         tokenizer = self.tokenizer
         row = torch.full((self.capacity,), tokenizer.pad_id)
         row[: len(packed)] = torch.tensor(packed)
-        ids, following = row[:-1], row[1:]
-        not_learned = torch.tensor([tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.image_end_id])
-        labels = following.masked_fill(torch.isin(following, not_learned), IGNORED_LABEL)
-        # <image> and the image tokens after it share an id: the first of a run is the mark.
+        ids, labels = row[:-1], row[1:]
+        ignored = torch.tensor([tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.image_end_id])
+        labels = labels.masked_fill(torch.isin(labels, ignored), IGNORED_LABEL)
+        # <image> and the image tokens after it have the same id; the first of each run is <image>.
         is_image = ids == tokenizer.image_id
         mask = is_image & torch.cat([torch.zeros(1, dtype=torch.bool), is_image[:-1]])
         length = min(len(packed), len(ids))

@@ -1,10 +1,10 @@
-"""Work spread over processes that comes back in its order, whatever their number."""
+"""Map a function over processes, with results in the order of the tasks."""
 
 import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 from datamodules.errors import DataError
 
 T = TypeVar("T")
-AHEAD = 4
-"""Tasks under way for each process: enough to keep all busy, few enough for memory."""
+PENDING_PER_PROCESS = 4  # tasks: enough to keep all processes busy, few enough to fit into memory
 
 
-def ordered_map(function: Callable[[Any], T], tasks: Iterable[Any], processes: int | None) -> Iterator[T]:
-    """`map` over `processes` processes (None: one for each CPU core); `tasks` are taken only as they are needed.
+def ordered_map(function: Callable[[Any], T], tasks: Iterable[Any], processes: int | None) -> Generator[T, None, None]:
+    """`map` on `processes` processes (None: one per CPU core). `tasks` is consumed only as needed.
 
     Raises:
         DataError: a process was killed.
@@ -28,57 +27,57 @@ def ordered_map(function: Callable[[Any], T], tasks: Iterable[Any], processes: i
     if count == 1:
         yield from map(function, tasks)
         return
-    # Spawned, not forked: the parent has threads (progress bar, torch), which a fork would leave half-copied.
-    pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), initializer=_keep_function, initargs=(function,)
-    )
-    waiting: deque[Future[T]] = deque()
+    # Spawned, not forked, because the parent has threads (progress bar, torch).
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, initializer=_set_function, initargs=(function,))
+    pending: deque[Future[T]] = deque()
     try:
         for task in tasks:
-            with interrupts_held_back():
-                waiting.append(pool.submit(_call_function, task))
-            if len(waiting) >= AHEAD * count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            with interrupts_delayed():
+                pending.append(pool.submit(_call_function, task))
+            if len(pending) >= PENDING_PER_PROCESS * count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            f"one of {count} processes was killed, perhaps for want of memory; set processes to fewer and start again."
+            f"one of {count} processes was killed, perhaps for lack of memory. Start again with a smaller value of "
+            "processes."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Kept:
-    """What a worker process applies: sent once, not with every task."""
+class _Worker:
+    """The function that a worker process applies; it is sent once and not with every task."""
 
     function: Callable[[Any], Any]
 
 
-def _keep_function(function: Callable[[Any], Any]) -> None:
-    _Kept.function = function
+def _set_function(function: Callable[[Any], Any]) -> None:
+    _Worker.function = function
 
 
 def _call_function(task: Any) -> Any:
-    return _Kept.function(task)
+    return _Worker.function(task)
 
 
 @contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and never reaches a process started in it: those inherit the mask.
+def interrupts_delayed() -> Iterator[None]:
+    """Delay Ctrl-C until the end of the block, and block it in processes started in it, which inherit the mask.
 
-    The terminal interrupts the whole group, and each process would print a traceback, the loudest while it starts.
-    The mask alone does not hold back the block itself: another thread (of a linear algebra library) may take the
-    signal, and Python then raises KeyboardInterrupt here, between a process and what it is being told to do.
+    The terminal sends SIGINT to all processes of the group, and without the mask each would print a traceback. The mask
+    alone does not protect the block: another thread, e.g. of a linear algebra library, may receive the signal, and
+    Python would raise KeyboardInterrupt here, while a process is being started.
     """
     handler = signal.getsignal(signal.SIGINT)
-    held: list[FrameType | None] = []
-    signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
+    received: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda _, frame: received.append(frame))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGINT, handler)
-        if held and callable(handler):
-            handler(signal.SIGINT, held[0])
+        if received and callable(handler):
+            handler(signal.SIGINT, received[0])

@@ -1,4 +1,4 @@
-"""Counts the unusable samples of a run."""
+"""Count the unusable samples of a run."""
 
 import logging
 from collections import Counter
@@ -9,17 +9,17 @@ from kosmosg.batches import ReadReport
 logger = logging.getLogger(__name__)
 
 LOGGED_PER_REASON = 20
-REMEMBERED_SAMPLES = 100_000
+MAX_REMEMBERED = 100_000
 
 
 class SampleCounter:
-    """Sums reports of a run, logs the first errors of each reason, and stops a run whose data are rotten.
+    """Adds up the reports of a run, logs the first errors of each reason, and stops the run if too many reads fail.
 
-    `dropped` counts distinct samples, so a broken sample that is met every epoch counts once; `failed` counts reads.
+    `dropped` counts distinct samples, so that a bad sample counts once however often it is read; `failed` counts reads.
 
     Args:
-        max_bad_share: largest share of reads that may fail, 0 … 1. Filtered samples are no failures.
-        min_bad_count: failures below this number never stop a run.
+        max_bad_share: largest share of reads that may fail, 0 … 1. Filtered samples are not failures.
+        min_bad_count: fewer failures than this never stop a run.
     """
 
     def __init__(self, max_bad_share: float, min_bad_count: int):
@@ -42,22 +42,22 @@ class SampleCounter:
             identity = (error.reason, error.shard, error.key)
             if identity in self._seen:
                 continue
-            if len(self._seen) < REMEMBERED_SAMPLES:  # beyond it, samples met again count again
+            if len(self._seen) < MAX_REMEMBERED:  # beyond this, repeated samples count again
                 self._seen.add(identity)
             (self.filtered if error.filtered else self.dropped)[error.reason] += 1
             self._log(error)
         if self.failed >= self.min_bad_count and self.failed > self.max_bad_share * self.reads:
             raise DataError(
                 f"{self.failed} of {self.reads} samples read are unusable ({_listed(self.dropped)}); max_bad_share "
-                f"is {self.max_bad_share:g}. Mend the shards named in the log, or raise data.max_bad_share."
+                f"is {self.max_bad_share:g}. Repair the shards named in the log, or increase data.max_bad_share."
             )
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return the counts as one line for the log."""
         return f"{self.reads} samples read; dropped: {_listed(self.dropped)}; filtered: {_listed(self.filtered)}"
 
     def state_dict(self) -> dict:
-        """The counts."""
+        """Return the counts."""
         return {
             "reads": self.reads,
             "failed": self.failed,
@@ -66,7 +66,7 @@ class SampleCounter:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on counting from `state_dict`'s counts; samples met before the resume may count once more."""
+        """Restore the counts. Samples counted before may count once more, because their names are not saved."""
         self.reads, self.failed = state["reads"], state["failed"]
         self.dropped, self.filtered = Counter(state["dropped"]), Counter(state["filtered"])
 
@@ -76,7 +76,7 @@ class SampleCounter:
         if self._logged[error.reason] <= LOGGED_PER_REASON:
             logger.log(level, "%s: %s", "filtered" if error.filtered else "dropped", error)
         if self._logged[error.reason] == LOGGED_PER_REASON:
-            logger.log(level, "further samples dropped as %s are counted but not named", error.reason)
+            logger.log(level, "further samples with the reason %s are counted but not logged", error.reason)
 
 
 def _listed(counts: Counter[str]) -> str:

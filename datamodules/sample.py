@@ -1,7 +1,7 @@
-"""The sample schema, version 1: what one sample of a shard holds (docs/data.md).
+"""Sample schema, version 1: the kinds of samples that a shard can hold (docs/data.md).
 
-Every kind encodes to the members of one tar group and decodes from them. Decoders are explicit: JSON, UTF-8 and
-Pillow for JPEG, PNG and WebP. Nothing is ever unpickled.
+Each kind encodes to the members of one tar group and decodes from them. Members are JSON, UTF-8 text, and JPEG, PNG or
+WebP images. Nothing is unpickled.
 """
 
 import json
@@ -15,8 +15,8 @@ from kosmosg.files import decode_text
 
 SCHEMA_VERSION = 1
 TEXT_MEMBERS = ("json", "txt")
-MOST_PAIRS = 1000
-EXECUTABLE = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib", "cloudpickle"))
+MAX_PAIRS = 1000
+EXECUTABLE_SUFFIXES = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib", "cloudpickle"))
 
 
 @dataclass
@@ -29,13 +29,13 @@ class TextSample:
     shard: str = ""
 
     def encode(self) -> dict[str, bytes]:
-        """The sample as tar members."""
+        """Encode the sample as tar members (suffix → bytes)."""
         return {"json": _json(kind=self.kind, text=self.text)}
 
 
 @dataclass
 class CaptionSample:
-    """An image and its caption, as img2dataset writes them; `image` is None where only text was asked for."""
+    """An image and its caption, as img2dataset writes them. `image` is None if only the text was read."""
 
     kind: ClassVar[str] = "caption"
     caption: str
@@ -45,14 +45,14 @@ class CaptionSample:
     metadata: dict = field(default_factory=dict)
 
     def encode(self) -> dict[str, bytes]:
-        """The sample as tar members."""
+        """Encode the sample as tar members (suffix → bytes)."""
         members = {"txt": self.caption.encode()} | (_image_member("", self.image) if self.image else {})
         return members | ({"json": _json(**self.metadata)} if self.metadata else {})
 
 
 @dataclass
 class InterleavedSample:
-    """A document of texts and images in reading order."""
+    """A document: texts and images in reading order."""
 
     kind: ClassVar[str] = "interleaved"
     segments: list[str | SampleImage]
@@ -60,14 +60,14 @@ class InterleavedSample:
     shard: str = ""
 
     def encode(self) -> dict[str, bytes]:
-        """The sample as tar members."""
+        """Encode the sample as tar members (suffix → bytes)."""
         members, listed = _segment_members(self.segments)
         return members | {"json": _json(kind=self.kind, segments=listed)}
 
 
 @dataclass
 class InstructionSample:
-    """A prompt of texts and any number of images, and the image that it asks for."""
+    """A prompt of texts and any number of images, with its target image."""
 
     kind: ClassVar[str] = "instruction"
     segments: list[str | SampleImage]
@@ -76,14 +76,14 @@ class InstructionSample:
     shard: str = ""
 
     def encode(self) -> dict[str, bytes]:
-        """The sample as tar members."""
+        """Encode the sample as tar members (suffix → bytes)."""
         members, listed = _segment_members(self.segments)
         return members | _image_member("target.", self.target) | {"json": _json(kind=self.kind, segments=listed)}
 
 
 @dataclass
 class Entity:
-    """A thing of the caption: its word, its crop with `background` and the same crop on `white`."""
+    """An entity of a caption: its word or words, its crop from the image, and the same crop segmented on white."""
 
     text: str
     background: SampleImage
@@ -92,10 +92,10 @@ class Entity:
 
 @dataclass
 class ConstructedSample:
-    """A caption, its segmented entities and the image that they came from (paper Fig. 4).
+    """A caption, its segmented entities, and the image they were cut from (paper Fig. 4).
 
-    `description`, where it is not empty, tells more of the image than the caption does, such as how the entities look.
-    No prompt holds it: it is what a prompt with the entities' images can be expected to mean.
+    `description`, if not empty, describes the image in more detail than the caption, such as how the entities look. It
+    is never part of a prompt; it is the text equivalent of a prompt that contains the entities' images.
     """
 
     kind: ClassVar[str] = "constructed"
@@ -107,21 +107,21 @@ class ConstructedSample:
     description: str = ""
 
     def encode(self) -> dict[str, bytes]:
-        """The sample as tar members."""
+        """Encode the sample as tar members (suffix → bytes)."""
         listed = [{"text": entity.text} for entity in self.entities]
-        told = {"description": self.description} if self.description else {}
+        optional = {"description": self.description} if self.description else {}
         members = _image_member("target.", self.target)
         for i, entity in enumerate(self.entities):
             members |= _image_member(f"{i}.background.", entity.background)
             members |= _image_member(f"{i}.white.", entity.white)
-        return members | {"json": _json(kind=self.kind, caption=self.caption, entities=listed, **told)}
+        return members | {"json": _json(kind=self.kind, caption=self.caption, entities=listed, **optional)}
 
 
 @dataclass
 class EditSample:
-    """An image, an instruction and the edited image, with the caption of the unedited one.
+    """An image, its caption, an editing instruction, and the edited image.
 
-    `more` holds further (source, target) pairs of the same caption and instruction; training draws one pair.
+    `more` holds further (source, target) pairs with the same caption and instruction; training draws one pair.
     """
 
     kind: ClassVar[str] = "edit"
@@ -139,18 +139,18 @@ class EditSample:
         return [(self.source, self.target), *self.more]
 
     def encode(self) -> dict[str, bytes]:
-        """The sample as tar members."""
+        """Encode the sample as tar members (suffix → bytes)."""
         count = {"pairs": len(self.pairs)} if self.more else {}
         members = {"json": _json(kind=self.kind, caption=self.caption, instruction=self.instruction, **count)}
         for number, (source, target) in enumerate(self.pairs):
-            place = f"{number}." if number else ""
-            members |= _image_member(f"{place}source.", source) | _image_member(f"{place}target.", target)
+            prefix = f"{number}." if number else ""
+            members |= _image_member(f"{prefix}source.", source) | _image_member(f"{prefix}target.", target)
         return members
 
 
 @dataclass
 class ImageSample:
-    """An image without words: what curation starts from. No stage trains on it."""
+    """An image without text: the input of curation. No stage trains on it."""
 
     kind: ClassVar[str] = "image"
     image: SampleImage
@@ -159,7 +159,7 @@ class ImageSample:
     metadata: dict = field(default_factory=dict)
 
     def encode(self) -> dict[str, bytes]:
-        """The sample as tar members."""
+        """Encode the sample as tar members (suffix → bytes)."""
         return _image_member("", self.image) | {"json": _json(**self.metadata | {"kind": self.kind})}
 
 
@@ -172,11 +172,11 @@ KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Sample)}
 def decode(
     members: Mapping[str, bytes], shard: str, key: str, *, kind: str | None = None, limits: Limits | None = None
 ) -> Sample:
-    """Members of one tar group → sample. Images stay encoded (`StoredImage`) until `datamodules.images.load`.
+    """Decode the members of one tar group. Images stay encoded (`StoredImage`) until `datamodules.images.load`.
 
     Args:
-        members: suffix → bytes, e.g. `{"json": …, "target.png": …}`; suffixes the schema does not know are ignored.
-        kind: what the reader expects; None takes what comes.
+        members: suffix → bytes, e.g. `{"json": …, "target.png": …}`; unknown suffixes are ignored.
+        kind: the expected kind; None accepts any.
 
     Raises:
         SampleError: `refused_member`, `missing_member`, `invalid_json`, `not_utf8`, `wrong_kind`, `invalid_field`,
@@ -186,25 +186,25 @@ def decode(
 
 
 class _Decoder:
-    """The members of one sample, with errors that know where they are."""
+    """Decodes the members of one sample; its errors name the shard and the key."""
 
     def __init__(self, members: Mapping[str, bytes], shard: str, key: str, limits: Limits):
         self.members, self.shard, self.key, self.limits = members, shard, key, limits
         for name in members:
-            if not EXECUTABLE.isdisjoint(name.lower().split(".")):
+            if not EXECUTABLE_SUFFIXES.isdisjoint(name.lower().split(".")):
                 raise self.error("refused_member", f"'{name}' may run code when read; write it as json, txt or png")
 
     def error(self, reason: str, detail: str) -> SampleError:
         return SampleError(reason, self.shard, self.key, detail)
 
     def decode(self, kind: str | None) -> Sample:
-        # A caption sample is known by its txt: img2dataset's json says nothing about kinds.
+        # Caption samples are recognised by their txt member, because img2dataset's json has no `kind`.
         record = {} if "txt" in self.members else self.json()
-        found = "caption" if "txt" in self.members else record.get("kind")
-        if not isinstance(found, str) or found not in KINDS:
-            raise self.error("wrong_kind", f"kind is {found!r:.60}, allowed are {', '.join(KINDS)}")
-        if kind is not None and found != kind:
-            raise self.error("wrong_kind", f"kind is '{found}', this source reads '{kind}'")
+        stored = "caption" if "txt" in self.members else record.get("kind")
+        if not isinstance(stored, str) or stored not in KINDS:
+            raise self.error("wrong_kind", f"kind is {stored!r:.60}, allowed are {', '.join(KINDS)}")
+        if kind is not None and stored != kind:
+            raise self.error("wrong_kind", f"kind is '{stored}', this source reads '{kind}'")
         decoders: dict[str, Callable[[dict], Sample]] = {
             "text": self.text_sample,
             "caption": self.caption_sample,
@@ -214,7 +214,7 @@ class _Decoder:
             "instruction": self.instruction_sample,
             "image": self.image_sample,
         }
-        sample = decoders[found](record)
+        sample = decoders[stored](record)
         sample.key, sample.shard = self.key, self.shard
         return sample
 
@@ -224,7 +224,7 @@ class _Decoder:
     def caption_sample(self, record: dict) -> CaptionSample:
         caption = self.utf8("txt").strip()
         if not caption:
-            raise self.error("empty_caption", "txt holds no text")
+            raise self.error("empty_caption", "txt is empty")
         name = next((suffix for suffix in SUFFIXES if suffix in self.members), None)
         return CaptionSample(caption, self.image(name) if name else None)
 
@@ -234,7 +234,7 @@ class _Decoder:
     def instruction_sample(self, record: dict) -> InstructionSample:
         segments = self.segments(record)
         if not any(isinstance(segment, str) and segment.strip() for segment in segments):
-            raise self.error("empty_text", "segments hold no text")
+            raise self.error("empty_text", "segments contain no text")
         return InstructionSample(segments, self.image("target.png"))
 
     def segments(self, record: dict) -> list[str | SampleImage]:
@@ -264,15 +264,15 @@ class _Decoder:
         return ConstructedSample(caption, entities, target, description=description)
 
     def edit_sample(self, record: dict) -> EditSample:
-        # An empty input caption is usual in edit data: the instruction is what must be there.
+        # Edit data often has empty captions; only the instruction is required.
         caption = record.get("caption", "")
         if not isinstance(caption, str):
             raise self.error("invalid_field", f"caption is {caption!r:.60}, it must be a text")
         caption = self.encodable(caption, "caption")
         instruction = self.text(record, "instruction", "empty_text")
         count = record.get("pairs", 1)
-        if not isinstance(count, int) or not 1 <= count <= MOST_PAIRS:
-            raise self.error("invalid_field", f"pairs is {count!r:.60}, it must be a number in 1 … {MOST_PAIRS}")
+        if not isinstance(count, int) or not 1 <= count <= MAX_PAIRS:
+            raise self.error("invalid_field", f"pairs is {count!r:.60}, it must be an integer in 1 … {MAX_PAIRS}")
         more: list[tuple[SampleImage, SampleImage]] = [
             (self.image(f"{i}.source.png"), self.image(f"{i}.target.png")) for i in range(1, count)
         ]
@@ -284,7 +284,7 @@ class _Decoder:
     def json(self) -> dict:
         try:
             record = json.loads(self.utf8("json"))
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
+        except (ValueError, RecursionError) as error:  # ValueError also for integers with too many digits for Python
             raise self.error("invalid_json", str(error)) from error
         if not isinstance(record, dict):
             raise self.error("invalid_json", f"json holds a {type(record).__name__}, it must be an object")
@@ -302,7 +302,7 @@ class _Decoder:
         return self.members[name]
 
     def image(self, name: str) -> StoredImage:
-        # A writer may store JPEG or WebP where the schema says png.
+        # Where the schema says png, writers may store JPEG or WebP.
         if name not in self.members and name.endswith(".png"):
             stem = name.removesuffix("png")
             name = next((stem + suffix for suffix in SUFFIXES if stem + suffix in self.members), name)
@@ -317,7 +317,7 @@ class _Decoder:
         return self.encodable(value, name)
 
     def encodable(self, value: str, name: str) -> str:
-        """A JSON text may hold half a surrogate pair, which no tokenizer takes."""
+        """Return `value`, or raise if it has an unpaired surrogate, which JSON allows but tokenizers reject."""
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -331,8 +331,8 @@ class _Decoder:
         return value
 
 
-def _image_member(place: str, image: SampleImage) -> dict[str, bytes]:
-    return {place + suffix_of(image): encode_png(image)}
+def _image_member(prefix: str, image: SampleImage) -> dict[str, bytes]:
+    return {prefix + suffix_of(image): encode_png(image)}
 
 
 def _segment_members(segments: Sequence[str | SampleImage]) -> tuple[dict[str, bytes], list[str | dict]]:

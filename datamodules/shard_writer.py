@@ -1,9 +1,9 @@
-"""Writing shards: deterministic tars, never half-written under their final name.
+"""Write shards as deterministic tars that appear under their final name only when complete.
 
     FOLDER/PREFIX-000000.tar   one tar group per sample, in the order of writing
-    FOLDER/shards.json         lists them when the set is complete
+    FOLDER/shards.json         the listing, written when the set is complete
 
-The same samples give the same bytes, whoever writes them and when.
+The same samples always give the same bytes: tar headers contain no user and no time.
 """
 
 import hashlib
@@ -21,25 +21,25 @@ from datamodules.tar import split_name
 from kosmosg.files import flush
 
 TEMPORARY_SUFFIX = ".partial"
-NOT_IN_PREFIX = re.compile(r"[*?\[{}|:]")  # what a pattern of shards reads otherwise
+NOT_IN_PREFIX = re.compile(r"[*?\[{}|:]")  # characters with a meaning in patterns of shards
 
 
 class ShardWriter:
-    """Writes samples into numbered shards; a context manager.
+    """Context manager that writes samples into numbered shards.
 
-    A shard appears under its name when it is complete and on the disk. An exception inside the `with` block leaves
-    the shards that were complete, unlisted, and nothing partial.
+    A shard gets its final name once it is complete and flushed to the disk. After an exception inside the `with` block,
+    completed shards remain but are not listed, and the partial one is deleted.
 
     Args:
-        folder: made if absent.
+        folder: created if absent.
         prefix: of the file names, e.g. `captions` for `captions-000000.tar`.
-        samples_per_shard: the last shard may hold fewer.
-        complete: records (as in `shards`) of the first shards, which an interrupted writing completed; others of this
-            prefix are written anew.
+        samples_per_shard: the last shard may have fewer.
+        complete: records of the shards that an interrupted run completed; writing continues after them and replaces
+            any others of this prefix.
 
     Raises:
-        ValueError: samples_per_shard below 1, or a prefix that is not a plain file name.
-        FileExistsError: the folder already holds shards of this prefix; not raised with `complete`.
+        ValueError: samples_per_shard is below 1, or the prefix is not a plain file name.
+        FileExistsError: the folder already contains shards of this prefix, and `complete` is None.
     """
 
     def __init__(
@@ -51,26 +51,25 @@ class ShardWriter:
             raise ValueError(f"prefix '{prefix}' must be a plain file name, without / * ? [ {{ }} | : .")
         self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
-        there = sorted(path.name for path in self.folder.glob(f"{prefix}-*.tar"))
-        if there and complete is None:
-            raise FileExistsError(f"'{folder}' already holds {len(there)} shards of '{prefix}' (first {there[0]}).")
+        existing = sorted(path.name for path in self.folder.glob(f"{prefix}-*.tar"))
+        if existing and complete is None:
+            raise FileExistsError(f"'{folder}' already holds {len(existing)} shards of '{prefix}', e.g. {existing[0]}.")
         self.shards: list[dict] = list(complete or ())
         self._keys: set[str] = set()
         self._stream: IO[bytes] | None = None
         self._writer: TarWriter | None = None
 
     def write(self, sample: Sample, key: str | None = None) -> None:
-        """Append one sample; its key is `key`, or the sample's own, or its number in the writing order.
+        """Append one sample. Its key is `key`, else the sample's own key, else its number in the order of writing.
 
         Raises:
-            ValueError: a key that would not be read back (see `datamodules.tar.split_name`), or used twice in a shard.
+            ValueError: the key is not valid (see `datamodules.tar.split_name`) or already used in the shard.
         """
         key = key or sample.key or f"{sum(shard['samples'] for shard in self.shards) + len(self._keys):09d}"
         if split_name(f"{key}.json") != (key, "json") or key in self._keys:
-            raise ValueError(f"key '{key}' must be unique in its shard and hold no dot, nor be of the form __name__.")
+            raise ValueError(f"key '{key}' must be unique in its shard, have no dot and not be of the form __name__.")
         if self._writer is None:
-            self._stream = open(self._partial, "wb")  # noqa: SIM115 - lives until _close_shard
-            # Owner and time are fixed: they would make equal shards differ.
+            self._stream = open(self._partial, "wb")  # noqa: SIM115 - closed by _close_shard
             self._writer = TarWriter(
                 self._stream, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False
             )
@@ -81,23 +80,23 @@ class ShardWriter:
 
     @property
     def open(self) -> bool:
-        """Whether a shard is begun and not complete."""
+        """Whether a shard is being written."""
         return self._writer is not None
 
     def holds(self, key: str) -> bool:
-        """Whether the shard that is being written has a sample of this key."""
+        """Whether the shard that is being written already has a sample with this key."""
         return key in self._keys
 
     def close(self) -> Path:
-        """Complete the last shard and list the set in `shards.json`; returns its path.
+        """Complete the last shard, write `shards.json` and return its path.
 
         Raises:
-            DataError: nothing was written.
+            DataError: no sample was written.
         """
         if self._writer is not None:
             self._close_shard()
         if not self.shards:
-            raise DataError(f"no sample was written to '{self.folder}/{self.prefix}-*.tar'; an empty set is an error.")
+            raise DataError(f"no sample was written to '{self.folder}/{self.prefix}-*.tar'; a set must not be empty.")
         return write_listing(self.folder, self.shards, re.compile(rf"{re.escape(self.prefix)}-\d{{6}}\.tar").fullmatch)
 
     def __enter__(self) -> "ShardWriter":

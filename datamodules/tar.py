@@ -1,7 +1,7 @@
-"""Tars of samples: where each sample begins and ends, found by walking through the headers, and its members.
+"""Read samples from tars: locate them by reading the headers one after the other, then read their members.
 
-The files of one sample follow each other and share a key, the part of their name up to the first dot, as WebDataset
-groups them. Files without a key or a suffix (`.DS_Store`, `._x.jpg`, `README`) belong to no sample.
+Samples are grouped as by WebDataset: their files follow each other and share a key, the name up to the first dot. Files
+without a key or a suffix (`.DS_Store`, `._x.jpg`, `README`) belong to no sample.
 """
 
 import io
@@ -18,15 +18,15 @@ from datamodules.errors import SampleError, ShardError
 from datamodules.images import Limits
 
 BLOCK = 512
-AHEAD = 16 * 1024  # read at once while walking; neighbouring headers of short texts then need no further call
-LARGEST_HEADER = 1024 * 1024
-LARGEST_PAX = 4 * 1024
-LARGEST_BUFFER = 8 * 1024 * 1024
+READ_AHEAD = 16 * 1024  # bytes per read of headers, so that one read covers several samples of short texts
+MAX_HEADER = 1024 * 1024
+MAX_PAX = 4 * 1024
+MAX_BUFFER = 8 * 1024 * 1024
 OPEN_FILES = 64
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 ADLER_PRIME = 65521
 NO_PREFIX = bytes(BLOCK - 345)
-KEY = re.compile(r"(?!__[^/]*__(?:/|$))((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset skips __names__, too
+KEY = re.compile(r"(?!__[^/]*__(?:/|$))((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # like webdataset, skips __names__
 PAX_KEY = re.compile(rb"\d+ ([^=\n]+)=")
 PAX_TIMES = frozenset((b"mtime", b"atime", b"ctime"))
 PLAIN_SUFFIXES = frozenset(("txt", "json", "jpg", "jpeg", "png", "webp"))
@@ -36,10 +36,10 @@ Read = Callable[[int, int], bytes]  # position, size → bytes, fewer at the end
 
 
 class Entry(NamedTuple):
-    """One file of a tar: its content lies at `begin`, the next header at `end`.
+    """One entry of a tar: its content starts at `begin`, the next header at `end`.
 
-    `plain`: an ordinary file with an ordinary header. `refused`: what it is, if it is neither a file nor a folder;
-    `name` is None for a folder.
+    `name` is None for a folder. `plain` is true for an ordinary file with an ordinary header. `refused` says what the
+    entry is if it is neither a file nor a folder.
     """
 
     name: str | None
@@ -51,7 +51,8 @@ class Entry(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One sample: its first header and the end of its last file; where its `txt` lies, length -1 if one must look."""
+    """One sample: from its first header to the end of its last file; position and size of its `txt`, size -1 if not
+    known."""
 
     begin: int
     end: int
@@ -60,13 +61,13 @@ class Group(NamedTuple):
 
 
 class OpenFiles:
-    """Open files of one process, the least recently used closed first. `pread` keeps no position: forks may share."""
+    """An LRU cache of open files. `pread` uses no shared position, so that forked processes can share them."""
 
     def __init__(self):
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def read(self, path: str, position: int, size: int) -> bytes:
-        """Bytes position … position+size-1, fewer at the end. Raises OSError."""
+        """Return bytes position … position+size-1, fewer at the end of the file. Raises OSError."""
         if path in self._open:
             self._open.move_to_end(path)
         else:
@@ -76,7 +77,7 @@ class OpenFiles:
         return os.pread(self._open[path], size, position)
 
     def close(self, path: str) -> None:
-        """Before a file is deleted: its place on the disk is then free at once."""
+        """Close a file, so that its disk space is freed as soon as it is deleted."""
         if path in self._open:
             os.close(self._open.pop(path))
 
@@ -89,12 +90,12 @@ class OpenFiles:
 
 
 class Tar:
-    """A tar on a disk.
+    """A local tar.
 
     Args:
-        path: of the file.
-        files: keeps it open.
-        name: of the shard, for messages; the file's own if None.
+        path: path of the file.
+        files: cache of open files.
+        name: name of the shard in messages; None uses the file's name.
     """
 
     def __init__(self, path: str | Path, files: OpenFiles, name: str | None = None):
@@ -102,7 +103,7 @@ class Tar:
         self._buffer, self._origin = b"", 0
 
     def groups(self) -> Iterator[Group]:
-        """The samples in order.
+        """Yield the positions of the samples in order.
 
         Raises:
             SampleError: `damaged_tar` or `truncated_tar`, after the last sample that can be found.
@@ -116,20 +117,20 @@ class Tar:
             except (EOFError, tarfile.TarError) as error:
                 entry, broken = None, error
             if entry is None:
-                if broken is None and position > self.size:  # the data of the last file break off
-                    key, broken = None, EOFError(f"breaks off at byte {self.size}")
+                if broken is None and position > self.size:  # the last file is truncated
+                    key, broken = None, EOFError(f"the tar ends at byte {self.size}")
                 if key is not None:
                     yield Group(begin, end, *_text(suffixes, text))
                 if broken is not None:
                     reason = "truncated_tar" if isinstance(broken, EOFError) else "damaged_tar"
                     raise self._error(reason, f"at byte {position}", str(broken)) from broken
                 return
-            found, suffix = split_name(entry.name) if entry.name is not None else (None, "")
-            if found is not None:
-                if found != key:
+            entry_key, suffix = split_name(entry.name) if entry.name is not None else (None, "")
+            if entry_key is not None:
+                if entry_key != key:
                     if key is not None:
                         yield Group(begin, end, *_text(suffixes, text))
-                    key, begin, suffixes, text = found, position, [], (0, -1)
+                    key, begin, suffixes, text = entry_key, position, [], (0, -1)
                 end = entry.end
                 suffixes.append(suffix if entry.plain else "")
                 if suffix == "txt":
@@ -139,10 +140,10 @@ class Tar:
     def read(
         self, begin: int, end: int, limits: Limits, suffixes: Container[str] | None = None
     ) -> tuple[str, dict[str, bytes]]:
-        """Key and members of the sample at `begin` … `end`.
+        """Return key and members of the sample at `begin` … `end`.
 
         Args:
-            suffixes: members that are wanted; the bytes of others are not read and they map to b"". None: all.
+            suffixes: members to read; all others map to b"". None reads all members.
 
         Raises:
             SampleError: `unreachable_shard`, `truncated_tar`, `damaged_tar`, `member_too_large`, `duplicate_member`
@@ -155,23 +156,23 @@ class Tar:
             while position < end:
                 entry = read_entry(read, position)
                 if entry is None:
-                    raise EOFError(f"ends at byte {position}")
+                    raise EOFError(f"the tar ends at byte {position}")
                 position = entry.end
-                found, suffix = split_name(entry.name) if entry.name is not None else (None, "")
-                if found is None:
+                entry_key, suffix = split_name(entry.name) if entry.name is not None else (None, "")
+                if entry_key is None:
                     continue
-                key = found
+                key = entry_key
                 if entry.refused:
                     raise self._error("refused_member", key, f"'{entry.name}' is {entry.refused}; only files are read")
                 if entry.size > limits.max_member_bytes:
                     detail = f"'{suffix}' has {entry.size} bytes, at most {limits.max_member_bytes}"
                     raise self._error("member_too_large", key, detail)
                 if suffix in members:
-                    raise self._error("duplicate_member", key, f"'{suffix}' is there twice")
+                    raise self._error("duplicate_member", key, f"'{suffix}' occurs twice")
                 wanted = suffixes is None or suffix in suffixes
                 members[suffix] = read(entry.begin, entry.size) if wanted else b""
                 if wanted and len(members[suffix]) != entry.size:
-                    detail = f"'{suffix}' breaks off after {len(members[suffix])} bytes"
+                    detail = f"'{suffix}' ends after {len(members[suffix])} of {entry.size} bytes"
                     raise self._error("truncated_tar", key, detail)
         except tarfile.TarError as error:
             raise self._error("damaged_tar", key or f"at byte {position}", str(error)) from error
@@ -182,7 +183,7 @@ class Tar:
         return key, members
 
     def read_text(self, group: Group, limits: Limits) -> tuple[str, bytes] | None:
-        """Key and `txt` of a sample by one small read; None where `read` must look closer."""
+        """Return key and `txt` of a sample with one small read; None if `read` is needed."""
         if not 0 <= group.text_size <= limits.max_member_bytes:
             return None
         try:
@@ -197,18 +198,18 @@ class Tar:
 
     @property
     def size(self) -> int:
-        """Bytes. Raises OSError."""
+        """Size in bytes. Raises OSError."""
         return os.stat(self.path).st_size
 
     def _ahead(self, position: int, size: int) -> bytes:
         begin = position - self._origin
         if not 0 <= begin <= begin + size <= len(self._buffer):
-            self._buffer, self._origin = self.files.read(self.path, position, max(size, AHEAD)), position
+            self._buffer, self._origin = self.files.read(self.path, position, max(size, READ_AHEAD)), position
             begin = 0
         return self._buffer[begin : begin + size]
 
     def _group(self, begin: int, end: int, whole: bool) -> Read:
-        buffer = self.files.read(self.path, begin, min(end - begin, LARGEST_BUFFER if whole else AHEAD))
+        buffer = self.files.read(self.path, begin, min(end - begin, MAX_BUFFER if whole else READ_AHEAD))
 
         def read(position: int, size: int) -> bytes:
             if position + size <= begin + len(buffer):
@@ -222,11 +223,11 @@ class Tar:
 
 
 def read_shard(path: str | Path, limits: Limits | None = None) -> Iterator[tuple[str, dict[str, bytes]] | SampleError]:
-    """(key, members) of each sample of one tar in order, or the error that made it unusable. What follows a damaged
-    header is one such sample.
+    """Yield (key, members) of each sample of a tar, or the error that makes it unusable. Everything after a damaged
+    header counts as one sample.
 
     Raises:
-        ShardError: the file cannot be read, is no tar, or is longer than an empty tar and holds no sample.
+        ShardError: the file cannot be read, is not a tar, or is longer than an empty tar and holds no sample.
     """
     tar = Tar(path, OpenFiles())
     for group in find_samples(tar):
@@ -237,41 +238,40 @@ def read_shard(path: str | Path, limits: Limits | None = None) -> Iterator[tuple
 
 
 def find_samples(tar: Tar) -> Iterator[Group | SampleError]:
-    """The samples of a tar, at the end the error that it breaks off with. Raises ShardError as `read_shard`."""
-    found = 0
+    """Yield the positions of a tar's samples and, if it is damaged, the error at the end. Raises ShardError as
+    `read_shard` does."""
+    count = 0
     try:
         if tar.files.read(tar.path, 0, 2) == GZIP:
-            raise ShardError(f"'{tar.name}' is compressed, and only plain tars are read; decompress it.")
+            raise ShardError(f"'{tar.name}' is compressed, but only uncompressed tars can be read; decompress it.")
         for group in tar.groups():
-            found += 1
+            count += 1
             yield group
     except SampleError as error:
-        if not found:
-            raise ShardError(
-                f"'{tar.name}' is not a readable tar ({error.detail}); replace it or leave it out."
-            ) from error
+        if not count:
+            raise ShardError(f"'{tar.name}' is not a readable tar ({error.detail}); replace or remove it.") from error
         yield error
     except OSError as error:
         raise ShardError(f"'{tar.name}' cannot be read: {error}.") from error
-    if not found and tar.size > tarfile.RECORDSIZE:
-        raise ShardError(f"'{tar.name}' holds no samples; replace it or leave it out.")
+    if not count and tar.size > tarfile.RECORDSIZE:
+        raise ShardError(f"'{tar.name}' holds no samples; replace or remove it.")
 
 
 def read_entry(read: Read, position: int) -> Entry | None:
-    """The entry whose header is at `position`; None where the tar ends.
+    """Return the entry whose header is at `position`; None at the end of the tar.
 
     Raises:
-        EOFError: the tar breaks off here.
+        EOFError: the tar is truncated here.
         tarfile.TarError: the header is damaged.
     """
     header, start = read(position, BLOCK), position
-    if not header and position > 0:  # without the blocks of zeros that should end a tar
+    if not header and position > 0:  # the blocks of zeros at the end are missing
         return None
     if len(header) < BLOCK:
-        raise EOFError(f"breaks off at byte {position + len(header)}")
+        raise EOFError(f"the tar ends at byte {position + len(header)}")
     if not header[0] and header.count(0) == BLOCK:
         return None
-    # webdataset writes an extended header before each file, for the fraction of a second in its time.
+    # webdataset writes an extended header before each file, to store fractions of a second of its time.
     if header[156:157] == tarfile.XHDTYPE and (times := _pax_times(read, header, start)):
         start += times
         header = read(start, BLOCK)
@@ -282,8 +282,8 @@ def read_entry(read: Read, position: int) -> Entry | None:
 
 
 def _pax_times(read: Read, header: bytes, position: int) -> int:
-    """Bytes of an extended header that tells times alone, else 0."""
-    if (fields := _checked(header)) is None or fields[1] > LARGEST_PAX:
+    """Return the size in bytes of an extended header that contains only times, else 0."""
+    if (fields := _checked(header)) is None or fields[1] > MAX_PAX:
         return 0
     records = read(position + BLOCK, fields[1])
     names = PAX_KEY.findall(records)
@@ -291,9 +291,9 @@ def _pax_times(read: Read, header: bytes, position: int) -> int:
 
 
 def _plain(header: bytes) -> tuple[str, int] | None:
-    """Name and size in an ordinary USTAR header of a file; None for anything else, which tarfile then reads.
+    """Parse name and size from an ordinary USTAR header of a file; None for any other header, which tarfile parses.
 
-    Only a short cut: `TarInfo.frombuf` takes 20 µs a member, a third of all the time of reading captions.
+    This is an optimization: `TarInfo.frombuf` takes 20 µs per member, a third of the total time to read captions.
     """
     return _checked(header) if header[156:157] in REGULAR and header[345:] == NO_PREFIX else None
 
@@ -306,10 +306,10 @@ def _checked(header: bytes) -> tuple[str, int] | None:
         name = header[:100].rstrip(b"\0").decode("utf-8")
     except ValueError:
         return None
-    # The checksum is the sum of all bytes, its own field counted as eight blanks. Adler-32's lower half is that sum
-    # plus one, modulo its prime, and ten times as fast as adding in Python.
-    counted = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
-    return (name, size) if size >= 0 and (counted - checksum) % ADLER_PRIME == 0 else None
+    # The checksum is the sum of all bytes, with its own field counted as eight spaces. The lower half of Adler-32 is
+    # the sum of all bytes plus one, modulo its prime, and ten times as fast as a sum in Python.
+    computed = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
+    return (name, size) if size >= 0 and (computed - checksum) % ADLER_PRIME == 0 else None
 
 
 def _by_tarfile(read: Read, position: int) -> Entry:
@@ -318,12 +318,12 @@ def _by_tarfile(read: Read, position: int) -> Entry:
             member = tar.next()
     except tarfile.TarError:
         raise
-    except Exception as error:  # hostile headers make tarfile raise nearly anything
+    except Exception as error:  # on malformed headers, tarfile raises almost any exception
         raise tarfile.HeaderError(f"{type(error).__name__}: {error}") from error
     if member is None:
-        raise EOFError(f"breaks off at byte {position}")
+        raise EOFError(f"the tar ends at byte {position}")
     if member.size < 0:
-        raise tarfile.HeaderError(f"a size of {member.size} bytes")
+        raise tarfile.HeaderError(f"the size is {member.size} bytes")
     begin, refused = position + member.offset_data, ""
     if member.issparse():
         refused = "sparse"
@@ -331,7 +331,7 @@ def _by_tarfile(read: Read, position: int) -> Entry:
         refused = f"a link to '{member.linkname}'"
     elif not member.isfile() and not member.isdir():
         refused = "a device or a pipe"
-    # A name that is not UTF-8 could be neither logged nor compared.
+    # Names that are not UTF-8 are escaped, because they could not be logged or compared.
     name = None if member.isdir() else member.name.encode(errors="backslashreplace").decode()
     size = member.size if member.isreg() else 0
     end = position + tar.offset if refused == "sparse" else begin + _padded(size)
@@ -339,7 +339,7 @@ def _by_tarfile(read: Read, position: int) -> Entry:
 
 
 class _Headers(io.RawIOBase):
-    """The tar from some header on, for `tarfile`. Raises OSError: more is asked for than a header may have."""
+    """A file object for `tarfile` that starts at some header. Raises OSError if a read exceeds `MAX_HEADER` bytes."""
 
     def __init__(self, read: Read, origin: int):
         self._read, self._origin, self._position = read, origin, 0
@@ -358,15 +358,16 @@ class _Headers(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= LARGEST_HEADER:
-            raise OSError(f"a header of {size} bytes; allowed are {LARGEST_HEADER}")
+        if not 0 <= size <= MAX_HEADER:
+            raise OSError(f"a header of {size} bytes; at most {MAX_HEADER} are allowed")
         content = self._read(self._origin + self._position, size)
         self._position += len(content)
         return content
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """Member name → (key, suffix) as WebDataset divides them: at the first dot of the file name; (None, "") without."""
+    """Split a member name at the first dot of its file name into (key, suffix), as WebDataset does; (None, "") without
+    a dot."""
     match = KEY.fullmatch(name)
     return (match[1], match[2].lower()) if match else (None, "")
 

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the page of all configuration keys, made from the schemas."""
+"""MkDocs hook that generates the page of all configuration keys from the schemas."""
 
 import re
 
@@ -26,11 +26,11 @@ def on_files(files: Files, config) -> Files:
 
 
 def table(schema: type) -> str:
-    """Markdown: a row for each key."""
+    """Return a Markdown table of the keys of a schema."""
     rows = ["| key | type | default | |", "|---|---|---|---|"]
     for line in re.split(r"\n(?=[\w.]+: )", describe_schema(schema)):
         if (match := LINE.fullmatch(line)) is None:
-            raise ValueError(f"describe_schema gives a line that is no key: {line!r}")
+            raise ValueError(f"describe_schema returned a line that is not a key: {line!r}")
         kind, default, text = (
             " ".join((match[part] or "").split()).replace("|", "\\|") for part in ("kind", "default", "text")
         )

@@ -1,1 +1,1 @@
-"""Evaluation: protocols, generation to a manifest, encoders, metrics, the paper's tables and a report."""
+"""Evaluation: protocols, image generation, metrics, the paper's tables and a report."""

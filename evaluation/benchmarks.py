@@ -1,6 +1,5 @@
-"""The benchmarks and the metrics that there are: everything else iterates over these two tables."""
+"""The tables of all benchmarks and metrics; the rest of the evaluation iterates over these two."""
 
-from collections.abc import Iterator
 from dataclasses import make_dataclass
 
 from evaluation.protocols.benchmark import Benchmark
@@ -12,17 +11,7 @@ from evaluation.protocols.pairs import DreamBenchPairs
 from evaluation.scores.cosine import ClipI, ClipT, Dino, NearCopies
 from evaluation.scores.detection import Correct
 from evaluation.scores.distribution import Fid, Kid
-from evaluation.scores.judge import (
-    Colour,
-    Identity,
-    Kind,
-    Missing,
-    PairIdentity,
-    PairKind,
-    Pattern,
-    Swapped,
-    Words,
-)
+from evaluation.scores.judge import Colour, Identity, Kind, Missing, PairIdentity, PairKind, Pattern, Swapped, Words
 from evaluation.scores.leakage import Kept, Leaked, ShownBackground, ShownKind, ShownLook, ShownPose
 from evaluation.scores.metric import Metric
 from evaluation.scores.vision_judge import Following, Overall, Preservation
@@ -35,7 +24,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
     "geneval": GenEval,
     "coco": Coco,
 }
-"""By the configuration's key of the protocol, which is the folder of protocols in configs/protocols/."""
+"""Benchmarks by the configuration key of their protocol, which is also their folder in configs/protocols/."""
 
 METRICS: dict[str, tuple[type[Metric], ...]] = {
     "dreambench": (Dino, ClipI, ClipT, NearCopies, Kind, Colour, Pattern, Identity, Words),
@@ -47,40 +36,33 @@ METRICS: dict[str, tuple[type[Metric], ...]] = {
     "geneval": (Correct,),
     "coco": (Fid, Kid, ClipT),
 }
-"""The columns of each table, in order."""
+"""Columns of each table, in order."""
 
 GUIDANCE = "guidance"
-"""The table of points over guidance scales, with the columns of DreamBench."""
+"""Name of the table over guidance scales, which has the columns of DreamBench."""
 
 Protocols = make_dataclass("Protocols", [(name, kind.protocol_type | None, None) for name, kind in BENCHMARKS.items()])
-"""The protocol of each benchmark; null leaves it out."""
+"""Protocol of each benchmark; null skips the benchmark."""
 
 
 def columns_of(table: str) -> tuple[type[Metric], ...]:
-    """The metrics of a table."""
+    """Return the metrics of a table."""
     return METRICS["dreambench" if table == GUIDANCE else table]
 
 
 def metric(name: str) -> type[Metric]:
-    """The metric of a score. Raises KeyError: there is none of that name."""
-    for metrics in METRICS.values():
-        for found in metrics:
-            if found.name == name:
-                return found
-    raise KeyError(f"there is no metric {name!r}; it is not in METRICS (evaluation/benchmarks.py).")
+    """Return the metric with this name. Raises KeyError."""
+    for kind in (kind for metrics in METRICS.values() for kind in metrics):
+        if kind.name == name:
+            return kind
+    raise KeyError(f"there is no metric {name!r} in METRICS (evaluation/benchmarks.py).")
 
 
 def titles() -> dict[str, str]:
-    """The tables that a page can have, in their order."""
+    """Return the titles of all tables by name, in the order of the report."""
     return {table: title for benchmark in BENCHMARKS.values() for table, title in benchmark.tables.items()}
 
 
 def benchmark_of(table: str) -> str:
-    """The benchmark whose table it is."""
+    """Return the name of the benchmark that a table belongs to."""
     return next((name for name, kind in BENCHMARKS.items() if table in kind.tables), "dreambench")
-
-
-def tables_of(benchmark: str) -> Iterator[tuple[str, tuple[type[Metric], ...]]]:
-    """Each table of a benchmark with its columns."""
-    for table in BENCHMARKS[benchmark].tables:
-        yield table, METRICS[table]

@@ -1,4 +1,4 @@
-"""The schema of `configs/**/evaluation.yaml`: which protocols, which models, where files lie."""
+"""Configuration of an evaluation: protocols, models, data folders, and what the report shows."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from omegaconf import MISSING
 
-from evaluation.benchmarks import BENCHMARKS, Protocols, tables_of
+from evaluation.benchmarks import BENCHMARKS, METRICS, Protocols
 from evaluation.images.provenance import encoder_path
 from evaluation.protocols.protocol import Encoder, Protocol, require_at_least
 from evaluation.scores.bootstrap import Bootstrap
@@ -18,15 +18,15 @@ from kosmosg.sampling import Acceleration
 @dataclass
 class Models:
     image_decoder: str | None = None
-    """Diffusers folder or hub id: the text-only row, and the image decoder of all rows of KOSMOS-G; null: other models'
-    images alone are scored."""
+    """Diffusers folder or hub id of the image decoder of all KOSMOS-G rows, which is also a text-only row by itself.
+    null scores images of other models only."""
     before_stage_3: str | None = None
-    """Run or model folder of the alignment stage; null leaves the row out."""
+    """Run or model folder of the alignment stage; null omits the row."""
     after_stage_3: str | None = None
-    """Run or model folder of the instruction tuning stage; null leaves the row out."""
+    """Run or model folder of the instruction tuning stage; null omits the row."""
     runs: list[str] = field(default_factory=list)
-    """Run folders, or patterns as `runs/ablations/*/*` for all finished ones: a row each, named after the run's
-    ablation and seed; tables gather the seeds."""
+    """Run folders, or patterns such as `runs/ablations/*/*` for all finished runs. Rows are named after ablation and
+    seed; tables average over seeds."""
     external: dict[str, str] = field(default_factory=dict)
     """Other models by name: folders of images that they made for our requests, see evaluation/images/external.py."""
 
@@ -34,29 +34,29 @@ class Models:
         if self.image_decoder is None:
             for name in ("before_stage_3", "after_stage_3", "runs"):
                 if getattr(self, name):
-                    raise ValueError(f"models.{name} is not allowed without models.image_decoder, which it steers.")
+                    raise ValueError(f"models.{name} is not allowed without models.image_decoder.")
 
 
 @dataclass
 class Curve:
-    """Fidelity against editability on DreamBench: rows of the table made again at other guidance scales."""
+    """Fidelity against editability on DreamBench: systems sampled again at other guidance scales."""
 
     guidance_scales: list[float] = field(default_factory=list)
-    """Points of the curve; none leaves it out."""
+    """Points of the curve; an empty list omits it."""
     systems: list[str] = field(default_factory=list)
-    """Rows that have a curve, by their names in the table; empty takes all that are made."""
+    """Systems on the curve, by their names in the table; an empty list selects all that generate images."""
     max_subjects: int | None = None
-    """Only this many, spread evenly; null as in the protocol."""
+    """Maximum number of subjects, evenly spaced in the list; null uses the protocol's."""
     max_templates: int | None = None
-    """Only this many of each list, spread evenly; null as in the protocol."""
+    """Maximum number of templates of each list, evenly spaced; null uses the protocol's."""
     images_per_prompt: int | None = None
-    """null as in the protocol."""
+    """Images per prompt; null uses the protocol's."""
 
     def __post_init__(self) -> None:
         for scale in self.guidance_scales:
             if scale < 0 or self.guidance_scales.count(scale) > 1:
                 raise ValueError(
-                    f"curve.guidance_scales={self.guidance_scales} is not allowed; they are at least 0, each once."
+                    f"curve.guidance_scales={self.guidance_scales} is not allowed; they must be unique and at least 0."
                 )
         require_at_least(self, "curve", 1, "max_subjects", "max_templates", "images_per_prompt")
 
@@ -64,22 +64,22 @@ class Curve:
 @dataclass
 class Gallery:
     subjects: int = 8
-    """Shown in the report, spread over the data set."""
+    """Subjects in the report, evenly spaced in the data set."""
     templates: int = 6
-    """Shown for each subject, spread over its list."""
+    """Templates shown for each subject, evenly spaced in its list."""
     swap_prompts: list[str] = field(default_factory=lambda: ["<i> on the beach", "<i> in the snow"])
-    """Each is drawn for every shown subject from the same noise, so that only the input image differs."""
+    """Each prompt is sampled for all shown subjects from the same noise, so that only the input image differs."""
     pair_prompt: str | None = "<i> and <i> in the snow"
-    """Drawn for each pair of `pair_subjects` in the two slots, from the same noise; null leaves the grid out."""
+    """Sampled for all ordered pairs of `pair_subjects` subjects from the same noise; null omits the grid."""
     pair_subjects: int = 4
-    """Sides of that grid."""
+    """Rows and columns of that grid."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "gallery", 1, "subjects", "templates", "pair_subjects")
-        for prompt in self.swap_prompts:
-            _require_images("swap_prompts", prompt, 1)
-        if self.pair_prompt is not None:
-            _require_images("pair_prompt", self.pair_prompt, 2)
+        prompts = [("swap_prompts", prompt, 1) for prompt in self.swap_prompts]
+        for key, prompt, count in [*prompts, ("pair_prompt", self.pair_prompt, 2)]:
+            if prompt is not None and prompt.count("<i>") != count:
+                raise ValueError(f"gallery.{key}: {prompt!r} must hold <i> {count} times.")
 
 
 @dataclass
@@ -87,30 +87,32 @@ class EvaluationConfig(Protocols):
     output: str = MISSING
     """Folder for images, scores, tables and the report."""
     data: dict[str, str | None] = field(default_factory=dict)
-    """The folder of each benchmark's data set, by the benchmark's name: dreambench has one folder for each subject, as
-    google/dreambooth's `dataset/`; coco has annotations/ and val2014/; others: docs/evaluation.md."""
+    """Folder of each benchmark's data set by the benchmark's name. dreambench: one folder for each subject, as
+    google/dreambooth's `dataset/`. coco: annotations/ and val2014/. Others: docs/evaluation.md."""
     models: Models = field(default_factory=Models)
-    """What is evaluated."""
+    """Models to evaluate."""
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
-    """Intervals."""
+    """Confidence intervals."""
     gallery: Gallery = field(default_factory=Gallery)
-    """Pictures of the report."""
+    """Image grids of the report."""
     curve: Curve = field(default_factory=Curve)
     """Fidelity against editability over guidance scales."""
     batch_size: int = 50
-    """Images made at once."""
+    """Images generated in a batch."""
     encoder_batch_size: int = 100
-    """Images looked at once by a metric's network."""
+    """Images in a batch of a metric's network."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one; of several processes on a machine, each its own."""
+    """auto uses a GPU if there is one; each local rank uses its own."""
     acceleration: Acceleration = field(default_factory=Acceleration)
-    """How the image decoder is run; images are the same but for rounding."""
+    """Optimizations of the image decoder; images change by rounding only."""
     local_weights: dict[str, str] = field(default_factory=dict)
-    """Folders and files that stand for what a protocol names: Inception's weight file; hub ids, where no network is."""
+    """Local folders and files that replace weights named by a protocol: Inception's weight file, or hub ids when
+    offline."""
     reference_features: str | None = None
-    """Folder that keeps the features of FID's real side, for evaluations to share; null: references/ in the output."""
+    """Folder of cached features of FID's real images, which several evaluations can share; null: references/ in the
+    output."""
     judge_answers: str | None = None
-    """Folder that keeps the raw answers of vision-language judges, for evaluations to share; null: answers/ in the
+    """Folder of cached answers of vision-language judges, which several evaluations can share; null: answers/ in the
     output."""
     wandb: Tracking = field(default_factory=Tracking)
     """Weights & Biases."""
@@ -131,32 +133,26 @@ class EvaluationConfig(Protocols):
         for name, protocol in protocols.items():
             if self.data.get(name) is None:
                 raise ValueError(f"data.{name} has no value; set it to the data set's folder.")
-            for _, metrics in tables_of(name):
-                for need in (need for metric in metrics if not metric.optional for need in metric.needs):
-                    encoder = need.partition("_")[0]
-                    if getattr(protocol, encoder, None) is None:
-                        raise ValueError(f"{name}.{encoder} has no value; a protocol names its encoders.")
+            required = (metric for table in BENCHMARKS[name].tables for metric in METRICS[table] if not metric.optional)
+            for encoder in (network.partition("_")[0] for metric in required for network in metric.needs):
+                if getattr(protocol, encoder, None) is None:
+                    raise ValueError(f"{name}.{encoder} has no value; a protocol names its encoders.")
 
     def protocols(self) -> dict[str, Protocol]:
-        """Of the benchmarks that are asked for, by name."""
-        return {name: found for name in BENCHMARKS if (found := getattr(self, name)) is not None}
+        """Return the protocols of the selected benchmarks by name."""
+        return {name: protocol for name in BENCHMARKS if (protocol := getattr(self, name)) is not None}
 
     def folder_of(self, benchmark: str) -> Path:
-        """Where the data set of a benchmark lies."""
+        """Return the data set's folder of a benchmark."""
         return Path(str(self.data[benchmark]))
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
-        """The device that `device` means in the process of that number on this machine; GPUs are dealt out in turn."""
+        """Return the device of a local rank; ranks are distributed round-robin over the GPUs of their node."""
         if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
         return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
 
     def encoder_path(self, encoder: Encoder) -> Path:
-        """Folder or file of the weights that a protocol names. Raises FileNotFoundError."""
+        """Return the folder or file of an encoder's weights. Raises FileNotFoundError."""
         weights = self.local_weights.get(encoder.weights, encoder.weights)
         return encoder_path(weights, getattr(encoder, "revision", None))
-
-
-def _require_images(key: str, prompt: str, count: int) -> None:
-    if prompt.count("<i>") != count:
-        raise ValueError(f"gallery.{key}: {prompt!r} must hold <i> {count} times.")

@@ -1,14 +1,15 @@
 """The Inception-v3 of FID: TensorFlow's classifier of 2015-12-05, as torch-fidelity and pytorch-fid ported it.
 
-Not torchvision's network of the same name: images are resized as TensorFlow 1 did it, pooling branches do not count
-their padding, the last one takes the maximum, the classifier has 1008 outputs. Attributes carry the names of the
-released weight file, `{pt_,weights-}inception-2015-12-05-6726825d.pth`.
+It differs from torchvision's Inception-v3: images are resized as in TensorFlow 1, average pooling excludes padding, the
+last pooling branch takes the maximum, and the classifier has 1008 outputs. Attributes are named as in the released
+weight file, `{pt_,weights-}inception-2015-12-05-6726825d.pth`.
 
 Shapes: `N` images of any H×W, `C` channels.
 """
 
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,11 +25,11 @@ from evaluation.protocols.benchmark import EvaluationError
 SIDE = 299
 CLASSES = 1008
 FEATURES = ("64", "192", "768", "2048", "logits_unbiased")
-TOLD = 400  # characters of what is wrong with weights
+MAX_MESSAGE = 400  # characters of an error on weights
 Layer = tuple[str, int, int | tuple[int, int]] | tuple[str, int, int | tuple[int, int], int]
-"""Name, output channels, kernel, and the stride where it is not 1; strided layers have no padding."""
+"""Name, output channels, kernel and stride (default 1); strided layers have no padding."""
 Step = Layer | tuple[Layer, Layer] | str
-"""A layer, two layers side by side, or a pooling by name."""
+"""A layer, two parallel layers, or the name of a pooling."""
 
 
 class ConvBN(nn.Module):
@@ -45,19 +46,12 @@ class ConvBN(nn.Module):
         return self.bn(self.conv(x)).relu()
 
 
-def average(x: Tensor) -> Tensor:
-    return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def maximum(x: Tensor) -> Tensor:
-    return max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halve(x: Tensor) -> Tensor:
-    return max_pool2d(x, 3, stride=2)
-
-
-POOLS = {"average": average, "maximum": maximum, "halve": halve}
+halve = partial(max_pool2d, kernel_size=3, stride=2)
+POOLS = {
+    "average": partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
+    "maximum": partial(max_pool2d, kernel_size=3, stride=1, padding=1),
+    "halve": halve,
+}
 
 
 class Mixed(nn.Module):
@@ -124,13 +118,13 @@ def mixed_7(width: int, pool: str) -> Mixed:
 
 
 class InceptionV3(nn.Module):
-    """Features of FID; frozen and always in eval mode.
+    """FID's feature network; frozen and always in eval mode.
 
     Args:
         weights: the released .pth, the same tensors as .safetensors, or a state dict.
 
     Raises:
-        EvaluationError: no such file, or other tensors than the network's, which are named.
+        EvaluationError: the file is missing or the tensors are not the network's; names them.
     """
 
     def __init__(self, weights: str | Path | Mapping[str, Tensor]):
@@ -165,63 +159,67 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, CLASSES)
 
     def train(self, mode: bool = True) -> "InceptionV3":
-        """Stays in eval mode, whatever is asked: batch statistics would make features depend on the batch."""
+        """Stay in eval mode: with batch statistics, features would depend on the batch."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 N×3×H×W → features by the names of `FEATURES`: N×64, N×192, N×768, N×2048 and N×1008.
+        """uint8 N×3×H×W → features by the names in `FEATURES`: N×64, N×192, N×768, N×2048 and N×1008.
 
         Raises:
-            ValueError: another type or shape.
+            ValueError: the images have another type or shape.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}.")
+            raise ValueError(f"images must be uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}.")
         x = (resize_tensorflow1(images.float(), SIDE) - 128) / 128
-        found = {}
+        features = {}
         x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
-        found["64"] = x.mean((2, 3))
+        features["64"] = x.mean((2, 3))
         x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
-        found["192"] = x.mean((2, 3))
+        features["192"] = x.mean((2, 3))
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
-        found["768"] = x.mean((2, 3))
+        features["768"] = x.mean((2, 3))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        found["2048"] = x.mean((2, 3))
-        found["logits_unbiased"] = linear(found["2048"], self.fc.weight)
-        return found
+        features["2048"] = x.mean((2, 3))
+        features["logits_unbiased"] = linear(features["2048"], self.fc.weight)
+        return features
 
     def _load(self, weights: str | Path | Mapping[str, Tensor]) -> None:
-        named, state = ("the state dict", weights) if isinstance(weights, Mapping) else (f"'{weights}'", read(weights))
+        source, state = ("the state dict", weights) if isinstance(weights, Mapping) else (f"'{weights}'", read(weights))
         floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         try:
             self.load_state_dict(floats, strict=True, assign=True)
-        except RuntimeError as error:  # names all that is missing, unknown or misshapen
-            told = shorten(str(error).partition("\n")[2], TOLD)
-            raise EvaluationError(f"{named} does not hold the tensors of FID's Inception-v3: {told}") from error
+        except RuntimeError as error:  # lists missing and unexpected keys and wrong shapes
+            problems = shorten(str(error).partition("\n")[2], MAX_MESSAGE)
+            raise EvaluationError(f"{source} does not hold the tensors of FID's Inception-v3: {problems}") from error
 
 
 def read(file: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .pth or .safetensors file; pickled code is not run.
+    """Read the state dict in a .pth or .safetensors file; pickled code is not run.
 
     Raises:
-        EvaluationError: it is missing or cannot be read as one.
+        EvaluationError: the file is missing or does not hold a state dict.
     """
     path = Path(file)
     if not path.is_file():
-        raise EvaluationError(f"there is no weight file '{path}'; give the released .pth or a .safetensors of it.")
+        raise EvaluationError(
+            f"there is no weight file '{path}'; it must be the released .pth or a .safetensors of it."
+        )
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError) as error:
-        told = str(error).partition(". ")[0]  # torch goes on with advice to run the pickle
-        raise EvaluationError(f"'{path}' cannot be read as weights ({told}).") from error
+        cause = str(error).partition(". ")[0]  # torch continues with advice to run the pickle
+        raise EvaluationError(f"'{path}' cannot be read as weights ({cause}).") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise EvaluationError(f"'{path}' holds no state dict but a {type(state).__name__}; it maps names to tensors.")
+        raise EvaluationError(
+            f"'{path}' holds no state dict but a {type(state).__name__}; it must map names to tensors."
+        )
     return state
 
 
 def resize_tensorflow1(images: Tensor, side: int) -> Tensor:
-    """Bilinear with neither half-pixel offset nor antialiasing: output i reads input i·in/out. N×3×H×W → N×3×S×S."""
+    """Resize N×3×H×W to N×3×S×S, bilinear without half-pixel offset or antialiasing: output i reads input i·in/out."""
     for dim in (2, 3):
         size = images.shape[dim]
         at = torch.arange(side, device=images.device) * (size / side)

@@ -1,4 +1,4 @@
-"""What one evaluation consists of: its benchmarks, its systems, and the images that they are asked for."""
+"""Resolve a configuration into benchmarks, systems and image requests."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,16 +28,16 @@ from kosmosg import looking
 FOLDER_DIGITS = 8
 CODE, LOOKING = Path(__file__).parent, Path(looking.__file__)
 Images = Mapping[tuple[str, str], Mapping[int, Path]]
-"""The file of every request by index, by table and model."""
+"""Image files by table and system, then by request index."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A benchmark, and what is asked of its systems: for a table, or for a point of the curve over guidance scales.
+    """A benchmark with its requests and systems: for a table, or for one guidance scale of the curve.
 
     Args:
         key: the benchmark's name.
-        scale: of a point, which has a protocol of its own, and as many requests or fewer.
+        scale: guidance scale of a point of the curve, which has its own protocol and the same or fewer requests.
     """
 
     key: str
@@ -54,18 +54,18 @@ class Table:
 
     @property
     def task(self) -> str:
-        """What rows are scored under that were not sampled by the protocol."""
+        """Identity of the rows whose images were not sampled by the protocol."""
         return task_of(self.protocol)
 
 
 class Evaluation:
-    """What a configuration asks for, checked: data sets are whole, models fit, before anything is generated.
+    """A validated evaluation: data sets are complete and models fit before anything is generated.
 
     Args:
-        data: the hashes of the data sets by benchmark, where another process has computed them.
+        data: hashes of the data sets by benchmark, if rank 0 has computed them already.
 
     Raises:
-        FileNotFoundError, ValueError: what is missing or does not fit, by name.
+        FileNotFoundError, ValueError: names what is missing or does not fit.
     """
 
     def __init__(
@@ -73,17 +73,18 @@ class Evaluation:
     ):
         self.config, self.console, self.processes, self.output = config, console, processes, Path(config.output)
         self.device = config.torch_device(processes.local_rank)
-        named = benchmarks(config)
-        self.data = data or {name: hash_files(found.folder, found.files()) for name, found in named.items()}
+        loaded = benchmarks(config)
+        self.data = data or {name: hash_files(each.folder, each.files()) for name, each in loaded.items()}
         self.systems = self._systems()
-        self.tables = [self._table(name, benchmark, self.systems) for name, benchmark in named.items()]
-        self.points = self._points(named)
-        self.external = {
-            (table.name, name): found
-            for table in self.tables
-            for name, folder in config.models.external.items()
-            if (found := self._external(name, Path(folder), table)) is not None
-        }
+        self.tables = [self._table(name, benchmark, self.systems) for name, benchmark in loaded.items()]
+        self.points = self._points(loaded)
+        self.external: dict[tuple[str, str], External] = {}
+        for table in self.tables:
+            size, only = table.benchmark.protocol.sampling.image_size, len(self.tables) == 1
+            for name, folder in config.models.external.items():
+                images = read_external(name, Path(folder), table.name, table.requests, size, only_table=only)
+                if images is not None:
+                    self.external[table.name, name] = images
         self.encoders = {
             f"{table.name}.{name}": hash_encoder(config.encoder_path(value))
             for table in self.tables
@@ -94,8 +95,12 @@ class Evaluation:
     def generate(
         self, table: Table, system: System, requests: Sequence[Request], folder: str, label: str
     ) -> dict[int, Path]:
-        """The images of `requests`, in a folder named after all they depend on: a changed model starts a new one."""
-        values = {
+        """Generate `requests` into a folder named after a hash of all inputs, so that a changed model starts a new one.
+
+        Returns:
+            Image files by request index.
+        """
+        inputs = {
             "system": system.name,
             "protocol": table.protocol,
             "model": system.model,
@@ -107,7 +112,7 @@ class Evaluation:
             system,
             requests,
             table.benchmark.protocol.sampling,
-            self.output / folder / f"{slug}-{hash_json(values)[:FOLDER_DIGITS]}",
+            self.output / folder / f"{slug}-{hash_json(inputs)[:FOLDER_DIGITS]}",
             inputs_folder=table.benchmark.folder,
             batch_size=self.config.batch_size,
             label=f"{label}: {system.name}",
@@ -116,7 +121,7 @@ class Evaluation:
         )
 
     def generate_all(self) -> Images:
-        """The images of every table and of the points of the curve; a point under a table's protocol has its images."""
+        """Generate the images of all tables and of the curve; a point with a table's protocol reuses its images."""
         folders = {table.protocol: table.name for table in reversed(self.tables)}
         return {
             (table.name, system.name): self.generate(
@@ -127,14 +132,14 @@ class Evaluation:
         }
 
     def key(self) -> str:
-        """Hash of everything that the results depend on, the code that makes them among it."""
+        """Return a hash of everything that the results depend on, including the code."""
         return hash_json(
             [
                 hash_files(CODE, (file for kind in ("*.py", "*.html") for file in CODE.rglob(kind))),
                 hash_files(LOOKING.parent, [LOOKING]),
                 [(table.protocol, table.data) for table in self.tables],
                 [(system.name, system.model) for system in self.systems],
-                [(table, rival.name, rival.model) for (table, _), rival in self.external.items()],
+                [(table, images.name, images.model) for (table, _), images in self.external.items()],
                 self.encoders,
                 asdict(self.config.bootstrap),
                 asdict(self.config.gallery),
@@ -142,36 +147,32 @@ class Evaluation:
             ]
         )
 
-    def rows(self, table: Table) -> list[str]:
-        """The models of a table: those that draw, then those whose images were given."""
+    def row_names(self, table: Table) -> list[str]:
+        """Return the names of a table's systems, then of its external models."""
         return [system.name for system in table.systems] + [name for of, name in self.external if of == table.name]
 
-    def answers(self, benchmark: str) -> Path:
-        """The folder that keeps what a benchmark's vision-language judge answers; another judge has another one."""
-        kept = self.config.judge_answers
+    def answers_folder(self, benchmark: str) -> Path:
+        """Return the folder of cached answers of a benchmark's vision-language judge; each judge has its own."""
+        root = self.config.judge_answers
         judge = getattr(getattr(self.config, benchmark), "vlm", None)
-        told = hash_json([self.encoders.get(f"{benchmark}.vlm"), judge and judge.max_new_tokens])
-        return (self.output / "answers" if kept is None else Path(kept)) / told[:12]
+        judge_hash = hash_json([self.encoders.get(f"{benchmark}.vlm"), judge and judge.max_new_tokens])
+        return (self.output / "answers" if root is None else Path(root)) / judge_hash[:12]
 
     def _table(self, key: str, benchmark: Benchmark, systems: list[System], scale: float | None = None) -> Table:
         protocol = identity(benchmark.protocol)
         return Table(key, benchmark, protocol, self.data[key], benchmark.requests(), systems, scale)
 
-    def _points(self, named: Mapping[str, Benchmark]) -> list[Table]:
+    def _points(self, loaded: Mapping[str, Benchmark]) -> list[Table]:
         curve, names = self.config.curve, [system.name for system in self.systems]
         if unknown := [name for name in curve.systems if name not in names]:
-            raise EvaluationError(f"curve.systems={unknown} are no rows that are made; allowed: {', '.join(names)}.")
+            raise EvaluationError(f"curve.systems={unknown} are not generated here; allowed: {', '.join(names)}.")
         systems = [system for system in self.systems if system.name in (curve.systems or names)]
         points = []
         for scale in curve.guidance_scales:
-            whole = named["dreambench"]
+            whole = loaded["dreambench"]
             benchmark = type(whole)(protocol_at(whole.protocol, curve, scale), whole.folder)
             points.append(self._table("dreambench", benchmark, systems, scale))
         return points
-
-    def _external(self, name: str, folder: Path, table: Table) -> External | None:
-        size = table.benchmark.protocol.sampling.image_size
-        return read_external(name, folder, table.name, table.requests, size, alone=len(self.tables) == 1)
 
     def _systems(self) -> list[System]:
         models, how = self.config.models, self.config.acceleration
@@ -189,23 +190,23 @@ class Evaluation:
             systems.append(system := run_system(folder, models.image_decoder, self.device, how))
             if system.name in [other.name for other in systems[:-1]]:
                 raise EvaluationError(
-                    f"models.runs: '{folder}' is a second run called '{system.name}'; evaluate it by itself, with "
+                    f"models.runs: '{folder}' is a second run called '{system.name}'; evaluate it separately, with "
                     "another output."
                 )
         return systems
 
 
 def benchmarks(config: EvaluationConfig) -> dict[str, Benchmark]:
-    """The benchmarks of a configuration by name, checked.
+    """Load and check the benchmarks of a configuration, by name.
 
     Raises:
-        DataSetError: what is missing.
+        DataSetError: names what is missing.
     """
     return {name: BENCHMARKS[name](protocol, config.folder_of(name)) for name, protocol in config.protocols().items()}
 
 
 def protocol_at(protocol: DreamBenchProtocol, curve: Curve, scale: float) -> DreamBenchProtocol:
-    """The protocol with another guidance scale, and with fewer requests where `curve` says so."""
+    """Return the protocol with another guidance scale and the curve's limits on the number of requests."""
     return replace(
         protocol,
         sampling=replace(protocol.sampling, guidance_scale=scale),

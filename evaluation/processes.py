@@ -1,7 +1,7 @@
-"""The processes of one launch, over torch.distributed (gloo), and work that they share.
+"""Coordinate the ranks of an evaluation over torch.distributed (gloo).
 
-They meet only to exchange results, and work goes to whoever is free, by a counter in torchrun's store. A process that
-fails tells the others why; one that dies closes its connections, and the others end with an error that names it.
+Ranks synchronize only to exchange results. Work is distributed dynamically through a counter in torchrun's store. A
+rank that fails publishes its error; if a rank dies, its connections close and the other ranks name it in an error.
 """
 
 import os
@@ -28,27 +28,27 @@ from evaluation.protocols.benchmark import EvaluationError
 Value = TypeVar("Value")
 Encode = Callable[[list], Any]
 """A batch of N items → N×F, or N answers."""
-ANSWER = timedelta(minutes=5)
-"""Within which the launch's store answers."""
-LONGEST_WAIT = timedelta(days=7)
-"""For a process that works; one that dies is noticed at once."""
-LAST_WORDS_SECONDS = 2.0
-"""Within which a process that fails has told why."""
+STORE_TIMEOUT = timedelta(minutes=5)
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""Ranks may work for a long time between collectives; a dead rank is detected at once."""
+ERROR_SECONDS = 2.0
+"""Time for a failing rank to publish its error."""
 LINE_EVERY_SECONDS = 60.0
-"""Of progress in a file or pipe."""
+"""Interval of progress lines in a file or pipe."""
 
 
 class ProcessError(EvaluationError):
-    """Another process of the launch failed or died; says which."""
+    """Another rank failed or died; the message says which."""
 
 
 class Processes:
-    """This process among `count`; every one of them makes the same calls in the same order.
+    """The ranks of a launch, seen from this one. All ranks make the same calls in the same order.
 
     Args:
-        rank: of this process, 0 … count - 1. The first one decides, aggregates and shows.
-        local_rank: among the processes of its machine: the number of its GPU.
-        store: what all of them share.
+        rank: rank of this process, 0 … count - 1. Rank 0 decides, aggregates and prints.
+        count: world size.
+        local_rank: rank on this node, which selects the GPU.
+        store: key-value store shared by all ranks.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: Store | None = None):
@@ -57,33 +57,33 @@ class Processes:
         self._calls = 0
 
     @classmethod
-    def of_environment(cls) -> "Processes":
-        """As torchrun's variables say (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); else one process."""
+    def from_environment(cls) -> "Processes":
+        """Read torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); default one rank."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        store, rank, count = next(rendezvous("env://", timeout=ANSWER))
+        store, rank, count = next(rendezvous("env://", timeout=STORE_TIMEOUT))
         return cls(rank, count, int(os.environ.get("LOCAL_RANK", "0")), store)
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that decides, aggregates and shows."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def __enter__(self) -> "Processes":
         if self.count > 1:
             self._store.set(f"host/{self.rank}", socket.gethostname())
-            options = {"store": self._store, "rank": self.rank, "world_size": self.count, "timeout": LONGEST_WAIT}
-            # One that fails right after it connected keeps others from connecting to each other.
-            self._together(lambda: dist.init_process_group("gloo", **options))
+            options = {"store": self._store, "rank": self.rank, "world_size": self.count, "timeout": COLLECTIVE_TIMEOUT}
+            # A rank that fails right after it connected keeps the others from connecting to each other.
+            self._collective(lambda: dist.init_process_group("gloo", **options))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Leave together; after an exception, tell the others why."""
+        """Leave together; after an exception, publish it to the other ranks."""
         if self.count == 1:
             return
         try:
             if error is None:
-                self.wait()  # the first one's store outlives everyone's last question
+                self.barrier()  # rank 0 hosts the store and must outlive the last query
             elif not isinstance(error, ProcessError):
                 self._store.set(f"failed/{self.rank}", f"{kind.__name__ if kind else 'error'}: {error}")
         except (DistError, ProcessError):
@@ -92,30 +92,30 @@ class Processes:
         finally:
             dist.destroy_process_group()
             if self.first and error is not None:
-                time.sleep(LAST_WORDS_SECONDS)  # where it hosts the store, the others read there what has happened
+                time.sleep(ERROR_SECONDS)  # rank 0 may host the store, where the others read the error
 
-    def share(self, make: Callable[[], Value]) -> Value:
-        """What the first process makes, in all of them."""
+    def broadcast(self, make: Callable[[], Value]) -> Value:
+        """Call `make` on rank 0 and return its value on all ranks."""
         values = [make() if self.first else None]
-        self._together(lambda: dist.broadcast_object_list(values, src=0))
+        self._collective(lambda: dist.broadcast_object_list(values, src=0))
         return values[0]  # type: ignore[return-value]
 
     def gather(self, value: Value) -> list[Value]:
-        """Everyone's value, by rank, in all of them."""
+        """Return the values of all ranks, ordered by rank, on all ranks."""
         values: list[Any] = [value] * self.count
-        self._together(lambda: dist.all_gather_object(values, value))
+        self._collective(lambda: dist.all_gather_object(values, value))
         return values
 
-    def wait(self) -> None:
-        """Until all processes are here, however long it takes.
+    def barrier(self) -> None:
+        """Wait for all ranks, however long it takes.
 
         Raises:
-            ProcessError: one of them failed or died.
+            ProcessError: a rank failed or died.
         """
-        self._together(dist.barrier)
+        self._collective(dist.barrier)
 
     def counter(self) -> Callable[[int], int]:
-        """A function that adds to a number which all processes share, zero at first, and gives the sum."""
+        """Return a function that adds to a counter shared by all ranks, initially zero, and returns the sum."""
         self._calls += 1
         key = f"counter/{self._calls}"
 
@@ -123,101 +123,108 @@ class Processes:
             try:
                 return self._store.add(key, amount)
             except DistError as error:
-                raise self._explained(error) from error
+                raise self._process_error(error) from error
 
         return add
 
-    def take(self, count: int) -> Iterator[int]:
-        """The numbers below `count`, each to one process: to whichever is free."""
+    def distribute(self, count: int) -> Iterator[int]:
+        """Yield the numbers below `count`, each on one rank, whichever is free first."""
         add = self.counter()
         while (number := add(1) - 1) < count:
             yield number
 
-    def _together(self, exchange: Callable[[], Any]) -> None:
+    def _collective(self, call: Callable[[], Any]) -> None:
         if self.count == 1:
             return
         self._calls += 1
         try:
             self._store.set(f"at/{self.rank}", str(self._calls))
-            exchange()
+            call()
         except (DistError, RuntimeError) as error:
-            raise self._explained(error) from error
+            raise self._process_error(error) from error
 
-    def _explained(self, error: Exception) -> ProcessError:
-        """Which process failed, as it told; else those that had not come to this exchange."""
+    def _process_error(self, error: Exception) -> ProcessError:
+        """Name the rank that published an error, or else the ranks that did not reach this call."""
         others = [rank for rank in range(self.count) if rank != self.rank]
         try:
-            until = time.monotonic() + LAST_WORDS_SECONDS
+            until = time.monotonic() + ERROR_SECONDS
             while time.monotonic() < until:
                 for rank in others:
-                    if told := self._known(f"failed/{rank}"):
-                        return ProcessError(f"{self._named(rank)} failed: {told}")
+                    if message := self._get(f"failed/{rank}"):
+                        return ProcessError(f"{self._describe(rank)} failed: {message}")
                 time.sleep(0.1)
-            late = [rank for rank in others if int(self._known(f"at/{rank}") or 0) < self._calls] or others
+            dead = [rank for rank in others if int(self._get(f"at/{rank}") or 0) < self._calls] or others
         except DistError:
-            late = [0]
+            dead = [0]
         return ProcessError(
-            f"{' or '.join(map(self._named, late))} died ({shorten(str(error), 160)}); start the same command again, "
-            "and it goes on from here."
+            f"{' or '.join(map(self._describe, dead))} died ({shorten(str(error), 160)}); start the same command again "
+            "to continue."
         )
 
-    def _known(self, key: str) -> str | None:
+    def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _named(self, rank: int) -> str:
+    def _describe(self, rank: int) -> str:
         try:
-            host = self._known(f"host/{rank}") or "unknown host"
+            host = self._get(f"host/{rank}") or "unknown host"
         except DistError:
-            host = "its node cannot be reached"
+            host = "unreachable node"
         return f"process {rank} of {self.count} ({host})"
 
 
 @contextmanager
 def progress(
-    label: str, total: int, there: int, console: Console, *, passing: bool = False
+    label: str, total: int, done: int, console: Console, *, transient: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """A function to tell how many more than `there` of `total` are done by now: a bar with the time left on a terminal,
-    a line now and then elsewhere. `passing` leaves nothing behind."""
+    """Show progress: a bar on a terminal, a line per minute elsewhere.
+
+    Args:
+        done: number finished before the start.
+        transient: remove the bar at the end and print no final line.
+
+    Yields:
+        A function to call with the number finished since the start.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Images come in bursts, minutes apart: the time left follows from all that was made since the start.
-    whole = {"speed_estimate_period": float("inf"), "transient": passing, "disable": not console.is_terminal}
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, **whole)
-    number, told = bar.add_task(label, total=total, completed=there), time.monotonic()
+    # Images arrive in bursts minutes apart, so the time left is estimated from everything since the start.
+    options = {"speed_estimate_period": float("inf"), "transient": transient, "disable": not console.is_terminal}
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, **options)
+    number, last_line = bar.add_task(label, total=total, completed=done), time.monotonic()
     (task,) = bar.tasks
 
     def line() -> None:
         left = "?" if task.time_remaining is None else timedelta(seconds=round(task.time_remaining))
         console.print(f"{label} {task.completed:.0f}/{total}  {left} left", highlight=False, soft_wrap=True)
 
-    def update(made: int) -> None:
-        nonlocal told
-        bar.update(number, completed=there + made)
-        if not console.is_terminal and time.monotonic() - told >= LINE_EVERY_SECONDS:
-            told = time.monotonic()
+    def update(count: int) -> None:
+        nonlocal last_line
+        bar.update(number, completed=done + count)
+        if not console.is_terminal and time.monotonic() - last_line >= LINE_EVERY_SECONDS:
+            last_line = time.monotonic()
             line()
 
     with bar:
         try:
             yield update
         finally:
-            if not (console.is_terminal or passing):
+            if not (console.is_terminal or transient):
                 line()
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """How networks look at many items: all processes together, `batch_size` items at once."""
+class Batching:
+    """How networks process many items: on all ranks, in batches of `batch_size`."""
 
     processes: Processes
     batch_size: int
     console: Console
 
 
-class Remembered:
-    """What a network says of files or texts, computed once for each however often it is asked for.
+class Cached:
+    """A network whose outputs for files or texts are computed once and cached.
 
-    All processes ask for the same in the same order. Batches are cut by position alone and go to whoever is free, so
-    that features, and with them every score, are bit for bit those of one process.
+    All ranks pass the same items in the same order. Batches depend on position alone and each is computed by one rank,
+    so that features and scores are bitwise equal to those of a single process.
 
     Args:
         name: shown with the progress.
@@ -225,9 +232,9 @@ class Remembered:
         read: applied to an item before it is encoded.
     """
 
-    def __init__(self, name: str, encode: Encode, sharing: Sharing, read: Callable[[Any], Any] = lambda item: item):
-        self.name, self.encode, self.sharing, self.read = name, encode, sharing, read
-        self.known: dict[Any, Any] = {}
+    def __init__(self, name: str, encode: Encode, batching: Batching, read: Callable[[Any], Any] = lambda item: item):
+        self.name, self.encode, self.batching, self.read = name, encode, batching, read
+        self.cache: dict[Any, Any] = {}
 
     def __call__(self, items: Sequence) -> Tensor:
         """N items → N×F, in their order."""
@@ -235,23 +242,23 @@ class Remembered:
 
     def answers(self, items: Sequence) -> list:
         """N items → N answers, in their order."""
-        if new := [item for item in dict.fromkeys(items) if item not in self.known]:
-            self.known.update(zip(new, self._compute(new), strict=True))
-        return [self.known[item] for item in items]
+        if new := [item for item in dict.fromkeys(items) if item not in self.cache]:
+            self.cache.update(zip(new, self._compute(new), strict=True))
+        return [self.cache[item] for item in items]
 
     def _compute(self, items: Sequence) -> list:
-        processes, size = self.sharing.processes, self.sharing.batch_size
+        processes, size = self.batching.processes, self.batching.batch_size
         batches = [items[start : start + size] for start in range(0, len(items), size)]
-        if len(batches) == 1:  # not worth a meeting
+        if len(batches) == 1:  # cheaper on every rank than a collective
             return list(self._encode(batches[0]))
-        done, found = processes.counter(), {}
-        with progress(self.name, len(items), 0, self.sharing.console, passing=True) as show:
-            for number in processes.take(len(batches)):
-                found[number] = self._encode(batches[number])
+        done, outputs = processes.counter(), {}
+        with progress(self.name, len(items), 0, self.batching.console, transient=True) as show:
+            for number in processes.distribute(len(batches)):
+                outputs[number] = self._encode(batches[number])
                 show(done(len(batches[number])))
-        for others in processes.gather(found):
-            found |= others
-        return [row for number in range(len(batches)) for row in found[number]]
+        for others in processes.gather(outputs):
+            outputs |= others
+        return [row for number in range(len(batches)) for row in outputs[number]]
 
     def _encode(self, items: Sequence) -> Any:
         return self.encode([self.read(item) for item in items])

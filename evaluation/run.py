@@ -1,11 +1,11 @@
-"""One evaluation from its configuration to its report; every step goes on where an interrupted one was.
+"""Run one evaluation, from configuration to report. Every step can be interrupted and resumed.
 
 <output>/<table>/<system>-<hash>/   images and manifest
-<output>/samples.csv                the score of every pair
+<output>/samples.csv                score of every image pair
 <output>/breakdown.csv              means by kind of subject, subject and template
-<output>/references/                features of FID's real side, for the next evaluation under the same protocol
+<output>/references/                cached features of FID's real images
 <output>/results.json  results.md  report.html  sheets/*.png
-<output>/provenance.json            written last: the evaluation is finished
+<output>/provenance.json            written last; marks the evaluation as finished
 """
 
 import json
@@ -24,13 +24,13 @@ from evaluation.benchmarks import GUIDANCE
 from evaluation.config import EvaluationConfig
 from evaluation.images.provenance import environment
 from evaluation.plan import Evaluation, Images, Table
-from evaluation.processes import Processes, Sharing
+from evaluation.processes import Batching, Processes
 from evaluation.protocols.benchmark import EvaluationError, Item
-from evaluation.reports.breakdown import breakdown, write_breakdown
-from evaluation.reports.galleries import draw_galleries
+from evaluation.reports.breakdown import breakdown
+from evaluation.reports.galleries import generate_galleries
 from evaluation.reports.report import write_report
 from evaluation.reports.tables import results_markdown
-from evaluation.scores.distribution import kept_features
+from evaluation.scores.distribution import cached_features
 from evaluation.scores.encoders import load_networks
 from evaluation.scores.metric import Context
 from evaluation.scores.results import (
@@ -49,16 +49,19 @@ PROVENANCE = "provenance.json"
 
 
 def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[Score]:
-    """Run an evaluation and print its tables, alone or as one of several processes, of which the first has the scores.
+    """Run an evaluation and print its tables, on one or several ranks.
+
+    Returns:
+        The scores on rank 0, an empty list on the other ranks.
 
     Raises:
-        ProcessError: another process failed or died.
-        Others: what `Evaluation` and the generation do.
+        ProcessError: another rank failed or died.
+        EvaluationError, FileNotFoundError: see `Evaluation` and `generate`.
     """
-    with Processes.of_environment() as processes:
+    with Processes.from_environment() as processes:
         console = (console or Console()) if processes.first else Console(quiet=True)
-        evaluation = plan(config, console, processes)
-        if processes.share(lambda: is_finished(evaluation)):
+        evaluation = resolve(config, console, processes)
+        if processes.broadcast(lambda: is_finished(evaluation)):
             console.print(f"'{evaluation.output}' is finished: the same protocols, models and data. Nothing to do.")
             scores = read_results(evaluation.output / "results.json") if processes.first else []
         else:
@@ -71,35 +74,35 @@ def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[S
     return scores
 
 
-def plan(config: EvaluationConfig, console: Console, processes: Processes) -> Evaluation:
-    """The first process looks before the others: what is wrong is told once, what is downloaded is downloaded once."""
+def resolve(config: EvaluationConfig, console: Console, processes: Processes) -> Evaluation:
+    """Resolve the configuration on rank 0 first, so that errors are reported and weights are downloaded once."""
     first = Evaluation(config, console, processes) if processes.first else None
-    data = processes.share(lambda: first.data if first else {})
+    data = processes.broadcast(lambda: first.data if first else {})
     return first or Evaluation(config, console, processes, data)
 
 
 def generate_and_score(evaluation: Evaluation) -> list[Score]:
-    """Generate and score together; the first process writes tables and pages."""
+    """Generate and score on all ranks; rank 0 writes tables and report."""
     config, output, started = evaluation.config, evaluation.output, time.monotonic()
-    # Networks first: weights that are not theirs must not come to light after hours of generation.
-    sharing = Sharing(evaluation.processes, config.encoder_batch_size, evaluation.console)
+    # Load the networks first: wrong weights should fail before hours of generation.
+    batching = Batching(evaluation.processes, config.encoder_batch_size, evaluation.console)
     networks = {}
     for table in evaluation.tables:
-        options = (config.encoder_path, evaluation.device, sharing, evaluation.answers(table.key))
+        options = (config.encoder_path, evaluation.device, batching, evaluation.answers_folder(table.key))
         try:
             networks[table.key] = load_networks(table.key, table.benchmark.protocol, *options)
-        except ValueError as error:  # as of weights of another network
+        except ValueError as error:  # for example, weights of another architecture
             raise EvaluationError(str(error)) from error
         table.benchmark.check_networks(networks[table.key])
     output.mkdir(parents=True, exist_ok=True)
     images = evaluation.generate_all()
-    galleries = draw_galleries(evaluation)
+    galleries = generate_galleries(evaluation)
     scores, samples = score_all(evaluation, networks, images)
     if not evaluation.processes.first:
         return []
     parts = breakdown(samples, config.bootstrap)
     write_samples(samples, output / "samples.csv")
-    write_breakdown(parts, output / "breakdown.csv")
+    write_text(output / "breakdown.csv", parts.to_csv(index=False, float_format="%.6f"))
     write_results(scores, output / "results.json")
     notes = [
         note
@@ -117,57 +120,51 @@ def generate_and_score(evaluation: Evaluation) -> list[Score]:
 def score_all(
     evaluation: Evaluation, networks: Mapping[str, dict[str, Any]], images: Images
 ) -> tuple[list[Score], list[Sample]]:
-    """Scores of the tables and of the curve, the rows that need no generation first; samples of the tables alone."""
-    scores: list[Score] = []
-    samples: list[Sample] = []
-    for table in (*evaluation.tables, *evaluation.points):
-        point = table.scale is not None
-        found, drawn = score_table(evaluation, table, networks[table.key], images)
-        if point:  # the other tables of the benchmark have no curve
-            found = [replace(s, table=GUIDANCE, guidance_scale=table.scale) for s in found if s.table == table.key]
-        scores += found
-        samples += [] if point else drawn
-    return scores, samples
+    """Return the scores of all tables and of the curve, and the samples of the tables."""
+    tables = (*evaluation.tables, *evaluation.points)
+    scored = [score_table(evaluation, table, networks[table.key], images) for table in tables]
+    return [score for scores, _ in scored for score in scores], [sample for _, samples in scored for sample in samples]
 
 
 def score_table(
     evaluation: Evaluation, table: Table, networks: dict[str, Any], images: Images
 ) -> tuple[list[Score], list[Sample]]:
-    """The scores of every row of one benchmark."""
+    """Score all rows of a benchmark: baselines, systems, external models. Points of the curve have no samples."""
 
     def items(files: Mapping[int, Path]) -> list[Item]:
         return [table.benchmark.item(request, files[request.index]) for request in table.requests]
 
-    @cache
-    def real() -> Tensor | None:
-        return real_side(evaluation, table, networks)
-
+    real = cache(lambda: real_features(evaluation, table, networks))
     baselines = table.benchmark.baselines() if table.scale is None else {}
-    rows = [(name, found, table.task, {}) for name, found in baselines.items()]
+    rows = [(name, baseline, table.task, {}) for name, baseline in baselines.items()]
     for system in table.systems:
         run = {"experiment": system.experiment, "stage": system.stage, "seed": system.seed}
         rows.append((system.name, items(images[table.name, system.name]), table.protocol, run))
-    rows += [(r.name, items(r.files), table.task, {}) for (of, _), r in evaluation.external.items() if of == table.name]
+    external = [model for (name, _), model in evaluation.external.items() if name == table.name]
+    rows += [(model.name, items(model.files), table.task, {}) for model in external]
     if table.benchmark.references():
-        real()  # all processes look at it together
-    context = Context(networks, evaluation.config.bootstrap, table.benchmark, real)
+        real()  # here, because all ranks take part
+    context = Context(networks, evaluation.config.bootstrap, table.benchmark.protocol, real)
     scores: list[Score] = []
     samples: list[Sample] = []
     with evaluation.console.status(f"Scoring {table.name}"):
-        for name, found, protocol, run in rows:
-            if found:
-                own = score_images(table.key, protocol, context, name, found, evaluation.processes.first)
+        for name, row_items, protocol, run in rows:
+            if row_items:
+                own = score_images(table.key, protocol, context, name, row_items, evaluation.processes.first)
                 scores += [replace(score, **run) for score in own[0]]
                 samples += own[1]
-    return scores, samples
+    if table.scale is None:
+        return scores, samples
+    # The curve covers the benchmark's own table only.
+    return [replace(s, table=GUIDANCE, guidance_scale=table.scale) for s in scores if s.table == table.key], []
 
 
-def real_side(evaluation: Evaluation, table: Table, networks: Mapping[str, Any]) -> Tensor | None:
-    """The features of FID's real side, N×F, from an earlier evaluation where there was one; in the first process."""
-    kept = evaluation.config.reference_features
+def real_features(evaluation: Evaluation, table: Table, networks: Mapping[str, Any]) -> Tensor | None:
+    """Return the features of FID's real images, N×F, from the cache or computed; see `cached_features`."""
+    folder = evaluation.config.reference_features
     key = {"protocol": table.protocol, "data": table.data, "weights": evaluation.encoders[f"{table.name}.fid"]}
-    return kept_features(
-        evaluation.output / "references" if kept is None else Path(kept),
+    return cached_features(
+        evaluation.output / "references" if folder is None else Path(folder),
         key,
         lambda: networks["fid_real"](table.benchmark.references()),
         evaluation.processes,
@@ -175,24 +172,24 @@ def real_side(evaluation: Evaluation, table: Table, networks: Mapping[str, Any])
 
 
 def is_finished(evaluation: Evaluation) -> bool:
-    """Whether the output holds the results of this very configuration, code, models and data."""
+    """Whether the output holds the results of this configuration, code, models and data."""
     files = [evaluation.output / name for name in (PROVENANCE, "results.json", "report.html")]
     return all(file.is_file() for file in files) and json.loads(files[0].read_text())["key"] == evaluation.key()
 
 
 def provenance_of(evaluation: Evaluation, seconds: float) -> dict[str, str]:
-    """Everything that the numbers came from, for the report's last section."""
+    """Return what the results were made from, for provenance.json and the report."""
     tables = evaluation.tables
     return {
         **environment(evaluation.device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": str(evaluation.processes.count),
-        "time": f"{seconds:.0f} s for what was not there already",
+        "time": f"{seconds:.0f} s (cached images and features excluded)",
         **{f"{table.name} protocol": table.protocol for table in tables},
         **{f"{table.name} seed": str(table.benchmark.protocol.sampling.seed) for table in tables},
         **{f"{table.name} data": table.data for table in tables},
         **{f"{point.name} protocol": point.protocol for point in evaluation.points},
         **{system.name: system.model for system in evaluation.systems},
-        **{f"{rival.name}, {table}": rival.model for (table, _), rival in evaluation.external.items()},
+        **{f"{model.name}, {table}": model.model for (table, _), model in evaluation.external.items()},
         **evaluation.encoders,
     }

@@ -1,7 +1,7 @@
-"""A finished evaluation in Weights & Biases: a run of job type `evaluation` with its table and an artifact.
+"""Log a finished evaluation to Weights & Biases, as a run of job type `evaluation`.
 
-Summary: `<table>/<metric>/<system>`. Table `scores`: the rows of results.json. Artifact: results, samples and report.
-The results are written before; where no server answers, the run is logged offline for `wandb sync`.
+The summary has `<table>/<metric>/<system>`, the table `scores` the rows of results.json, and the artifact the results,
+samples and report. If no server answers, the run is logged offline for `wandb sync`.
 """
 
 import logging
@@ -20,7 +20,6 @@ from kosmosg.files import write_text
 
 STORED = ("results.json", "results.md", "samples.csv", "breakdown.csv", "report.html", "provenance.json")
 LOGGED = "wandb.logged"
-AGENTS_RUN = "WANDB_RUN_ID"
 COLUMNS = ("table", "system", "metric", "value", "low", "high", "n", "protocol", "guidance_scale")
 
 logger = logging.getLogger(__name__)
@@ -29,15 +28,15 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Tracking:
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    """disabled: nothing; offline: into the output folder, for `wandb sync`; online: to the server."""
+    """disabled: no logging; offline: to the output folder, for `wandb sync`; online: to the server."""
     project: str = "kosmosg"
     """Project of the run."""
     group: str | None = None
-    """Group of the run; null is `evaluation`."""
+    """Group of the run; null uses `evaluation`."""
     name: str | None = None
-    """Name shown for the run; null is the name of the output folder's parent."""
+    """Name of the run; null uses the name of the output folder's parent."""
     timeout: float = 30.0
-    """Seconds that a server may take to answer at the start and to take the rest at the end."""
+    """Seconds to wait for the server at the start and for the upload at the end."""
 
     def __post_init__(self) -> None:
         if self.timeout <= 0:
@@ -45,11 +44,13 @@ class Tracking:
 
 
 def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dict[str, Any]) -> None:
-    """Log the evaluation in `output`, unless these results are logged already. The run is that of a sweep's agent, if
-    one started this; else its id is random and kept in the folder, so that a repeated evaluation is one run.
+    """Log the evaluation in `output`, unless these results have been logged already.
+
+    In a sweep, the run is the agent's. Otherwise its random id is stored in the folder, so that repeated evaluations
+    update the same run.
 
     Args:
-        config: what provenance.json holds; its `key` tells the results.
+        config: content of provenance.json; its `key` identifies the results.
     """
     logged = output / LOGGED
     if tracking.mode == "disabled" or (logged.is_file() and logged.read_text() == config["key"]):
@@ -59,7 +60,7 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
     except (CommError, UsageError) as error:
         if tracking.mode == "offline":
             raise
-        wandb.teardown()  # which still holds the run's id
+        wandb.teardown()  # it still holds the run's id
         logger.warning(
             "W&B cannot be reached (%s). The evaluation is logged offline; 'wandb sync' uploads it from '%s'.",
             str(error).splitlines()[0],
@@ -70,7 +71,8 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
         rows = [asdict(score) for score in scores]
         run.log({"scores": wandb.Table(columns=list(COLUMNS), data=[[row[name] for name in COLUMNS] for row in rows])})
         run.summary.update({summary_key(score): score.value for score in scores})
-        artifact = wandb.Artifact(f"evaluation-{run.id}", type="evaluation", metadata={"protocols": protocols(scores)})
+        protocols = list(dict.fromkeys(score.protocol for score in scores))
+        artifact = wandb.Artifact(f"evaluation-{run.id}", type="evaluation", metadata={"protocols": protocols})
         for name in STORED:
             if (output / name).is_file():
                 artifact.add_file(str(output / name))
@@ -81,20 +83,20 @@ def track(tracking: Tracking, output: Path, scores: Sequence[Score], config: dic
 
 
 def start(tracking: Tracking, output: Path, config: dict[str, Any], mode: Literal["offline", "online"]) -> wandb.Run:
-    """The evaluation's run. Raises CommError or UsageError: no server answers, or it does not know the key."""
+    """Start the W&B run. Raises CommError or UsageError if no server answers or it rejects the key."""
     resolved = output.resolve()
     return wandb.init(
         project=tracking.project,
         group=tracking.group or "evaluation",
         job_type="evaluation",
         name=tracking.name or resolved.parent.name,
-        id=os.environ.get(AGENTS_RUN) or run_id(output),
+        id=os.environ.get("WANDB_RUN_ID") or run_id(output),  # the agent's in a sweep
         dir=output,
         mode=mode,
         resume="allow",
         config=config,
         settings=wandb.Settings(
-            x_disable_meta=True,  # it would record the command line, and with it what the configuration hides
+            x_disable_meta=True,  # its command line may contain secrets
             console="off",
             silent=mode == "offline",
             init_timeout=tracking.timeout,
@@ -105,7 +107,7 @@ def start(tracking: Tracking, output: Path, config: dict[str, Any], mode: Litera
 
 
 def run_id(output: Path) -> str:
-    """The folder's id, made when it is first logged."""
+    """Return the run id stored in the folder, creating it at first use."""
     file = output / "wandb.id"
     if not file.is_file():
         write_text(file, secrets.token_hex(6))
@@ -113,11 +115,6 @@ def run_id(output: Path) -> str:
 
 
 def summary_key(score: Score) -> str:
-    """`dreambench/dino/KOSMOS-G after stage 3`; points of the curve end with their guidance scale."""
+    """Return `<table>/<metric>/<system>`, with the guidance scale for points of the curve."""
     point = "" if score.guidance_scale is None else f"/{score.guidance_scale:g}"
     return f"{score.table}/{score.metric}/{score.system}{point}"
-
-
-def protocols(scores: Sequence[Score]) -> list[str]:
-    """Every protocol of the scores, once."""
-    return list(dict.fromkeys(score.protocol for score in scores))

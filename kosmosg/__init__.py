@@ -1,4 +1,4 @@
-"""KOSMOS-G: interleaved images and text as the prompt of a frozen Stable Diffusion (arXiv 2310.02992).
+"""KOSMOS-G: prompts of interleaved images and text for a frozen image decoder (arXiv 2310.02992).
 
-What a user of the model imports: tokenizer, prompt, models, losses, pipeline, checkpoint conversion.
+This package is what users of a model import: pipeline, prompts, networks, losses and checkpoint conversion.
 """

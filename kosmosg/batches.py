@@ -1,6 +1,6 @@
-"""What each stage's DataModule hands to its LightningModule: micro-batches, and a list of them for an optimizer step.
+"""Micro-batches of the three training stages, passed from a DataModule to a LightningModule.
 
-Shapes: `B` rows, `L` tokens, `Q` positions of the image decoder's text model, `H×W` target pixels.
+Shapes: `B` rows, `L` tokens, `T` caption tokens of the image decoder's text model, `H×W` pixels, `c×h×w` latents.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -17,13 +17,13 @@ Batch = TypeVar("Batch", bound="MicroBatch")
 
 @dataclass
 class ReadReport:
-    """What was read for one micro-batch; travels with it from the data worker to the training process.
+    """Statistics of reading one micro-batch, sent with it from the data worker to the training process.
 
     Attributes:
         samples: `shard/key` of each row, for messages and for comparing orders.
         sources: name of the source of each row.
-        reads: samples opened, usable or not.
-        errors: why the others were not usable.
+        reads: number of samples read, including unusable ones.
+        errors: the errors of unusable samples.
     """
 
     samples: list[str] = field(default_factory=list)
@@ -42,12 +42,12 @@ class ReadReport:
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """Rows that go through the networks together. A stage adds its tensors, one row each.
+    """Rows that are processed together. Subclasses add the tensors of their stage, with B rows each.
 
     Attributes:
-        indices: place of each row in the run's global order. Noise, timesteps and condition dropout are drawn by it,
-            so that they do not depend on how a step is divided.
-        counted: how many rows count in a validation, the first ones; the others only keep the ranks in step.
+        indices: position of each row in the global order of the run. It seeds noise, timesteps and condition dropout,
+            so that they do not depend on the division of a step into micro-batches.
+        counted: number of rows that count in validation, from the first. The others keep the ranks in step.
     """
 
     prompt: PromptBatch
@@ -59,7 +59,7 @@ class MicroBatch:
         return len(self.prompt)
 
     def rows(self: Batch, index: list[int]) -> Batch:
-        """Some rows. What was read for the whole batch stays whole: `report`, and `counted`."""
+        """Select rows; `report` and `counted` remain those of the whole batch."""
         values: dict[str, Any] = {"prompt": self.prompt.rows(index)}
         if self.indices:
             values["indices"] = [self.indices[row] for row in index]
@@ -73,11 +73,11 @@ class MicroBatch:
         return replace(self, **values)
 
     def to(self: Batch, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on another device."""
+        """Move the batch to a device."""
         return self._map("to", device, non_blocking=non_blocking)
 
     def pin_memory(self: Batch) -> Batch:
-        """The batch in page-locked memory, from which copies to a GPU need not block."""
+        """Copy the batch to page-locked memory, for asynchronous copies to a GPU."""
         return self._map("pin_memory")
 
     def _map(self: Batch, method: str, *arguments: Any, **keywords: Any) -> Batch:
@@ -95,12 +95,12 @@ class MicroBatch:
 
 @dataclass(kw_only=True)
 class LanguageModellingBatch(MicroBatch):
-    """Stage 1. `labels` B×L int64: `labels[:, t]` is the token after `ids[:, t]`, or -100 where it is not learned."""
+    """Stage 1. `labels` B×L int64: `labels[:, l]` is the token after `ids[:, l]`, or -100 without a loss."""
 
     labels: Tensor
 
     def rows(self, index: list[int]) -> "LanguageModellingBatch":
-        """Some rows, cut to their own longest as the prompts are."""
+        """Select rows, cut to the length of the prompts."""
         chosen = super().rows(index)
         return replace(chosen, labels=chosen.labels[:, : chosen.prompt.ids.shape[1]])
 
@@ -110,9 +110,9 @@ class AlignmentBatch(MicroBatch):
     """Stage 2.
 
     Attributes:
-        text_ids: B×Q int64, the captions for the image decoder's text model; None where its states were cached.
-        states: B×L×D, the MLLM's cached states, zero at padding. The prompts then have lengths, but no ids.
-        target: t of eq. 5, cached.
+        text_ids: B×T int64, captions for the image decoder's text model; None if its conditions are cached.
+        states: B×L×D, cached hidden states of the MLLM, zero at padding. The prompts then have lengths, but no ids.
+        target: t of eq. 5, if cached.
     """
 
     text_ids: Tensor | None = None
@@ -120,7 +120,7 @@ class AlignmentBatch(MicroBatch):
     target: Condition | None = None
 
     def rows(self, index: list[int]) -> "AlignmentBatch":
-        """Some rows, cut to their own longest as the prompts are."""
+        """Select rows, cut to the length of the prompts."""
         chosen = super().rows(index)
         cut = None if chosen.states is None else chosen.states[:, : chosen.prompt.ids.shape[1]]
         return replace(chosen, states=cut)
@@ -131,10 +131,10 @@ class InstructionBatch(MicroBatch):
     """Stage 3.
 
     Attributes:
-        targets: B×3×H×W float32 in [-1, 1], or their cached latents: the VAE's moments B×8×h×w. Where they are not of
-            one size, a list of B.
-        text_ids: captions of the targets for the image decoder's text model, B×Q int64, -1 in rows without one; None
-            where no loss reads them.
+        targets: B×3×H×W float32 in [-1, 1], or cached moments of the VAE, such as B×2c×h×w. A list of B tensors if
+            sizes differ.
+        text_ids: B×T int64, captions of the targets for the image decoder's text model, -1 in rows without a caption;
+            None if no loss uses them.
     """
 
     targets: Tensor | list[Tensor]
@@ -142,5 +142,5 @@ class InstructionBatch(MicroBatch):
 
 
 def is_tensors(value: Any) -> bool:
-    """Whether it is a list of tensors, one row each."""
+    """Return whether the value is a list of tensors, one per row."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)

@@ -1,4 +1,4 @@
-"""What an image decoder reads, and the form in which it wants it.
+"""The condition that an image decoder reads, and its format.
 
 Shapes: `B` batch, `Q` condition tokens, `C` condition width, `P` width of the pooled vector.
 """
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ConditionSpec:
-    """The form of an image decoder's condition.
+    """The format of an image decoder's condition.
 
     Attributes:
         tokens: `Q`.
         width: `C`.
-        masked: whether the decoder reads a mask of the states that count; a condition without one counts whole.
+        masked: whether the decoder reads an attention mask; without a mask it attends to all states.
         pooled: `P`, or None for decoders without a pooled vector.
-        unconditional: what classifier-free guidance steers away from: the condition of the unconditional prompt, or
-            zeros.
+        unconditional: the null condition, which classifier-free guidance steers away from: the condition of the
+            unconditional prompt, or zeros.
     """
 
     tokens: int
@@ -31,51 +31,52 @@ class ConditionSpec:
     unconditional: Literal["prompt", "zeros"] = "prompt"
 
     def null(self, unconditional: "Condition") -> "Condition":
-        """The null condition, of the rows of the unconditional prompt's."""
+        """Return the null condition, given the condition of the unconditional prompt."""
         if self.unconditional == "prompt":
             return unconditional
         return unconditional._map(torch.zeros_like)
 
 
 class Condition(NamedTuple):
-    """states B×Q×C; mask bool B×Q, True where a state counts, or None where all do; pooled B×P or None."""
+    """What AlignerNet gives the image decoder: states B×Q×C; mask bool B×Q, True where the decoder attends, None for
+    everywhere; pooled vector B×P or None."""
 
     states: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
 
     def with_mask(self) -> "Condition":
-        """With a mask, of all states where there is none."""
+        """Add a mask that allows all states, if there is none."""
         if self.mask is not None:
             return self
         return self._replace(mask=torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device))
 
     def spread(self, tokens: int) -> "Condition":
-        """`tokens` states without a mask: those that count in their order, each repeated as often as the others or once
-        more; with fewer `tokens` than count, some are skipped evenly. As it is, where all count.
+        """Repeat the unmasked states evenly, in order, to get exactly `tokens` states without a mask.
 
-        Attention over them, which knows no positions, is what it was over those that count where their number divides
-        `tokens`, and close to it elsewhere. A network that gives no mask can be taught these states.
+        Cross-attention has no positions, so its output is unchanged if the number of unmasked states divides `tokens`,
+        and close to it otherwise. This gives AlignerNet, which predicts no mask, a target of fixed length. With more
+        unmasked states than `tokens`, some are skipped evenly.
         """
         if self.mask is None:
             return self
         counts = self.mask.sum(dim=1, keepdim=True)
-        order = (~self.mask).long().argsort(dim=1, stable=True)  # those that count first
-        places = order.gather(1, torch.arange(tokens, device=order.device) * counts // tokens)
+        order = (~self.mask).long().argsort(dim=1, stable=True)  # unmasked states first
+        index = order.gather(1, torch.arange(tokens, device=order.device) * counts // tokens)
         return self._replace(
-            states=self.states.gather(1, places[..., None].expand(-1, -1, self.states.shape[2])), mask=None
+            states=self.states.gather(1, index[..., None].expand(-1, -1, self.states.shape[2])), mask=None
         )
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> "Condition":
-        """Some rows."""
+        """Select rows."""
         return self._map(lambda tensor: tensor[index])
 
     def repeat_interleave(self, times: int) -> "Condition":
-        """Each row `times` times, those of one row together."""
+        """Repeat each row `times` times; copies of a row are adjacent."""
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def to(self, *arguments, **options) -> "Condition":
-        """As `torch.Tensor.to`; a mask keeps its dtype."""
+        """Move or cast as `torch.Tensor.to`; the mask keeps its dtype."""
         states, mask, pooled = self
         return Condition(
             states.to(*arguments, **options),
@@ -84,22 +85,22 @@ class Condition(NamedTuple):
         )
 
     def pin_memory(self) -> "Condition":
-        """In page-locked memory."""
+        """Copy to page-locked memory."""
         return self._map(Tensor.pin_memory)
 
     def replace_where(self, chosen: Tensor, other: "Condition") -> "Condition":
-        """Rows where `chosen` (bool, B) is True give way to `other`, of one row or B."""
+        """Replace the rows where `chosen` (B, bool) is True by those of `other`, which has one row or B."""
 
-        def merged(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            if ours is None or theirs is None:
-                return ours
-            return torch.where(chosen.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
+        def merge(own: Tensor | None, new: Tensor | None) -> Tensor | None:
+            if own is None or new is None:
+                return own
+            return torch.where(chosen.view(-1, *[1] * (own.ndim - 1)), new, own)
 
-        return Condition(*(merged(ours, theirs) for ours, theirs in zip(self, other, strict=True)))  # type: ignore[arg-type]
+        return Condition(*(merge(own, new) for own, new in zip(self, other, strict=True)))  # type: ignore[arg-type]
 
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
-        """The rows of all, in order."""
+        """Concatenate the rows of several conditions."""
         columns: list[Any] = [
             None if column[0] is None else torch.cat(column) for column in zip(*conditions, strict=True)
         ]  # type: ignore[arg-type]

@@ -1,19 +1,18 @@
-"""Configuration from YAML files and `key=value` arguments, merged in order: later wins.
+"""Load configurations from YAML files and `key=value` arguments; later arguments override earlier ones.
 
-- In an argument, what stands left of the first `=` decides. Without a slash there, it is a key: `run=runs/a.yaml` sets
-  `run`. Everything else is the path of a YAML file or of a run folder (which holds a `config.yaml`):
-  `runs/lr=0.1/config.yaml`, `./lr=0.1`.
-- Values are read as their schema says. Text is kept to the letter (`run=0123`, `wandb.name=no`, `run="a #b"`), integers
-  are decimal, `null` and `None` (which W&B sweeps pass) mean None where None is allowed, `key="''"` is the empty text.
+- An argument whose text before the first `=` has no slash sets a key: `run=runs/a.yaml` sets `run`. Any other argument
+  is the path of a YAML file or of a run folder with a `config.yaml`: `runs/lr=0.1/config.yaml`, `./lr=0.1`.
+- Values are read according to the schema. Text is not interpreted (`run=0123`, `wandb.name=no`, `run="a #b"`), integers
+  are decimal, `null` and `None` (which W&B sweeps pass) mean None if None is allowed, `key="''"` is the empty text.
   Everything else is YAML. Unquoted values in YAML files follow the same rules.
-- A YAML file may start from others: `extends: [model/toyland, data/captions]`. A name is looked for under the nearest
-  folder called `configs` above the file, then under `configs/` beside the package, with or without `.yaml`; a name that
-  begins with `./` or `../` is taken from the file's own folder. What is extended is read first, so the file wins.
+- A YAML file may extend others: `extends: [model/toyland, data/captions]`. Names are searched in the nearest folder
+  called `configs` above the file, then in `configs/` beside the package, with or without `.yaml`; names that begin with
+  `./` or `../` are relative to the file. The values of the file override those that it extends.
 - Relative paths in a configuration are relative to the working directory.
-- `${divide:${model.mllm.layers},2}` is a whole share of another value. `${oc.env:NAME}` is read from the environment,
-  and never recorded (`written_config`).
+- `${divide:${model.mllm.layers},2}` divides another value without remainder. `${oc.env:NAME}` reads an environment
+  variable, whose value is never recorded (`written_config`).
 
-Schemas are dataclasses that stand beside what they configure; `__post_init__` checks values.
+Schemas are dataclasses next to the code that they configure; `__post_init__` checks values.
 """
 
 import ast
@@ -40,7 +39,7 @@ from kosmosg.files import write_text
 Schema = TypeVar("Schema")
 SchemaChoice = type[Schema] | Callable[[dict[str, Any]], type[Schema]]
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # absent where the package is installed by itself
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # exists only in a clone of the repository
 RUN_CONFIG = "config.yaml"
 SUFFIXES = (".yaml", ".yml")
 MASK = "***"
@@ -60,30 +59,30 @@ RENAMED = {
     "trainer.recompute": "trainer.activation_checkpointing",
 }
 REMOVED = {
-    "engine": "Ray Data does all curation, on one machine or many; leave it out.",
-    "ray.prepare": "Tasks read and prepare on every free core; leave it out.",
-    "ray.write": "Tasks cut and write on every free core; leave it out.",
-    "report": "'report.sheet' is now 'sheet', and the throughput report extrapolates nothing.",
-    "recipe.cache_megabytes": "Caption states are not cached any more; leave it out.",
-    "trainer.max_flops": "Set trainer.max_steps.",
+    "engine": "Curation always uses Ray Data; remove the key.",
+    "ray.prepare": "Tasks use every free core; remove the key.",
+    "ray.write": "Tasks use every free core; remove the key.",
+    "report": "'report.sheet' is now 'sheet'; the throughput report does not extrapolate.",
+    "recipe.cache_megabytes": "Caption states are no longer cached in memory; remove the key.",
+    "trainer.max_flops": "Set trainer.max_steps instead.",
 }
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the argument, the key and what is allowed."""
+    """The configuration is invalid; the message names the argument, the key and what is allowed."""
 
 
 class Plain(str):
-    """An unquoted scalar of YAML, whose type is not decided yet."""
+    """An unquoted YAML scalar; the schema decides its type."""
 
 
 class Argument(str):
-    """The value of a `key=value` argument: text, or YAML where the schema wants anything else."""
+    """The value of a `key=value` argument: text if the schema expects text, otherwise YAML."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The values of one argument, or of a file that it extends, and the name to blame for them."""
+    """The values of an argument, or of a file that it extends, and their origin for messages."""
 
     origin: str
     values: dict[str, Any]
@@ -93,20 +92,20 @@ def load_config(arguments: Sequence[str], schema: SchemaChoice[Schema]) -> Schem
     """Merge `arguments` in order into an instance of `schema`.
 
     Args:
-        schema: a dataclass, or a function that picks one by the merged values (`train.py` picks by `stage`).
+        schema: a dataclass, or a function that selects one by the merged values (`train.py` selects by `stage`).
 
     Raises:
-        ConfigError: unknown argument or file, circular `extends`, unknown key, value of a wrong type or range.
+        ConfigError: an argument, file or key is unknown, `extends` is circular, or a value has a wrong type or range.
     """
     with _merged(arguments, schema) as config:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
 
 
 def written_config(arguments: Sequence[str], schema: SchemaChoice[Any]) -> dict[str, Any]:
-    """The same configuration as plain values for a record, completed by defaults, itself a valid argument.
+    """Merge `arguments` into plain values for a record, including defaults; saved as YAML it is a valid argument.
 
-    What reads the environment, directly or through other keys, stays as it was written. In fields with the metadata
-    `secret`, other text and numbers are written as `***`.
+    Values that read the environment, directly or through other keys, are recorded as written. Other text and numbers of
+    fields with the metadata `secret` are recorded as `***`.
 
     Raises:
         ConfigError: see `load_config`.
@@ -116,32 +115,32 @@ def written_config(arguments: Sequence[str], schema: SchemaChoice[Any]) -> dict[
 
 
 def save_config(config: Any, file: Path) -> None:
-    """Write what `written_config` gives, or a schema's instance, as YAML; atomic."""
+    """Write the result of `written_config`, or an instance of a schema, as YAML; atomic."""
     values = config if isinstance(config, dict) else _written(OmegaConf.structured(config))
     write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def split_options(arguments: Sequence[str], options: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The paths among a command's arguments, and its options `key=value` over the given defaults.
+    """Split a command's arguments into paths and `key=value` options, which override the defaults in `options`.
 
     Raises:
-        ConfigError: an option that the command does not have.
+        ConfigError: the command has no such option.
     """
-    paths, given = [], dict(options)
+    paths, values = [], dict(options)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key in options:
-            given[key] = value
+            values[key] = value
         elif _is_path(argument) or not equals or Path(argument).exists():
             paths.append(argument)
         else:
             allowed = f"allowed: {', '.join(f'{name}=…' for name in options)}; ./{argument} is a path"
             raise ConfigError(f"argument '{argument}': there is no option '{key}' ({allowed})")
-    return paths, given
+    return paths, values
 
 
 def divide(number: int, divisor: int) -> int:
-    """`${divide:number,divisor}`. Raises ValueError: the quotient is not whole."""
+    """Implement `${divide:number,divisor}`. Raises ValueError if there is a remainder."""
     if not divisor or number % divisor:
         raise ValueError(f"{number} cannot be divided by {divisor} without a remainder")
     return number // divisor
@@ -149,7 +148,7 @@ def divide(number: int, divisor: int) -> int:
 
 @contextmanager
 def _merged(arguments: Sequence[str], schema: SchemaChoice[Any]) -> Iterator[DictConfig]:
-    """The merged configuration, unresolved; errors of the body, which resolves it, become ConfigErrors."""
+    """Yield the merged, unresolved configuration; errors of resolving it in the body become ConfigErrors."""
     OmegaConf.register_resolver("divide", divide, replace=True)
     layers = [layer for argument in arguments for layer in read_argument(argument)]
     kind = schema if isinstance(schema, type) else schema(_untyped(layers))
@@ -157,7 +156,7 @@ def _merged(arguments: Sequence[str], schema: SchemaChoice[Any]) -> Iterator[Dic
     for layer in layers:
         _refuse_old_keys(layer, kind)
         try:
-            config = OmegaConf.merge(config, _typed(layer.values, kind))
+            config = OmegaConf.unsafe_merge(config, _typed(layer.values, kind))  # in place: merge() copies it each time
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             hint = f" (the path of that name is ./{layer.origin})" if Path(layer.origin).is_dir() else ""
             raise ConfigError(f"{layer.origin}: {_describe(error)}{hint}") from error
@@ -169,19 +168,19 @@ def _merged(arguments: Sequence[str], schema: SchemaChoice[Any]) -> Iterator[Dic
         raise
     except (OmegaConfBaseException, ValueError) as error:
         key = str(getattr(error, "full_key", None) or "")
-        origin = next((layer.origin for layer in reversed(layers) if key and _holds(layer.values, key)), None)
+        origin = next((layer.origin for layer in reversed(layers) if key and _has_value(layer.values, key)), None)
         raise ConfigError(f"{origin}: {_describe(error)}" if origin else _describe(error)) from error
 
 
 def read_argument(argument: str) -> list[Layer]:
-    """The layers of one argument, those it extends first. Raises ConfigError."""
+    """Return the layers of an argument, starting with those it extends. Raises ConfigError."""
     key, equals, value = argument.partition("=")
     if not equals or _is_path(argument):
         return _read_path(argument)
     if key.startswith("-"):
         raise ConfigError(f"argument '{argument}': write {key.lstrip('-')}={value}, without dashes")
     if not all(key.split(".")) or key == "extends":
-        raise ConfigError(f"argument '{argument}': '{key}' is no key (files are extended in YAML only)")
+        raise ConfigError(f"argument '{argument}': '{key}' is not a key (extends is allowed in YAML files only)")
     if value == "":
         raise ConfigError(f"argument '{argument}' has no value; write {key}=null for none, {key}=\"''\" for empty text")
     values: Any = Argument(value)
@@ -198,7 +197,7 @@ def _read_path(argument: str) -> list[Layer]:
     path = Path(argument)
     if path.is_dir():
         if not (path / RUN_CONFIG).is_file():
-            raise ConfigError(f"'{argument}' is a folder without {RUN_CONFIG}, so it is no run folder")
+            raise ConfigError(f"'{argument}' is a folder without {RUN_CONFIG}, so it is not a run folder")
         return _read_file(path / RUN_CONFIG, ())
     if path.suffix not in SUFFIXES:
         known = [*_known_files(), *(name.removesuffix(".yaml") for name in _known_files())]
@@ -210,22 +209,22 @@ def _read_path(argument: str) -> list[Layer]:
     return _read_file(path, ())
 
 
-def _read_file(file: Path, above: tuple[Path, ...]) -> list[Layer]:
+def _read_file(file: Path, parents: tuple[Path, ...]) -> list[Layer]:
     resolved = file.resolve()
-    if resolved in above:
-        chain = " → ".join(path.name for path in (*above[above.index(resolved) :], resolved))
-        raise ConfigError(f"{file}: 'extends' runs in a circle: {chain}")
+    if resolved in parents:
+        chain = " → ".join(path.name for path in (*parents[parents.index(resolved) :], resolved))
+        raise ConfigError(f"{file}: 'extends' is circular: {chain}")
     try:
         values = yaml.load(file.read_bytes(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
     values = {} if values in (None, "") else values
     if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds {type(values).__name__} at its top; a configuration is a mapping")
+        raise ConfigError(f"{file} holds {type(values).__name__} at its top; it must be a mapping")
     bases = values.pop("extends", None) or []
     layers: list[Layer] = []
     for base in [bases] if isinstance(bases, str) else bases:
-        layers += _read_file(_find_base(str(base), resolved), (*above, resolved))
+        layers += _read_file(_find_base(str(base), resolved), (*parents, resolved))
     return [*layers, Layer(str(file), values)]
 
 
@@ -240,14 +239,14 @@ def _find_base(name: str, file: Path) -> Path:
     known = [known.removesuffix(".yaml") for known in _known_files(roots[0])]
     places = " and ".join(str(root) for root in dict.fromkeys(roots))
     if CONFIGS in roots and not CONFIGS.is_dir():
-        places += " (configs/ is in a clone of the repository; the installed package holds none)"
+        places += " (configs/ is in a clone of the repository, not in the installed package)"
     raise ConfigError(f"{file}: extends '{name}', but there is no {with_suffix} under {places}.{_nearest(name, known)}")
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves the type of unquoted scalars to the schema; refuses a key that is given twice."""
+    """YAML loader that keeps unquoted scalars as `Plain` and refuses duplicate keys."""
 
-    # The key `<<` alone is still recognized.
+    # Only the merge key `<<` is still resolved.
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012
 
     def construct_scalar(self, node: Any) -> str:
@@ -265,7 +264,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """Plain values of the types that the schema says; what does not fit is left for the merge to refuse."""
+    """Convert values to the types of the schema; values that do not fit are left for the merge to refuse."""
     optional = get_origin(kind) in (Union, UnionType)
     kinds = [k for k in (get_args(kind) if optional else (kind,)) if k is not NoneType]
     if isinstance(value, dict):
@@ -283,7 +282,7 @@ def _typed(value: Any, kind: Any) -> Any:
         return None
     if text or value.lower() in ("true", "false"):
         return str(value) if text else value.lower() == "true"
-    for number in (int,) if kinds == [int] else (int, float):  # which read decimal numbers alone
+    for number in (int,) if kinds == [int] else (int, float):  # both read only decimal numbers
         with suppress(ValueError):
             return number(value)
     return str(value)
@@ -299,29 +298,29 @@ def _kind_of_item(kind: Any, key: Any) -> Any:
 
 
 def _untyped(layers: list[Layer]) -> dict[str, Any]:
-    """The merged values, for the choice of a schema."""
+    """Return the merged values without a schema, for selecting one."""
     values = []
     for layer in layers:
-        with suppress(yaml.YAMLError):  # text, if the schema says so; else it is refused then
+        with suppress(yaml.YAMLError):  # may be valid as text; otherwise it is refused once the schema is known
             values.append(_typed(layer.values, Any))
     return OmegaConf.to_container(OmegaConf.merge({}, *values))  # type: ignore[return-value]
 
 
 def _refuse_old_keys(layer: Layer, kind: type) -> None:
-    for key in filter(lambda key: _holds(layer.values, key) and not _knows(kind, key), (*RENAMED, *REMOVED)):
+    for key in filter(lambda key: _has_value(layer.values, key) and not _has_key(kind, key), (*RENAMED, *REMOVED)):
         if key in REMOVED:
-            raise ConfigError(f"{layer.origin}: '{key}' is gone. {REMOVED[key]}")
-        if _knows(kind, RENAMED[key]):
+            raise ConfigError(f"{layer.origin}: '{key}' was removed. {REMOVED[key]}")
+        if _has_key(kind, RENAMED[key]):
             raise ConfigError(f"{layer.origin}: '{key}' is now '{RENAMED[key]}'")
 
 
-def _knows(kind: Any, key: str) -> bool:
+def _has_key(kind: Any, key: str) -> bool:
     for name in key.split("."):
         kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     return kind is not None
 
 
-def _holds(values: Any, key: str) -> bool:
+def _has_value(values: Any, key: str) -> bool:
     for name in key.split("."):
         if not isinstance(values, dict) or name not in values:
             return False
@@ -330,10 +329,10 @@ def _holds(values: Any, key: str) -> bool:
 
 
 def _written(config: Any) -> dict[str, Any]:
-    environment: list[Any] = []  # what the last look at a value read of it
+    reads: list[Any] = []  # environment variables that the last value has read
 
-    def recorded(*arguments: Any) -> Any:
-        environment.append(arguments)
+    def record_read(*arguments: Any) -> Any:
+        reads.append(arguments)
         return oc.env(*arguments)
 
     def written(node: Any, secret: bool = False) -> Any:
@@ -342,16 +341,16 @@ def _written(config: Any) -> dict[str, Any]:
         plain: dict[Any, Any] = {}
         items: Any = raw.items() if isinstance(raw, dict) else enumerate(raw or ())
         for key, text in items:
-            environment.clear()
+            reads.clear()
             value = node[key] if OmegaConf.is_interpolation(node, key) or isinstance(text, (dict, list)) else text
             hidden = secret or key in secrets
-            if environment:
+            if reads:
                 plain[key] = text
             else:
                 plain[key] = written(value, hidden) if OmegaConf.is_config(value) else _portable(value, hidden)
         return plain if isinstance(raw, dict) else list(plain.values())
 
-    OmegaConf.register_resolver("oc.env", recorded, replace=True)
+    OmegaConf.register_resolver("oc.env", record_read, replace=True)
     try:
         return written(config)
     finally:
@@ -359,7 +358,7 @@ def _written(config: Any) -> dict[str, Any]:
 
 
 def _portable(value: Any, secret: bool) -> Any:
-    """A scalar of plain YAML, from which `load_config` reads the same value."""
+    """Return a YAML scalar from which `load_config` reads the same value."""
     if secret and not isinstance(value, (bool, NoneType)):
         return MASK
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value)) if isinstance(value, (str, Path)) else value
@@ -379,11 +378,11 @@ def _known_files(root: Path = CONFIGS) -> list[str]:
 
 def _nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean: '{close[0]}'?" if close else f" There are: {', '.join(known)}" if known else ""
+    return f" Did you mean: '{close[0]}'?" if close else f" Available: {', '.join(known)}" if known else ""
 
 
 def describe_schema(schema: type, prefix: str = "") -> str:
-    """Help for a schema: a line for each key, `key: type = default  # docstring`; keys of nested schemas are dotted."""
+    """Return the help of a schema, one line `key: type = default  # docstring` per key; nested keys are dotted."""
     hints, docstrings = get_type_hints(schema), field_docstrings(schema)
     lines = []
     for item in fields(schema):
@@ -399,16 +398,16 @@ def describe_schema(schema: type, prefix: str = "") -> str:
 
 
 def field_docstrings(schema: type) -> dict[str, str]:
-    """The string that follows each field in the source, base classes included; none where there is no source."""
-    found: dict[str, str] = {}
+    """Return the docstring of each field, the string that follows it in the source; empty without source."""
+    docstrings: dict[str, str] = {}
     for kind in reversed(schema.__mro__):
         try:
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        except (OSError, TypeError):  # made by dataclasses.make_dataclass, or built in
+        except (OSError, TypeError):  # a class of dataclasses.make_dataclass, or a built-in one
             continue
         for statement, following in pairwise(getattr(definition, "body", [])):
             if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
                 continue
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                found[statement.target.id] = str(following.value.value)
-    return found
+                docstrings[statement.target.id] = str(following.value.value)
+    return docstrings

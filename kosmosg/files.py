@@ -1,8 +1,8 @@
-"""Files and folders that are replaced whole or not at all, also when the process is killed or the power fails.
+"""Replace files and folders atomically, even if the process is killed or the power fails.
 
-Every write is flushed to the disk under a temporary name before it takes the target's place. The temporary name begins
-with a dot and is random, so no other process (of another host or container) can have it, and what a killed process
-left is neither found by its name nor written into again.
+Content is written under a temporary name and flushed to disk before it replaces the target. Temporary names start with
+a dot and are random, so processes on other hosts or in other containers cannot collide, and leftovers of a killed
+process are never reused.
 """
 
 import ctypes
@@ -23,17 +23,16 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <linux/fcntl.h>, <linux/fs.h>
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or a folder to; it takes the place of `path` at the end.
+    """Yield a temporary path for a file or folder, which replaces `path` on exit.
 
-    Until then `path` is what it was. If anything fails, the temporary is removed and `path` stays. Folders are made
-    down to `path`'s parent.
+    On an error the temporary is removed and `path` is unchanged. Missing parent folders are created.
 
     Raises:
-        OSError: it cannot be written, or a file would replace a folder.
+        OSError: the path cannot be written, or a file would replace a folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Cut: a file name has at most 255 bytes, a character up to four.
+    # The name is cut, because file names have at most 255 bytes and a character up to four.
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.new")
     try:
         yield temporary
@@ -50,23 +49,23 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 
 def write_bytes(file: str | Path, content: bytes) -> None:
-    """Replace a file's content."""
+    """Write a file atomically."""
     with replaced(file) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """Replace a file's content, in UTF-8."""
+    """Write a file atomically, in UTF-8."""
     write_bytes(file, text.encode())
 
 
 def write_json(file: str | Path, value: Any) -> None:
-    """Replace a file's content, as JSON with an indentation of two spaces."""
+    """Write a JSON file atomically, indented by two spaces."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def decode_text(content: bytes, errors: str = "strict") -> str:
-    """UTF-8 as text, without the byte order mark that Windows' programs put where a file begins.
+    """Decode UTF-8, without the byte order mark that Windows programs put at the start of a file.
 
     Raises:
         UnicodeDecodeError: the content is not UTF-8.
@@ -75,7 +74,7 @@ def decode_text(content: bytes, errors: str = "strict") -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all in it, if it is there."""
+    """Remove a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -83,9 +82,9 @@ def remove(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in `folder`. No other process may be writing there.
+    """Remove temporary files of killed processes from `folder`, while no other process writes to it.
 
-    A folder that was moved aside for one that never came (see `_exchange`) is put back.
+    A folder that `_exchange` had moved aside is restored if its replacement is missing.
     """
     for path in folder.glob(".*"):
         if (match := LEFTOVER.fullmatch(path.name)) is None:
@@ -97,9 +96,9 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Let `new` and `path` change places, in one system call where the system has it (Linux, local file systems).
+    """Exchange `new` and `path`, atomically where supported (Linux, local file systems).
 
-    Elsewhere `path` is moved aside first, to a name that `clear_leftovers` knows.
+    Elsewhere `path` is first moved aside, to a name that `clear_leftovers` recognises.
     """
     if sys.platform == "linux" and (rename := getattr(ctypes.CDLL(None), "renameat2", None)) is not None:
         if rename(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0:
@@ -115,7 +114,7 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
+    """Flush a file's content or a folder's entries to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,8 +1,8 @@
-"""Prompts of a file → PNG files that know how they were made.
+"""Plan image generation from a file of prompts, and store each image with its parameters.
 
-A job is one image: prompt, input images, seed. Its file carries the job's parameters in its metadata, so that a stopped
-run resumes without a record of its own: what exists with the same parameters is done. All that the jobs need is tried
-before anything is drawn.
+A job is one image: prompt, input images, seed. The parameters are stored in the metadata of the image file, so an
+interrupted run resumes by skipping files that exist with the same parameters. All inputs are checked before anything is
+drawn.
 """
 
 import codecs
@@ -26,19 +26,19 @@ from kosmosg.steering import masked
 
 METADATA_KEY = "kosmosg"
 JPEG_QUALITY = 95
-LONGEST_NAME = 240  # bytes; a file system takes 255, and a temporary name is a little longer
-MOST_IMAGES = 1_000_000  # of one prompt; each is planned before any is drawn
-NAMED = 80  # characters of a value in a message
-PROBE_BYTES = 1 << 20  # weights are known by their files' sizes, first and last MiB; reading all would take a minute
+LONGEST_NAME = 240  # bytes; file systems allow 255, and temporary names are slightly longer
+MOST_IMAGES = 1_000_000  # per prompt, because all jobs are planned before any is drawn
+MESSAGE_CHARACTERS = 80  # of a value in a message
+PROBE_BYTES = 1 << 20  # fingerprints read the first and last MiB of each file; reading all would take a minute
 
 
 class GenerationError(ValueError):
-    """A request that cannot be drawn, or a file in its place that was drawn otherwise."""
+    """A request cannot be drawn, or its output file exists with other parameters."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One line of a manifest. `count` images are drawn, with seeds `seed`, `seed + 1`, …"""
+    """One line of a manifest: `count` images with the seeds `seed`, `seed + 1`, …"""
 
     prompt: str
     images: tuple[str, ...] = ()
@@ -46,19 +46,19 @@ class Request:
     seed: int = 0
     count: int = 1
     image_weights: tuple[float, ...] = ()
-    """How much each image counts; none: 1 each."""
+    """Factor on each image's contribution; empty for 1 each."""
     image_masks: tuple[str | None, ...] = ()
-    """Files, white where the subject of each image is; None: the image is read whole."""
+    """File of each image's mask, white on the subject; None for the whole image."""
     control_image: str = ""
-    """A file for the ControlNet, in the form it was trained on; none: it is not used."""
+    """File of the ControlNet's input, such as edges; empty for no ControlNet."""
     control_scale: float = 1.0
     init_image: str = ""
-    """A file to start from instead of noise."""
+    """File of an initial image; empty to start from noise."""
     strength: float = 0.7
-    """How much of the initial image is drawn anew; 1 is all of it."""
+    """How much the initial image is changed, up to 1 for a new image."""
     name: str = ""
     place: str = "the prompt"
-    """Where it was read, for messages."""
+    """Origin of the request, for messages."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -67,21 +67,21 @@ class Request:
             raise GenerationError(
                 f"the prompt has {placeholders} placeholders {PLACEHOLDER} but {len(self.images)} images"
             )
-        for what, given in (("weights", self.image_weights), ("masks", self.image_masks)):
-            if given and len(given) != len(self.images):
-                raise GenerationError(f"{len(given)} image {what} for {len(self.images)} images; give one each")
+        for kind, values in (("weights", self.image_weights), ("masks", self.image_masks)):
+            if values and len(values) != len(self.images):
+                raise GenerationError(f"{len(values)} image {kind} for {len(self.images)} images; give one each")
         if wrong := [weight for weight in self.image_weights if not 0 <= weight < math.inf]:
             raise GenerationError(f"the image weight {wrong[0]} is not allowed; allowed: 0 or more")
         if not 0 <= self.control_scale < math.inf:
             raise GenerationError(f"control_scale={self.control_scale} is not allowed; allowed: 0 or more")
         if not 0 < self.strength <= 1:
-            raise GenerationError(f"strength={self.strength} is not allowed; allowed: above 0, up to 1")
+            raise GenerationError(f"strength={self.strength} is not allowed; allowed: above 0, at most 1")
         check_negative_prompt(self.negative_prompt)
         for name in ("prompt", "negative_prompt"):
             try:
                 getattr(self, name).encode()
-            except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
-                raise GenerationError(f"{name} is no text: it has {error.object[error.start]!r}") from error
+            except UnicodeEncodeError as error:  # JSON may contain half of a surrogate pair
+                raise GenerationError(f"{name} is not valid text: it has {error.object[error.start]!r}") from error
         if not 1 <= self.count <= MOST_IMAGES or self.seed < 0 or self.seed + self.count - 1 > LARGEST_SEED:
             raise GenerationError(
                 f"count={self.count} and seed={self.seed}; allowed: count in 1 … {MOST_IMAGES:,}, seeds in 0 … 2^64 - 1"
@@ -89,13 +89,14 @@ class Request:
         longest = f"{self.name}-{self.seed + self.count - 1}.png"
         if Path(self.name).name != self.name or not self.name.isprintable() or len(longest.encode()) > LONGEST_NAME:
             raise GenerationError(
-                f"name={self.name[:NAMED]!r} is not a plain file name of at most {LONGEST_NAME} bytes with the seed"
+                f"name={self.name[:MESSAGE_CHARACTERS]!r} is not allowed; allowed: a plain file name of at most "
+                f"{LONGEST_NAME} bytes including the seed"
             )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all images of a run share; None is the model's own."""
+    """Sampling settings of all images of a run; None for the model's default."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
@@ -109,31 +110,31 @@ class Settings:
             scheduler_class(self.sampler)
         for name in ("height", "width"):
             if (side := getattr(self, name)) is not None and side < 1:
-                raise GenerationError(f"{name}={side} is not allowed; allowed: pixels, 1 or more")
+                raise GenerationError(f"{name}={side} is not allowed; allowed: at least 1 pixel")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image."""
+    """One image to draw."""
 
     request: Request
     seed: int
     file: Path
     parameters: dict[str, Any]
-    """All that the image depends on, as in its metadata."""
+    """Everything that the image depends on, as stored in its metadata."""
 
 
 def read_manifest(file: Path) -> tuple[list[Request], list[str]]:
-    """The requests of a JSONL file, and what is wrong with the other lines; blank lines are skipped.
+    """Read the requests of a JSONL file, and return the errors of invalid lines; blank lines are skipped.
 
-    Paths of images are relative to the file's folder. A request without a name is called by its line number.
+    Image paths are relative to the file's folder. The default name of a request is its line number.
 
     Raises:
         GenerationError: the file does not exist.
     """
     if not file.is_file():
         raise GenerationError(f"the manifest '{file}' does not exist")
-    requests, wrong = [], []
+    requests, errors = [], []
     for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
@@ -142,21 +143,21 @@ def read_manifest(file: Path) -> tuple[list[Request], list[str]]:
             request = read_request(json.loads(line.decode("utf-8")), f"{number:06d}", file.parent, place)
             check_images(request)
             requests.append(request)
-        except (ValueError, TypeError, RecursionError) as error:  # too deeply nested
-            wrong.append(f"{file}, line {number}: {error}")
+        except (ValueError, TypeError, RecursionError) as error:  # RecursionError: too deeply nested
+            errors.append(f"{file}, line {number}: {error}")
     names = [request.name for request in requests]
-    wrong += [f"{file}: the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    return requests, wrong
+    errors += [f"{file}: the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    return requests, errors
 
 
 def read_request(values: Any, default_name: str, folder: Path, place: str) -> Request:
-    """One line's object as a request.
+    """Convert the JSON object of a line to a request.
 
     Raises:
-        GenerationError: an unknown key, or a value that is not allowed.
+        GenerationError: a key is unknown, or a value is not allowed.
     """
     if not isinstance(values, dict):
-        raise GenerationError(f'a line is {type(values).__name__}; allowed: an object, as {{"prompt": "a dog"}}')
+        raise GenerationError(f'a line is {type(values).__name__}; allowed: an object, such as {{"prompt": "a dog"}}')
     allowed = [field.name for field in fields(Request) if field.name != "place"]
     if unknown := sorted(set(values) - set(allowed)):
         raise GenerationError(f"unknown keys {unknown}; allowed: {', '.join(allowed)}")
@@ -179,13 +180,17 @@ def read_request(values: Any, default_name: str, folder: Path, place: str) -> Re
             raise GenerationError(f"{name}={values[name]!r}; allowed: {allowed_kinds[0].__name__}")
     paths = tuple(str(folder / image) for image in images)
     mask_paths = tuple(None if mask is None else str(folder / mask) for mask in masks)
-    own = {"images": paths, "image_weights": tuple(weights), "image_masks": mask_paths, "place": place}
-    own |= {name: str(folder / values[name]) for name in ("control_image", "init_image") if values.get(name)}
-    return Request(**{"name": default_name, **values, **own})
+    converted = {"images": paths, "image_weights": tuple(weights), "image_masks": mask_paths, "place": place}
+    converted |= {name: str(folder / values[name]) for name in ("control_image", "init_image") if values.get(name)}
+    return Request(**{"name": default_name, **values, **converted})
 
 
 def check_images(request: Request) -> None:
-    """Raises ValueError: an image or a mask that cannot be read or used; names it."""
+    """Check that the images and masks of a request can be read and used.
+
+    Raises:
+        GenerationError: names the first image that cannot.
+    """
     for name, mask in zip(request.images, request.image_masks or (None,) * len(request.images), strict=True):
         try:
             image = read_image(name)
@@ -200,28 +205,28 @@ def check_images(request: Request) -> None:
 
 
 def check_lengths(pipeline: Any, requests: Iterable[Request]) -> list[str]:
-    """What is wrong with prompts that are too long for the model, by place."""
-    encoder, wrong = pipeline.encoder, []
+    """Return an error for each prompt that is too long for the model."""
+    encoder, errors = pipeline.encoder, []
     for request in requests:
         for name, text, images in (
-            ("prompt", request.prompt, [encoder.stand_in(file) for file in request.images]),
+            ("prompt", request.prompt, [encoder.blank_image(file) for file in request.images]),
             ("negative_prompt", request.negative_prompt, []),
         ):
             try:
                 encoder(parse_prompt(text, images))
             except ValueError as error:
-                wrong.append(f"{request.place}: {name}: {error}")
-    return wrong
+                errors.append(f"{request.place}: {name}: {error}")
+    return errors
 
 
 def plan(requests: Sequence[Request], settings: Settings, output: Path, identity: dict[str, Any]) -> list[Job]:
-    """One job for each image, in order.
+    """Return one job per image, in order.
 
     Args:
-        identity: what else the images depend on: the weights, their precision, "controlnet" where one is loaded.
+        identity: everything else that the images depend on: weights, dtype, and "controlnet" if one is loaded.
 
     Raises:
-        GenerationError: a control image without a ControlNet, or a strength at which no step is left.
+        GenerationError: there is a control image but no ControlNet, or the strength leaves no sampling step.
     """
     record = cache(file_record)
     jobs = []
@@ -230,7 +235,8 @@ def plan(requests: Sequence[Request], settings: Settings, output: Path, identity
             raise GenerationError(f"{request.place}: a control image needs --controlnet")
         if request.init_image and int(settings.num_inference_steps * request.strength) < 1:
             raise GenerationError(
-                f"{request.place}: strength={request.strength} of {settings.num_inference_steps} steps is not one step"
+                f"{request.place}: strength={request.strength} of {settings.num_inference_steps} steps is less than "
+                "one step"
             )
         inputs = [record(name) for name in request.images]
         shared = {"prompt": request.prompt, "images": inputs, "negative_prompt": request.negative_prompt}
@@ -242,49 +248,48 @@ def plan(requests: Sequence[Request], settings: Settings, output: Path, identity
             shared["control_image"] = {**record(request.control_image), "scale": request.control_scale}
         if request.init_image:
             shared["init_image"] = {**record(request.init_image), "strength": request.strength}
-        own = {name: value for name, value in identity.items() if name != "controlnet" or request.control_image}
+        networks = {name: value for name, value in identity.items() if name != "controlnet" or request.control_image}
         for seed in range(request.seed, request.seed + request.count):
-            parameters = {**shared, "seed": seed, **asdict(settings), **own}
+            parameters = {**shared, "seed": seed, **asdict(settings), **networks}
             jobs.append(Job(request, seed, output / f"{request.name}-{seed}.png", parameters))
     return jobs
 
 
 def outstanding(jobs: Sequence[Job], overwrite: bool = False) -> list[Job]:
-    """The jobs whose file is not there yet.
+    """Return the jobs whose file does not exist yet.
 
     Raises:
-        GenerationError: a file in the place of one was made with other parameters, and is not to be overwritten; names
-            the first parameter that differs. Or a place that no file can be written to.
+        GenerationError: a file cannot be written, or exists with other parameters while `overwrite` is off; names the
+            first parameter that differs.
     """
     for folder in dict.fromkeys(job.file.parent for job in jobs):
-        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise GenerationError(
-                f"--output '{folder}' cannot be written: '{there}' is no folder that can be written to"
-            )
-    left = []
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise GenerationError(f"--output '{folder}' cannot be written: '{existing}' is not a writable folder")
+    remaining = []
     for job in jobs:
         if os.path.lexists(job.file) and not job.file.is_file():
-            raise GenerationError(f"'{job.file}' exists and is no file; remove it, or give another --output")
-        found = read_parameters(job.file) if job.file.is_file() else None
-        if job.file.is_file() and found != job.parameters and not overwrite:
+            raise GenerationError(f"'{job.file}' exists and is not a file; remove it, or give another --output")
+        stored = read_parameters(job.file) if job.file.is_file() else None
+        if job.file.is_file() and stored != job.parameters and not overwrite:
             raise GenerationError(
-                f"'{job.file}' exists, but {difference(found, job.parameters)}; --overwrite replaces it"
+                f"'{job.file}' exists, but {difference(stored, job.parameters)}; --overwrite replaces it"
             )
-        if found != job.parameters:
-            left.append(job)
-    return left
+        if stored != job.parameters:
+            remaining.append(job)
+    return remaining
 
 
-def difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
-    if found is None:
+def difference(stored: dict[str, Any] | None, expected: dict[str, Any]) -> str:
+    """Describe the first parameter that differs."""
+    if stored is None:
         return "was not made by this command"
-    name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
-    return f"its {name} is {found.get(name)!r} instead of {wanted.get(name)!r}"
+    name = next(name for name in {**expected, **stored} if stored.get(name) != expected.get(name))
+    return f"its {name} is {stored.get(name)!r} instead of {expected.get(name)!r}"
 
 
 def store(image: Image.Image, file: Path, parameters: dict[str, Any]) -> None:
-    """Write an image with its parameters in its metadata, whole or not at all: a .jpg at quality 95, else a PNG."""
+    """Write an image atomically with its parameters as metadata: a .jpg at quality 95, otherwise a PNG."""
     text = json.dumps(parameters, ensure_ascii=False)
     with replaced(file) as temporary:
         if file.suffix == ".jpg":
@@ -296,7 +301,7 @@ def store(image: Image.Image, file: Path, parameters: dict[str, Any]) -> None:
 
 
 def read_parameters(file: Path) -> dict[str, Any] | None:
-    """The parameters in an image's metadata; None where there are none."""
+    """Read the parameters in an image's metadata; None if there are none."""
     try:
         with Image.open(file) as image:
             return json.loads(image.info["comment" if image.format == "JPEG" else METADATA_KEY])
@@ -305,7 +310,7 @@ def read_parameters(file: Path) -> dict[str, Any] | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of all weights files in a folder: their names, sizes, first and last MiB."""
+    """Return a hash of all safetensors files in a folder: names, sizes, first and last MiB."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         with file.open("rb") as stream:
@@ -318,12 +323,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def file_record(name: str) -> dict[str, str]:
-    """A file as metadata name it."""
-    # A file's name may be bytes that are no text, which metadata cannot hold.
+    """Describe a file for the metadata, by its name and hash."""
+    # File names may be bytes that are not valid text, which metadata cannot hold.
     return {"file": os.fsencode(Path(name).name).decode(errors="replace"), "sha256": file_hash(Path(name))}
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256."""
+    """Return the SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

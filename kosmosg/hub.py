@@ -48,8 +48,8 @@ pipe("<i> in the snow", images=[image]).images
 
 ## Limits
 
-- It reads what its training showed it. The image decoder's limits and biases remain, and nothing filters what is drawn.
-- It can put a person's or a brand's looks into a scene from one photo: ask them.
+- It follows prompts like those it was trained on. The image decoder's limits and biases remain; nothing is filtered.
+- It can reproduce the appearance of a person or a brand from one photo: ask for permission first.
 {limits}"""
 
 
@@ -128,8 +128,8 @@ def card(
         scores = tables.replace("\n#", "\n##").removeprefix("# Results").strip()
     limits = ""
     if dtype == "int8":
-        limits = "- Matrices are rounded to 8 bits, with a scale for each row; scores are those before rounding.\n"
-    limits += f"- Weights that equal those of `{base}` are not here and are read from there.\n" if base else ""
+        limits = "- Matrices are rounded to 8 bits with one scale per row; the scores were measured before rounding.\n"
+    limits += f"- Weights equal to those of `{base}` are not stored here and are loaded from there.\n" if base else ""
     return CARD.format(
         licence=licence,
         name=name,

@@ -1,4 +1,4 @@
-"""Networks of transformers that look at images: a CLIPSeg that finds what words name, CLIP and DINO that compare.
+"""Pretrained networks for looking at images: CLIPSeg segments a subject by words, CLIP and DINO compare images.
 
 Shapes: `N` images or texts, `F` features.
 """
@@ -23,14 +23,14 @@ from transformers import (
 from kosmosg.models.storage import load_network
 
 Preprocess = Callable[[list[Image.Image]], Tensor]
-FOUND = 0.5  # probability from which a pixel belongs to the subject
+THRESHOLD = 0.5  # minimum probability of the subject's pixels
 
 
 class Segmenter:
-    """A CLIPSeg, `CIDAS/clipseg-rd64-refined` or one in a folder.
+    """Segment images by words with a CLIPSeg, for example `CIDAS/clipseg-rd64-refined`.
 
     Raises:
-        ValueError: weights of another network.
+        ValueError: the weights do not match the network.
     """
 
     def __init__(self, source: str | Path, device: str = "cpu"):
@@ -41,30 +41,32 @@ class Segmenter:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, words: str) -> Image.Image:
-        """White where `words` are seen, of the image's size, mode L; black throughout where they are not."""
+        """Return a mask of the image's size, mode L, white where `words` are recognised."""
         length = self.model.config.text_config.max_position_embeddings
         text = self.tokenizer([words], truncation=True, max_length=length, return_tensors="pt")
         pixels = self.processor(image, return_tensors="pt")
         logits = self.model(**text.to(self.model.device), **pixels.to(self.model.device)).logits.float()
         heat = Image.fromarray((logits.reshape(logits.shape[-2:]).sigmoid() * 255).round().byte().cpu().numpy())
-        # The processor squeezes an image to S×S, so stretching is the way back.
-        return heat.resize(image.size, Image.Resampling.BILINEAR).point([255 * (v > 255 * FOUND) for v in range(256)])
+        # Stretch the mask back, because the processor squeezed the image to a square.
+        return heat.resize(image.size, Image.Resampling.BILINEAR).point(
+            [255 * (v > 255 * THRESHOLD) for v in range(256)]
+        )
 
 
 def own_preprocessing(source: str | Path) -> Preprocess:
-    """PIL images → N×3×S×S as the network's folder states, by Pillow's arithmetic."""
+    """Return the network's own preprocessing, PIL images → N×3×S×S, with Pillow as backend."""
     processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
     return lambda images: processor(images, return_tensors="pt")["pixel_values"]
 
 
 class CLIPEncoder:
-    """Projected image and text embeddings of a CLIP.
+    """Compute projected image and text embeddings with a CLIP.
 
     Args:
-        preprocess: PIL images → N×3×S×S; the folder's own if not given.
+        preprocess: PIL images → N×3×S×S; by default the network's own.
 
     Raises:
-        ValueError: weights of another network.
+        ValueError: the weights do not match the network.
     """
 
     def __init__(self, source: str | Path, device: str | torch.device = "cpu", preprocess: Preprocess | None = None):
@@ -81,14 +83,14 @@ class CLIPEncoder:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
-        """N texts, cut at the model's length → N×F."""
+        """N texts, cut to the model's maximum length → N×F."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
 
 
 class DinoEncoder:
-    """The CLS output of a DINO ViT's last layer. Arguments as `CLIPEncoder`."""
+    """Compute the class token of a DINO ViT's last layer. Arguments as `CLIPEncoder`."""
 
     def __init__(self, source: str | Path, device: str | torch.device = "cpu", preprocess: Preprocess | None = None):
         options = {"add_pooling_layer": False, "dtype": torch.float32}
@@ -110,13 +112,15 @@ def similarities(
     clip: CLIPEncoder | None = None,
     dino: DinoEncoder | None = None,
 ) -> dict[str, list[float]]:
-    """Cosines of a picture's features with those of each input image, "DINO" and "CLIP", and of a text, "text"; none
-    where there is no network or nothing to compare with."""
-    found: dict[str, list[float]] = {}
+    """Return cosine similarities of an image to each input image ("DINO", "CLIP") and to the text ("text").
+
+    A key is missing if its network is None or there is nothing to compare with.
+    """
+    scores: dict[str, list[float]] = {}
     for name, encoder in (("DINO", dino), ("CLIP", clip)):
         if encoder is not None and inputs:
             features = encoder.images([picture, *inputs])
-            found[name] = cosine_similarity(features[:1], features[1:]).tolist()
+            scores[name] = cosine_similarity(features[:1], features[1:]).tolist()
     if clip is not None and text:
-        found["text"] = cosine_similarity(clip.images([picture]), clip.texts([text])).tolist()
-    return found
+        scores["text"] = cosine_similarity(clip.images([picture]), clip.texts([text])).tolist()
+    return scores

@@ -1,9 +1,9 @@
-"""Interleaved text and images as one sequence (paper section 2.1; released-code.md, "Sequence format").
+"""Encode prompts of interleaved text and images (paper section 2.1; released-code.md, "Sequence format").
 
-`<s> text <image> token×K </image> text …`: the image tokens hold the id of `<image>` too and are marked by a mask.
-Users write a prompt as text with a `<i>` for each image, or as a list of strings and images.
+A sequence is `<s> text <image> token×K </image> text …`. The K image tokens also have the id of `<image>`; a mask marks
+them. Users write a prompt as text with one `<i>` per image, or as a list of strings and images.
 
-Shapes: `B` batch, `L` tokens, `I` images of the batch in reading order, `K` tokens per image, `S` pixels.
+Shapes: `B` batch, `L` tokens, `I` images of the batch in reading order, `K` tokens per image, `S` pixels per side.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,18 +27,18 @@ ImageInput = Image.Image | Tensor
 
 
 class PromptTooLongError(ValueError):
-    """A prompt has more tokens than allowed."""
+    """A prompt has more tokens than the model can read."""
 
 
 @dataclass
 class PackedImages:
-    """Images of any sizes, one after the other, as the processor of a vision-language model prepares them.
+    """Concatenated images of different sizes, as the processor of a vision-language model returns them.
 
     Attributes:
-        inputs: arguments of the network by name, the images' along the first dimension.
-        counts: by name, how many entries there are each image's.
-        ids: of each image, its tokens in a prompt from the first image token to the last; other tokens may stand
-            between them.
+        inputs: the network's arguments by name, images concatenated along the first dimension.
+        counts: number of entries of each image along that dimension, by name.
+        ids: token ids of each image in a prompt, from its first image token to its last; other tokens may be among
+            them.
     """
 
     inputs: dict[str, Tensor]
@@ -50,41 +50,41 @@ class PackedImages:
 
     @classmethod
     def cat(cls, parts: Sequence["PackedImages"]) -> "PackedImages":
-        """The images of all, in order; sizes beyond the first dimension are filled up with zeros to the largest."""
+        """Concatenate images; see `cat_padded` for sizes that differ."""
         inputs = {name: cat_padded([part.inputs[name] for part in parts]) for name in parts[0].inputs}
         counts = {name: [count for part in parts for count in part.counts[name]] for name in inputs}
         return cls(inputs, counts, [ids for part in parts for ids in part.ids])
 
     def take(self, index: Sequence[int]) -> "PackedImages":
-        """Some images, in the order of `index`."""
+        """Select images, in the order of `index`."""
         inputs = {}
         for name, tensor in self.inputs.items():
             ends = list(accumulate(self.counts[name]))
-            places = [place for image in index for place in range(ends[image] - self.counts[name][image], ends[image])]
-            inputs[name] = tensor[torch.tensor(places, device=tensor.device)]
+            entries = [entry for image in index for entry in range(ends[image] - self.counts[name][image], ends[image])]
+            inputs[name] = tensor[torch.tensor(entries, device=tensor.device)]
         counts = {name: [count[image] for image in index] for name, count in self.counts.items()}
         return PackedImages(inputs, counts, [self.ids[image] for image in index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PackedImages":
-        """With each tensor changed."""
+        """Apply a function to each tensor."""
         return replace(self, inputs={name: function(tensor) for name, tensor in self.inputs.items()})
 
 
 def cat_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Along the first dimension; the others are filled up with zeros to the largest."""
+    """Concatenate along the first dimension; other dimensions are zero-padded to the largest size."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
 
-    def filled(tensor: Tensor) -> Tensor:
-        missing = [most - size for most, size in zip(largest, tensor.shape[1:], strict=True)]
-        return F.pad(tensor, [pad for more in reversed(missing) for pad in (0, more)]) if any(missing) else tensor
+    def pad(tensor: Tensor) -> Tensor:
+        missing = [target - size for target, size in zip(largest, tensor.shape[1:], strict=True)]
+        return F.pad(tensor, [side for count in reversed(missing) for side in (0, count)]) if any(missing) else tensor
 
-    return torch.cat([filled(tensor) for tensor in tensors])
+    return torch.cat([pad(tensor) for tensor in tensors])
 
 
 @dataclass
 class EncodedPrompt:
-    """One prompt: ids (L,) int64 and image_mask (L,) bool, tensors or lists; no mask without images; images: float32
-    3×S×S each, or one `PackedImages` each."""
+    """One prompt: ids L int64; image_mask L bool, True at image tokens, None if none; images in reading order,
+    float32 3×S×S or a `PackedImages` of one image."""
 
     ids: Tensor | list[int]
     image_mask: Tensor | list[bool] | None
@@ -96,14 +96,16 @@ class EncodedPrompt:
 
 @dataclass
 class PromptBatch:
-    """Prompts padded on the right: ids B×L int64; image_mask B×L, padding B×L bool; images I×3×S×S or the vision
-    encoder's cached states of them I×T×width, or as the vision-language model takes them, or None.
+    """Prompts padded on the right.
 
     Attributes:
-        lengths: tokens of each row without padding. Kept on the host, as `images_per_row`, so that dividing a batch
-            does not wait for the GPU; both are derived from the tensors where they are not given.
+        ids: B×L int64, `pad_id` at padding.
+        image_mask: B×L bool, True at image tokens.
+        images: I×3×S×S, cached states of the vision encoder I×T×width, or `PackedImages`; None without images.
+        padding: B×L bool, True at padding.
+        lengths: tokens of each row without padding. A list on the host like `images_per_row`, so that splitting a batch
+            does not wait for the GPU; both are computed by default.
         images_per_row: images of each row.
-        pad_id: id at padding.
     """
 
     ids: Tensor
@@ -118,7 +120,7 @@ class PromptBatch:
         if self.lengths is None:
             self.lengths = (~self.padding).sum(dim=1).tolist()
         if self.images_per_row is None:
-            # The tokens of an image are one run of the mask, since `</image>` follows them.
+            # Each image is one run of the mask, because `</image>` follows its tokens.
             before = F.pad(self.image_mask, (1, 0))[:, :-1]
             self.images_per_row = (self.image_mask & ~before).sum(dim=1).tolist()
 
@@ -127,15 +129,15 @@ class PromptBatch:
 
     @classmethod
     def stack(cls, rows: Sequence[EncodedPrompt], pad_id: int, length: int | None = None) -> "PromptBatch":
-        """Rows padded on the right to `length`, by default to the longest.
+        """Pad rows on the right to `length`, by default to the longest row.
 
         Raises:
-            ValueError: no rows.
+            ValueError: there are no rows.
         """
         if not rows:
             raise ValueError("PromptBatch.stack got no prompts; a batch holds at least one.")
         lengths = [len(row) for row in rows]
-        # Through numpy: a tensor for each caption of stage 2 would take as long as reading it.
+        # numpy, because a tensor per caption would take as long as reading the caption in stage 2.
         shape = (len(rows), length or max(lengths))
         ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=bool)
         for number, row in enumerate(rows):
@@ -158,7 +160,7 @@ class PromptBatch:
         )
 
     def rows(self, index: Sequence[int]) -> "PromptBatch":
-        """Some rows in the order of `index`, with their images, cut to their own longest."""
+        """Select rows in the order of `index`, with their images, cut to the longest of them."""
         length = max(self.lengths[row] for row in index)
         ends = list(accumulate(self.images_per_row))
         chosen = [image for row in index for image in range(ends[row] - self.images_per_row[row], ends[row])]
@@ -179,7 +181,7 @@ class PromptBatch:
         )
 
     def join(self, other: "PromptBatch") -> "PromptBatch":
-        """The rows of both batches, padded to the longer; such as one unconditional prompt more."""
+        """Append the rows of another batch, for example the unconditional prompt."""
         other = other.to(self.ids.device)
         length = max(self.ids.shape[1], other.ids.shape[1])
 
@@ -202,39 +204,37 @@ class PromptBatch:
         )
 
     def replace_images(self, images: Tensor | PackedImages | None) -> "PromptBatch":
-        """The same prompts with other images at the same places; those of other sizes bring their own tokens."""
+        """Replace the images in order; packed images of another size also replace the tokens of the old image."""
         if images is None or isinstance(images, Tensor):
             return replace(self, images=images)
         assert isinstance(self.images, PackedImages)
         rows, first = [], 0
         for row, count in enumerate(self.images_per_row):
-            chosen = range(first, first + count)
-            ids, mask, place = [], [], 0
+            ids, mask, end = [], [], 0
             old_ids, old_mask = (part[row, : self.lengths[row]].tolist() for part in (self.ids, self.image_mask))
-            for image in chosen:
-                begin = old_mask.index(True, place)
-                own = images.ids[image]
-                ids += [*old_ids[place:begin], *own]
-                mask += [*old_mask[place:begin], *(token == own[0] for token in own)]
-                place = begin + len(self.images.ids[image])
-            rows.append(
-                EncodedPrompt(ids + old_ids[place:], mask + old_mask[place:], [images.take([i]) for i in chosen])
-            )
+            for image in range(first, first + count):
+                start = old_mask.index(True, end)
+                image_ids = images.ids[image]
+                ids += [*old_ids[end:start], *image_ids]
+                mask += [*old_mask[end:start], *(token == image_ids[0] for token in image_ids)]
+                end = start + len(self.images.ids[image])
+            row_images = [images.take([image]) for image in range(first, first + count)]
+            rows.append(EncodedPrompt(ids + old_ids[end:], mask + old_mask[end:], row_images))
             first += count
         return PromptBatch.stack(rows, self.pad_id).to(self.ids.device)
 
     def roll_images(self) -> "PromptBatch":
-        """The batch with its images moved on by one place, so that every prompt shows another image."""
+        """Shift the images by one, so that every prompt is paired with a mismatched image."""
         if isinstance(self.images, PackedImages):
             return self.replace_images(self.images.take([(i - 1) % len(self.images) for i in range(len(self.images))]))
         return self.replace_images(None if self.images is None else self.images.roll(1, dims=0))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
-        """The batch on another device."""
+        """Move the batch to a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PromptBatch":
-        """The batch in page-locked memory, from which copies to a GPU need not block."""
+        """Copy the batch to page-locked memory, for asynchronous copies to a GPU."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
@@ -249,12 +249,12 @@ class PromptBatch:
 
 
 class PromptEncoder:
-    """Segments of text and images → ids, mask and preprocessed images.
+    """Encode segments of text and images as ids, an image mask and preprocessed images.
 
     Args:
-        image_transform: applied to PIL images; its `size` is what tensors must have.
+        image_transform: preprocessing of PIL images. Image tensors must have its `size`.
         image_tokens: `K`.
-        max_length: the most tokens a prompt may have, special symbols included.
+        max_length: maximum number of tokens of a prompt, special symbols included.
     """
 
     def __init__(
@@ -268,12 +268,12 @@ class PromptEncoder:
         self.image_tokens, self.max_length = image_tokens, max_length
 
     def __call__(self, segments: Sequence[Segment], *, eos: bool = False) -> EncodedPrompt:
-        """Encode one prompt; `eos` closes it with `</s>` (documents of stage 1; prompts stay open).
+        """Encode one prompt; `eos` appends `</s>`, which ends the documents of stage 1.
 
         Raises:
-            PromptTooLongError: more than `max_length` tokens.
-            ValueError: an image tensor of another size.
-            TypeError: a segment that is neither text nor image.
+            PromptTooLongError: the prompt has more than `max_length` tokens.
+            ValueError: an image tensor has the wrong size.
+            TypeError: a segment is neither text nor an image.
         """
         tokenizer = self.tokenizer
         ids, mask = [tokenizer.bos_id], [False]
@@ -298,37 +298,37 @@ class PromptEncoder:
         return EncodedPrompt(torch.tensor(ids), torch.tensor(mask), images)
 
     def collate(self, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
-        """Pad on the right to the longest prompt.
+        """Join prompts to a batch, padded to the longest.
 
         Raises:
-            ValueError: no prompts, or a prompt whose image tokens do not fit its images.
+            ValueError: there are no prompts, or a prompt does not have K image tokens per image.
         """
         for number, prompt in enumerate(prompts):
             tokens = 0 if prompt.image_mask is None else int(torch.as_tensor(prompt.image_mask).sum())
             if tokens != len(prompt.images) * self.image_tokens:
                 raise ValueError(
-                    f"prompt {number} has {tokens} image tokens for {len(prompt.images)} images; each image takes "
+                    f"prompt {number} has {tokens} image tokens for {len(prompt.images)} images; each image needs "
                     f"{self.image_tokens}."
                 )
         return PromptBatch.stack(prompts, self.tokenizer.pad_id)
 
     def captions(self, texts: Sequence[str]) -> list[EncodedPrompt]:
-        """Prompts of text alone, several times as fast as one by one."""
+        """Encode prompts without images, several times as fast as one by one."""
         bos = self.tokenizer.bos_id
         return [EncodedPrompt([bos, *ids], None, []) for ids in self.tokenizer.encode_batch(texts)]
 
     def describe(self, batch: PromptBatch) -> list[tuple[str, list[Image.Image]]]:
-        """Text with `<i>` for each image, and the images, of each prompt."""
+        """Decode each prompt into its text, with `<i>` per image, and its images (none if the batch has states)."""
         described: list[tuple[str, list[Image.Image]]] = []
-        pixels = batch.images if isinstance(batch.images, Tensor) and batch.images.ndim == 4 else None  # or states
+        pixels = batch.images if isinstance(batch.images, Tensor) and batch.images.ndim == 4 else None
         images = [] if pixels is None else to_images(pixels, CLIP_MEAN, CLIP_STD)
         for row, count in enumerate(batch.images_per_row):
             described.append((self._text_of(batch.ids[row].tolist()), images[:count]))
             images = images[count:]
         return described
 
-    def stand_in(self, file: str) -> ImageInput:
-        """What takes as many tokens as the image in `file`, which need not be read for it."""
+    def blank_image(self, file: str) -> ImageInput:
+        """Return a blank image that takes as many tokens as the image in `file`, for counting tokens."""
         return torch.zeros(3, self.image_transform.size, self.image_transform.size)
 
     def _text_of(self, ids: list[int]) -> str:
@@ -354,14 +354,14 @@ class PromptEncoder:
         size = self.image_transform.size
         if tuple(segment.shape) != (3, size, size):
             raise ValueError(
-                f"an image tensor is {tuple(segment.shape)} but must be (3, {size}, {size}); pass the PIL image or "
+                f"an image tensor is {tuple(segment.shape)} but must be (3, {size}, {size}); pass a PIL image or "
                 f"preprocess it with ClipImageTransform(size={size})."
             )
         return segment.float()
 
 
 def parse_prompt(text: str, images: Sequence[Image.Image | Tensor] = ()) -> list[Segment]:
-    """`"<i> in the suit of <i>"` and two images → segments in reading order.
+    """Split a text at its placeholders `<i>` and insert the images there.
 
     Raises:
         ValueError: the number of placeholders is not the number of images.
@@ -379,19 +379,19 @@ def parse_prompt(text: str, images: Sequence[Image.Image | Tensor] = ()) -> list
 
 
 def read_prompts(prompts: Prompt | Sequence[Prompt], images: Sequence[Any] | None) -> list[list[Segment]]:
-    """The forms of `KosmosGPipeline.__call__` as lists of segments.
+    """Convert the prompts and images of `KosmosGPipeline.__call__` to one list of segments per prompt.
 
     Raises:
-        ValueError: nothing to draw, or images that fit no placeholders or are none; a batch's error names the prompt.
+        ValueError: there are no prompts, a prompt is empty, or images do not match the placeholders.
     """
     if is_image(images) or isinstance(images, str):
-        raise ValueError("images= is not a list; allowed: a list of images, for a batch of prompts a list of lists.")
+        raise ValueError("images= is not a list; allowed: a list of images, or for a batch one list per prompt.")
     if isinstance(prompts, str) or any(not isinstance(item, str) and is_image(item) for item in prompts):
         batch, image_lists = [prompts], [images or ()]
     else:
         batch, image_lists = list(prompts), list(images) if images is not None else [()] * len(prompts)
         if not batch:
-            raise ValueError("no prompts were given; give at least one.")
+            raise ValueError("got no prompts; at least one is needed.")
         if len(image_lists) != len(batch) or any(is_image(item) for item in image_lists):
             raise ValueError(
                 f"a batch of {len(batch)} prompts needs images as a list of {len(batch)} lists, one for each prompt."
@@ -400,7 +400,7 @@ def read_prompts(prompts: Prompt | Sequence[Prompt], images: Sequence[Any] | Non
 
 
 def read_prompt(prompt: Prompt, images: Sequence[ImageInput], number: int) -> list[Segment]:
-    """One prompt as segments; `number` is its place in the batch."""
+    """Convert one prompt to segments; `number` is its position in the batch, for messages."""
     if others := [image for image in images if not is_image(image)]:
         raise ValueError(
             f"prompt {number}: images= holds {others[0]!r}; allowed: PIL images and preprocessed tensors 3×S×S."
@@ -411,7 +411,7 @@ def read_prompt(prompt: Prompt, images: Sequence[ImageInput], number: int) -> li
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
     elif images:
-        raise ValueError(f"prompt {number} is a list of segments, which holds its images itself; give no images=.")
+        raise ValueError(f"prompt {number} is a list of segments, which contains its images; do not pass images=.")
     else:
         segments = list(prompt)
     if not any(is_image(segment) or str(segment).strip() for segment in segments):
@@ -424,11 +424,11 @@ def is_image(item: object) -> bool:
 
 
 def check_negative_prompt(text: str) -> str:
-    """The text as it is.
+    """Return the text unchanged.
 
     Raises:
-        ValueError: it has a placeholder, for which no image is taken.
+        ValueError: the text has a placeholder; negative prompts take no images.
     """
     if PLACEHOLDER in text:
-        raise ValueError(f"negative_prompt={text!r} has a placeholder {PLACEHOLDER}; allowed: text alone.")
+        raise ValueError(f"negative_prompt={text!r} has a placeholder {PLACEHOLDER}; allowed: text without images.")
     return text

@@ -1,9 +1,10 @@
-"""Conditions to images: diffusers' own pipeline of the image decoder, driven through prompt embeddings.
+"""Draw images from conditions with the diffusers pipeline of the image decoder.
 
-Notable: no sampler of ours. The three schedulers are set as the released code's (released-code.md, "Evaluation"):
-DPM-Solver++ of order 2 ends at its smallest sigma, not at zero; DDIM and PNDM step from a leading spacing.
+Notable: samplers are diffusers' schedulers. "dpm", "ddim" and "pndm" have the settings of the released code
+(released-code.md, "Evaluation"): DPM-Solver++ of order 2 ends at its smallest sigma, not at zero; DDIM and PNDM use
+leading timestep spacing.
 
-Shapes: `B` conditions, `n` images for each.
+Shapes: `B` conditions, `n` images per condition.
 """
 
 import math
@@ -24,7 +25,7 @@ from kosmosg.condition import Condition
 from kosmosg.models.image_decoder import ImageDecoder
 
 Module = TypeVar("Module", bound=nn.Module)
-OFFLOAD_HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
+OFFLOAD_HOOKS = ("_hf_hook", "_diffusers_hook")  # attributes set by accelerate and by diffusers
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "dpm": (
         DPMSolverMultistepScheduler,
@@ -40,8 +41,8 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "timestep_spacing": "leading"}),
 }
-STEPS_OFFSET = 1  # Stable Diffusion was trained so that timestep 1, not 0, is the cleanest one sampled
-# What a sampler takes from the image decoder's own scheduler file.
+STEPS_OFFSET = 1  # Stable Diffusion samples down to timestep 1, not 0
+# Settings that a sampler takes from the image decoder's own scheduler.
 NOISE_SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -50,10 +51,8 @@ NOISE_SCHEDULE = (
     "trained_betas",
     "prediction_type",
 )
-
-
-# diffusers' schedulers that sample from a network which predicts noise. Flow matching, EDM's preconditioning, SASolver
-# and inversion need another network or another loop.
+# diffusers' schedulers for networks that predict noise. Schedulers for flow matching, EDM, SASolver and inversion are
+# missing, because they need another network or another sampling loop.
 SCHEDULERS = (
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -74,23 +73,21 @@ SCHEDULERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-# What diffusers' pipelines hold of the null condition and of the condition, one after the other.
-GUIDED = ("prompt_embeds", "add_text_embeds", "add_time_ids")
 LARGEST_SEED = 2**64 - 1
 
 
 @dataclass
 class Acceleration:
-    """How the frozen image decoder is run. Results are the same but for rounding."""
+    """Optimizations of the frozen image decoder; they change results only by rounding."""
 
     channels_last: bool = False
-    """Keep weights and activations of convolutions with their channels last, as tensor cores read them."""
+    """Use the channels-last memory format for convolutions, which is faster on tensor cores."""
     compile: bool = False
-    """Compile the denoiser; the first batch of every size then takes a minute or more."""
+    """Compile the denoiser; the first batch of each size then takes a minute or more."""
 
 
 def accelerate(denoiser: Module, vae: nn.Module | None, acceleration: Acceleration) -> Module:
-    """Apply `acceleration` in place; returns the denoiser."""
+    """Apply optimizations in place and return the denoiser."""
     if acceleration.channels_last:
         for network in filter(None, (denoiser, vae)):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,37 +97,37 @@ def accelerate(denoiser: Module, vae: nn.Module | None, acceleration: Accelerati
 
 
 def scheduler_class(sampler: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler behind a name.
+    """Return the diffusers scheduler class of a sampler name.
 
     Args:
         sampler: a key of `SAMPLERS`, or one of `SCHEDULERS`.
 
     Raises:
-        ValueError: a name that is not allowed, or whose scheduler needs a package that is not installed.
+        ValueError: the name is unknown, or the scheduler needs a package that is not installed.
     """
     if sampler in SAMPLERS:
         return SAMPLERS[sampler][0]
     if sampler not in SCHEDULERS:
         raise ValueError(
-            f"sampler={sampler!r} is not allowed; allowed: {', '.join(SAMPLERS)}, or of diffusers' schedulers "
+            f"sampler={sampler!r} is not allowed; allowed: {', '.join(SAMPLERS)}, or one of diffusers' schedulers "
             f"{', '.join(SCHEDULERS)}."
         )
     kind = getattr(diffusers, sampler)
-    # In place of a class whose requirements are not met, diffusers has a dummy that names them.
+    # diffusers replaces classes whose requirements are missing by dummies that name them.
     if missing := [package for package in getattr(kind, "_backends", ()) if find_spec(package) is None]:
         raise ValueError(f"sampler={sampler!r} needs the package {', '.join(missing)}, which is not installed.")
     return kind
 
 
 def build_scheduler(sampler: str, trained_with: Any) -> Any:
-    """A fresh scheduler over the noise schedule of `trained_with`.
+    """Build a scheduler with the noise schedule of the scheduler `trained_with`.
 
     Args:
-        sampler: see `scheduler_class`. Those of `SAMPLERS` are set as the released code's; the others take their
-            settings from `trained_with`. Over flow matching there is "dpm" alone, as Sana ships it.
+        sampler: see `scheduler_class`. `SAMPLERS` have the settings of the released code; other schedulers take theirs
+            from `trained_with`. For flow matching only "dpm" is supported, with the settings of Sana.
 
     Raises:
-        ValueError: see `scheduler_class`.
+        ValueError: the sampler is not allowed, see `scheduler_class`.
     """
     kind: Any = scheduler_class(sampler)
     config = trained_with.config
@@ -147,15 +144,15 @@ def build_scheduler(sampler: str, trained_with: Any) -> Any:
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether it samples from networks trained by flow matching."""
+    """Return whether a scheduler is for networks trained by flow matching."""
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 class DiffusionSampler:
-    """Samples images for conditions, whoever made them: AlignerNet, or the decoder's own text model.
+    """Draw images from conditions, of AlignerNet or of the decoder's own text model.
 
     Args:
-        decoder: its scheduler gives the noise schedule it was trained with, and samples where no `sampler` is named.
+        decoder: the image decoder. Its scheduler defines the noise schedule and is the default sampler.
     """
 
     def __init__(self, decoder: ImageDecoder):
@@ -169,7 +166,7 @@ class DiffusionSampler:
         return self
 
     def scheduler(self, sampler: str | None) -> SchedulerMixin:
-        """A fresh scheduler, see `build_scheduler`; the given one for None."""
+        """Build a scheduler, see `build_scheduler`; None returns the decoder's own."""
         return self.given_scheduler if sampler is None else build_scheduler(sampler, self.given_scheduler)
 
     def __call__(
@@ -190,58 +187,46 @@ class DiffusionSampler:
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cross_attention_kwargs: dict[str, Any] | None = None,
-        fast_unguided_share: float = 0.0,
     ) -> Any:
-        """B·n images, those of one condition together: ε̂ = uncond + w (cond − uncond), eq. 4.
+        """Draw B·n images with guidance ε̂ = uncond + w (cond − uncond) (eq. 4); those of one condition are adjacent.
 
         Args:
-            condition: of B prompts.
-            unconditional: what guidance steers away from, of 1 row or B.
-            guidance_scale: w; up to 1, only the condition is computed.
-            seeds: one for each image, B·n; an image then depends on its seed alone, not on the batch around it.
-            generator: draws the starting noise where there are no seeds.
-            latents: starting noise B·n×4×h×w instead of drawn noise.
-            height, width: pixels; by default what the decoder was trained on.
-            sampler: see `build_scheduler`; None for the scheduler that was given.
-            fast_unguided_share: share of the steps, the last ones, that go without guidance and so at half the cost.
-                It changes the images: for previews, never for a table.
+            condition: B rows.
+            unconditional: the condition that guidance steers away from, 1 row or B.
+            guidance_scale: w. Up to 1, guidance is off.
+            sampler: see `build_scheduler`; None for the decoder's own scheduler.
+            seeds: one per image, B·n. Each image then depends only on its seed, not on the batch.
+            generator: draws the initial noise if there are no seeds.
+            latents: initial noise B·n×c×h×w instead of drawn noise.
+            height, width: pixels; by default the size that the decoder was trained on.
             others: as in `diffusers.StableDiffusionPipeline`.
 
         Raises:
-            ValueError: a value that is not allowed, seeds unlike the images, a condition of another form.
+            ValueError: a value is not allowed, the number of seeds is not B·n, or the condition does not match the
+                decoder.
         """
         timesteps = self.given_scheduler.config.num_train_timesteps
         check_numbers(num_inference_steps, guidance_scale, num_images_per_prompt, timesteps)
         height, width = self.decoder.image_size(height, width)
         self.decoder.check(condition)
-        if not 0 <= fast_unguided_share <= 1:
-            raise ValueError(f"fast_unguided_share={fast_unguided_share} is not allowed; allowed: 0 … 1.")
-        if fast_unguided_share and self.decoder.spec.masked:
-            raise ValueError("fast_unguided_share is not allowed for image decoders that read a mask; allowed: 0.")
-        if fast_unguided_share and guidance_scale > 1:
-            guided = round((1 - fast_unguided_share) * num_inference_steps)
-            callback_on_step_end = Unguide(guided, callback_on_step_end)
-            doubled = [name for name in GUIDED if name in self.pipeline._callback_tensor_inputs]
-            callback_on_step_end_tensor_inputs = [*callback_on_step_end_tensor_inputs, *doubled]
         prompts = len(condition.states)
         images = prompts * num_images_per_prompt
         self.pipeline.scheduler = self.scheduler(sampler)
         denoiser = self.decoder.denoiser
-        # Under CPU offload it lies elsewhere than it computes; to ask the pipeline takes milliseconds.
+        # With CPU offload the weights are not on the execution device. Asking the pipeline takes milliseconds.
         offloaded = any(hasattr(denoiser, hook) for hook in OFFLOAD_HOOKS)
         device = self.pipeline._execution_device if offloaded else denoiser.device
-        placed = {"device": device, "dtype": denoiser.dtype}
+        placement = {"device": device, "dtype": denoiser.dtype}
         if len(unconditional.states) != prompts:
             unconditional = unconditional.repeat_interleave(prompts)
         if self.decoder.spec.masked and num_images_per_prompt > 1:
-            # SanaPipeline repeats states image by image and masks prompt by prompt, so each would get another's mask.
-            condition, unconditional = (
-                given.repeat_interleave(num_images_per_prompt) for given in (condition, unconditional)
-            )
+            # SanaPipeline repeats states and masks in different orders, so repeat both here.
+            condition = condition.repeat_interleave(num_images_per_prompt)
+            unconditional = unconditional.repeat_interleave(num_images_per_prompt)
             num_images_per_prompt = 1
         attention = {} if cross_attention_kwargs is None else {self.decoder.attention_argument: cross_attention_kwargs}
         return self.pipeline(
-            **self.decoder.pipeline_arguments(condition.to(**placed), unconditional.to(**placed)),
+            **self.decoder.pipeline_arguments(condition.to(**placement), unconditional.to(**placement)),
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -261,13 +246,13 @@ class DiffusionSampler:
 def check_numbers(
     num_inference_steps: int, guidance_scale: float, num_images_per_prompt: int = 1, timesteps: int | None = None
 ) -> None:
-    """Refuse numbers that no sampler takes.
+    """Check the numeric arguments of sampling.
 
     Args:
-        timesteps: that the decoder was trained with. Some schedulers would give NaN for more steps.
+        timesteps: number of training timesteps; some schedulers return NaN for more steps.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: an argument is not allowed; names it.
     """
     for name, value in (
         ("num_inference_steps", num_inference_steps),
@@ -277,36 +262,23 @@ def check_numbers(
             raise ValueError(f"{name}={value!r} is not allowed; allowed: integers of at least 1.")
     if timesteps is not None and num_inference_steps > timesteps:
         raise ValueError(
-            f"num_inference_steps={num_inference_steps} is not allowed; allowed: at most {timesteps}, the timesteps "
-            "that the image decoder was trained with."
+            f"num_inference_steps={num_inference_steps} is not allowed; allowed: at most {timesteps}, the number of "
+            "timesteps that the image decoder was trained with."
         )
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} is not allowed; allowed: finite numbers.")
 
 
-class Unguide:
-    """A callback after each step that ends guidance after `guided` of them, and calls another one."""
-
-    def __init__(self, guided: int, then: Callable[..., dict] | None):
-        self.guided, self.then = max(1, guided), then
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step + 1 == self.guided:
-            pipeline._guidance_scale = 0.0
-            tensors |= {name: tensors[name].chunk(2)[-1] for name in GUIDED if name in tensors}
-        return tensors if self.then is None else tensors | self.then(pipeline, step, timestep, tensors)
-
-
 def seeded(
     seeds: Sequence[int], images: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
 ) -> list[torch.Generator]:
-    """One generator for each image, on the CPU so that a seed means the same noise on every device."""
+    """Return one generator per image, on the CPU, so that a seed gives the same noise on every device."""
     try:
         numbers = [index(seed) for seed in seeds]
     except TypeError as error:
         raise ValueError(f"seeds={seeds!r} is not allowed; allowed: a list of {images} integers.") from error
     if wrong := [seed for seed in numbers if not 0 <= seed <= LARGEST_SEED]:
-        raise ValueError(f"seeds has {wrong[0]}; allowed: integers in 0 … 2^64 - 1.")
+        raise ValueError(f"seeds contains {wrong[0]}; allowed: integers from 0 to 2^64 - 1.")
     if generator is not None or latents is not None:
         raise ValueError("seeds were given together with a generator or latents; choose one source of noise.")
     if len(numbers) != images:

@@ -1,7 +1,7 @@
-"""Text to ids: SentencePiece splits, a dictionary gives the numbers.
+"""Tokenise text: SentencePiece splits it into pieces, a dictionary maps pieces to ids.
 
-SentencePiece's own ids are never used: the released model was trained on a dictionary of its own, in which
-four symbols precede the pieces and six follow them. The ids of all special symbols live here alone.
+SentencePiece's own ids are not used: in the dictionary of the released model, four special symbols precede the pieces
+and six follow them. This is the only file that defines ids of special symbols.
 """
 
 import io
@@ -14,26 +14,26 @@ from transformers import FeatureExtractionMixin
 
 SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
 DICTIONARY_FILE = "dict.txt"
-ADDED_FILE = "added_symbols.txt"  # where there are any; one symbol a line
+ADDED_FILE = "added_symbols.txt"  # optional; one symbol per line
 LEADING_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 TRAILING_SYMBOLS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
-SENTENCEPIECE_CONTROLS = ("<unk>", "<s>", "</s>")  # SentencePiece's own first pieces; the dictionary leaves them out
+SENTENCEPIECE_CONTROLS = ("<unk>", "<s>", "</s>")  # the first pieces of SentencePiece, not in the dictionary
 WORD_BOUNDARY = "▁"
 
 
 class Tokenizer(FeatureExtractionMixin):
-    """SentencePiece pieces looked up by string in a dictionary (released-code.md, "Vocabulary").
+    """Tokenise text with SentencePiece and a dictionary of pieces (released-code.md, "Vocabulary").
 
-    FeatureExtractionMixin lends nothing but its name, by which diffusers' pipelines know what they can save and load.
+    The base class is FeatureExtractionMixin only because diffusers' pipelines save and load its subclasses.
 
     Args:
-        sentencepiece_model: a SentencePiece model file.
-        dictionary: text file, one `piece count` per line; the first line gets id 4.
-        added: symbols that follow all others, as Kosmos-2's for grounding; text is never encoded as one.
+        sentencepiece_model: SentencePiece model file.
+        dictionary: text file with one `piece count` per line; the first line gets id 4.
+        added: further symbols with the last ids, such as Kosmos-2's grounding tokens; text is never encoded as one.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: no SentencePiece model, a dictionary line without a count, or a piece listed twice.
+        FileNotFoundError: one of the files is missing.
+        ValueError: the model is not a SentencePiece model, or a dictionary line has no count or a repeated piece.
     """
 
     def __init__(self, sentencepiece_model: Path, dictionary: Path, added: Sequence[str] = ()):
@@ -43,7 +43,7 @@ class Tokenizer(FeatureExtractionMixin):
                     f"Tokenizer: '{path}' does not exist. A tokenizer folder holds {SENTENCEPIECE_FILE} and "
                     f"{DICTIONARY_FILE}."
                 )
-        # Both files are kept in memory: a run saves them at its end, when the folder may be gone.
+        # Both files are kept in memory, because a run saves them at its end, when the folder may be gone.
         self.dictionary = Path(dictionary).read_bytes()
         try:
             content = Path(sentencepiece_model).read_bytes()
@@ -51,7 +51,7 @@ class Tokenizer(FeatureExtractionMixin):
         except RuntimeError:
             content = b""
         if not content or not self.processor.get_piece_size():  # an empty file loads without an error
-            raise ValueError(f"'{sentencepiece_model}' is empty, damaged or no SentencePiece model; copy it again.")
+            raise ValueError(f"'{sentencepiece_model}' is empty, damaged or not a SentencePiece model; copy it again.")
         pieces = dictionary_pieces(self.dictionary.decode("utf-8"), dictionary)
         self.added = list(added)
         self.symbols = [*LEADING_SYMBOLS, *pieces, *TRAILING_SYMBOLS, *self.added]
@@ -59,7 +59,7 @@ class Tokenizer(FeatureExtractionMixin):
         if len(self.index) != len(self.symbols):
             seen: set[str] = set()
             twice = next(symbol for symbol in self.symbols if symbol in seen or seen.add(symbol))
-            raise ValueError(f"{dictionary}: '{twice}' is listed twice or is reserved; every symbol needs one id.")
+            raise ValueError(f"{dictionary}: '{twice}' is listed twice or is reserved; each symbol needs a unique id.")
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = (self.index[symbol] for symbol in LEADING_SYMBOLS)
         self.image_id, self.image_end_id = self.index["<image>"], self.index["</image>"]
 
@@ -73,49 +73,49 @@ class Tokenizer(FeatureExtractionMixin):
         return f"{type(self).__name__}({len(self)} ids)"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the pieces of `text`, without `<s>` and `</s>`.
+        """Return the ids of a text, without `<s>` and `</s>`.
 
-        Special symbols written in the text are ordinary characters: a caption cannot smuggle an image slot in.
+        Special symbols in the text are encoded as ordinary characters, so a caption cannot add image tokens.
         """
         return [self.index.get(piece, self.unk_id) for piece in self.processor.encode(text, out_type=str)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, several times as fast."""
-        found = self.processor.encode(list(texts), out_type=int, num_threads=1)
+        """Encode several texts, several times as fast as `encode`."""
+        batch = self.processor.encode(list(texts), out_type=int, num_threads=1)
         ids, unknown = self._ids_by_piece, self.processor.unk_id()
-        # A piece that SentencePiece does not know may still be in the dictionary: its letters decide.
+        # A piece that SentencePiece does not know may be in the dictionary, so look it up as a string.
         return [
             self.encode(text) if unknown in pieces else [ids[piece] for piece in pieces]
-            for text, pieces in zip(texts, found, strict=True)
+            for text, pieces in zip(texts, batch, strict=True)
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special symbols are written out, `<s>` and padding are left out."""
-        silent = (self.bos_id, self.pad_id)
-        symbols = [self.symbols[i] for i in ids if i not in silent]
+        """Return the text of ids, with special symbols except `<s>` and padding."""
+        skipped = (self.bos_id, self.pad_id)
+        symbols = [self.symbols[i] for i in ids if i not in skipped]
         return "".join(symbols).replace(WORD_BOUNDARY, " ").strip()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read the folder that `save_pretrained` writes."""
+        """Load the folder that `save_pretrained` writes."""
         file = Path(folder) / ADDED_FILE
         added = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
         return cls(Path(folder) / SENTENCEPIECE_FILE, Path(folder) / DICTIONARY_FILE, added)
 
     @classmethod
     def from_sentencepiece(cls, content: bytes, added: Sequence[str] = ()) -> "Tokenizer":
-        """A tokenizer whose dictionary is the pieces in their own order: the id of a piece is its place + 1.
+        """Build a tokenizer with SentencePiece's own pieces as dictionary; ids are those of SentencePiece + 1.
 
         Args:
-            content: of a SentencePiece model file.
+            content: content of a SentencePiece model file.
 
         Raises:
-            ValueError: no SentencePiece model, or one that does not begin with `<unk>`, `<s>` and `</s>`.
+            ValueError: it is not a SentencePiece model, or its first pieces are not `<unk>`, `<s>` and `</s>`.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise ValueError("it is damaged or no SentencePiece model; copy it again.") from error
+            raise ValueError("it is damaged or not a SentencePiece model; copy it again.") from error
         names = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
         first, pieces = tuple(names[: len(SENTENCEPIECE_CONTROLS)]), names[len(SENTENCEPIECE_CONTROLS) :]
         if first != SENTENCEPIECE_CONTROLS:
@@ -127,7 +127,7 @@ class Tokenizer(FeatureExtractionMixin):
             return cls(model, dictionary, added)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write both files into `folder`."""
+        """Write the tokenizer's files to `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SENTENCEPIECE_FILE).write_bytes(self.processor.serialized_model_proto())
@@ -142,8 +142,8 @@ class Tokenizer(FeatureExtractionMixin):
         """Train SentencePiece (unigram) on `texts` and write a tokenizer folder.
 
         Args:
-            vocab_size: the most ids the tokenizer may have, special symbols included; a small text gives fewer.
-            normalization: SentencePiece's rule; "identity" leaves out the table of 240 kB that the others carry.
+            vocab_size: maximum number of ids, special symbols included; a small text gives fewer.
+            normalization: SentencePiece's rule; "identity" omits the table of 240 kB of the other rules.
         """
         pieces = vocab_size - len(LEADING_SYMBOLS) - len(TRAILING_SYMBOLS)
         if pieces < 1:
@@ -160,7 +160,7 @@ class Tokenizer(FeatureExtractionMixin):
             character_coverage=1.0,
             normalization_rule_name=normalization,
             hard_vocab_limit=False,
-            num_threads=1,  # sums of floats depend on how they are divided among threads
+            num_threads=1,  # the result depends on the number of threads
             minloglevel=2,
         )
         tokenizer = cls.from_sentencepiece(model.getvalue())
@@ -169,7 +169,7 @@ class Tokenizer(FeatureExtractionMixin):
 
 
 def dictionary_pieces(text: str, path: Path) -> list[str]:
-    """Pieces of a dictionary in order; a piece may hold any character, the count follows the last blank."""
+    """Return the pieces of a dictionary; a piece may contain any character, the count follows the last space."""
     pieces = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # a piece may be a Unicode line separator
         piece, blank, count = line.rpartition(" ")

@@ -1,1 +1,1 @@
-"""One LightningModule per stage: what is trained, its step, its loss. The networks are injected."""
+"""The LightningModule of each training stage, and the training loop, checkpoints and sharding that they share."""

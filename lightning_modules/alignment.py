@@ -1,15 +1,16 @@
-"""Stage 2, image decoder alignment (paper section 2.2): AlignerNet learns the decoder's text space from captions alone.
+"""Stage 2, image decoder alignment (paper section 2.2): AlignerNet learns the text space of the image decoder.
 
-L = w_mse·L_mse + w_rec·L_rec: M(s) hits the text model's states t (eq. 5) and N finds s again (eq. 6), with s the
-MLLM's states of the caption. Trainable: M and N. Frozen: MLLM and text model.
+For a caption with hidden states s of the MLLM and t of the decoder's text model, the loss is w_mse·L_mse + w_rec·L_rec:
+the aligner M predicts t from s (eq. 5), and its decoder N reconstructs s from M(s) (eq. 6). M and N are trained; MLLM
+and text model are frozen. The data are captions alone.
 
-With `recipe.trainable: all`, which is not in the paper, the MLLM trains, too, and prompts may hold images: M(s) shall
-be what the text model makes of the caption, in which words stand for them. There is no L_rec then: an MLLM that trains
-would give up what N cannot find again.
+With `recipe.trainable: all`, which is not in the paper, the MLLM is trained as well and prompts may contain images; t
+is still that of the whole caption, with words in place of the images. L_rec must be off, since it would teach the MLLM
+to discard whatever N cannot reconstruct.
 
-Notable: without padding in the loss (`recipe.variant` masked or paper) a caption's loss does not depend on its batch,
-which may then be computed in buckets of similar length, and s and t may be read from disk (`data.cached_states`): M and
-N are then the only networks.
+If the loss ignores padding (`recipe.variant` masked or paper), a caption's loss does not depend on its batch. Batches
+may then be split into length buckets, and s and t may be cached (`data.cached_states`), which leaves M and N as the
+only networks in memory.
 
 Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries, `C` condition width.
 """
@@ -50,7 +51,7 @@ from lightning_modules.base import (
     StageExperiment,
     StageModule,
     fake_prompts,
-    usual_shape,
+    typical_shape,
 )
 from lightning_modules.length_buckets import length_buckets
 from lightning_modules.optimizer import OptimizerConfig
@@ -64,29 +65,28 @@ class AlignmentRecipe:
     mse_weight: float = 1.0
     """Weight of L_mse, eq. 5."""
     rec_weight: float = 1.0
-    """Weight of L_rec, eq. 6; 0 leaves N out of the loss."""
+    """Weight of L_rec, eq. 6; 0 trains without N."""
     variant: AlignmentVariant = "released"
-    """How the norms of eqs. 5 and 6 are averaged, see kosmosg.losses.alignment_losses; released counts padding."""
+    """Normalisation of eqs. 5 and 6, see kosmosg/losses.py. released includes padding; masked and paper ignore it."""
     length_buckets: int = 1
-    """Parts of similar length into which a micro-batch is split, to save padding; more than 1 needs a variant that does
-    not count padding."""
+    """Number of parts of similar length that a micro-batch is split into, to save padding; 1 with variant=released."""
     trainable: Literal["aligner", "all"] = "aligner"
-    """aligner: AlignerNet; all: the MLLM, too, for prompts with images (`data.constructed`); needs rec_weight=0."""
+    """aligner: M and N; all: the MLLM, too, for prompts with images (`data.constructed`), which needs rec_weight=0."""
     new_aligner: bool = True
-    """Start M from random weights; false: read it from init_from, too."""
+    """Start M from random weights; false: load it from init_from."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
-    """Which part of the vision encoder trains, where the MLLM does."""
+    """Trainable part of the vision encoder, if the MLLM is trained."""
     frozen_dropout: bool = False
-    """Keep dropout on in the frozen MLLM, as the released code does; the paper calls the MLLM frozen."""
+    """Keep dropout active in the frozen MLLM, as the released code does."""
 
     def __post_init__(self) -> None:
-        for name, least in (("mse_weight", 0), ("rec_weight", 0), ("length_buckets", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"recipe.{name} is {getattr(self, name)}; allowed: {least} or more")
+        for name, minimum in (("mse_weight", 0), ("rec_weight", 0), ("length_buckets", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; allowed: {minimum} or more")
         if self.length_buckets > 1 and self.variant == "released":
             raise ValueError(
-                f"recipe.length_buckets is {self.length_buckets}, but recipe.variant=released counts the padding of "
-                "the whole batch; allowed: 1, or recipe.variant=masked or paper"
+                f"recipe.length_buckets is {self.length_buckets}, but recipe.variant=released depends on the padding "
+                "of the whole micro-batch; allowed: 1, or recipe.variant=masked or paper"
             )
         if self.mse_weight == self.rec_weight == 0:
             raise ValueError("recipe.mse_weight and recipe.rec_weight are both 0; at least one must be above 0")
@@ -94,10 +94,10 @@ class AlignmentRecipe:
             raise ValueError(f"recipe.rec_weight is {self.rec_weight}; allowed with recipe.trainable=all: 0")
 
     def require_constant_states(self) -> None:
-        """Refuse cached states where the MLLM's change, or where their padding counts.
+        """Check that s and t can be cached: they are constant during training and do not depend on padding.
 
         Raises:
-            ValueError: names the key.
+            ValueError: a recipe key has a value that is not allowed with `data.cached_states`.
         """
         for key, value, allowed in (
             ("trainable", self.trainable, self.trainable == "aligner"),
@@ -112,14 +112,14 @@ class AlignmentRecipe:
 
 
 class AlignmentModule(StageModule):
-    """See `AlignmentBatch`.
+    """Stage 2: see the module docstring and `AlignmentBatch`.
 
     Args:
-        mllm, image_decoder: None where their states come from disk.
-        spec: the image decoder's.
+        mllm, image_decoder: None if their hidden states are cached.
+        spec: form of the image decoder's condition; needed if `image_decoder` is None.
 
     Raises:
-        ValueError: M's queries, width or pooled width are not the text model's.
+        ValueError: M's number of queries, width or pooled width differs from the text model's.
     """
 
     Recipe = AlignmentRecipe
@@ -141,15 +141,15 @@ class AlignmentModule(StageModule):
         super().__init__(optimizer, seed)
         self.spec = spec = spec or image_decoder.spec  # type: ignore[union-attr]
         queries = aligner.config.num_queries
-        for key, ours, theirs in (
-            # States that the decoder masks are spread over any number of queries.
+        for key, value, expected in (
+            # Masked text states are spread over any number of queries, see `Condition.spread`.
             ("num_queries", queries, queries if spec.masked else spec.tokens),
             ("width", aligner.config.width, spec.width),
             ("pooled_width", getattr(aligner.config, "pooled_width", None), spec.pooled),
         ):
-            if ours != theirs:
+            if value != expected:
                 raise ValueError(
-                    f"model.aligner.{key} is {ours}, but the text model of model.image_decoder has {theirs}"
+                    f"model.aligner.{key} is {value}, but the text model of model.image_decoder has {expected}"
                 )
         self.mllm, self.aligner, self.aligner_decoder = mllm, aligner, aligner_decoder  # type: ignore[assignment]
         self.image_decoder, self.recipe = image_decoder, recipe  # type: ignore[assignment]
@@ -164,7 +164,7 @@ class AlignmentModule(StageModule):
         cls, experiment: StageExperiment, tokenizer: PromptTokenizer, load_decoder: LoadDecoder = load_image_decoder
     ) -> "AlignmentModule":
         model, recipe, mllm, decoder, spec = experiment.model, experiment.recipe, None, None, None
-        # First, so that their first weights are the same whatever else is built.
+        # M and N come first, so that their initial weights do not depend on which other networks are built.
         aligner = build_aligner(model, None if recipe.new_aligner else experiment.init_from)
         aligner_decoder = build_aligner_decoder(model) if recipe.rec_weight else None
         if experiment.data.cached_states:
@@ -210,8 +210,8 @@ class AlignmentModule(StageModule):
         return KosmosG(self.mllm, self.aligner)
 
     def frozen_modules(self) -> Sequence[nn.Module]:
-        trains = self.recipe.trainable == "all"
-        networks = (self.image_decoder,) if trains or self.recipe.frozen_dropout else (self.mllm, self.image_decoder)
+        mllm_in_train_mode = self.recipe.trainable == "all" or self.recipe.frozen_dropout
+        networks = (self.image_decoder,) if mllm_in_train_mode else (self.mllm, self.image_decoder)
         return [network for network in networks if network is not None]
 
     def sharded_modules(self) -> Sequence[nn.Module]:
@@ -219,14 +219,14 @@ class AlignmentModule(StageModule):
         return [network for network in networks if network is not None]
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """`loss`, `mse_loss` (eq. 5) and, with N, `rec_loss` (eq. 6) of a batch."""
+        """`loss`, `mse_loss` (eq. 5) and, with N, `rec_loss` (eq. 6), means over the captions."""
         if batch.target is None:
             batch = replace(batch, target=self.image_decoder.text_condition(batch.text_ids))
         buckets = length_buckets(batch.prompt.lengths, self.recipe.length_buckets)
         parts = [batch] if len(buckets) == 1 else [batch.rows(rows) for rows in buckets]
-        wants_image = self.recipe.trainable == "all" and batch.prompt.images is None
+        dummy_image = self.recipe.trainable == "all" and batch.prompt.images is None
         means = [
-            torch.stack(self._bucket_losses(part, wants_image and not number)) * (len(part) / len(batch))
+            torch.stack(self._bucket_losses(part, dummy_image and not number)) * (len(part) / len(batch))
             for number, part in enumerate(parts)
         ]
         mse, *rec = torch.stack(means).sum(dim=0)
@@ -235,18 +235,18 @@ class AlignmentModule(StageModule):
             return {"loss": loss, "mse_loss": mse}
         return {"loss": loss + self.recipe.rec_weight * rec[0], "mse_loss": mse, "rec_loss": rec[0]}
 
-    def _bucket_losses(self, batch: Any, wants_image: bool) -> tuple[Tensor, ...]:
-        """L_mse and, with N, L_rec, means over the captions of `batch`."""
+    def _bucket_losses(self, batch: Any, dummy_image: bool) -> tuple[Tensor, ...]:
+        """L_mse and, with N, L_rec, means over the captions of a bucket."""
         variant, prompt, target = self.recipe.variant, batch.prompt, batch.target
         if self.recipe.trainable == "all":
-            condition = self.condition(prompt, self.mllm, self.aligner, wants_image or self.is_sharded)
+            condition = self.condition(prompt, self.mllm, self.aligner, dummy_image or self.is_sharded)
             return (text_losses(condition, target, variant).mean(),)
         if batch.states is None:
             with torch.no_grad():
                 hidden, padding = self.mllm.hidden_states(prompt)
         else:
             hidden, padding = batch.states, prompt.padding
-        condition = self.aligner(hidden, padding)
+        condition = self.aligner(hidden, padding)  # M(s)
         mse = text_losses(condition, target, variant).mean()
         if self.aligner_decoder is None:
             return (mse,)
@@ -260,7 +260,7 @@ class AlignmentModule(StageModule):
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
         constructed = experiment.data.constructed
         with_images = bool(constructed.shards and constructed.weight)
-        return usual_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES) if with_images else PromptShape(CAPTION_TOKENS, 0)
+        return typical_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES) if with_images else PromptShape(CAPTION_TOKENS, 0)
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> AlignmentBatch:
         if self.mllm is None:
@@ -282,12 +282,12 @@ class AlignmentModule(StageModule):
         return AlignmentBatch(prompt=prompt, states=states, target=target, indices=list(range(rows)))
 
     def reference_images(self, batch: Any, sample: Sample) -> list[Image.Image]:
-        """What the image decoder draws for the captions by itself."""
+        """Images that the image decoder draws for the captions with its own text model."""
         decoder = self.image_decoder
         ids = torch.cat([batch.text_ids, decoder.tokenize([""])]).to(self.device)
         conditions = decoder.text_condition(ids)
         return sample(conditions.rows(slice(0, -1)), decoder.spec.null(conditions.rows(slice(-1, None))))
 
     def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
-        """mllm/, aligner/, with N aligner_decoder/, and tokenizer/."""
+        """Write mllm/, aligner/, tokenizer/ and, with N, aligner_decoder/."""
         self.model.save_pretrained(folder, tokenizer, aligner_decoder=self.aligner_decoder)

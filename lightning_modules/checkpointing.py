@@ -1,13 +1,13 @@
-"""Checkpoints: folders that are complete or absent, intact before anything in them is believed, and free of pickles.
+"""Checkpoints as folders of safetensors and JSON, written atomically and verified by checksums before they are loaded.
 
 step-00000500/
-  shard-*.safetensors  trainable weights, optimizer states and their average, one file a rank
-  state.json           step, counts, identity of the data: plain values
-  manifest.json        bytes and SHA-256 of each of these files
+  shard-*.safetensors  trainable weights, their moving average and optimizer states, one file per rank
+  state.json           step, number of skipped steps, fingerprint of the data and other plain values
+  manifest.json        size and SHA-256 of each of these files
 
-A checkpoint is written under a name that begins with a dot, fsynced and renamed. One rank, DDP and FSDP2 write and read
-the same files, so a run may go on with another strategy or number of ranks. On several nodes the folder is on a file
-system that all share. Tensors are named `model.`, `optimizer.` and `ema.` before the parameter's name.
+A checkpoint is written to a temporary folder, fsynced and renamed, so it is either complete or absent. One device, DDP
+and FSDP2 use the same format: a run can be resumed with another strategy or number of ranks. Several nodes need a
+shared file system. Tensors are named by the parameter with the prefix `model.`, `optimizer.` or `ema.`.
 """
 
 import hashlib
@@ -38,56 +38,56 @@ NAME = re.compile(r"step-\d{8}")
 TEMPORARY = re.compile(r"\.step-\d{8}(\.removed)?")
 MANIFEST_FILE, STATE_FILE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, EMA = "model.", "optimizer.", "ema."
-NAMED_IN_ERRORS = 3
+NAMED_IN_ERRORS = 3  # tensors
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint could not be written; nothing of it is left, and those before it are intact."""
+    """A checkpoint could not be written. Its files are removed, and earlier checkpoints are intact."""
 
 
 class CheckpointDamagedError(ValueError):
-    """A checkpoint that is not what was written."""
+    """Files of a checkpoint are missing, changed or unreadable."""
 
 
 class CheckpointMismatchError(ValueError):
-    """A checkpoint of another model or stage."""
+    """The checkpoint is of another model or stage."""
 
 
-# Folders.
+# Reading and writing checkpoint folders.
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps; names sort as steps do."""
+    """Return the folder name of the checkpoint after `step` optimizer steps; names sort by step."""
     return f"step-{step:08d}"
 
 
 def checkpoint_step(folder: Path) -> int:
-    """Optimizer steps done in a checkpoint, by its name."""
+    """Return the number of optimizer steps of a checkpoint, from its name."""
     return int(folder.name.removeprefix("step-"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; files, links and other names are somebody else's."""
+    """List the checkpoints in a folder, oldest first; files and other names are ignored."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write the checkpoint `folder`. All ranks call it together, with the same `state`.
+    """Write the checkpoint `folder`. All ranks must call it together, with the same `state`.
 
     Args:
-        tensors: whole, or sharded over the ranks.
-        state: values that JSON holds.
+        tensors: replicated or sharded over the ranks.
+        state: values that JSON can represent.
 
     Raises:
-        CheckpointWriteError: on all ranks alike.
+        CheckpointWriteError: writing failed on some rank; raised on all ranks.
     """
     temporary = folder.with_name(f".{folder.name}")
     try:
-        _together(lambda: _make_room(temporary), rank_zero_only=True)
-        _together(lambda: _save_tensors(temporary, tensors))
-        # Each rank hashes what it wrote, as read back from the file.
-        sums = _together(lambda: _checksums(temporary, f"shard-{_rank() + 1:05d}-*"))
-        _together(lambda: _complete(temporary, folder, state, sums), rank_zero_only=True)
+        _on_ranks(lambda: _create_temporary(temporary), rank_zero_only=True)
+        _on_ranks(lambda: _save_tensors(temporary, tensors))
+        # Each rank reads back and hashes its own file.
+        checksums = _on_ranks(lambda: _checksums(temporary, f"shard-{_rank() + 1:05d}-*"))
+        _on_ranks(lambda: _finalize(temporary, folder, state, checksums), rank_zero_only=True)
     except CheckpointWriteError:
         if _rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -95,7 +95,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` latest checkpoints; one that is half removed is no longer found."""
+    """Remove all but the `keep` latest checkpoints. Each is renamed first, so that it is never found half removed."""
     for old in checkpoints(folder)[:-keep]:
         if old.is_symlink():
             old.unlink()
@@ -106,19 +106,19 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file of a checkpoint with its manifest. Files that nothing reads, such as `.DS_Store`, are ignored.
+    """Compare the files of a checkpoint with its manifest. Files that are never read, such as `.DS_Store`, are ignored.
 
     Raises:
-        CheckpointDamagedError: names each file that is missing, changed or does not belong there.
+        CheckpointDamagedError: names each file that is missing, changed or unexpected.
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
         version, listed = manifest["format"], manifest["files"]
         expected = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointDamagedError(f"'{folder}' has no readable {MANIFEST_FILE}: {error}") from error
+        raise CheckpointDamagedError(f"'{folder / MANIFEST_FILE}' cannot be read: {error}") from error
     if version != FORMAT:
-        raise CheckpointDamagedError(f"'{folder}' is of format {version}; this version reads format {FORMAT}")
+        raise CheckpointDamagedError(f"'{folder}' has checkpoint format {version}; this version reads format {FORMAT}")
     problems = []
     for name, (size, digest) in expected.items():
         file = folder / name
@@ -127,15 +127,15 @@ def verify(folder: Path) -> None:
         elif file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
         elif _digest(file) != digest:
-            problems.append(f"{name} has another content than was written")
-    strangers = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in expected)
-    problems += [f"{name} does not belong there" for name in strangers]
+            problems.append(f"{name} does not match its checksum")
+    unexpected = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in expected)
+    problems += [f"{name} does not belong there" for name in unexpected]
     if problems:
         raise CheckpointDamagedError(f"'{folder}' is damaged: {'; '.join(problems)}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The plain values. Raises CheckpointDamagedError."""
+    """Read the plain values in state.json. Raises CheckpointDamagedError."""
     try:
         return json.loads((folder / STATE_FILE).read_bytes())
     except (OSError, ValueError) as error:
@@ -143,21 +143,21 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Shape of each tensor. Raises CheckpointDamagedError."""
+    """Read the shape of each tensor. Raises CheckpointDamagedError."""
     try:
         return {
             name: tensor.size  # type: ignore[union-attr]
             for name, tensor in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items()
         }
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointDamagedError(f"'{folder}' holds no readable tensors: {error}") from error
+        raise CheckpointDamagedError(f"the tensors in '{folder}' cannot be read: {error}") from error
 
 
 def load_tensors(folder: Path, targets: Mapping[str, Tensor], *, alone: bool = False) -> None:
-    """Fill `targets` in place, whole or sharded in whatever way. All ranks call it together unless `alone`.
+    """Load tensors in place into `targets`, replicated or sharded. All ranks must call it together, unless `alone`.
 
     Raises:
-        CheckpointDamagedError: a tensor is absent or cannot be read.
+        CheckpointDamagedError: a tensor is missing or cannot be read.
     """
     try:
         dcp.load(
@@ -170,26 +170,26 @@ def load_tensors(folder: Path, targets: Mapping[str, Tensor], *, alone: bool = F
         raise CheckpointDamagedError(f"'{folder}': {_first_cause(error)}") from error
 
 
-# From a checkpoint to a module.
+# Loading weights into a module.
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
+    """Return the trainable parameters by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def load_weights(checkpoint: Path, module: nn.Module, average: bool = False) -> None:
-    """Fill what trains in `module`, built afresh on one rank, from a checkpoint of any number; the rest is as built.
+    """Load the trainable weights of an unsharded `module` from a checkpoint written by any number of ranks.
 
     Args:
-        average: take the average of the weights instead of the weights.
+        average: load the moving average of the weights instead.
 
     Raises:
-        CheckpointMismatchError: the checkpoint is another model's, or has no average.
+        CheckpointMismatchError: the checkpoint is of another model, or has no moving average.
     """
     prefix = EMA if average else MODEL
-    shapes = _below(prefix, read_shapes(checkpoint))
+    shapes = _strip_prefix(prefix, read_shapes(checkpoint))
     if average and not shapes:
         raise CheckpointMismatchError(
-            f"'{checkpoint}' holds no average of the weights; it was trained with ema.decay=0"
+            f"'{checkpoint}' has no moving average of the weights; it was trained with ema.decay=0"
         )
     _require_same_model(module, shapes, checkpoint)
     targets = {f"{prefix}{name}": parameter.detach() for name, parameter in trainable_parameters(module).items()}
@@ -197,9 +197,9 @@ def load_weights(checkpoint: Path, module: nn.Module, average: bool = False) -> 
 
 
 def _require_same_model(module: nn.Module, shapes: Mapping[str, torch.Size], checkpoint: Path) -> None:
-    """Raises CheckpointMismatchError: names the first tensors that are absent, left over or of another shape."""
+    """Raises CheckpointMismatchError: trainable parameters and tensors differ; names the first differences."""
     expected = {name: parameter.shape for name, parameter in trainable_parameters(module).items()}
-    problems = [f"{name} is absent" for name in expected if name not in shapes]
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
     problems += [f"{name} is not trainable here" for name in shapes if name not in expected]
     problems += [
         f"{name} is {tuple(shapes[name])} there and {tuple(shape)} here"
@@ -214,24 +214,24 @@ def _require_same_model(module: nn.Module, shapes: Mapping[str, torch.Size], che
         )
 
 
-# Lightning's strategies with these checkpoints.
+# Lightning's strategies, with checkpoints in this format.
 class FolderCheckpoints(Strategy):
-    """Goes before one of Lightning's strategies: checkpoints are folders that all ranks write and read together."""
+    """Mixin for Lightning's strategies: all ranks write and read a checkpoint folder together."""
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        return True  # when the parameters are on their devices, sharded or not
+        return True  # after the parameters were moved to their devices and sharded
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return False  # done by load_checkpoint
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trainable tensors, as they are on this rank."""
+        """The trainable parameters, sharded or whole as they are on this rank."""
         return {name: parameter.detach() for name, parameter in self._trainable().items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Its tensors as `<parameter>.<key>`; rates, betas and the like are the configuration's."""
+        """Optimizer states as `<parameter>.<key>`. Hyperparameters come from the configuration instead."""
         names = {id(parameter): name for name, parameter in self._trainable().items()}
         return {
             f"{names[id(parameter)]}.{key}": value
@@ -240,38 +240,38 @@ class FolderCheckpoints(Strategy):
         }
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the folder. Raises CheckpointWriteError on all ranks alike."""
-        tensors = _prefixed(MODEL, checkpoint.pop("state_dict")) | _prefixed(EMA, checkpoint.pop("ema", {}))
+        """Write the checkpoint folder. Raises CheckpointWriteError on all ranks."""
+        tensors = _add_prefix(MODEL, checkpoint.pop("state_dict")) | _add_prefix(EMA, checkpoint.pop("ema", {}))
         for state in checkpoint.pop("optimizer_states"):
-            tensors |= _prefixed(OPTIMIZER, state)
+            tensors |= _add_prefix(OPTIMIZER, state)
         write_checkpoint(Path(filepath), tensors, checkpoint)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill the parameters and the optimizer; the plain values, and under `ema` the average if there is one.
+        """Load parameters and optimizer states in place; returns the plain values, and the moving average as `ema`.
 
         Raises:
-            CheckpointMismatchError: a checkpoint of another model.
-            CheckpointDamagedError: what cannot be read.
+            CheckpointMismatchError: the checkpoint is of another model, or of another optimizer.
+            CheckpointDamagedError: a file cannot be read.
         """
         folder = Path(self.broadcast(str(checkpoint_path)))
         assert self.lightning_module is not None
         state, shapes = read_state(folder), read_shapes(folder)
-        _require_same_model(self.lightning_module, _below(MODEL, shapes), folder)
+        _require_same_model(self.lightning_module, _strip_prefix(MODEL, shapes), folder)
         parameters = self._trainable()
         targets = {f"{MODEL}{name}": parameter.detach() for name, parameter in parameters.items()}
-        average = {name: empty_average(parameters[name]) for name in _below(EMA, shapes)}
-        targets |= _prefixed(EMA, average)
+        average = {name: empty_average(parameters[name]) for name in _strip_prefix(EMA, shapes)}
+        targets |= _add_prefix(EMA, average)
         optimizer: Any = self.optimizers[0]
-        written = _below(OPTIMIZER, shapes)
-        for name in {place.rpartition(".")[0] for place in written}:  # none before the first step
+        written = _strip_prefix(OPTIMIZER, shapes)
+        for name in {key.rpartition(".")[0] for key in written}:  # empty before the first step
             optimizer.state[parameters[name]] = optimizer.empty_state(parameters[name])
         states = self.optimizer_state(optimizer)
         if states.keys() != written.keys():
             raise CheckpointMismatchError(
-                f"'{folder}' holds optimizer states {sorted(written)[:NAMED_IN_ERRORS]} … and this run would read "
+                f"'{folder}' has optimizer states {sorted(written)[:NAMED_IN_ERRORS]} …, but this run expects "
                 f"{sorted(states)[:NAMED_IN_ERRORS]} …: use the optimizer.eight_bit it was trained with."
             )
-        load_tensors(folder, targets | _prefixed(OPTIMIZER, states))
+        load_tensors(folder, targets | _add_prefix(OPTIMIZER, states))
         return {**state, "ema": average}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -286,18 +286,18 @@ class FolderCheckpoints(Strategy):
 
 
 class SingleDevice(FolderCheckpoints, SingleDeviceStrategy):
-    """One rank, one device."""
+    """Training on one device."""
 
 
 class Replicated(FolderCheckpoints, DDPStrategy):
-    """DDP: every rank has the whole model; gradients are averaged."""
+    """DDP: parameters are replicated and gradients averaged."""
 
 
 class Sharded(FolderCheckpoints, ModelParallelStrategy):
-    """FSDP2: parameters, gradients and optimizer states are divided among the ranks."""
+    """FSDP2: parameters, gradients and optimizer states are sharded over the ranks."""
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        # A validation leaves the last layers gathered, since no backward pass follows that would divide them again.
+        # A validation leaves the last layers gathered, because resharding happens in the backward pass.
         assert self.lightning_module is not None
         for module in self.lightning_module.modules():
             if isinstance(module, FSDPModule):
@@ -306,7 +306,7 @@ class Sharded(FolderCheckpoints, ModelParallelStrategy):
 
 
 def build_strategy(name: str, accelerator: str, world_size: int) -> Strategy:
-    """fsdp2, ddp, or one device alone."""
+    """Build the strategy: `fsdp2`, `ddp`, or a single device for any other name."""
     if name == "fsdp2":
         return Sharded(data_parallel_size=world_size, tensor_parallel_size=1)
     if name == "ddp":
@@ -317,16 +317,16 @@ def build_strategy(name: str, accelerator: str, world_size: int) -> Strategy:
 
 
 def empty_average(parameter: Tensor) -> Tensor:
-    """Room for the average of a parameter, sharded as it is; float32 whatever the parameter's precision."""
+    """Return an uninitialised float32 tensor with the shape and sharding of a parameter, for its moving average."""
     return torch.empty_like(parameter.detach(), dtype=torch.float32)
 
 
-def _make_room(temporary: Path) -> None:
-    """An empty folder; what an interrupted save or removal left is cleared away."""
+def _create_temporary(temporary: Path) -> None:
+    """Create the temporary folder and remove those of interrupted saves and removals."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    for left in temporary.parent.iterdir():
-        if TEMPORARY.fullmatch(left.name):
-            shutil.rmtree(left)
+    for path in temporary.parent.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
     temporary.mkdir()
 
 
@@ -342,14 +342,14 @@ def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{folder}: {_first_cause(error)}") from error
 
 
-def _complete(temporary: Path, folder: Path, state: Mapping[str, Any], sums: list[dict[str, Any]]) -> None:
+def _finalize(temporary: Path, folder: Path, state: Mapping[str, Any], checksums: list[dict[str, Any]]) -> None:
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
-    files = {name: entry for of_rank in sums for name, entry in of_rank.items()} | _checksums(temporary, STATE_FILE)
-    manifest = {"format": FORMAT, "step": checkpoint_step(folder), "ranks": len(sums), "files": files}
+    files = {name: entry for rank in checksums for name, entry in rank.items()} | _checksums(temporary, STATE_FILE)
+    manifest = {"format": FORMAT, "step": checkpoint_step(folder), "ranks": len(checksums), "files": files}
     (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     if folder.is_symlink():
         folder.unlink()
-    for path in (temporary / STATE_FILE, temporary / MANIFEST_FILE, temporary):  # dcp has synced the tensors
+    for path in (temporary / STATE_FILE, temporary / MANIFEST_FILE, temporary):  # dcp has fsynced the tensors
         flush(path)
     temporary.rename(folder)
     flush(folder.parent)
@@ -369,8 +369,8 @@ def _rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def _together(action: Callable[[], Outcome], rank_zero_only: bool = False) -> list[Outcome]:
-    """Run `action` on all ranks or on the first alone; its results in order. What fails on one fails on all."""
+def _on_ranks(action: Callable[[], Outcome], rank_zero_only: bool = False) -> list[Outcome]:
+    """Run `action` on all ranks, or on rank 0 only; returns the results by rank. A failure on one raises on all."""
     outcome, failure = None, None
     if _rank() == 0 or not rank_zero_only:
         try:
@@ -388,9 +388,9 @@ def _first_cause(error: CheckpointException) -> str:
     return f"rank {rank}: {str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__}"
 
 
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _add_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in values.items()}
 
 
-def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _strip_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

@@ -1,8 +1,8 @@
-"""The dry run: parameters, memory of each GPU by part, FLOPs, time; refuses what does not fit. No weights are read.
+"""Dry run: estimate parameters, memory per GPU, FLOPs and time of a training run, without a GPU or any weights.
 
-The stage's own module is built at its full size without memory, under PyTorch's FakeTensorMode: shapes, dtypes and
-autocast are real, nothing is stored or computed. Its own loss runs forward and backward over `fake_batch`, which is
-counted. Sizes of the image decoder and of a vision-language model come from their folders, or are published ones.
+The stage's own module is built at full size under PyTorch's FakeTensorMode, in which tensors have shapes and dtypes but
+no data. FLOPs and live memory are counted while its loss runs forward and backward on `fake_batch`. Sizes of the image
+decoder and of a vision-language model are read from their folders or known for published models.
 """
 
 import contextlib
@@ -31,18 +31,18 @@ from lightning_modules.parallelize import apply_activation_checkpointing, layers
 from lightning_modules.trainer import BatchLayout, TrainerConfig, batch_layout, count_devices
 
 GIB, TERA = 2**30, 1e12
-FULL, HALF = 4, 2  # bytes of a number
-EIGHT_BIT_STATES = 2 * (1 + FULL / BLOCK)  # bytes of both moments
-SECONDS_OF_DAY = 86_400
+FULL, HALF = 4, 2  # bytes per element
+EIGHT_BIT_STATES = 2 * (1 + FULL / BLOCK)  # bytes per parameter for both moments
+SECONDS_PER_DAY = 86_400
 RELEASED_VOCABULARY = 64_007
 
 
 class DoesNotFitError(ValueError):
-    """A run that the assumed GPU cannot hold."""
+    """The run does not fit into the memory of the assumed GPU."""
 
 
 class Device(NamedTuple):
-    """A card: memory in GiB that PyTorch sees, peak TFLOP/s of dense matrix products by precision (makers' sheets)."""
+    """A GPU: memory in GiB as PyTorch reports it, and peak dense TFLOP/s by precision from the data sheet."""
 
     memory_gib: float
     half_tflops: float
@@ -65,19 +65,19 @@ DEVICES = {
 @dataclass
 class HardwareConfig:
     device: str = "h100-80gb"
-    """GPU that the dry run assumes, see lightning_modules/dry_run.py."""
+    """GPU that the dry run assumes, a key of DEVICES in lightning_modules/dry_run.py."""
     memory_gib: float | None = None
-    """Memory of a GPU; null: that of the device."""
+    """Memory per GPU; null: that of `device`."""
     tflops: float | None = None
-    """Peak TFLOP/s of a GPU in the run's precision; null: that of the device."""
+    """Peak TFLOP/s per GPU in the run's precision; null: that of `device`."""
     utilization: float = 0.3
-    """Assumed share of the peak."""
+    """Assumed share of the peak FLOP/s that is reached."""
     reserve_gib: float = 2.0
-    """Memory assumed for CUDA, NCCL and fragmentation on each GPU."""
+    """Memory per GPU assumed for CUDA, NCCL and fragmentation."""
     prompt_tokens: int | None = None
-    """Tokens of a row, padding included; null: data.sequence_length in stage 1, 75 in stage 2, 160 in stage 3."""
+    """Tokens per row, with padding; null: data.sequence_length in stage 1, 75 in stage 2, 160 in stage 3."""
     images_per_row: int | None = None
-    """Images in a row's prompt; null: 11 of 2,048 tokens in stage 1, 0 in stage 2, 2 in stage 3."""
+    """Images per row; null: 11 in 2,048 tokens in stage 1, 0 in stage 2, 2 in stage 3."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -90,7 +90,7 @@ class HardwareConfig:
                 raise ValueError(f"hardware.{name} is {value}; allowed: 0 or more")
 
     def card(self) -> Device:
-        """The device with what is set here in its place."""
+        """Return the device, with the values that are set here."""
         device = DEVICES[self.device]
         if self.memory_gib is not None:
             device = device._replace(memory_gib=self.memory_gib)
@@ -99,7 +99,7 @@ class HardwareConfig:
 
 # Counting.
 class PassCost(NamedTuple):
-    """Of one micro-batch, forward and backward: operations, and the most bytes alive beside parameters."""
+    """FLOPs and peak bytes of activations in the forward and backward pass of a micro-batch."""
 
     flops: float
     activations: float
@@ -107,7 +107,7 @@ class PassCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Sized:
-    """A stage's module without weights, and what micro-batches of one and of two rows cost: a + b · rows."""
+    """A stage's module without data, and the costs of micro-batches of one and two rows; costs are linear in rows."""
 
     module: StageModule
     shape: PromptShape
@@ -120,17 +120,17 @@ class Sized:
 
     @property
     def row_bytes(self) -> float:
-        """Activations of a row."""
+        """Bytes of activations per row."""
         return self.two.activations - self.one.activations
 
     @property
     def fixed_bytes(self) -> float:
-        """Activations that do not grow with the rows: autocast's copies of the weights in half precision."""
+        """Bytes that do not depend on the rows: autocast's half-precision copies of the weights."""
         return max(0.0, self.one.activations - self.row_bytes)
 
 
 class Vocabulary(NamedTuple):
-    """As much of a tokenizer as building a model needs."""
+    """The part of a tokenizer that is needed to build a model."""
 
     size: int
     pad_id: int = 1
@@ -141,33 +141,35 @@ class Vocabulary(NamedTuple):
 
 
 def size_up(experiment: Any) -> Sized:
-    """Build the stage of `experiment` without memory and count a pass.
+    """Build the stage's module under FakeTensorMode and measure micro-batches of one and two rows.
 
     Raises:
-        ValueError: sizes that do not fit, or an image decoder of which only a name is known.
+        ValueError: the networks do not fit together, or the sizes of a network are not known.
     """
     folder = Path(experiment.model.tokenizer)
     words = len(Tokenizer.from_pretrained(folder)) if folder.is_dir() else RELEASED_VOCABULARY
-    # Rows are of one length here, so buckets change nothing.
+    # All rows have the same length here, so one bucket is enough.
     buckets = {"length_buckets": 1} if hasattr(experiment.recipe, "length_buckets") else {}
-    fresh = replace(
+    untrained = replace(
         experiment,
         init_from=None,
         recipe=replace(experiment.recipe, **buckets),
         model=replace(experiment.model, vision_weights=None),
     )
-    with FakeTensorMode(allow_non_fake_inputs=True), IntegersWithValues(), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(allow_non_fake_inputs=True), RealIntegers(), torch.random.fork_rng(devices=[]):
         module = experiment.module.build(
-            fresh, Vocabulary(words), lambda source, parts: image_decoder_class(source).from_config(source, parts)
+            untrained,
+            Vocabulary(words),
+            lambda source, parts: image_decoder_class(source).from_config(source, parts),
         ).train()
         options = experiment.trainer
         skipped = module.sharded_modules() if options.is_sharded(count_devices(options) * options.num_nodes) else ()
         store_frozen_weights(module, options.frozen_storage, skipped)
         apply_activation_checkpointing(module, options.activation_checkpointing)
-        usual, hardware = module.prompt_shape(experiment), experiment.hardware
+        typical, hardware = module.prompt_shape(experiment), experiment.hardware
         shape = PromptShape(
-            usual.tokens if hardware.prompt_tokens is None else hardware.prompt_tokens,
-            usual.images if hardware.images_per_row is None else hardware.images_per_row,
+            typical.tokens if hardware.prompt_tokens is None else hardware.prompt_tokens,
+            typical.images if hardware.images_per_row is None else hardware.images_per_row,
         )
 
         def cost(rows: int) -> PassCost:
@@ -178,21 +180,21 @@ def size_up(experiment: Any) -> Sized:
 
 
 def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> PassCost:
-    """Cost of `loss()` and its backward pass under FakeTensorMode; no gradient is kept."""
-    # Sharding hands a gradient on as soon as it is there; what is kept of it is counted with the parameters.
+    """Measure the cost of `loss()` and its backward pass under FakeTensorMode."""
+    # FSDP2 reduces gradients at once, so they are freed here. `estimate` adds what each rank keeps of them.
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for parameter in module.parameters()
         if parameter.requires_grad
     ]
     live = LiveBytes([*module.parameters(), *module.buffers()])
-    # The CPU's autocast stands for the GPU's.
+    # Fake tensors are on the CPU, so its autocast is used in place of the GPU's.
     autocast: Any = contextlib.nullcontext()
     if precision.endswith("-mixed"):
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
-    # What tells the modules apart keeps the graphs of recomputed layers alive, and with them their activations.
-    counter.mod_tracker = WholeModule()  # type: ignore[assignment]
+    # The counter's own module tracker would keep the graphs of recomputed layers, and thus their activations, alive.
+    counter.mod_tracker = NoModuleTracker()  # type: ignore[assignment]
     with counter, live:
         with autocast:
             value = loss()
@@ -202,14 +204,14 @@ def measure(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> Pa
     return PassCost(counter.get_total_flops(), live.peak)
 
 
-class WholeModule(contextlib.nullcontext):
-    """In the place of FlopCounterMode's module tracker."""
+class NoModuleTracker(contextlib.nullcontext):
+    """Replaces the module tracker of FlopCounterMode: all FLOPs are counted in total only."""
 
     parents = ("Global",)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage from its making to its end; `peak` is the most at a time."""
+    """Tracks the bytes of all storages created since; `peak` is their maximum. Storages of `known` are not counted."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
@@ -220,52 +222,52 @@ class LiveBytes(TorchDispatchMode):
         results = function(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
-                self._meet(result.untyped_storage())
+                self._add(result.untyped_storage())
         return results
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._part, key, size)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _part(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
 
 
-class IntegersWithValues(TorchDispatchMode):
-    """Computes what depends on integers and truth values alone, which FakeTensorMode gives no values: how many places a
-    mask picks, and where a vision-language model has an image's tokens and the windows of its attention."""
+class RealIntegers(TorchDispatchMode):
+    """Computes integer and boolean tensors for real, because shapes depend on their values: the number of entries that
+    a mask selects, and in vision-language models the positions of image tokens and of attention windows."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if all(type(tensor) is Tensor for tensor in given):
-            results = None if given else tree_leaves(function(*args, **kwargs))
-            if results is None or not any(isinstance(made, Tensor) and made.is_floating_point() for made in results):
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if all(type(tensor) is Tensor for tensor in inputs):
+            results = None if inputs else tree_leaves(function(*args, **kwargs))
+            if results is None or not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in results):
                 with with_values():
                     return function(*args, **kwargs)
         elif function in INDEXING:
-            args = (args[0], [place for index in args[1] for place in places(index)], *args[2:])
+            args = (args[0], [numbers for index in args[1] for numbers in integer_index(index)], *args[2:])
         return function(*args, **kwargs)
 
 
 INDEXING = [torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default]
 
 
-def places(index: Tensor | None) -> Sequence[Tensor | None]:
-    """What a mask picks, as numbers; other indices as they are."""
+def integer_index(index: Tensor | None) -> Sequence[Tensor | None]:
+    """Convert a mask to integer indices, one per dimension; other indices are returned as they are."""
     if type(index) is not Tensor or index.dtype != torch.bool:
         return (index,)
     with with_values():
         return index.nonzero(as_tuple=True)
 
 
-# PyTorch counts the attention kernels of GPUs alone.
+# FlopCounterMode knows only the attention kernels of GPUs.
 ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
@@ -279,7 +281,7 @@ ATTENTION_FLOPS = {
 # The estimate.
 @dataclass(frozen=True)
 class Estimate:
-    """Of one GPU: `memory` in bytes by part, `flops` and `seconds` of an optimizer step."""
+    """Estimate for one GPU: `memory` in bytes by part, and `flops` and `seconds` per optimizer step."""
 
     memory: dict[str, float]
     row_bytes: float
@@ -292,14 +294,14 @@ class Estimate:
         return sum(self.memory.values())
 
     def largest_micro_batch(self, rows: int) -> int:
-        """Rows that fit, 0 for none."""
+        """Return the largest micro-batch that fits, given that `memory` is for one of `rows`; 0 if none does."""
         return max(0, int((self.available - (self.total - rows * self.row_bytes)) // self.row_bytes))
 
 
 def estimate(sized: Sized, experiment: Any, layout: BatchLayout) -> Estimate:
-    """What a GPU holds and does."""
+    """Estimate memory, FLOPs and time of an optimizer step on one GPU."""
     hardware, options, ema = experiment.hardware, experiment.trainer, experiment.ema.decay > 0
-    card, module = hardware.card(), sized.module
+    device, module = hardware.card(), sized.module
     sharded = options.is_sharded(layout.world_size)
     share = layout.world_size if sharded else 1
     mixed = options.precision.endswith("-mixed")
@@ -321,7 +323,7 @@ def estimate(sized: Sized, experiment: Any, layout: BatchLayout) -> Estimate:
     }
     if sharded:
         memory["gathered layers"] = gathered(module, HALF if mixed else own, own)
-        if mixed:  # layers are gathered in half precision, so autocast makes no copies of theirs
+        if mixed:  # layers are gathered in half precision, so autocast does not copy their weights
             copies = max(0.0, copies - HALF * (trainable + frozen_sharded))
     elif options.strategy == "ddp":
         memory["gradient buckets"] = own * trainable
@@ -330,23 +332,23 @@ def estimate(sized: Sized, experiment: Any, layout: BatchLayout) -> Estimate:
     memory[f"activations, {rows} rows, checkpointing {options.activation_checkpointing}"] = rows * sized.row_bytes
     memory["CUDA, NCCL, fragmentation"] = hardware.reserve_gib * GIB
     flops = sized.flops(rows) * layout.micro_batches
-    seconds = flops / (peak_tflops(card, options) * TERA * hardware.utilization)
-    return Estimate(memory, sized.row_bytes, card.memory_gib * GIB, flops, seconds)
+    seconds = flops / (peak_tflops(device, options) * TERA * hardware.utilization)
+    return Estimate(memory, sized.row_bytes, device.memory_gib * GIB, flops, seconds)
 
 
-def peak_tflops(card: Device, options: TrainerConfig) -> float:
-    return card.single_tflops if options.precision == "32-true" else card.half_tflops
+def peak_tflops(device: Device, options: TrainerConfig) -> float:
+    return device.single_tflops if options.precision == "32-true" else device.half_tflops
 
 
 def count(module: nn.Module, trainable: bool) -> int:
-    """Numbers in the parameters that train, or that do not."""
-    found = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == trainable)
-    return found if trainable else found + sum(weight.numel() for weight in stored_weights(module))
+    """Return the number of trainable or of frozen parameters."""
+    total = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == trainable)
+    return total if trainable else total + sum(weight.numel() for weight in stored_weights(module))
 
 
 def gathered(module: StageModule, layer_bytes: int, own: int) -> float:
-    """What FSDP2 holds whole: the layer at work and the one gathered ahead, and from the forward pass to the end of the
-    backward what belongs to no layer (embeddings, positions, norms), with its gradient where it trains."""
+    """Return the bytes of unsharded parameters that FSDP2 holds: the current and the prefetched layer, and during the
+    whole step all parameters outside of layers (embeddings, positions, norms), with gradients if trainable."""
     sizes, total = [0], 0.0
     for network in module.sharded_modules():
         in_layers: set[int] = set()
@@ -365,8 +367,8 @@ def report(experiment: Any, console: Console) -> None:
     """Print the estimate of an experiment.
 
     Raises:
-        ConfigError: the run cannot be laid out.
-        DoesNotFitError: after printing; names what takes most and what would fit.
+        ConfigError: the configuration is not valid.
+        DoesNotFitError: after printing; names the largest parts, or a micro-batch size that fits.
     """
     options, hardware = experiment.trainer, experiment.hardware
     try:
@@ -374,35 +376,35 @@ def report(experiment: Any, console: Console) -> None:
         sized = size_up(experiment)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = estimate(sized, experiment, layout)
+    result = estimate(sized, experiment, layout)
     console.print(f"Dry run of {experiment.stage}: {layout}", highlight=False, soft_wrap=True)
-    console.print(parameters_table(sized.module), memory_table(found, hardware.device, layout.world_size))
-    for line in time_lines(sized, found, options, layout, hardware):
+    console.print(parameters_table(sized.module), memory_table(result, hardware.device, layout.world_size))
+    for line in time_lines(sized, result, options, layout, hardware):
         console.print(line, highlight=False, soft_wrap=True)
     if options.precision == "bf16-mixed" and not hardware.card().has_bf16:
-        console.print(f"{hardware.device} computes no bf16: use trainer.precision=16-mixed.", style="bold")
+        console.print(f"{hardware.device} does not support bf16: use trainer.precision=16-mixed.", style="bold")
     if experiment.model.language_model is None and not Path(experiment.model.tokenizer).is_dir():
-        console.print(f"There is no tokenizer at '{experiment.model.tokenizer}' yet: {sized.vocabulary:,} ids assumed.")
-    if found.total > found.available:
-        raise DoesNotFitError(refusal(found, layout, hardware.device))
+        console.print(f"No tokenizer at '{experiment.model.tokenizer}' yet: assuming {sized.vocabulary:,} ids.")
+    if result.total > result.available:
+        raise DoesNotFitError(refusal(result, layout, hardware.device))
 
 
-def refusal(found: Estimate, layout: BatchLayout, device: str) -> str:
-    """What does not fit, and what would."""
-    if largest := found.largest_micro_batch(layout.micro_batch_size):
+def refusal(result: Estimate, layout: BatchLayout, device: str) -> str:
+    """Return the message for a run that does not fit, with what would."""
+    if largest := result.largest_micro_batch(layout.micro_batch_size):
         advice = f"data.micro_batch_size={largest} would fit"
     else:
-        parts = sorted(found.memory.items(), key=lambda part: -part[1])[:3]
-        most = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
-        advice = f"no micro-batch fits; most is taken by {most} GiB. More devices divide them (strategy fsdp2)"
+        parts = sorted(result.memory.items(), key=lambda part: -part[1])[:3]
+        largest_parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+        advice = f"no micro-batch fits; the largest parts are {largest_parts} GiB. More devices with fsdp2 shard them"
     return (
-        f"{found.total / GIB:.1f} GiB are needed on each GPU and {device} has {found.available / GIB:.1f}: {advice}; "
-        "trainer.activation_checkpointing=full keeps the fewest activations."
+        f"{result.total / GIB:.1f} GiB are needed on each GPU, but {device} has {result.available / GIB:.1f}: "
+        f"{advice}; trainer.activation_checkpointing=full saves most activation memory."
     )
 
 
 def parameters_table(module: StageModule) -> Table:
-    """Parameters of each network."""
+    """Table of the trainable and frozen parameters of each network."""
     table = Table("network", "trainable", "frozen", title="Parameters", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -413,34 +415,34 @@ def parameters_table(module: StageModule) -> Table:
     return table
 
 
-def memory_table(found: Estimate, device: str, world_size: int) -> Table:
-    """Memory of each GPU by part."""
+def memory_table(result: Estimate, device: str, world_size: int) -> Table:
+    """Table of the memory of each GPU by part."""
     table = Table("part", "GiB", title=f"Memory of each GPU, {world_size} × {device}", title_justify="left")
     table.columns[1].justify = "right"
-    for name, size in found.memory.items():
+    for name, size in result.memory.items():
         if size:
             table.add_row(name, f"{size / GIB:.2f}")
     table.add_section()
-    verdict = "fits" if found.total <= found.available else "DOES NOT FIT"
-    table.add_row(f"needed, of {found.available / GIB:.1f}: {verdict}", f"{found.total / GIB:.2f}")
+    verdict = "fits" if result.total <= result.available else "DOES NOT FIT"
+    table.add_row(f"needed, of {result.available / GIB:.1f}: {verdict}", f"{result.total / GIB:.2f}")
     return table
 
 
 def time_lines(
-    sized: Sized, found: Estimate, options: TrainerConfig, layout: BatchLayout, hardware: HardwareConfig
+    sized: Sized, result: Estimate, options: TrainerConfig, layout: BatchLayout, hardware: HardwareConfig
 ) -> Iterator[str]:
-    """Work and time."""
-    days = found.seconds * options.max_steps / SECONDS_OF_DAY
+    """Lines on FLOPs, time and assumptions."""
+    days = result.seconds * options.max_steps / SECONDS_PER_DAY
     yield (
-        f"Each step: {found.flops * layout.world_size / TERA:,.1f} TFLOP on all GPUs, "
-        f"{found.flops / layout.micro_batches / layout.micro_batch_size / TERA:.3f} a row"
+        f"Per step: {result.flops * layout.world_size / TERA:,.1f} TFLOP on all GPUs, "
+        f"{result.flops / layout.micro_batches / layout.micro_batch_size / TERA:.3f} per row"
     )
     yield (
-        f"Expected: {found.seconds:.2f} s a step, {layout.global_batch / found.seconds:,.0f} rows/s, {days:.1f} days "
-        f"for {options.max_steps:,} steps, if {hardware.utilization:.0%} of {peak_tflops(hardware.card(), options):g} "
-        "TFLOP/s are reached and neither data nor network is waited for"
+        f"Expected: {result.seconds:.2f} s per step, {layout.global_batch / result.seconds:,.0f} rows/s, {days:.1f} "
+        f"days for {options.max_steps:,} steps, at {hardware.utilization:.0%} of the peak of "
+        f"{peak_tflops(hardware.card(), options):g} TFLOP/s and without waiting for data or network"
     )
     yield (
-        f"Assumed: {sized.shape.tokens} tokens and {sized.shape.images} images a row (keys hardware.*); the largest "
-        f"data.micro_batch_size that fits is {found.largest_micro_batch(layout.micro_batch_size)}"
+        f"Assumed: {sized.shape.tokens} tokens and {sized.shape.images} images per row (keys hardware.*); the largest "
+        f"data.micro_batch_size that fits is {result.largest_micro_batch(layout.micro_batch_size)}"
     )

@@ -1,16 +1,17 @@
-"""Stage 3, instruction tuning by score distillation (paper section 2.3): eq. 8 through the frozen image decoder.
+"""Stage 3, instruction tuning (paper section 2.3): the frozen image decoder's diffusion loss trains M and the MLLM.
 
-C = M(MLLM(prompt)); L_diff = E[w(t)‖ε_θ(z_t; C, t) − ε‖²]. The gradient reaches M and the MLLM through the denoiser's
-Jacobian (eq. 9). With probability 0.1 a sample's whole condition gives way to the null condition, which carries
-gradients too: it is computed as one more row of the same batch. Trainable: M, decoder, resampler, end of the vision
-encoder. Frozen: image decoder, rest of the vision encoder.
+With C = M(MLLM(prompt)), the loss is L_diff = E[w(t)‖ε_θ(z_t; C, t) − ε‖²] (eq. 8). Its gradient reaches M and the MLLM
+through the denoiser's Jacobian (eq. 9). For classifier-free guidance, the condition of a sample is replaced by the null
+condition with probability 0.1; the null condition is one more row of the batch and receives gradients as well. Trained:
+M, the language decoder, the resampler and the end of the vision encoder. Frozen: the image decoder and the rest of the
+vision encoder.
 
-With `recipe.mse_weight` above 0, L_mse of stage 2 stays as a second term, towards the text of the target's caption.
+With `recipe.mse_weight` above 0, L_mse of stage 2 (eq. 5) is added, with the target's caption as the text.
 
-With `recipe.trainable: aligner` and captions alone this is the end-to-end alignment of section 4.3: eq. 3 in place of
-stage 2's losses, the MLLM frozen (configs/ablations/end_to_end_with_alignernet.yaml).
+With `recipe.trainable: aligner` and captions alone this is the end-to-end alignment of section 4.3: the MLLM is frozen
+and eq. 3 replaces stage 2's losses (configs/ablations/end_to_end_with_alignernet.yaml).
 
-Shapes: `B` batch, `n` timesteps of each sample, `L` tokens, `Q` queries, `C` condition width, `H` target pixels.
+Shapes: `B` batch, `n` timesteps per sample, `L` tokens, `Q` queries, `C` condition width, `H` target pixels.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ from lightning_modules.base import (
     StageExperiment,
     StageModule,
     fake_prompts,
-    usual_shape,
+    typical_shape,
 )
 from lightning_modules.length_buckets import length_buckets
 from lightning_modules.lora import add_lora, merge_lora
@@ -61,30 +62,30 @@ PROMPT_TOKENS, PROMPT_IMAGES = 160, 2
 @dataclass
 class InstructionTuningRecipe:
     trainable: Literal["all", "aligner"] = "all"
-    """all: the MLLM and the aligner; aligner: the MLLM is frozen, without dropout, as in stage 2."""
+    """all: the MLLM and the aligner; aligner: the aligner alone, with the MLLM frozen in eval mode as in stage 2."""
     new_aligner: bool = False
-    """Start the aligner from random weights; only the MLLM is then read from init_from."""
+    """Start the aligner from random weights; false: load it from init_from."""
     condition_dropout: float = 0.1
     """Probability that a sample's condition is replaced by the null condition."""
     timesteps_per_sample: int = 1
-    """Timesteps and noises drawn for each condition; more make its gradient steadier at the denoiser's cost alone."""
+    """Timesteps and noises per condition; more reduce the gradient's variance and cost only denoiser passes."""
     timestep_sampling: Literal["independent", "low_discrepancy"] = "independent"
-    """low_discrepancy: spread evenly over each batch, for a steadier gradient of the same expectation."""
+    """low_discrepancy: spread evenly over each batch, which reduces the variance of the gradient without bias."""
     timestep_weighting: TimestepWeighting = "uniform"
     """w(t) of eq. 8: 1 (the released code), 1 − ᾱ_t (DreamFusion's σ_t²), or 1/ᾱ_t, at most 25 (as v-prediction)."""
     snr_gamma: float | None = None
-    """γ of min-SNR-γ, in place of timestep_weighting: w(t) = min(SNR, γ)/SNR, or /(SNR + 1) where the decoder predicts
-    the velocity; 5 is usual."""
+    """γ of min-SNR-γ, in place of timestep_weighting: w(t) = min(SNR, γ)/SNR, or min(SNR, γ)/(SNR + 1) if the decoder
+    predicts the velocity; 5 is usual."""
     mse_weight: float = 0.0
-    """Weight of L_mse (eq. 5) to the text model's states of the target's caption, where it is known in words; above 0,
-    the text model is loaded, too. Not in the paper."""
+    """Weight of L_mse (eq. 5) between the condition and the text model's states of the target's caption, for samples
+    that have one. Above 0, the text model is loaded, too. Not in the paper."""
     vision_training: VisionTraining = field(default_factory=VisionTraining)
-    """Which part of the vision encoder trains."""
+    """Trainable part of the vision encoder."""
     lora_rank: int = 0
-    """Above 0, the language model's linear maps train by updates of this rank (LoRA); the rest of it is frozen."""
+    """Above 0: train LoRA of this rank on the language model's linear layers, and freeze the rest of it."""
     length_buckets: int = 1
-    """Parts of similar length into which prompts are split to compute their conditions, to save padding. The loss is
-    the same, except that dropout draws other numbers."""
+    """Number of parts of similar length that prompts are split into to compute their conditions, to save padding. The
+    loss is the same, except that dropout draws different numbers."""
 
     def __post_init__(self) -> None:
         for name in ("length_buckets", "timesteps_per_sample"):
@@ -99,8 +100,8 @@ class InstructionTuningRecipe:
             )
         if self.lora_rank < 0 or (self.lora_rank and self.trainable != "all"):
             raise ValueError(
-                f"recipe.lora_rank is {self.lora_rank} with recipe.trainable={self.trainable}; allowed: 0, or with "
-                "all 1 or more"
+                f"recipe.lora_rank is {self.lora_rank} with recipe.trainable={self.trainable}; allowed: 0, or 1 and "
+                "more with recipe.trainable=all"
             )
         if not self.mse_weight >= 0:
             raise ValueError(f"recipe.mse_weight is {self.mse_weight}; allowed: 0 or more")
@@ -109,10 +110,11 @@ class InstructionTuningRecipe:
 
 
 class InstructionTuningModule(StageModule):
-    """See `InstructionBatch`.
+    """Stage 3: see the module docstring and `InstructionBatch`.
 
     Raises:
-        ValueError: M's condition is not of the image decoder's widths, or the decoder does not have the weighting.
+        ValueError: M's width or pooled width differs from the image decoder's, or the decoder does not support the
+            timestep weighting.
     """
 
     Recipe = InstructionTuningRecipe
@@ -130,15 +132,15 @@ class InstructionTuningModule(StageModule):
     ):
         super().__init__(optimizer, seed)
         spec = image_decoder.spec
-        for key, ours, theirs in (
+        for key, value, expected in (
             ("width", aligner.config.width, spec.width),
             ("pooled_width", getattr(aligner.config, "pooled_width", None), spec.pooled),
         ):
-            if ours != theirs:
-                raise ValueError(f"model.aligner.{key} is {ours}, but model.image_decoder reads {theirs}")
+            if value != expected:
+                raise ValueError(f"model.aligner.{key} is {value}, but model.image_decoder reads {expected}")
         image_decoder.loss_weights(
             image_decoder.timesteps(torch.zeros(1)), recipe.timestep_weighting, recipe.snr_gamma
-        )  # refused here rather than in the first step
+        )  # raises ValueError now rather than in the first step
         self.mllm, self.aligner, self.image_decoder, self.recipe = mllm, aligner, image_decoder, recipe
         if recipe.trainable == "all":
             mllm.set_trainable(recipe.vision_training)
@@ -159,7 +161,7 @@ class InstructionTuningModule(StageModule):
         module = cls(mllm, aligner, decoder, recipe, experiment.optimizer, experiment.seed)
         if data.cached_vision:
             require_frozen_vision(experiment)
-            mllm.vision.keep_blocks(recipe.vision_training.blocks)
+            mllm.vision.keep_last_blocks(recipe.vision_training.blocks)
         if data.cached_latents:
             decoder.drop_encoder()
         module.cached_latents = bool(data.cached_latents)
@@ -167,23 +169,22 @@ class InstructionTuningModule(StageModule):
 
     @classmethod
     def cached_networks(cls, experiment: StageExperiment) -> dict[str, dict[str, str]]:
-        model, data, found = experiment.model, experiment.data, {}
+        model, data, caches = experiment.model, experiment.data, {}
         if data.cached_latents:
             _, autoencoder = image_decoder_class(model.image_decoder).networks
-            found["latents"] = {"network": fingerprint(model.image_decoder, autoencoder)}
+            caches["latents"] = {"network": fingerprint(model.image_decoder, autoencoder)}
         if data.cached_vision:
             require_frozen_vision(experiment)
-            blocks = experiment.recipe.vision_training.blocks
-            kept = model.mllm.vision.layers - blocks
+            frozen_layers = model.mllm.vision.layers - experiment.recipe.vision_training.blocks
 
-            def wanted(name: str) -> bool:
+            def is_frozen(name: str) -> bool:
                 _, _, layer = name.partition("vision.clip.encoder.layers.")
-                frozen = not layer or int(layer.partition(".")[0]) < kept
-                return name.startswith("vision.clip.") and "post_layernorm" not in name and frozen
+                before = not layer or int(layer.partition(".")[0]) < frozen_layers
+                return name.startswith("vision.clip.") and "post_layernorm" not in name and before
 
-            network = mllm_fingerprint(model, experiment.init_from, wanted)["network"]
-            found["vision"] = {"network": network, "layer": str(kept)}
-        return found
+            network = mllm_fingerprint(model, experiment.init_from, is_frozen)["network"]
+            caches["vision"] = {"network": network, "layer": str(frozen_layers)}
+        return caches
 
     def cache_encoders(self) -> dict[str, CacheEncoder]:
         def latents(images: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -196,7 +197,7 @@ class InstructionTuningModule(StageModule):
 
             def states(images: list[Tensor]) -> list[dict[str, Tensor]]:
                 device = vision.clip.post_layernorm.weight.device
-                return [{"states": row} for row in vision.states_before(torch.stack(images).to(device), blocks)]
+                return [{"states": row} for row in vision.input_of_last_blocks(torch.stack(images).to(device), blocks)]
 
             encoders["vision"] = CacheEncoder(vision, states)
         return encoders
@@ -215,45 +216,45 @@ class InstructionTuningModule(StageModule):
     def sample_losses(
         self, condition: Condition, null: Condition, targets: Tensor, draws: DiffusionDraws, dropout: float
     ) -> Tensor:
-        """L_diff of each draw, B·n, those of one sample together.
+        """L_diff (eq. 8) of each draw, B·n; the n draws of a sample are consecutive.
 
         Args:
             condition, null: see `conditions`.
-            targets: images, or the VAE's moments of them.
-            draws: of B·n timesteps.
-            dropout: probability of the null condition.
+            targets: images, or their moments (the VAE's posterior), all of one size.
+            draws: draws for B·n timesteps.
+            dropout: probability that a condition is replaced by the null condition.
         """
         decoder, rows = self.image_decoder, len(condition.states)
         repeated = condition.repeat_interleave(len(draws.time) // rows)
-        read = repeated.replace_where(draws.dropout < dropout, null)
+        dropped = repeated.replace_where(draws.dropout < dropout, null)
         timesteps = decoder.timesteps(draws.time)
         latents = decoder.latents(targets, draws.posterior)
         noisy = decoder.add_noise(latents, draws.noise, timesteps)
-        prediction = decoder.predict(noisy, timesteps, read)
+        prediction = decoder.predict(noisy, timesteps, dropped)
         target = decoder.training_target(latents, draws.noise, timesteps)
         weights = decoder.loss_weights(timesteps, self.recipe.timestep_weighting, self.recipe.snr_gamma)
         return diffusion_loss(prediction, target, weights, reduction="none")
 
     def conditions(self, prompt: PromptBatch) -> tuple[Condition, Condition]:
-        """C of each prompt, and the null condition, one row."""
+        """C = M(MLLM(prompt)) of each prompt, and the null condition, a single row."""
         with_null = self.image_decoder.spec.unconditional == "prompt"
         rows = len(prompt)
         if with_null:
             prompt = prompt.join(self.mllm.unconditional_prompt().to(prompt.ids.device))
         buckets = length_buckets(prompt.lengths, self.recipe.length_buckets)
-        # Without any image the vision encoder would get no gradient; sharded networks are gathered in every call.
-        wants_image = self.recipe.trainable == "all" and prompt.images is None
+        # The vision encoder must run once, to get a gradient; in every call if networks are sharded.
+        dummy_image = self.recipe.trainable == "all" and prompt.images is None
         if len(buckets) == 1:
-            conditions = self.condition(prompt, self.mllm, self.aligner, wants_image or self.is_sharded)
+            conditions = self.condition(prompt, self.mllm, self.aligner, dummy_image or self.is_sharded)
         else:
             parts = [
                 self.condition(
-                    prompt.rows(bucket), self.mllm, self.aligner, self.is_sharded or (wants_image and not number)
+                    prompt.rows(bucket), self.mllm, self.aligner, self.is_sharded or (dummy_image and not number)
                 )
                 for number, bucket in enumerate(buckets)
             ]
-            places = torch.tensor([row for bucket in buckets for row in bucket], device=prompt.ids.device).argsort()
-            conditions = Condition.cat(parts).rows(places)
+            order = torch.tensor([row for bucket in buckets for row in bucket], device=prompt.ids.device).argsort()
+            conditions = Condition.cat(parts).rows(order)
         if not with_null:
             return conditions, self.image_decoder.spec.null(conditions.rows(slice(0, 1)))
         return conditions.rows(slice(0, rows)), conditions.rows(slice(rows, None))
@@ -261,20 +262,20 @@ class InstructionTuningModule(StageModule):
     def diffusion_losses(
         self, purpose: str, batch: InstructionBatch, conditions: tuple[Condition, Condition], dropout: float = 0.0
     ) -> Tensor:
-        """`sample_losses` of a batch with its own draws; rows whose targets are of one size go through the decoder
-        together, whatever else is in the batch."""
+        """`sample_losses` of a batch with its own draws. Rows are grouped by target size, so that each group goes
+        through the decoder together."""
         condition, null = conditions
         if isinstance(batch.targets, Tensor):
             return self.sample_losses(condition, null, batch.targets, self.draws(purpose, batch), dropout)
         losses: dict[int, Tensor] = {}
-        for rows, targets in size_groups(batch.targets):
+        for rows, targets in group_by_size(batch.targets):
             draws = self.draws(purpose, replace(batch, targets=targets, indices=[batch.indices[row] for row in rows]))
-            found = self.sample_losses(condition.rows(rows), null, targets, draws, dropout)
-            losses |= zip(rows, found.view(len(rows), -1), strict=True)
+            group = self.sample_losses(condition.rows(rows), null, targets, draws, dropout)
+            losses |= zip(rows, group.view(len(rows), -1), strict=True)
         return torch.cat([losses[row] for row in range(len(batch))])
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """`loss`; with an alignment term also its parts, `diffusion_loss` and `mse_loss`."""
+        """`loss`; with L_mse also its terms, `diffusion_loss` (eq. 8) and `mse_loss` (eq. 5)."""
         recipe, conditions = self.recipe, self.conditions(batch.prompt)
         diffusion = self.diffusion_losses("train", batch, conditions, recipe.condition_dropout).mean()
         if not recipe.mse_weight:
@@ -283,48 +284,47 @@ class InstructionTuningModule(StageModule):
         return {"loss": diffusion + recipe.mse_weight * mse, "diffusion_loss": diffusion, "mse_loss": mse}
 
     def text_loss(self, condition: Condition, text_ids: Tensor) -> Tensor:
-        """L_mse of eq. 5, the mean over all rows; those without a caption count 0, so that it is the same however a
-        step is divided."""
+        """L_mse (eq. 5), a mean over all rows. Rows without a caption contribute 0, so that the step's loss does not
+        depend on how it is divided into micro-batches."""
         target = self.image_decoder.text_condition(text_ids.clamp(min=0))
         return (text_losses(condition, target) * (text_ids[:, 0] >= 0)).mean()
 
     def draws(self, purpose: str, batch: InstructionBatch) -> DiffusionDraws:
-        """n timesteps and noises for each row, by its index."""
-        each = self.recipe.timesteps_per_sample if purpose == "train" else 1
+        """n timesteps and noises for each row, seeded by its index."""
+        count = self.recipe.timesteps_per_sample if purpose == "train" else 1
         assert isinstance(batch.targets, Tensor)
         shape = self.image_decoder.latent_shape(batch.targets)
-        indices = [index * each + number for index in batch.indices for number in range(each)]
+        indices = [index * count + number for index in batch.indices for number in range(count)]
         low_discrepancy = self.recipe.timestep_sampling == "low_discrepancy"
         return draw_diffusion(self.seed, purpose, indices, shape, low_discrepancy).to(self.device)
 
     def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
-        """`diffusion_loss` on draws that never change; over samples with images also `diffusion_loss_with_image` and
-        the same with each image replaced by its neighbour in the batch, `diffusion_loss_mismatched_images`."""
+        """`diffusion_loss`, with the same draws in every validation; for samples with images also
+        `diffusion_loss_with_image`, and `diffusion_loss_mismatched_images` with each image replaced by the next one."""
         batch = replace(batch, targets=self.moments(batch.targets))
-        right = self.diffusion_losses("validation", batch, self.conditions(batch.prompt))
-        losses = {"diffusion_loss": (right.mean(), len(batch))}
+        matched = self.diffusion_losses("validation", batch, self.conditions(batch.prompt))
+        losses = {"diffusion_loss": (matched.mean(), len(batch))}
         images = batch.prompt.images
         if self.any_rank(images is not None and len(images) > 1):
-            wrong = self.diffusion_losses("validation", batch, self.conditions(batch.prompt.roll_images()))
-            with_image = torch.tensor([count > 0 for count in batch.prompt.images_per_row], device=right.device)
-            count = sum(count > 0 for count in batch.prompt.images_per_row)
-            losses["diffusion_loss_with_image"] = (right[with_image].sum() / max(1, count), count)
-            losses["diffusion_loss_mismatched_images"] = (wrong[with_image].sum() / max(1, count), count)
+            mismatched = self.diffusion_losses("validation", batch, self.conditions(batch.prompt.roll_images()))
+            rows = [row for row, count in enumerate(batch.prompt.images_per_row) if count]
+            losses["diffusion_loss_with_image"] = (matched[rows].sum() / max(1, len(rows)), len(rows))
+            losses["diffusion_loss_mismatched_images"] = (mismatched[rows].sum() / max(1, len(rows)), len(rows))
         return losses
 
     def moments(self, targets: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Of targets, if they are not moments already."""
+        """Moments (the VAE's posterior) of target images; cached moments are returned as they are."""
         if isinstance(targets, list):
-            found = {
+            by_row = {
                 row: value
-                for rows, group in size_groups(targets)
+                for rows, group in group_by_size(targets)
                 for row, value in zip(rows, self.moments(group), strict=True)
             }
-            return [found[row] for row in range(len(targets))]
+            return [by_row[row] for row in range(len(targets))]
         return targets if self.image_decoder.are_moments(targets) else self.image_decoder.moments(targets)
 
     def prompt_shape(self, experiment: StageExperiment) -> PromptShape:
-        return usual_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES)
+        return typical_shape(self.mllm, PROMPT_TOKENS, PROMPT_IMAGES)
 
     def fake_batch(self, rows: int, shape: PromptShape, image_size: int) -> InstructionBatch:
         prompt = fake_prompts(self.mllm, rows, shape)
@@ -340,24 +340,24 @@ class InstructionTuningModule(StageModule):
         return InstructionBatch(prompt=prompt, targets=targets, text_ids=text_ids, indices=list(range(rows)))
 
     def reference_images(self, batch: Any, sample: Sample) -> list[Image.Image]:
-        """The samples' own targets."""
+        """The target images of the samples."""
         targets, decoder = batch.targets, self.image_decoder
         if isinstance(targets, list):
-            each = (replace(batch, targets=target[None]) for target in targets)
-            return [image for one in each for image in self.reference_images(one, sample)]
+            singles = (replace(batch, targets=target[None]) for target in targets)
+            return [image for single in singles for image in self.reference_images(single, sample)]
         if decoder.are_moments(targets):
             noise = torch.zeros(len(targets), *decoder.latent_shape(targets), device=self.device)
             targets = decoder.decode(decoder.latents(targets.to(self.device), noise))
         return to_images(targets)
 
     def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
-        """mllm/, aligner/ and tokenizer/. LoRA's updates are merged, so that the module trains no more."""
+        """Write mllm/, aligner/ and tokenizer/. LoRA is merged into the weights, so training cannot continue."""
         merge_lora(self.mllm)
         self.model.save_pretrained(folder, tokenizer)
 
 
-def size_groups(targets: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Rows whose targets are of one size, and those targets stacked."""
+def group_by_size(targets: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Group targets by size; returns the rows and the stacked targets of each group."""
     rows: dict[torch.Size, list[int]] = {}
     for row, target in enumerate(targets):
         rows.setdefault(target.shape, []).append(row)
@@ -365,15 +365,15 @@ def size_groups(targets: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
 
 
 def require_frozen_vision(experiment: StageExperiment) -> None:
-    """Refuse cached states where what makes them trains, or is not the paper's vision encoder.
+    """Check that vision states can be cached: the MLLM is the paper's, and a part of its vision encoder is frozen.
 
     Raises:
-        ValueError: names the key.
+        ValueError: a key has a value that is not allowed with `data.cached_vision`.
     """
     if experiment.model.language_model is not None:
-        raise ValueError("data.cached_vision is set with model.language_model; allowed: the paper's MLLM")
+        raise ValueError("data.cached_vision is set with model.language_model; allowed only with the paper's MLLM")
     if experiment.recipe.vision_training.blocks == -1:
         raise ValueError(
-            "recipe.vision_training.blocks is -1, so that the whole vision encoder trains; allowed with "
+            "recipe.vision_training.blocks is -1, which trains the whole vision encoder; allowed with "
             "data.cached_vision: 0 or more"
         )

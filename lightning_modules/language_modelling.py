@@ -1,8 +1,7 @@
-"""Stage 1, multimodal language modelling (paper section 2.1): next-token cross-entropy on text tokens.
+"""Stage 1, multimodal language modelling (paper section 2.1): next-token cross-entropy on the text tokens.
 
-Trainable: the decoder with its embeddings, the resampler, the end of the vision encoder. Frozen: the rest of it.
-
-Shapes: `B` batch, `L` tokens, `I` images of the batch.
+Trained: the MLLM's language decoder with its embeddings, its resampler and the end of its vision encoder. Frozen: the
+rest of the vision encoder.
 """
 
 from collections.abc import Sequence
@@ -29,17 +28,17 @@ from lightning_modules.base import (
 )
 from lightning_modules.optimizer import OptimizerConfig
 
-IMAGE_SHARE = 0.36  # of a packed row's tokens, on average: 11 images in 2,048 tokens
+IMAGE_SHARE = 0.36  # average share of image tokens in a packed row: 11 images in 2,048 tokens
 
 
 @dataclass
 class LanguageModellingRecipe:
     vision_training: VisionTraining = field(default_factory=VisionTraining)
-    """Which part of the vision encoder trains."""
+    """Trainable part of the vision encoder."""
     separate_documents: bool = False
-    """Documents of one packed row neither read each other nor share positions; with false they do, as usual."""
+    """Restrict attention to each document of a packed row and restart its positions; false: rows are one sequence."""
     loss_chunk: int | None = LOSS_CHUNK
-    """Positions whose logits are in memory at once; null for all of the batch. The loss is the same."""
+    """Number of positions whose logits are in memory at once; null: all of the micro-batch. The loss is the same."""
 
     def __post_init__(self) -> None:
         if self.loss_chunk is not None and self.loss_chunk < 1:
@@ -47,7 +46,7 @@ class LanguageModellingRecipe:
 
 
 class LanguageModellingModule(StageModule):
-    """See `LanguageModellingBatch`. A step is a mean over tokens, however many micro-batches it is made of."""
+    """Stage 1: see `LanguageModellingBatch`. The loss of an optimizer step is the mean over all its text tokens."""
 
     Recipe = LanguageModellingRecipe
     image_decoder = None
@@ -64,7 +63,7 @@ class LanguageModellingModule(StageModule):
         if experiment.model.language_model is not None:
             raise ValueError(
                 f"model.language_model='{experiment.model.language_model}' has learned language already: stage "
-                "language_modelling trains the paper's MLLM alone. Leave the key out, or begin with stage alignment."
+                "language_modelling trains only the paper's MLLM. Leave the key out, or start with stage alignment."
             )
         mllm: Any = build_mllm(experiment.model, tokenizer, experiment.init_from)
         return cls(mllm, experiment.recipe, experiment.optimizer, experiment.seed)
@@ -73,23 +72,24 @@ class LanguageModellingModule(StageModule):
         return (self.mllm,)
 
     def count(self, batch: Any) -> int:
-        """Tokens to be predicted."""
+        """Number of tokens to predict."""
         return int((batch.labels != IGNORED_LABEL).sum())
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         return {"loss": self.loss(batch.prompt, batch.labels)}
 
     def loss(self, prompt: PromptBatch, labels: Tensor) -> Tensor:
-        """Mean next-token cross-entropy over the labels that count; 0 without any."""
+        """Mean next-token cross-entropy over the labels that are not ignored; 0 if there are none."""
         rows, length = labels.shape
-        hidden = self.mllm(self.with_image(prompt, self.mllm), separate_documents=self.recipe.separate_documents)
-        counted = hidden[:rows, :length]
-        loss = language_modelling_loss(counted, self.mllm.output_matrix, labels, chunk=self.recipe.loss_chunk)
+        prompt = self.with_dummy_image(prompt, self.mllm)
+        hidden = self.mllm(prompt, separate_documents=self.recipe.separate_documents)
+        output_matrix, chunk = self.mllm.output_matrix, self.recipe.loss_chunk
+        loss = language_modelling_loss(hidden[:rows, :length], output_matrix, labels, chunk)
         return loss + 0 * hidden[rows:].sum()
 
     def validation_losses(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
-        """`loss` over all rows; over rows with images `caption_loss`, and the same with each image replaced by its
-        neighbour in the batch, `caption_loss_mismatched_images`: their distance says how much the images are read."""
+        """`loss`; for rows with images also `caption_loss`, and `caption_loss_mismatched_images` with each image
+        replaced by the next in the batch. The gap between the two shows how much the MLLM uses the images."""
         prompt, labels = batch.prompt, batch.labels
         losses = {"loss": (self.loss(prompt, labels), self.count(batch))}
         if self.any_rank(prompt.images is not None and len(prompt.images) > 1):
@@ -108,5 +108,5 @@ class LanguageModellingModule(StageModule):
         return LanguageModellingBatch(prompt=prompt, labels=torch.zeros_like(prompt.ids), indices=list(range(rows)))
 
     def save_model(self, folder: Path, tokenizer: PromptTokenizer) -> None:
-        """mllm/ and tokenizer/."""
+        """Write mllm/ and tokenizer/."""
         save_model(folder, tokenizer, mllm=self.mllm)

@@ -1,16 +1,16 @@
-"""One batch computed in a few parts of similar length, so that short prompts are not padded to the longest.
+"""Length buckets: compute a batch in a few parts of similar length, so that short prompts get less padding.
 
-Exact where nothing reads padding: the MLLM is causal and pads on the right, M masks padding. Under dropout the draws
-are others.
+Results are the same if nothing depends on padding: the MLLM is causal and padded on the right, and M masks padding.
+Only dropout draws different numbers.
 """
 
 from collections.abc import Sequence
 
 
 def length_buckets(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Rows in `count` buckets of nearly equal size, shortest first; never more buckets than rows.
+    """Divide the rows into `count` buckets of nearly equal size, shortest first; at most one bucket per row.
 
-    The number of buckets depends on the number of rows alone, as ranks that compute together must agree on it.
+    The number of buckets depends on the number of rows alone, because sharded ranks must all have the same.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     count = min(count, len(order))

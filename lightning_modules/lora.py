@@ -1,7 +1,7 @@
-"""Low-rank updates of a multimodal language model (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) for the multimodal language model, by peft.
 
-Each linear map W of the decoder's layers becomes W + B·A, of which A and B train; W, norms and embeddings are frozen.
-Checkpoints hold A and B alone; a model folder holds the sum, and is read as any other.
+Each linear layer W of the language decoder becomes W + B·A. A and B are trained; W, norms and embeddings are frozen.
+Checkpoints hold only A and B; a model folder holds the merged weights and loads like any other.
 """
 
 import torch
@@ -14,22 +14,19 @@ from kosmosg.models.mllm import MultimodalLM
 
 
 def add_lora(mllm: MultimodalLM, rank: int) -> None:
-    """Give the decoder's linear maps that train updates of `rank`, which train in their place; B begins at 0.
-
-    The scale α / rank is 1.
-    """
+    """Freeze the language decoder and add LoRA of `rank` to its trainable linear layers, with scale α / rank = 1."""
     decoder = mllm.decoder
     names = [
         name for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad
     ]
     decoder.requires_grad_(False)
-    with with_values():  # peft moves each update to the weight's device, which a dry run's tensors cannot be
+    with with_values():  # peft moves A and B to the weight's device, which fails for the fake tensors of a dry run
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), decoder)
 
 
 @torch.no_grad()
 def merge_lora(mllm: MultimodalLM) -> None:
-    """Add the updates to the weights, and take them away. The model is then as one that never had any."""
+    """Merge A and B into the weights and remove them, which leaves a plain model."""
     for parent in list(mllm.decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):

@@ -1,12 +1,12 @@
-"""AdamW with linear warm-up and linear decay to zero (paper section 3.2), the same in all stages.
+"""AdamW with linear warmup and linear decay to zero (paper section 3.2), for all stages.
 
-Step n (from 1) uses the schedule's value at n − 1, so the first step has rate 0, as in the released code
-(released-code.md, "Optimiser"). Its Adam adds eps to sqrt(v) before the bias correction, PyTorch's after: that is
-PyTorch's with eps / sqrt(1 − β₂ᵗ), which is set before each step.
+As in the released code (docs/released-code.md, "Optimiser"), step n (from 1) uses the schedule's value at n − 1, so the
+first step has learning rate 0, and eps is added to sqrt(v) before the bias correction. PyTorch adds it afterwards; the
+two are equivalent with eps / sqrt(1 − β₂ᵗ), which is set before each step.
 
-With `eight_bit` the moments are kept in 8 bits (Dettmers et al. 2022, arXiv 2110.02861): codes into a table of 256
-values, finer near 0, and a scale for each block of 256 numbers of a row. Blocks do not cross rows, so that FSDP2's
-shards of a parameter hold whole blocks and a checkpoint may be read by any number of ranks.
+With `eight_bit` the moments are stored in 8 bits (Dettmers et al. 2022, arXiv 2110.02861): codes for a table of 256
+values, denser near 0, and a scale for each block of 256 elements of a row. Blocks do not cross rows, so each FSDP2
+shard has whole blocks and a checkpoint can be loaded by any number of ranks.
 """
 
 import math
@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK = 256
-LEAST_QUANTIZED = 4096  # numbers; smaller parameters keep moments in float32
+MIN_QUANTIZED = 4096  # elements; the moments of smaller parameters stay in float32
 
 
 @dataclass
@@ -32,24 +32,24 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Decay rates of AdamW's moments."""
+    """Decay rates β₁, β₂ of the moments."""
     eps: float = 1e-6
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     eps_before_correction: bool = True
-    """Add eps before the bias correction, as the released code; false is PyTorch's own AdamW."""
+    """Add eps before the bias correction, as in the released code; false: after it, as in PyTorch."""
     weight_decay: float = 0.01
-    """Decoupled decay of every trainable parameter, biases and norms too (as the released code)."""
+    """Decoupled weight decay of all trainable parameters, including biases and norms as in the released code."""
     warmup_steps: int = 375
-    """Steps over which the rate rises linearly to `lr`; then it falls linearly to 0 at trainer.max_steps."""
+    """Steps of linear warmup to `lr`, followed by linear decay to 0 at trainer.max_steps."""
     fused: bool | None = None
-    """One kernel for the whole step; null takes it on a GPU. On a CPU it changes the last bits."""
+    """Use PyTorch's fused AdamW; null: on GPUs only. On a CPU it changes the last bits."""
     eight_bit: bool = False
-    """Keep the moments in 8 bits: 2 bytes for each trainable number in place of 8."""
+    """Store the moments in 8 bits: 2 bytes per trainable parameter instead of 8."""
     max_grad_norm: float = 2.0
-    """Largest norm of the whole gradient; longer ones are scaled down to it."""
+    """Gradients with a larger global norm are scaled down to this norm."""
 
     def __post_init__(self) -> None:
-        for name, value, right, allowed in (
+        for name, value, valid, allowed in (
             ("lr", self.lr, self.lr > 0, "above 0"),
             ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             ("eps", self.eps, self.eps > 0, "above 0"),
@@ -57,33 +57,33 @@ class OptimizerConfig:
             ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more"),
             ("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0"),
         ):
-            if not right:
+            if not valid:
                 raise ValueError(f"optimizer.{name} is {value}; allowed: {allowed}")
 
 
 def learning_rate_factor(finished: int, warmup_steps: int, max_steps: int) -> float:
-    """Share of the peak rate after `finished` optimizer steps: linear up, then linear to 0 at `max_steps`."""
+    """Return the learning rate after `finished` optimizer steps, as a share of the peak."""
     if finished < warmup_steps:
         return finished / warmup_steps
     return max(0.0, (max_steps - finished) / max(1, max_steps - warmup_steps))
 
 
 class StageAdamW(AdamW):
-    """AdamW with a choice where eps goes; a step without any gradient, as a skipped one is, changes nothing.
+    """AdamW with eps before or after the bias correction. A skipped step, without any gradient, changes nothing.
 
     Args:
         eps_before_correction: see `OptimizerConfig`.
-        options: of AdamW.
+        options: options of AdamW.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, eps: float, eps_before_correction: bool, **options: Any):
         super().__init__(parameters, eps=eps, **options)
         self.configured_eps, self.eps_before_correction = eps, eps_before_correction
-        # The gradients are clipped before the step, so a loss scaler must have scaled them back by then.
+        # Makes the loss scaler unscale gradients before `step`, because they are clipped there.
         self._step_supports_amp_scaling = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure` computes loss and gradients first."""
+        """Run an optimizer step; `closure` computes loss and gradients first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -91,25 +91,25 @@ class StageAdamW(AdamW):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if any(parameter.grad is not None for parameter in parameters):
             if self.eps_before_correction:
-                # All trainable parameters have a gradient in every step, so one's count is that of all.
-                taken = next((int(self.state[p]["step"]) for p in parameters if "step" in self.state[p]), 0)
+                # All trainable parameters have a gradient in every step, so they share one step count.
+                finished = next((int(self.state[p]["step"]) for p in parameters if "step" in self.state[p]), 0)
                 for group in self.param_groups:
-                    group["eps"] = self.configured_eps / math.sqrt(1 - group["betas"][1] ** (taken + 1))
+                    group["eps"] = self.configured_eps / math.sqrt(1 - group["betas"][1] ** (finished + 1))
             self.update()
         return loss
 
     def update(self) -> None:
-        """The step itself."""
+        """Update parameters and moments."""
         super().step()
 
     def empty_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Room for a parameter's state, to be filled from a checkpoint."""
+        """Return an uninitialised state of a parameter, to be loaded from a checkpoint."""
         step = torch.empty((), device=parameter.device if self.defaults["fused"] else "cpu")
         return {"step": step, **{name: torch.empty_like(parameter).detach() for name in MOMENTS}}
 
 
 class StageAdamW8bit(StageAdamW):
-    """The same with moments in 8 bits, one parameter after the other. Vectors and small parameters keep float32's."""
+    """StageAdamW with moments in 8 bits. Those of vectors and small parameters stay in float32."""
 
     @torch.no_grad()
     def update(self) -> None:
@@ -133,7 +133,7 @@ class StageAdamW8bit(StageAdamW):
                         local(state[f"{name}_scales"]).copy_(scales)
 
     def moment(self, state: dict[str, Tensor], name: str, weight: Tensor) -> Tensor:
-        """A parameter's moment in float32."""
+        """Return a moment of a parameter in float32."""
         if name in state:
             return local(state[name])
         codes, scales = (local(state[f"{name}_{part}"]) for part in ("codes", "scales"))
@@ -141,7 +141,7 @@ class StageAdamW8bit(StageAdamW):
 
     def empty_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = super().empty_state(parameter)
-        if parameter.ndim < 2 or parameter.numel() < LEAST_QUANTIZED:
+        if parameter.ndim < 2 or parameter.numel() < MIN_QUANTIZED:
             return state
         columns = parameter.numel() // len(parameter)
         for name in MOMENTS:
@@ -152,12 +152,12 @@ class StageAdamW8bit(StageAdamW):
 
 
 def local(tensor: Any) -> Any:
-    """What of a tensor is on this rank."""
+    """Return this rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def empty_rows(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """A matrix with the parameter's rows, sharded as they are."""
+    """Return an uninitialised matrix with one row per row of the parameter, sharded in the same way."""
     rows = local(parameter)
     matrix = torch.empty(len(rows), columns, dtype=dtype, device=rows.device)
     if not isinstance(parameter, DTensor):
@@ -168,9 +168,9 @@ def empty_rows(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 @cache
 def code_values(moment: str, device: torch.device) -> Tensor:
-    """The 256 values that codes stand for, rising: of both signs for the mean, from 0 up for the mean square.
+    """Return the 256 values of the codes, ascending: signed for the first moment, non-negative for the second.
 
-    Seven decades down from 1, each with half as many values as the one above, as bitsandbytes' dynamic map.
+    As in bitsandbytes' dynamic map, they cover seven decades below 1, each with half as many values as the next larger.
     """
     signed = moment == MOMENTS[0]
     values = [0.0, 1.0]
@@ -182,7 +182,7 @@ def code_values(moment: str, device: torch.device) -> Tensor:
 
 
 def quantize(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers R×C → codes R×C (uint8) of the nearest of `values`, and scales R×⌈C / 256⌉: each block's largest size."""
+    """Quantize R×C to codes R×C (uint8) of the nearest `values`, and scales R×⌈C / 256⌉: the maximum of each block."""
     blocks = F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scales = blocks.abs().amax(-1)
     parts = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
@@ -191,17 +191,17 @@ def quantize(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:
-    """What `quantize` gave codes and scales for, to their precision; R×C."""
+    """Invert `quantize`, up to rounding; returns R×C."""
     return values[codes.int()] * scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
 
 
 def build_optimizer(trainable: list[nn.Parameter], config: OptimizerConfig) -> StageAdamW:
-    """The optimizer; its rate is set before every step."""
+    """Build the optimizer. `StageModule.training_step` sets its learning rate before every step."""
     fused = (
         config.fused if config.fused is not None else all(parameter.device.type == "cuda" for parameter in trainable)
     )
-    kind = StageAdamW8bit if config.eight_bit else StageAdamW
-    return kind(
+    optimizer = StageAdamW8bit if config.eight_bit else StageAdamW
+    return optimizer(
         trainable,
         lr=config.lr,
         betas=tuple(config.betas),

@@ -1,8 +1,8 @@
-"""FSDP2, activation checkpointing, compilation, smaller frozen weights, all from outside: the networks do not know.
+"""Apply FSDP2, activation checkpointing, compilation and reduced storage of frozen weights to a stage's networks.
 
-A layer is an entry of one of a network's module lists; of the frozen denoiser, which the gradient of stage 3 passes
-through, it is what diffusers can checkpoint and compile. Checkpointing is PyTorch's non-reentrant one: the reentrant
-one of the released code left CLIP's last block without a gradient, because nothing before it asks for one.
+All are applied from outside, so that the networks themselves stay plain PyTorch. A layer is an entry of a network's
+`nn.ModuleList`; for the frozen denoiser, diffusers' own methods select the blocks. Activation checkpointing is
+non-reentrant: the released code's reentrant one gave CLIP's last block no gradient, because no input of it needs one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,20 +30,20 @@ FLOAT8_DTYPE = torch.float8_e4m3fn
 FLOAT8 = torch.finfo(FLOAT8_DTYPE)
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 SAVED = {getattr(torch.ops.aten, name).default for name in (*ATTENTION, *PRODUCTS) if hasattr(torch.ops.aten, name)}
-# One limit counts the graphs of all layers of a class: widths, with a gradient and without, of fixed and of changing
-# length. Stages 2 and 3 pass the default of 8, and their last layers would then run uncompiled.
+# The limit applies to all layers of a class together: each width, with and without gradient, with static and dynamic
+# length, is a graph. Stages 2 and 3 exceed the default of 8, after which layers would run uncompiled.
 COMPILED_GRAPHS = 64
 
 
 def shard(networks: Sequence[nn.Module], mesh: DeviceMesh, precision: str) -> None:
-    """Shard every network over `mesh`, layer by layer; what is sharded already is left as it is.
+    """Shard the networks over `mesh`, layer by layer. Networks that are sharded already are skipped.
 
-    Gradients are summed in float32. With mixed precision on a GPU the layers travel in half precision, half the
-    traffic: autocast would cast their matrices anyway. What is outside of layers (embeddings, positions, final norms)
-    stays float32, and so does the residual stream. On a CPU autocast leaves LayerNorm alone, which then needs float32.
+    Gradients are reduced in float32. With mixed precision on a GPU, layers are gathered in half precision, which halves
+    the traffic; autocast would cast their matrices anyway. Parameters outside of layers (embeddings, positions, final
+    norms) and the residual stream stay float32. On a CPU layers do, too: autocast does not cast LayerNorm there.
 
     Args:
-        precision: Lightning's name of the run's precision.
+        precision: the run's precision, as Lightning names it.
     """
     data = mesh[DATA_PARALLEL]
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
@@ -59,26 +59,26 @@ def shard(networks: Sequence[nn.Module], mesh: DeviceMesh, precision: str) -> No
 
 
 def apply_activation_checkpointing(module: nn.Module, mode: str) -> None:
-    """Let the backward pass compute layers again, by `trainer.activation_checkpointing`.
+    """Recompute activations of layers in the backward pass.
 
     Args:
-        mode: none; selective saves the results of matrix products, convolutions and attention; full saves a layer's
-            input alone.
+        mode: `none`; `selective` keeps the outputs of matrix products, convolutions and attention; `full` keeps only
+            the inputs of layers.
     """
     if mode == "none":
         return
-    again: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+    recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
     if mode == "selective":
-        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _save_products))
+        recompute = partial(recompute, context_fn=partial(create_selective_checkpoint_contexts, _save_products))
     for layer in layers(module):
         if any(parameter.requires_grad for parameter in layer.parameters()):
-            layer.forward = _with_gradient(layer.forward, again)
+            layer.forward = _checkpointed(layer.forward, recompute)
     for denoiser in denoisers(module):
-        denoiser.enable_gradient_checkpointing(lambda block, *arguments: again(block.__call__, *arguments))
+        denoiser.enable_gradient_checkpointing(lambda block, *arguments: recompute(block.__call__, *arguments))
 
 
 def apply_compile(module: nn.Module, **options: Any) -> None:
-    """Compile every layer's forward; sharding's hooks stay outside. `options` go to torch.compile."""
+    """Compile the forward of every layer, without the hooks of FSDP2. `options` go to torch.compile."""
     torch._dynamo.config.recompile_limit = max(COMPILED_GRAPHS, torch._dynamo.config.recompile_limit)
     for layer in layers(module):
         layer.forward = torch.compile(layer.forward, **options)
@@ -87,53 +87,48 @@ def apply_compile(module: nn.Module, **options: Any) -> None:
 
 
 def store_frozen_weights(module: nn.Module, storage: str, skipped: Sequence[nn.Module] = ()) -> None:
-    """Keep the frozen weights of linear maps and convolutions in fewer bits; each is float32 again while it is used.
+    """Store frozen linear and convolution weights in fewer bits; they are converted to float32 on use.
 
-    With bfloat16 under bf16-mixed nothing changes, since autocast would cast them so each time. float8 (e4m3, with a
-    scale for each output) rounds the denoiser's to four significant bits. Autoencoders, whose latents are the targets,
-    stay as they are.
+    bfloat16 does not change results under bf16-mixed, since autocast casts these weights anyway. float8 (e4m3, with a
+    scale per output channel) rounds to four significant bits. Autoencoders are skipped, since they make the targets.
 
     Args:
-        storage: float32, which changes nothing; bfloat16; or float8 for the denoiser and bfloat16 for the others.
-        skipped: networks that stay as they are.
+        storage: `float32`, which does nothing; `bfloat16`; or `float8`: float8 for denoisers, bfloat16 for the others.
+        skipped: networks to leave as they are.
     """
     if storage == "float32":
         return
     decoders = [child for child in module.modules() if isinstance(child, ImageDecoder)]
-    whole = {id(part) for network in (*skipped, *(each.autoencoder for each in decoders)) for part in parts_of(network)}
-    eighths = {id(part) for decoder in decoders for part in parts_of(decoder.denoiser)}
+    networks = (*skipped, *(decoder.autoencoder for decoder in decoders))
+    excluded = {id(part) for network in networks if network is not None for part in network.modules()}
+    in_denoiser = {id(part) for denoiser in denoisers(module) for part in denoiser.modules()}
     for layer in list(module.modules()):
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.requires_grad or id(layer) in whole:
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.requires_grad or id(layer) in excluded:
             continue
         weight = layer.weight.data
-        del layer.weight  # as a buffer it does not count as what the network computes in
+        del layer.weight  # a buffer instead, so that the network's dtype is still that of its other parameters
         layer.register_buffer("weight", weight)
-        small = StoredWeight("float8" if storage == "float8" and id(layer) in eighths else "bfloat16")
-        register_parametrization(layer, "weight", small, unsafe=True)
-
-
-def parts_of(network: nn.Module | None) -> Iterator[nn.Module]:
-    """All modules of a network that may not be loaded."""
-    return iter(()) if network is None else network.modules()
+        stored = StoredWeight("float8" if storage == "float8" and id(layer) in in_denoiser else "bfloat16")
+        register_parametrization(layer, "weight", stored, unsafe=True)
 
 
 def stored_weights(module: nn.Module) -> Iterator[Tensor]:
-    """What `store_frozen_weights` keeps, but for the scales."""
+    """Yield the weights that `store_frozen_weights` has converted, without their scales."""
     for part in module.modules():
         if isinstance(part, ParametrizationList) and isinstance(part[0], StoredWeight):
             yield part.original if hasattr(part, "original") else part.original0  # type: ignore[misc]
 
 
 class StoredWeight(nn.Module):
-    """A weight in fewer bits. diffusers' layerwise casting has no scales, and fails in the backward pass of layers that
-    are not checkpointed: their weights are small again by then."""
+    """Parametrization that stores a weight in fewer bits. diffusers' layerwise casting has no scales, and fails in the
+    backward pass of layers without checkpointing, whose weights are cast back before it."""
 
     def __init__(self, storage: str):
         super().__init__()
         self.storage = storage
 
     def right_inverse(self, weight: Tensor) -> list[Tensor]:
-        """Weight O×… → stored, and the scale of each output."""
+        """Convert a weight O×… to its stored form and, for float8, the scale of each output channel."""
         if self.storage == "bfloat16":
             return [weight.bfloat16()]
         scale = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp(min=FLOAT8.tiny) / FLOAT8.max
@@ -144,7 +139,7 @@ class StoredWeight(nn.Module):
 
 
 def layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of all networks but the image side of image decoders, whose lists are of other things."""
+    """Yield the layers of all networks, except those of denoisers and autoencoders of image decoders."""
     image_side = (module.denoiser, module.autoencoder) if isinstance(module, ImageDecoder) else ()
     for child in module.children():
         if isinstance(child, nn.ModuleList):
@@ -154,22 +149,22 @@ def layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def denoisers(module: nn.Module) -> list[Any]:
-    """The denoisers of the image decoders below `module`."""
+    """Return the denoisers of all image decoders in `module`."""
     decoders = (child for child in module.modules() if isinstance(child, ImageDecoder))
     return [decoder.denoiser for decoder in decoders if decoder.denoiser is not None]
 
 
-def _with_gradient(forward: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` through `again` where a gradient is wanted."""
+def _checkpointed(forward: Callable[..., Any], recompute: Callable[..., Any]) -> Callable[..., Any]:
+    """Apply activation checkpointing to `forward` when gradients are enabled."""
 
-    def checkpointed(*arguments: Any, **keywords: Any) -> Any:
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
-        return again(forward, *arguments, **keywords)
+        return recompute(forward, *arguments, **keywords)
 
-    return checkpointed
+    return wrapped
 
 
 def _save_products(context: Any, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    """Norms, activations, dropout and sums are cheap to compute again."""
+    """Policy of selective checkpointing: norms, activation functions, dropout and sums are cheap to recompute."""
     return CheckpointPolicy.MUST_SAVE if operator in SAVED else CheckpointPolicy.PREFER_RECOMPUTE

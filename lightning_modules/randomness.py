@@ -1,7 +1,7 @@
-"""Random draws as pure functions of (seed, purpose, index of the sample): resume is exact on any number of ranks.
+"""Random draws as pure functions of (seed, purpose, sample index), so that resume is exact on any number of ranks.
 
-Lightning saves no random state, and none needs saving: each row's place in the run's order seeds its own draws, and
-dropout's global generator is seeded for every micro-batch.
+No random state needs to be saved: each row's draws are seeded by its index in the run's global order, and the global
+generator, which dropout uses, is seeded for every micro-batch.
 
 Shapes: `B` batch, `c×h×w` latents.
 """
@@ -18,19 +18,19 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from `parts`; any two different tuples give unrelated seeds."""
+    """Return a 63-bit seed from `parts`; different tuples give unrelated seeds."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`; drawing on the CPU makes the draws the same on every device."""
+    """Return a generator seeded by `derive_seed`, on the CPU, so that draws are the same on every device."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 @dataclass
 class DiffusionDraws:
-    """All that eq. 8 draws: posterior noise and noise B×c×h×w; time and dropout B in [0, 1)."""
+    """The random draws of eq. 8: `posterior` and `noise` B×c×h×w, normal; `time` and `dropout` B, in [0, 1)."""
 
     time: Tensor
     posterior: Tensor
@@ -38,7 +38,7 @@ class DiffusionDraws:
     dropout: Tensor
 
     def to(self, device: torch.device) -> "DiffusionDraws":
-        """The draws on another device."""
+        """Move the draws to another device."""
         return DiffusionDraws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
@@ -49,11 +49,11 @@ def draw_diffusion(
     latent_shape: tuple[int, int, int],
     low_discrepancy: bool = False,
 ) -> DiffusionDraws:
-    """One set of draws for each index.
+    """Draw once for each index.
 
     Args:
-        low_discrepancy: times of consecutive indices are multiples of the golden ratio, shifted by the seed, so that
-            every batch covers them evenly; each alone is still uniform. Other draws stay as they are.
+        low_discrepancy: times of consecutive indices are multiples of the golden ratio (mod 1), shifted by the seed.
+            Every batch then covers [0, 1) evenly, while each time is uniform. The other draws do not change.
     """
     rows = []
     for index in indices:
@@ -67,7 +67,7 @@ def draw_diffusion(
             )
         )
     draws = DiffusionDraws(*(torch.stack(column) for column in zip(*rows, strict=True)))
-    if low_discrepancy:  # as variational diffusion models use it (arXiv 2107.00630, appendix I.1)
+    if low_discrepancy:  # see Variational Diffusion Models, arXiv 2107.00630, appendix I.1
         shift = torch.rand((), dtype=torch.float64, generator=generator(seed, purpose, "timesteps"))
         draws.time = (torch.tensor(indices, dtype=torch.float64) * GOLDEN_RATIO + shift).frac()
     return draws

@@ -1,8 +1,8 @@
-"""A run folder: what a run was told, with what versions, its checkpoints, what it made.
+"""The run folder: configuration, software versions, checkpoints, metrics and results of one training run.
 
-config.yaml    configuration as written, itself a valid argument of train.py
-versions.json  packages, Python and git revision of every start
-metrics.csv    everything logged
+config.yaml    configuration as written; a valid argument of train.py
+versions.json  package versions, Python version and git revision of every start
+metrics.csv    logged metrics
 wandb.id       id of the W&B run
 checkpoints/   step-*/, see checkpointing.py
 grids/         images of fixed prompts
@@ -28,9 +28,9 @@ from kosmosg.files import write_json
 from lightning_modules.checkpointing import CheckpointDamagedError, checkpoints, verify
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "webdataset", "omegaconf", "wandb", "sentencepiece")
-DAMAGED = "damaged-"  # goes before the name of what is set aside
-# What may differ between two starts of one run: nothing that the weights depend on. Micro-batch and global batch may,
-# if the rows of an optimizer step stay the same, which the checkpoint itself is asked for.
+DAMAGED = "damaged-"  # prefix of renamed files and folders
+# Keys that may change when a run is resumed, because the weights do not depend on them. The micro-batch size may, as
+# long as the rows per optimizer step stay the same; this is checked against the checkpoint.
 RESUMABLE_KEYS = {
     *("run", "runs", "wandb", "grids", "hardware", "dry_run"),
     *("data.micro_batch_size", "data.num_workers", "data.prefetch_factor", "data.pin_memory"),
@@ -44,27 +44,27 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolderError(ValueError):
-    """A run folder that cannot be started: in use, or of another configuration."""
+    """The run folder is in use, has another configuration, or has no intact checkpoint."""
 
 
 class RunFolder:
-    """The folder `path`; nothing is created before `lock`."""
+    """Paths and records of the run in folder `path`, which is created by `lock`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.checkpoints, self.grids, self.model = (self.path / name for name in ("checkpoints", "grids", "model"))
 
     def latest_checkpoint(self) -> Path | None:
-        """The last checkpoint; a name is there only when all of it is."""
+        """Return the last checkpoint, or None."""
         return next(reversed(checkpoints(self.checkpoints)), None)
 
     def intact_checkpoint(self) -> Path | None:
-        """The last checkpoint whose every byte is what was written; None if the run has not saved yet.
+        """Return the last checkpoint that passes `verify`, or None if the run has not saved one yet.
 
-        Damaged ones are reported and set aside under another name, so that the run can save that step again.
+        Damaged checkpoints are reported and renamed, so that the run can save that step again.
 
         Raises:
-            RunFolderError: all of them are damaged.
+            RunFolderError: all checkpoints are damaged.
         """
         damaged = []
         for checkpoint in reversed(checkpoints(self.checkpoints)):
@@ -73,16 +73,16 @@ class RunFolder:
                 return checkpoint
             except CheckpointDamagedError as error:
                 damaged.append(set_aside(checkpoint))
-                logger.warning("%s. It is set aside as '%s'; the one before is tried.", error, damaged[-1].name)
+                logger.warning("%s. Renamed it to '%s'; trying the checkpoint before.", error, damaged[-1].name)
         if damaged:
             raise RunFolderError(
                 f"run folder '{self.path}' holds no intact checkpoint: {', '.join(path.name for path in damaged)} are "
-                "damaged. Put an intact copy of one in its place, or delete the folder to begin anew."
+                "damaged. Restore an intact copy of one, or delete the folder to start again."
             )
         return None
 
     def finished(self) -> dict[str, Any] | None:
-        """What finished.json says, or None while the run is not complete."""
+        """Return the content of finished.json, or None if the run is not finished."""
         return read_json(self.path / "finished.json", None)
 
     def mark_finished(self, **facts: Any) -> None:
@@ -91,39 +91,39 @@ class RunFolder:
 
     @contextmanager
     def lock(self, written: dict[str, Any], schema: Any, write: bool = True) -> Iterator["RunFolder"]:
-        """Take the folder for this process while inside, and record configuration and versions.
+        """Hold an exclusive lock on the folder, and record configuration and versions.
 
         Args:
             written: the configuration, see `kosmosg.config.written_config`.
-            schema: reads the one recorded.
-            write: False on ranks other than the first, which then change nothing.
+            schema: schema of the recorded configuration.
+            write: False on ranks other than 0, which then neither lock nor write.
 
         Raises:
-            RunFolderError: another process has it, or its run was started with another configuration.
+            RunFolderError: the folder is in use, or its run was started with another configuration.
         """
         if not write:
             yield self
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as lock:
-            # Data workers outlive a killed run by seconds, and would hold the folder for so long.
+            # Data workers outlive a killed run by some seconds and must not hold its lock.
             os.register_at_fork(after_in_child=lock.close)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RunFolderError(
-                    f"run folder '{self.path}' is in use by another process; wait for it, stop it, or give run=…"
+                    f"run folder '{self.path}' is in use by another process; wait for it, stop it, or set run=…"
                 ) from error
             self._record(written, schema)
             yield self
 
     def _record(self, written: dict[str, Any], schema: Any) -> None:
         recorded = self.path / RUN_CONFIG
-        has_begun = recorded.is_file() and (self.latest_checkpoint() or self.finished())
-        if has_begun and (different := differences(self._recorded(schema), written)):
+        has_started = recorded.is_file() and (self.latest_checkpoint() or self.finished())
+        if has_started and (different := differences(self._recorded(schema), written)):
             raise RunFolderError(
-                f"run folder '{self.path}' holds a run with another configuration: {'; '.join(different)}. Give "
-                "the same values to resume it, run=… for a new one, or delete the folder."
+                f"run folder '{self.path}' holds a run with another configuration: {'; '.join(different)}. Use "
+                "the same values to resume it, set run=… for a new run, or delete the folder."
             )
         if self.finished():
             return  # the record of a finished run does not change
@@ -140,7 +140,7 @@ class RunFolder:
         write_json(self.path / "versions.json", starts)
 
     def _recorded(self, schema: Any) -> dict[str, Any]:
-        """What config.yaml says, completed by the defaults of keys that came with a later version."""
+        """Read config.yaml; keys that were added later get their defaults."""
         try:
             return written_config([str(self.path)], schema)
         except ConfigError as error:
@@ -148,18 +148,18 @@ class RunFolder:
 
 
 def differences(recorded: Any, given: Any, key: str = "") -> list[str]:
-    """`key is X there and Y here` for every value that may not differ."""
+    """Describe the differences, as `key is X there and Y here`, except for RESUMABLE_KEYS."""
     if key in RESUMABLE_KEYS:
         return []
     if isinstance(recorded, dict) and isinstance(given, dict):
         names = dict.fromkeys([*recorded, *given])
-        below = (differences(recorded.get(n), given.get(n), f"{key}.{n}".lstrip(".")) for n in names)
-        return [difference for found in below for difference in found]
+        nested = (differences(recorded.get(n), given.get(n), f"{key}.{n}".lstrip(".")) for n in names)
+        return [difference for part in nested for difference in part]
     return [] if recorded == given else [f"{key} is {recorded!r} there and {given!r} here"]
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged to a name that is free."""
+    """Rename a damaged file or folder to a free name; returns the new path."""
     names = (f"{DAMAGED}{path.name}", *(f"{DAMAGED}{path.name}.{number}" for number in range(2, 1000)))
     aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     path.rename(aside)
@@ -167,18 +167,18 @@ def set_aside(path: Path) -> Path:
 
 
 def read_json(file: Path, default: Any) -> Any:
-    """The content of a side file; a damaged one is set aside with a warning, and `default` stands for it."""
+    """Read a JSON file. A damaged one is renamed with a warning, and `default` is returned."""
     if not file.is_file():
         return default
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        logger.warning("'%s' is damaged (%s); it is set aside as '%s'.", file, error, set_aside(file).name)
+        logger.warning("'%s' is damaged (%s); renamed it to '%s'.", file, error, set_aside(file).name)
         return default
 
 
 def package_version(package: str) -> str | None:
-    """None where a package came without metadata."""
+    """Return the installed version of a package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -186,7 +186,7 @@ def package_version(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """Commit of the source, with `+changes` when tracked files differ; None outside of a repository."""
+    """Return the commit of the source, with `+changes` if tracked files differ; None outside of a repository."""
     try:
         commit, changes = (
             subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

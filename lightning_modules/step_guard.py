@@ -1,7 +1,8 @@
-"""Optimizer steps whose loss or gradient is not finite: skipped on all ranks, counted, named, and bounded.
+"""Skip optimizer steps whose loss or gradient is not finite, on all ranks, up to `trainer.max_skipped_steps` per run.
 
-A NaN on one rank reaches the gradients of all, and with them every weight for good. A skipped step leaves the weights
-as they are; schedule and order of samples go on, and `skipped_steps.jsonl` in the run folder names the samples.
+A NaN on one rank would reach the gradients of all ranks and destroy the weights. A skipped step leaves weights and
+optimizer states unchanged, while learning rate schedule and data go on. Its samples are listed in the run folder's
+`skipped_steps.jsonl`.
 """
 
 import json
@@ -18,20 +19,20 @@ from kosmosg.batches import MicroBatch
 
 logger = logging.getLogger(__name__)
 SKIPPED_FILE = "skipped_steps.jsonl"
-NAMED_SAMPLES = 16  # of each step in messages; the file names all
+NAMED_SAMPLES = 16  # samples named in a message; the file has all
 
 
 class TooManySkippedStepsError(RuntimeError):
-    """More steps were skipped than trainer.max_skipped_steps allows."""
+    """More steps were skipped than `trainer.max_skipped_steps` allows."""
 
 
 class StepGuard:
-    """Watches the micro-batches of a step.
+    """Collects whether the losses of a step's micro-batches are finite, and records skipped steps.
 
     Attributes:
-        limit: how many steps of a run may be skipped.
-        skipped: steps skipped since the run began; checkpoints keep it.
-        skipping: whether the last step was skipped.
+        limit: maximal number of skipped steps in a run.
+        skipped: number of steps skipped since the run began; saved in checkpoints.
+        skipping: whether the current step is skipped.
     """
 
     def __init__(self, limit: int = 10) -> None:
@@ -40,51 +41,51 @@ class StepGuard:
         self._finite: list[Tensor] = []
 
     def begin_step(self, step: Sequence[MicroBatch]) -> None:
-        """Forget the step before."""
+        """Reset the state for a new step."""
         self.skipping, self._finite = False, []
         self._samples = [batch.report.samples for batch in step]
 
     def observe(self, loss: Tensor) -> None:
-        """Remember whether a micro-batch's loss is finite, without waiting for the device."""
+        """Record whether a micro-batch's loss is finite, without waiting for the device."""
         self._finite.append(loss.detach().isfinite().all())
 
     def losses_are_finite(self) -> bool:
-        """Whether all losses of this rank are."""
+        """Whether all losses of this rank and step are finite."""
         return bool(torch.stack(self._finite).all())
 
     def skip(self, step: int, norm: float, run: Path) -> None:
-        """Record optimizer step `step`, of gradient norm `norm`, as skipped. All ranks call it together.
+        """Record optimizer step `step` with gradient norm `norm` as skipped. All ranks must call it together.
 
         Raises:
-            TooManySkippedStepsError: on all ranks alike; names the samples.
+            TooManySkippedStepsError: on all ranks; names the samples.
         """
         self.skipping, self.skipped = True, self.skipped + 1
         bad = [samples for samples, finite in zip(self._samples, self._finite, strict=True) if not finite]
-        mine = {"loss_is_finite": not bad, "samples": [name for samples in bad or self._samples for name in samples]}
-        ranks = gather(mine)
-        with_bad_loss = [rank for rank, found in enumerate(ranks) if not found["loss_is_finite"]]
-        chosen = [ranks[rank] for rank in with_bad_loss] or ranks
-        samples = [name for found in chosen for name in found["samples"]]
-        what = f"loss of rank {', '.join(map(str, with_bad_loss))}" if with_bad_loss else f"gradient norm {norm}"
+        record = {"loss_is_finite": not bad, "samples": [name for samples in bad or self._samples for name in samples]}
+        ranks = gather(record)
+        bad_ranks = [rank for rank, record in enumerate(ranks) if not record["loss_is_finite"]]
+        records = [ranks[rank] for rank in bad_ranks] or ranks
+        samples = [name for record in records for name in record["samples"]]
+        cause = f"loss of rank {', '.join(map(str, bad_ranks))}" if bad_ranks else f"gradient norm {norm}"
         more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
-        found = f"{what} in step {step}; samples {', '.join(samples[:NAMED_SAMPLES])}{more}"
+        description = f"step {step}: {cause} is not finite; samples {', '.join(samples[:NAMED_SAMPLES])}{more}"
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             try:
                 with open(run / SKIPPED_FILE, "a", encoding="utf-8") as file:  # JSON has no NaN
                     file.write(json.dumps({"step": step, "grad_norm": str(norm), "ranks": ranks}) + "\n")
-            except OSError as error:  # a full disk, say
-                logger.error("'%s' could not be written: %s; training goes on.", run / SKIPPED_FILE, error)
-            logger.warning("skipped: %s (%d skipped so far, at most %d)", found, self.skipped, self.limit)
+            except OSError as error:  # for example a full disk
+                logger.error("'%s' could not be written: %s; training continues.", run / SKIPPED_FILE, error)
+            logger.warning("Skipped %s (%d skipped so far, at most %d)", description, self.skipped, self.limit)
         if self.skipped > self.limit:
             raise TooManySkippedStepsError(
                 f"{self.skipped} steps had a loss or gradient that is not finite; trainer.max_skipped_steps is "
-                f"{self.limit}. The last: {found}. All are in '{run / SKIPPED_FILE}'. The weights are finite and the "
-                "last checkpoint is usable: look at these samples, or lower optimizer.lr."
+                f"{self.limit}. The last was {description}. '{run / SKIPPED_FILE}' lists all of them. The weights are "
+                "finite and the last checkpoint is usable: inspect these samples, or lower optimizer.lr."
             )
 
 
 def gather(value: Any) -> list[Any]:
-    """`value` of every rank, in order."""
+    """Gather `value` from all ranks, in order of rank."""
     if not distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Tiny models are built once a session in temporary folders."""
+"""Fixtures shared by all tests. Tiny models are built once per session in temporary folders."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests import tiny
 from tests.lightning_modules import miniature
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# They come first: of workers that take file after file, none is left alone with a long one at the end.
+# Run first, so that no worker is left with a long file at the end.
 LONG_FILES = (
     "lightning_modules/test_ranks",
     "lightning_modules/test_matrix",
@@ -53,13 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data (KOSMOSG_SHARED, default ../shared); absent: skipped."""
+    """The folder of reference data (KOSMOSG_SHARED, default ../shared); skips the test if it is missing."""
     return present(Path(os.environ.get("KOSMOSG_SHARED", REPOSITORY.parent / "shared")), "KOSMOSG_SHARED")
 
 
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Path:
-    """The folder of a whole recorded set (KOSMOSG_GOLDEN, default <shared>/golden/a); absent: skipped."""
+    """The full set of recorded outputs (KOSMOSG_GOLDEN, default <shared>/golden/a); skips the test if it is missing."""
     if "KOSMOSG_GOLDEN" in os.environ:
         return present(Path(os.environ["KOSMOSG_GOLDEN"]), "KOSMOSG_GOLDEN")
     return present(request.getfixturevalue("shared") / "golden" / "a", "KOSMOSG_GOLDEN")
@@ -67,19 +67,19 @@ def golden(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def recorded() -> Path:
-    """The reduced recorded set, which is part of the repository."""
+    """The reduced set of recorded outputs, which is part of the repository."""
     return REPOSITORY / "tests" / "parity" / "recorded"
 
 
 def present(folder: Path, variable: str) -> Path:
     if not folder.is_dir():
-        pytest.skip(f"reference data is not at '{folder}'; set {variable} to its folder")
+        pytest.skip(f"no reference data at '{folder}'; set {variable} to its folder")
     return folder.resolve()
 
 
 @pytest.fixture(scope="session")
 def tiny_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion folder of random tiny weights: 64 px, latents 4×8×8, condition 24×32."""
+    """A Stable Diffusion folder with tiny random weights: 64 px, latents 4×8×8, condition 24×32."""
     return tiny.write_stable_diffusion(tmp_path_factory.mktemp("stable-diffusion"))
 
 
@@ -96,8 +96,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
 
 
 @pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_stable_diffusion: Path) -> Path:
+    """A pipeline folder of both, in which all is saved by the parts' own save_pretrained."""
+    from kosmosg.pipeline import KosmosGPipeline
+
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of training and validation shards of every kind of sample."""
+    """A folder with training and validation shards of every kind of sample."""
     return miniature.write_shards(tmp_path_factory.mktemp("shards"))
 
 
@@ -105,7 +115,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_configs(
     shards: Path, tiny_tokenizer: Path, tiny_stable_diffusion: Path, tiny_model: Path
 ) -> Callable[..., dict[str, Path]]:
-    """Writes the YAML file of each miniature stage into a folder; its run is there, too."""
+    """A function that writes the YAML file of each miniature stage into a folder, which also gets their runs."""
     return lambda folder: miniature.write_config(folder, shards, tiny_tokenizer, tiny_stable_diffusion, tiny_model)
 
 
@@ -118,7 +128,7 @@ def configs(tmp_path: Path, write_configs: Callable[..., dict[str, Path]]) -> di
 def finished(
     tmp_path_factory: pytest.TempPathFactory, write_configs: Callable[..., dict[str, Path]]
 ) -> Callable[[str], Path]:
-    """The run folder of a stage after an uninterrupted run, to look at and to copy."""
+    """A function that returns the run folder of a stage after an uninterrupted run, to read or copy."""
     import train
 
     folder = tmp_path_factory.mktemp("finished")
@@ -134,7 +144,7 @@ def finished(
 
 @pytest.fixture
 def faults(request: pytest.FixtureRequest) -> int:
-    """How many faults a test injects (--faults)."""
+    """Number of faults that a test injects (--faults)."""
     given = request.config.getoption("--faults")
     if not given and request.node.get_closest_marker("one_fault") is None:
         pytest.skip("injects faults; run with --faults 5")
@@ -143,5 +153,5 @@ def faults(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """No test depends on which ran before it."""
+    """Seed the global generator, so that no test depends on those before it."""
     torch.manual_seed(0)

@@ -23,9 +23,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from evaluate import quiet_libraries
+from evaluate import configure_logging
 from kosmosg.config import load_config
 from tests import tiny
 from tests.datamodules.sources import published
@@ -300,22 +300,6 @@ def in_process(words: list[str]) -> Callable[[], int | None] | None:
     return lambda: mains[program](arguments)
 
 
-# What came of it.
-def contact_sheet(folders: list[Path], file: Path) -> int:
-    """Every picture that was drawn, a row for each folder; how many there are."""
-    rows = {folder: sorted(folder.glob("*.png")) for folder in folders}
-    cell, label = 96, 150
-    sheet = Image.new("RGB", (label + cell * max(map(len, rows.values())), cell * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (folder, pictures) in enumerate(rows.items()):
-        draw.text((6, row * cell + 6), "\n".join(folder.parts[-3:]), fill="black")
-        for column, picture in enumerate(pictures):
-            with Image.open(picture) as image:
-                sheet.paste(image.convert("RGB").resize((cell - 4, cell - 4)), (label + column * cell, row * cell))
-    sheet.save(file)
-    return sum(map(len, rows.values()))
-
-
 def main(arguments: list[str]) -> int:
     """Exit status: 0, or 1 where a command of the page failed."""
     known = recipes()
@@ -324,7 +308,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "rehearsal", help="emptied first")
     given = parser.parse_args(arguments)
     chosen = given.recipes or list(known)
-    quiet_libraries()
+    configure_logging()
     started, here, folder = time.monotonic(), Path.cwd(), given.folder.resolve()
     spaces: dict[str, Workspace] = {}
     try:
@@ -342,9 +326,7 @@ def main(arguments: list[str]) -> int:
     finally:
         os.chdir(here)
     drawn = sorted(path for space in spaces.values() for path in space.folder.glob("pictures/*"))
-    count = contact_sheet(drawn, folder / "pictures.png")
-    print(f"{time.monotonic() - started:.0f} s. {count} pictures in {', '.join(map(str, drawn))}")
-    print(f"All of them: '{folder / 'pictures.png'}'.")
+    print(f"{time.monotonic() - started:.0f} s. Images are in {', '.join(map(str, drawn))}")
     return 0
 
 

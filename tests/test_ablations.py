@@ -1,6 +1,7 @@
 """Ablations: every shipped file fits the full size and Toyland; what they need of the model trains and draws."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from kosmosg.config import load_config
 from kosmosg.models.build import build_aligner, build_aligner_decoder
 from kosmosg.pipeline import KosmosGPipeline
 from tests import tiny
+from tests.conftest import REPOSITORY
 from tests.lightning_modules.runs import run, trainable_names
 
-REPOSITORY = Path(train.__file__).parent
 FOLDER = REPOSITORY / "configs" / "ablations"
 ABLATIONS = sorted(file for file in FOLDER.glob("*.yaml") if file.stem != "run")
 TABLE_2 = sorted(file for file in REPOSITORY.glob("configs/toyland/table_2/*.yaml") if file.stem != "run")
@@ -22,6 +23,7 @@ FORMS = ("", "toyland/")
 LAYERS = {"": 24, "toyland/": 4}
 
 
+@cache
 def shipped(name: str, form: str, *arguments: str) -> train.Experiment:
     file = FOLDER / f"{name}.yaml"
     commands = re.findall(r"^#   python train.py configs/(\S+) configs/ablations/(\S+) seed=0$", file.read_text(), re.M)
@@ -32,17 +34,20 @@ def shipped(name: str, form: str, *arguments: str) -> train.Experiment:
 
 
 def test_shipped_ablations_fit_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOYLAND_RUNS", raising=False)
+    models = {}
     for form in FORMS:
         for file in ABLATIONS:
-            monkeypatch.delenv("TOYLAND_RUNS", raising=False)
             experiment = shipped(file.stem, form, "seed=2")
             runs = "runs/toyland" if form else "runs"
             assert experiment.ablation == file.stem
             assert experiment.run == f"{runs}/ablations/{file.stem}/{experiment.stage}-seed-2"
             assert experiment.seed == experiment.data.seed == 2
-            with torch.device("meta"):
-                build_aligner(experiment.model)
-                build_aligner_decoder(experiment.model)
+            models[repr(experiment.model)] = experiment.model
+    with torch.device("meta"):
+        for model in models.values():
+            build_aligner(model)
+            build_aligner_decoder(model)
 
 
 def layers(name: str, form: str) -> list[int]:

@@ -100,7 +100,7 @@ def test_mistakes_are_answered(capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         (["stage4"], "check|released|loader"),
         (["check", "size=huge"], "huge"),
-        (["check", "stage4", "size=tiny"], "there is no part 'stage4' of check; allowed: language_modelling"),
+        (["check", "stage4", "size=tiny"], "check has no part 'stage4'; allowed: language_modelling"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

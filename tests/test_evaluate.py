@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ from PIL import Image
 import evaluate
 from evaluation.benchmarks import METRICS, benchmark_of
 from kosmosg.generation import read_manifest
-from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import *  # noqa: F403  the tiny world's fixtures
-from tests.lightning_modules.processes import start, wait
+from tests.lightning_modules.processes import run_together, start, wait
 
 SYSTEMS = {
     "Real images",
@@ -50,6 +48,12 @@ def finished(one_thread: None, arguments: list[str], tmp_path_factory: pytest.Te
     return output
 
 
+def rows_of(output: Path, table: str | None = None) -> list[dict]:
+    """Rows of results.json, of one table alone if given."""
+    rows = json.loads((output / "results.json").read_text())
+    return [row for row in rows if table in (None, row["table"])]
+
+
 def images_of(output: Path) -> dict[str, bytes]:
     return {str(file.relative_to(output)): file.read_bytes() for file in sorted(output.rglob("images/*.png"))}
 
@@ -59,7 +63,7 @@ def manifests_of(output: Path) -> dict[str, bytes]:
 
 
 def test_results_have_the_agreed_form(finished: Path) -> None:
-    rows = json.loads((finished / "results.json").read_text())
+    rows = rows_of(finished)
     for row in rows:
         assert list(row)[:8] == ["table", "system", "metric", "value", "low", "high", "n", "protocol"]
         assert list(row)[8:] == (["guidance_scale"] if row["table"] == "guidance" else [])
@@ -96,7 +100,7 @@ def test_samples_average_to_the_results(finished: Path) -> None:
         for sample in samples
         if sample["system"] != "Real images"
     )
-    for row in json.loads((finished / "results.json").read_text()):
+    for row in rows_of(finished):
         if row["metric"] == "fid" or row["table"] == "guidance":
             continue
         key = {name: row[name] for name in ("table", "system", "metric")}
@@ -135,8 +139,7 @@ def test_breakdown_is_of_the_samples(finished: Path) -> None:
     """Every part of every system that answers prompts; parts of one kind make up the whole."""
     with (finished / "breakdown.csv").open() as stream:
         parts = list(csv.DictReader(stream))
-    rows = json.loads((finished / "results.json").read_text())
-    scores = {(row["system"], row["metric"]): row for row in rows if row["table"] == "dreambench"}
+    scores = {(row["system"], row["metric"]): row for row in rows_of(finished, "dreambench")}
     for by, count in (("kind", 2), ("subject", 3), ("template", 4)):
         for metric in ("dino", "clip_i", "clip_t", "near_copies", "identity"):
             own = [part for part in parts if (part["by"], part["metric"], part["system"]) == (by, metric, AFTER)]
@@ -152,14 +155,10 @@ def test_breakdown_is_of_the_samples(finished: Path) -> None:
 
 def test_curve_over_guidance(finished: Path) -> None:
     """Two points under protocols of their own; the table's own scale is not made again."""
-    rows = [row for row in json.loads((finished / "results.json").read_text()) if row["table"] == "guidance"]
+    rows = rows_of(finished, "guidance")
     assert {(row["system"], row["guidance_scale"]) for row in rows} == {(AFTER, 1.5), (AFTER, 4.0)}
     by_scale = {row["guidance_scale"]: row["protocol"] for row in rows}
-    table = {
-        r["metric"]: r
-        for r in json.loads((finished / "results.json").read_text())
-        if r["system"] == AFTER and r["table"] == "dreambench"
-    }
+    table = {row["metric"]: row for row in rows_of(finished, "dreambench") if row["system"] == AFTER}
     assert by_scale[4.0] == table["dino"]["protocol"] != by_scale[1.5]
     for row in rows:
         if row["guidance_scale"] == 4.0:
@@ -204,17 +203,17 @@ def test_changed_protocol_starts_new_images_and_keeps_the_old(
 ) -> None:
     output = tmp_path / "evaluation"
     shutil.copytree(finished, output)
-    protocols = {row["protocol"] for row in json.loads((output / "results.json").read_text())}
+    protocols = {row["protocol"] for row in rows_of(output)}
     task = {protocol for protocol in protocols if "+" not in protocol}
     assert evaluate.main([*arguments, f"output={output}", "coco=null", "dreambench.sampling.guidance_scale=2"]) == 0
-    new = {row["protocol"] for row in json.loads((output / "results.json").read_text())}
+    new = {row["protocol"] for row in rows_of(output)}
     assert len(new) == 2 and len(new & protocols) == 1 and new & protocols <= task
     assert images_of(finished).items() <= images_of(output).items()
 
 
 @pytest.mark.slow
 def test_killed_evaluation_goes_on_to_the_same_end(arguments: list[str], finished: Path, tmp_path: Path) -> None:
-    """Two processes, one of which is killed, and the other does not wait for it; then two of torchrun."""
+    """Two processes, one of which is killed, and the other does not wait for it; then two to the end."""
     output = tmp_path / "evaluation"
     command, total = [*arguments, *WHOLE, f"output={output}"], len(images_of(finished))
     children, deadline = start(2, lambda: evaluate.main(command), tmp_path / "log"), time.monotonic() + 300
@@ -224,9 +223,7 @@ def test_killed_evaluation_goes_on_to_the_same_end(arguments: list[str], finishe
     os.kill(children[0], signal.SIGKILL)
     first, other = wait(children, kill_after=60)
     assert first == -signal.SIGKILL and other not in (0, -signal.SIGKILL) and len(images_of(output)) < total
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "evaluate.py"]
-    options = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
-    subprocess.run([*torchrun, *command], check=True, **options)
+    assert run_together(2, lambda: evaluate.main(command), tmp_path / "log") == [0, 0]
     assert manifests_of(output) == manifests_of(finished)
     assert images_of(output) == images_of(finished)
     for file in ("results.json", "samples.csv", "breakdown.csv"):
@@ -242,7 +239,7 @@ REFUSALS = [
     (["data.coco=/nowhere"], "there is no COCO at '/nowhere'"),
     (["models.after_stage_3=/nowhere"], "'/nowhere' holds no model"),
     (["models.image_decoder=/nowhere"], "there is no folder '/nowhere'"),
-    (["dreambench.dino.weights=/nowhere"], "'/nowhere' holds no encoder"),
+    (["dreambench.dino.weights=/nowhere"], "'/nowhere' is not an encoder"),
     (["coco.fid.network=inception2"], "inception2"),
     (["coco.fid.network=inception"], "there is no weight file"),
     (["coco.kid.subset_size=7"], "coco.kid.subset_size=7 is not allowed; it must be at most coco.captions=6"),
@@ -253,7 +250,7 @@ REFUSALS = [
     (["curve.guidance_scales=[2]", "dreambench=null"], "is not allowed without a dreambench protocol"),
     (
         ["curve.guidance_scales=[2]", "curve.systems=[SD]"],
-        "curve.systems=['SD'] are no rows that are made; allowed",
+        "curve.systems=['SD'] are not generated here; allowed",
     ),
     (["models.external.Rival=/nowhere"], "there is no folder '/nowhere'"),
     (["models.external.Real images=/"], "the name of a row of ours"),
@@ -274,7 +271,7 @@ def test_interruption_is_told(
 
     monkeypatch.setattr("evaluation.plan.generate", interrupt)
     assert evaluate.main([*arguments, f"output={tmp_path / 'evaluation'}"]) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "Run the same command again" in capsys.readouterr().err
 
 
 def test_help_lists_the_keys(capsys: pytest.CaptureFixture) -> None:
@@ -310,7 +307,7 @@ def test_a_rival_with_our_images_has_our_scores(
     output = shutil.copytree(finished, tmp_path / "evaluation")
     assert evaluate.main([*arguments, f"output={output}", f"models.external.Rival={rival}"]) == 0
     scores: dict[str, dict] = {}
-    for row in json.loads((output / "results.json").read_text()):
+    for row in rows_of(output):
         key = (row["table"], row["metric"])
         scores.setdefault(row["system"], {})[key] = {k: v for k, v in row.items() if k not in ("system", "protocol")}
         if row["system"] == "Rival":
@@ -368,7 +365,7 @@ DAMAGED_ANSWERS = [
     (lambda lines: [*lines, '{"index": 99, "file": "0.png"}'], "line 11: index 99 is no request's"),
     (lambda lines: [lines[0].replace("0.png", "x.png"), *lines[1:]], "x.png' does not exist"),
     (lambda lines: ['{"index": 0, "file": "0.png", "prompt": "a cat"}', *lines[1:]], "index 0 is of 'a cat', but"),
-    (lambda lines: ["[]", *lines[1:]], "line 1: this is no object"),
+    (lambda lines: ["[]", *lines[1:]], "line 1: expected an object"),
     (lambda lines: ['{"index": 0.5, "file": "0.png"}', *lines[1:]], "line 1: index 0.5 is no request's"),
 ]
 

@@ -1,22 +1,10 @@
-"""docs/recipes.md: its commands are read, are configurations of today, and one recipe is followed to its pictures."""
+"""docs/recipes.md: one recipe is followed to its pictures; that all are configurations of today: test_readme.py."""
 
-import shlex
 from pathlib import Path
 
 import pytest
 
-from kosmosg.config import load_config
 from tests import rehearsal
-from train import stage_schema
-
-
-def test_trainings_of_the_page_are_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(rehearsal.REPOSITORY)
-    commands = [shlex.split(command) for known in rehearsal.recipes().values() for command in known]
-    trainings = [words[words.index("train.py") + 1 :] for words in commands if "train.py" in words]
-    started = [load_config(words[words[0] == "cache" :], stage_schema) for words in trainings if words[0] != "export"]
-    assert {config.stage for config in started} == {"alignment", "instruction_tuning"} and len(started) >= 8
-    assert rehearsal.recipes().keys() == {"A", "B", "C"}
 
 
 def test_a_command_that_fails_fails_the_rehearsal(
@@ -36,8 +24,7 @@ def test_a_command_that_fails_fails_the_rehearsal(
 @pytest.mark.slow
 def test_one_gpu_is_followed_to_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert rehearsal.main(["B", f"--folder={tmp_path}"]) == 0, capsys.readouterr().err
-    told = capsys.readouterr().out
-    assert told.count("resumed]") == 2 and (tmp_path / "pictures.png").is_file()
+    assert capsys.readouterr().out.count("resumed]") == 2
     work = tmp_path / "B"
     assert len(list((work / "pictures/beach").glob("*.png"))) == 4
     assert list((work / "data/instructions").glob("*.latents-*.safetensors"))

@@ -51,3 +51,11 @@ def test_the_commands_of_a_shipped_file(file: Path, monkeypatch: pytest.MonkeyPa
         given = {"train.py": ["run=r"], "datamodules.toyland": [DEFAULTS]}.get(program, [])
         load_config([*given, *arguments], SCHEMAS[program])
     assert named or any(piece in name for piece in PIECES), "a header shows the command that reads the file"
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_short_forms_fit_every_stage(stage: str) -> None:
+    for form, steps in (("short", 4), ("half", 400)):
+        files = [str(REPOSITORY / "configs" / "toyland" / f"{name}.yaml") for name in (stage, form)]
+        experiment = load_config(files, train.stage_schema)
+        assert (experiment.stage, experiment.trainer.max_steps) == (stage, steps)

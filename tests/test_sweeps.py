@@ -19,8 +19,8 @@ from evaluation.protocols.protocol import identity
 from evaluation.scores.results import Score
 from evaluation.tracking import summary_key
 from kosmosg.config import load_config
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(train.__file__).parent
 TRIAL = REPOSITORY / "configs" / "sweeps" / "trial.yaml"
 FILES = sorted(file for file in REPOSITORY.glob("configs/sweeps/**/*.yaml") if not file.stem.endswith("trial"))
 SWEEPS = [file for file in FILES if file.stem != "guidance"]

@@ -28,12 +28,6 @@ LOSSES = {
     "alignment": ("train/mse_loss", "train/rec_loss", "val/mse_loss", "val/rec_loss"),
     "instruction_tuning": ("train/loss", "val/diffusion_loss", "val/diffusion_loss_mismatched_images"),
 }
-REPOSITORY = Path(train.__file__).parent
-SHIPPED = [
-    file
-    for file in sorted(REPOSITORY.glob("configs/**/*.yaml"))
-    if "\nstage:" in file.read_text() or file.parent.parent.name in ("gpu", "scale")
-]
 
 
 @pytest.fixture
@@ -239,23 +233,6 @@ def test_run_folder_is_taken_by_one_process(
     with RunFolder(tmp_path / "alignment").lock(written, train.stage_schema):
         assert run(configs["alignment"]) == 2
     assert "in use by another process" in capsys.readouterr().err
-
-
-def test_shipped_configurations_load() -> None:
-    for file in SHIPPED:
-        experiment = load_config([str(file)], train.stage_schema)
-        assert file.stem.endswith(experiment.stage)
-        assert file.read_text().startswith(("# Stage", "# Between stages"))
-        assert f"train.py configs/{file.relative_to(REPOSITORY / 'configs')}" in file.read_text()
-
-
-def test_short_forms_fit_every_stage() -> None:
-    for stage in STAGES:
-        for form, steps in (("short", 4), ("half", 400)):
-            toyland = REPOSITORY / "configs" / "toyland"
-            files = [str(toyland / f"{name}.yaml") for name in (stage, form)]
-            experiment = load_config(files, train.stage_schema)
-            assert (experiment.stage, experiment.trainer.max_steps) == (stage, steps)
 
 
 def test_help_lists_stages_and_keys(configs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models in the real folder layouts, for tests: seconds to build, milliseconds to run."""
+"""Write tiny models with random weights in the real folder layouts, for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_model(folder: Path, tokenizer: Path, **aligner_changes: Any) -> Path:
-    """MLLM (width 32, 2 layers, 4 slots per image) and M (24 queries, width 32) with fixed random weights."""
+    """Write an MLLM (width 32, 2 layers, 4 tokens per image) and M (24 queries, width 32) with fixed random weights."""
     from kosmosg.models.aligner import AlignerEncoder
     from kosmosg.models.kosmosg import KosmosG
     from kosmosg.models.mllm import MLLM
@@ -75,7 +75,7 @@ def write_model(folder: Path, tokenizer: Path, **aligner_changes: Any) -> Path:
 
 
 def mllm_sizes() -> dict:
-    """Constructor arguments of a tiny MLLM, vocabulary aside."""
+    """Constructor arguments of a tiny MLLM, except the vocabulary."""
     vision = {
         "image_size": IMAGE_SIZE,
         "patch_size": 16,
@@ -98,7 +98,7 @@ def mllm_sizes() -> dict:
 
 
 def aligner_sizes() -> dict:
-    """Constructor arguments that M and N share."""
+    """Constructor arguments shared by M and N."""
     return {
         "width": CONDITION_WIDTH,
         "ffn_width": 64,
@@ -112,10 +112,10 @@ def aligner_sizes() -> dict:
 def write_stable_diffusion(
     folder: Path, prediction_type: str = "epsilon", pad_token: str = "<|endoftext|>", **unet: Any
 ) -> Path:
-    """unet/ vae/ text_encoder/ tokenizer/ scheduler/ and model_index.json as diffusers writes them.
+    """Write unet/ vae/ text_encoder/ tokenizer/ scheduler/ and model_index.json as diffusers does.
 
     Args:
-        unet: what differs from 1.5's.
+        unet: differences from the U-Net of 1.5.
     """
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -134,7 +134,7 @@ def write_stable_diffusion(
 
 
 def write_controlnet_and_lora(folder: Path, unet: UNet2DConditionModel) -> tuple[Path, Path]:
-    """A ControlNet's folder and a LoRA file for a U-Net, with weights that do something."""
+    """Write a ControlNet folder and a LoRA file for a U-Net, with weights that change its output."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         network = ControlNetModel.from_unet(unet, conditioning_channels=3)
@@ -168,13 +168,13 @@ UNET: dict[str, Any] = {
 
 
 def write_stable_diffusion_2(folder: Path, prediction_type: str) -> Path:
-    """2.1's differences: heads of one width, linear projections, "!" as padding, and perhaps the velocity."""
+    """Write a Stable Diffusion 2.1: heads of equal width, linear projections, "!" as padding, any `prediction_type`."""
     unet = {"attention_head_dim": (2, 4), "use_linear_projection": True}
     return write_stable_diffusion(folder, prediction_type, "!", **unet)
 
 
 def write_stable_diffusion_xl(folder: Path, force_zeros_for_empty_prompt: bool = True) -> Path:
-    """Two text models of widths 12 and 20 with different padding, a pooled vector of 10."""
+    """Write a Stable Diffusion XL: two text models of widths 12 and 20 with different padding, pooled width 10."""
     width, pooled, numbers = 12, POOLED_WIDTH, 8
     unet = {
         "addition_embed_type": "text_time",
@@ -206,7 +206,7 @@ def write_stable_diffusion_xl(folder: Path, force_zeros_for_empty_prompt: bool =
 
 
 def write_sana(folder: Path) -> Path:
-    """Latents 8×8×8 of 64 px; a Gemma whose words are those of `SENTENCES` and "unknown"."""
+    """Write a Sana: latents 8×8×8 for 64 px, and a Gemma with the words of `SENTENCES` and an unknown token."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         blocks = {"encoder": (8, 8, 8, 8), "decoder": (8, 8, 8, 8)}
@@ -285,7 +285,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary is single letters, without merges."""
+    """A CLIP tokenizer with a vocabulary of single letters, without merges."""
     letters = [chr(code) for code in range(33, 127)]
     names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
@@ -294,10 +294,10 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 def write_kosmos2(folder: Path, tokenizer: Path, **saving) -> Path:
-    """A Kosmos-2 folder as transformers writes it, of `mllm_sizes` and four patches; no weight has a neutral value.
+    """Write a Kosmos-2 folder as transformers does, with `mllm_sizes` and four patches; no weight has a neutral value.
 
     Args:
-        saving: options of save_pretrained, as max_shard_size.
+        saving: options of save_pretrained, for example max_shard_size.
     """
     import shutil
 
@@ -346,7 +346,7 @@ QWEN_TOKENS = (
 
 
 def write_language_model(folder: Path, family: str) -> Path:
-    """A vision-language model folder as the hub has them, of width 48 and 3 layers, with random weights.
+    """Write a vision-language model folder as on the hub, with width 48, 3 layers and random weights.
 
     Args:
         family: qwen2_5_vl, qwen3_vl (with deepstack) or llava_onevision.

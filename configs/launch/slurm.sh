@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train under SLURM, one task a GPU, and go on by itself after preemption or the end of the time limit:
+# Train under SLURM with one task per GPU, and resume automatically after preemption or the end of the time limit:
 #
 #   sbatch --nodes 8 configs/launch/slurm.sh configs/alignment.yaml trainer.num_nodes=8 [key=value …]
 #
-# Five minutes before its end the job's tasks get SIGTERM; they finish the update, save, and exit with 143, at which the
-# job is put back into the queue. Any other status but 0 stays as it is: something is to be mended.
-# On several machines the run folder must lie on a file system that all of them share.
+# Five minutes before the time limit the tasks receive SIGTERM. They finish the optimizer step, save a checkpoint and exit
+# with 143, and the job is requeued. With any other exit status the job ends, because an error has to be fixed.
+# On several nodes the run folder must be on a shared file system.
 #SBATCH --job-name=kosmosg
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
@@ -19,7 +19,7 @@ set -uo pipefail
 
 readonly STOPPED=143
 cd "${SLURM_SUBMIT_DIR:-.}"
-# SIGTERM to the job as a whole reaches this shell too, which must outlive its tasks to see how they ended.
+# SIGTERM to the whole job reaches this shell, too, which must keep running to read the exit status of its tasks.
 trap : TERM
 
 srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" train.py "$@" &
@@ -27,11 +27,11 @@ readonly step=$!
 while true; do
     wait "$step"
     status=$?
-    kill -0 "$step" 2>/dev/null || break # else the trap interrupted the wait
+    kill -0 "$step" 2>/dev/null || break # otherwise the trap has interrupted the wait
 done
 
 if ((status == STOPPED)); then
-    echo "stopped and saved; job $SLURM_JOB_ID goes back into the queue"
+    echo "stopped and saved; requeuing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Train on machines without a scheduler. The same command on each of them, with its own NODE_RANK:
+# Train on nodes without a scheduler. Run the same command on each node, with its own NODE_RANK:
 #
 #   NODES=2 NODE_RANK=0 HEAD=10.0.0.1 configs/launch/torchrun.sh configs/alignment.yaml trainer.num_nodes=2 [key=value …]
 #
-# On one machine NODES, NODE_RANK and HEAD may be left out. SIGTERM to this script or to any process ends the update,
-# saves and stops all of them. torchrun reports 1 whatever stopped its processes, so this script exits with 143 where it
-# was told to stop itself; where its processes ended by themselves, it starts them again up to RESTARTS times (default 0).
+# On one node, NODES, NODE_RANK and HEAD can be left out. On SIGTERM to this script or to any rank, all ranks finish the
+# optimizer step, save a checkpoint and stop. torchrun then always exits with 1, so this script exits with 143 if it
+# received the signal itself. If the ranks stopped for another reason, it restarts them up to RESTARTS times (default 0).
 set -uo pipefail
 
 NODES=${NODES:-1} NODE_RANK=${NODE_RANK:-0} HEAD=${HEAD:-127.0.0.1} PORT=${PORT:-29500}
 GPUS=${GPUS:-8} RESTARTS=${RESTARTS:-0}
-told=0
-trap 'told=1; kill -TERM "$child" 2>/dev/null' TERM INT
+signalled=0
+trap 'signalled=1; kill -TERM "$child" 2>/dev/null' TERM INT
 
 for ((attempt = 0; ; attempt++)); do
     "${TORCHRUN:-.venv/bin/torchrun}" --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS" \
@@ -23,7 +23,7 @@ for ((attempt = 0; ; attempt++)); do
         kill -0 "$child" 2>/dev/null || break
     done
     ((status == 0)) && exit 0
-    ((told)) && exit 143
+    ((signalled)) && exit 143
     ((attempt < RESTARTS)) || exit "$status"
-    echo "started again, attempt $((attempt + 1)) of $RESTARTS" >&2
+    echo "restarting, attempt $((attempt + 1)) of $RESTARTS" >&2
 done

@@ -1,1 +1,1 @@
-"""Looking at shards: what is usable, how well they are shuffled, and a sheet of samples."""
+"""Check shards: which samples are usable, how well they are shuffled, and a contact sheet."""

@@ -1,4 +1,4 @@
-"""Reading every sample of some shards as training would, down to the last pixel, and counting."""
+"""Read every sample of some shards as training would, decode every image, and count what is usable."""
 
 import hashlib
 import random
@@ -23,13 +23,13 @@ from datamodules.sample import SCHEMA_VERSION, CaptionSample, InterleavedSample,
 from datamodules.shards import find_listed, find_tars, read_listing
 from datamodules.tar import GZIP, OpenFiles, Tar
 
-EXAMPLES = 5  # unusable samples of each reason that are named
-DRAWN = 12  # usable samples of each kind that are kept to look at
-BATCHES = 32  # over which the shards in a batch are averaged
+EXAMPLES = 5  # unusable samples named per reason
+CHOSEN = 12  # random usable samples of each kind for the contact sheet
+BATCHES = 32  # over which the number of shards in a batch is averaged
 # 75, 85 and 128 tokens and 384 pixels are limits of the released code (released-code.md, "Caption rows").
 TOKEN_EDGES = (0, 5, 10, 15, 20, 30, 40, 50, 60, 76, 86, 129, 257, 513, 1025, 2049, 8193)
 SIDE_EDGES = (0, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
-# By which a tokenizer is known: ours, and CLIP's of older and newer versions of transformers.
+# Files by which tokenizers are recognised: ours, and CLIP's of older and newer versions of transformers.
 TOKENIZERS = {"sentencepiece.bpe.model": "pieces", "vocab.json": "CLIP tokens", "tokenizer.json": "CLIP tokens"}
 
 
@@ -38,11 +38,11 @@ class CheckConfig:
     """How shards are checked.
 
     Args:
-        kind: what every sample must be; None takes any.
-        captions_only: captions need no image, and theirs are not decoded, as for stage 2.
-        checksums: compare shards with the checksums of their listing.
-        tokenizer: folder of a tokenizer of ours, of a model that holds one, or of a CLIP tokenizer; None counts words.
-        processes: that decode, a shard at a time; None takes one for each CPU core.
+        kind: required kind of every sample; None accepts any.
+        captions_only: captions need no image and their images are not decoded, as in stage 2.
+        checksums: compare the shards with the checksums in their listing.
+        tokenizer: model folder, or folder of one of our tokenizers or a CLIP tokenizer; None counts words.
+        processes: number of processes, each of which checks one shard at a time; None: one per CPU core.
     """
 
     kind: str | None = None
@@ -55,18 +55,18 @@ class CheckConfig:
 
 @dataclass
 class Findings:
-    """What some shards hold. Those of several shards add up.
+    """Results for some shards; the results of several shards can be added.
 
     Attributes:
-        unit: of texts.
-        sizes: samples of each shard, unusable ones included.
-        kinds, dropped: usable samples by kind, others by the reason that training counts.
-        captions, documents: texts by their tokens.
-        sides: images by the pixels of their shorter side.
+        unit: unit of the text lengths.
+        sizes: samples of each shard, including unusable ones.
+        kinds, dropped: usable samples by kind; unusable ones by the reason that training counts.
+        captions, documents: numbers of texts by length.
+        sides: numbers of images by shorter side in pixels.
         unreadable: shard → why none of its samples can be read.
-        changed: shards that are not those of their listing.
-        examples: the first unusable samples by reason.
-        drawn: random usable samples by kind: draw, path, begin and end in the tar.
+        changed: shards that differ from their listing.
+        examples: the first unusable samples of each reason.
+        chosen: random usable samples of each kind: random number, path, begin and end in the tar.
     """
 
     unit: str
@@ -80,11 +80,11 @@ class Findings:
     unreadable: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     examples: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
-    drawn: dict[str, list[tuple[float, str, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    chosen: dict[str, list[tuple[float, str, int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def samples(self) -> int:
-        """Usable and unusable ones."""
+        """Number of usable and unusable samples."""
         return self.kinds.total() + self.dropped.total()
 
     def drop(self, error: SampleError, count: int = 1) -> None:
@@ -100,12 +100,12 @@ class Findings:
             mine.extend(getattr(other, name)) if isinstance(mine, list) else mine.update(getattr(other, name))
         for reason, listed in other.examples.items():
             self.examples[reason] = [*self.examples[reason], *listed][:EXAMPLES]
-        for kind, drawn in other.drawn.items():
-            self.drawn[kind] = sorted([*self.drawn[kind], *drawn])[:DRAWN]
+        for kind, chosen in other.chosen.items():
+            self.chosen[kind] = sorted([*self.chosen[kind], *chosen])[:CHOSEN]
         return self
 
     def record(self) -> dict:
-        """Plain values for JSON; `samples` is `good` and the sum of `dropped`."""
+        """Return the results as plain values for JSON. `samples` is `good` plus the sum of `dropped`."""
         return {
             "schema": SCHEMA_VERSION,
             "samples": self.samples,
@@ -129,27 +129,27 @@ class Findings:
 def check(pattern: str, config: CheckConfig) -> Findings:
     """Check the local shards of a pattern. The result does not depend on the number of processes.
 
-    Samples that a listing counts and a shard lacks are counted as training counts them; a shard that is not listed and
-    breaks off lacks one.
+    Samples that are listed but missing from a shard are counted as dropped, as in training. A truncated shard without a
+    listing counts as missing one sample.
 
     Raises:
-        DataError: there are no shards, or no tokenizer.
+        DataError: no shard matches, or there is no tokenizer.
     """
     tokenizer, unit = _find_tokenizer(config.tokenizer)
     paths, listed = _find_shards(pattern)
-    found = Findings(unit)
+    findings = Findings(unit)
     for path in sorted(listed.keys() - set(paths)):
-        found.unreadable[path.name] = "it is listed but missing"
-        found.drop(SampleError("missing_shard", path.name, "", str(path)), listed[path]["samples"])
+        findings.unreadable[path.name] = "it is listed but missing"
+        findings.drop(SampleError("missing_shard", path.name, "", str(path)), listed[path]["samples"])
     tasks = [(path, listed.get(path)) for path in paths]
     task = partial(_check_shard, config=config, tokenizer=tokenizer, unit=unit)
     for part in ordered_map(task, tasks, config.processes):
-        found += part
-    return found
+        findings += part
+    return findings
 
 
 def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
-    """Shards that are there, and the records of these and of missing ones, as far as they are listed."""
+    """Return the existing shards, and the records of all listed shards, including missing ones."""
     if pattern.endswith(".json"):
         listing = Path(pattern).expanduser()
         listed = {listing.parent / record["name"]: record for record in read_listing(str(listing))}
@@ -159,12 +159,13 @@ def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, dict]]:
 
 def _check_shard(task: tuple[Path, dict | None], config: CheckConfig, tokenizer: str | None, unit: str) -> Findings:
     path, listed = task
-    found, tar, lost = Findings(unit), Tar(path, OpenFiles()), None
-    draws, tokenize = random.Random(path.name), _tokenize(tokenizer, unit)
+    findings, tar, damage = Findings(unit), Tar(path, OpenFiles()), None
+    rng, tokenize = random.Random(path.name), _tokenize(tokenizer, unit)
     try:
-        found.bytes = tar.size
-        if listed and (found.bytes != listed["bytes"] or (config.checksums and _differs(path, listed.get("sha256")))):
-            found.changed = [path.name]
+        findings.bytes = tar.size
+        wrong_size = listed is not None and findings.bytes != listed["bytes"]
+        if listed and (wrong_size or (config.checksums and _differs(path, listed.get("sha256")))):
+            findings.changed = [path.name]
         if tar.files.read(tar.path, 0, 2) == GZIP:
             raise SampleError("damaged_tar", path.name, "", "the file is compressed; decompress it")
         for group in tar.groups():
@@ -173,33 +174,33 @@ def _check_shard(task: tuple[Path, dict | None], config: CheckConfig, tokenizer:
                 sample = decode(members, path.name, key, kind=config.kind, limits=config.limits)
                 sides = image_sides(sample, config.captions_only)
             except SampleError as error:
-                found.drop(error)
+                findings.drop(error)
                 continue
-            found.kinds[sample.kind] += 1
-            found.sides.update(sides)
-            if words := words_of(sample):
-                texts = found.documents if isinstance(sample, TextSample | InterleavedSample) else found.captions
-                texts[len(tokenize(words))] += 1
-            drawn = found.drawn[sample.kind]
-            drawn.append((draws.random(), str(path), group.begin, group.end))
-            if len(drawn) > DRAWN:
-                drawn.remove(max(drawn))
+            findings.kinds[sample.kind] += 1
+            findings.sides.update(sides)
+            if text := text_of(sample):
+                is_document = isinstance(sample, TextSample | InterleavedSample)
+                (findings.documents if is_document else findings.captions)[len(tokenize(text))] += 1
+            chosen = findings.chosen[sample.kind]
+            chosen.append((rng.random(), str(path), group.begin, group.end))
+            if len(chosen) > CHOSEN:
+                chosen.remove(max(chosen))
     except SampleError as error:
-        lost = error
+        damage = error
     except OSError as error:
-        lost = SampleError("unreachable_shard", path.name, "", str(error))
-    read = found.samples
+        damage = SampleError("unreachable_shard", path.name, "", str(error))
+    read = findings.samples
     if listed and read > listed["samples"]:
-        found.changed = [path.name]
-    empty = lost is None and found.bytes <= tarfile.RECORDSIZE
-    size = listed["samples"] if listed else read + (lost is not None or not (read or empty))
+        findings.changed = [path.name]
+    empty = damage is None and findings.bytes <= tarfile.RECORDSIZE
+    size = listed["samples"] if listed else read + (damage is not None or not (read or empty))
     if size > read:
-        lost = lost or SampleError("truncated_tar", path.name, "", f"ends after {read} samples")
-        found.drop(lost, size - read)
+        damage = damage or SampleError("truncated_tar", path.name, "", f"ends after {read} samples")
+        findings.drop(damage, size - read)
         if not read:
-            found.unreadable[path.name] = f"{lost.reason}: {lost.detail}"
-    found.sizes = [found.samples]
-    return found
+            findings.unreadable[path.name] = f"{damage.reason}: {damage.detail}"
+    findings.sizes = [findings.samples]
+    return findings
 
 
 def _differs(path: Path, sha256: str | None) -> bool:
@@ -210,10 +211,10 @@ def _differs(path: Path, sha256: str | None) -> bool:
 
 
 def image_sides(sample: Sample, captions_only: bool = False) -> list[int]:
-    """Pixels of the shorter side of each image of a sample, decoded.
+    """Decode the images of a sample and return the shorter side of each in pixels.
 
     Raises:
-        SampleError: one cannot be decoded; or `missing_member`, a caption without an image.
+        SampleError: an image cannot be decoded, or a caption has no image (`missing_member`).
     """
     if isinstance(sample, CaptionSample) and captions_only:
         return []
@@ -222,24 +223,25 @@ def image_sides(sample: Sample, captions_only: bool = False) -> list[int]:
     return [min(load(part.image).size) for part in parts_of(sample) if part.image is not None]
 
 
-def words_of(sample: Sample) -> str:
-    """All texts of a sample."""
-    named = (getattr(sample, name, "") for name in ("text", "caption", "instruction"))
-    return " ".join(text for text in getattr(sample, "segments", named) if isinstance(text, str) and text)
+def text_of(sample: Sample) -> str:
+    """Return all texts of a sample, joined."""
+    fields = (getattr(sample, name, "") for name in ("text", "caption", "instruction"))
+    return " ".join(text for text in getattr(sample, "segments", fields) if isinstance(text, str) and text)
 
 
-def drawn_samples(found: Findings, limits: Limits) -> dict[str, list[Sample]]:
-    """The samples that were drawn, by kind."""
+def chosen_samples(findings: Findings, limits: Limits) -> dict[str, list[Sample]]:
+    """Read the randomly chosen samples, by kind."""
     samples, files = defaultdict(list), OpenFiles()
-    for kind in sorted(found.drawn):
-        for _, path, begin, end in found.drawn[kind]:
+    for kind in sorted(findings.chosen):
+        for _, path, begin, end in findings.chosen[kind]:
             key, members = Tar(path, files).read(begin, end, limits)
             samples[kind].append(decode(members, Path(path).name, key, limits=limits))
     return samples
 
 
 def histogram(values: Counter[int], edges: Sequence[int], unit: str) -> dict:
-    """Plain values for JSON: bar `i` counts edges[i] ≤ value < edges[i+1], the last all that are larger."""
+    """Return a histogram as plain values for JSON: bin `i` counts edges[i] ≤ value < edges[i+1]; the last has no upper
+    edge."""
     counts, total = [0] * len(edges), values.total()
     for value, count in values.items():
         counts[bisect_right(edges, value) - 1] += count
@@ -249,7 +251,7 @@ def histogram(values: Counter[int], edges: Sequence[int], unit: str) -> dict:
 
 
 def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict:
-    """Shards in a batch of `rows` rows when training reads these shards alone, and with a full shuffle of all samples.
+    """Mean number of shards in a batch of `rows` rows if training reads only these shards, and with a full shuffle.
 
     Args:
         sizes: samples of each shard.
@@ -261,8 +263,8 @@ def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict
 
     @lru_cache(2 * config.lanes)
     def shards(block: Block) -> np.ndarray:
-        each = np.repeat([part.shard for part in block.slices], [part.end - part.begin for part in block.slices])
-        return each[shuffled(len(block), *block.key)]
+        unshuffled = np.repeat([part.shard for part in block.slices], [part.end - part.begin for part in block.slices])
+        return unshuffled[shuffled(len(block), *block.key)]
 
     def shard(row: int) -> int:
         draw = mixture(row)
@@ -270,18 +272,18 @@ def shuffle_quality(sizes: Sequence[int], config: DataConfig, rows: int) -> dict
         return int(shards(block)[place])
 
     begins = np.linspace(0, order.total - rows, BATCHES).astype(int).tolist()
-    found = [len({shard(row) for row in range(begin, begin + rows)}) for begin in begins]
+    in_batch = [len({shard(row) for row in range(begin, begin + rows)}) for begin in begins]
     full = sum(1 - _absence(int(size), order.total, rows) for size in counts)
     settings = {name: getattr(config, name) for name in ("lanes", "window", "block")}
-    return settings | {"batch": rows, "shards_in_batch": float(np.mean(found)), "full_shuffle": full}
+    return settings | {"batch": rows, "shards_in_batch": float(np.mean(in_batch)), "full_shuffle": full}
 
 
 def _absence(size: int, total: int, rows: int) -> float:
-    """Probability that `rows` of `total` samples hold none of a shard: C(total - size, rows) / C(total, rows)."""
-    left = total - size
-    if left < rows:
+    """Probability that `rows` of `total` samples contain none of a shard: C(total - size, rows) / C(total, rows)."""
+    others = total - size
+    if others < rows:
         return 0.0
-    return exp(lgamma(left + 1) - lgamma(left - rows + 1) - lgamma(total + 1) + lgamma(total - rows + 1))
+    return exp(lgamma(others + 1) - lgamma(others - rows + 1) - lgamma(total + 1) + lgamma(total - rows + 1))
 
 
 def _find_tokenizer(folder: str | None) -> tuple[str | None, str]:
@@ -291,12 +293,12 @@ def _find_tokenizer(folder: str | None) -> tuple[str | None, str]:
         for name, unit in TOKENIZERS.items():
             if (place / name).is_file():
                 return str(place), unit
-    raise DataError(f"'{folder}' holds no tokenizer, ours or CLIP's; looked for {', '.join(TOKENIZERS)}.")
+    raise DataError(f"'{folder}' holds no tokenizer, neither ours nor CLIP's; looked for {', '.join(TOKENIZERS)}.")
 
 
 @lru_cache(1)
 def _tokenize(folder: str | None, unit: str) -> Callable[[str], list]:
-    """Text → its tokens, start and end left out. Each process reads the tokenizer once."""
+    """Return a function from texts to tokens, without start and end. Each process loads the tokenizer once."""
     if folder is None:
         return str.split
     if unit == "pieces":

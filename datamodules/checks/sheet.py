@@ -1,4 +1,4 @@
-"""Samples to look at: their parts from left to right, and a contact sheet of some of each kind."""
+"""Divide samples into parts to display, and draw a contact sheet of some samples of each kind."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,22 +19,22 @@ from datamodules.sample import (
     TextSample,
 )
 
-COLUMNS, MOST_PARTS = 12, 6  # images of a row, of a sample
-MOST_LINES, LETTERS = 6, 20  # lines below an image, letters of a line
+COLUMNS, MAX_PARTS = 12, 6  # images per row, parts shown of a sample
+MAX_LINES, LETTERS = 6, 20  # lines below an image, letters per line
 CELL, GAP, HEAD, LINE, FONT_SIZE = 128, 4, 34, 15, 12  # pixels
-HEIGHT = HEAD + CELL + (MOST_LINES + 2) * LINE
+HEIGHT = HEAD + CELL + (MAX_LINES + 2) * LINE
 INK, RULE = (28, 32, 38), (212, 215, 220)
 
 
 class Part(NamedTuple):
-    """An image with the words that belong to it, or words alone."""
+    """An image with its text, or only a text."""
 
     text: str
     image: SampleImage | None = None
 
 
 def parts_of(sample: Sample) -> list[Part]:
-    """A sample from left to right, as training reads it; the target last."""
+    """Return the parts of a sample from left to right, the target last."""
     if isinstance(sample, TextSample):
         return [Part(sample.text)]
     if isinstance(sample, CaptionSample):
@@ -56,19 +56,19 @@ def parts_of(sample: Sample) -> list[Part]:
 
 
 def draw_sheet(samples: Mapping[str, Sequence[Sample]], file: Path) -> None:
-    """Draw a row of samples of each kind, as many as fit, into a PNG; images have their words below them."""
+    """Draw a PNG with one row per kind, with as many samples as fit. Texts are below their images."""
     page = Image.new("RGB", (COLUMNS * (CELL + GAP) + GAP * COLUMNS, max(len(samples), 1) * HEIGHT), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=FONT_SIZE)
-    for row, (kind, listed) in enumerate(samples.items()):
+    for row, (kind, row_samples) in enumerate(samples.items()):
         top, left = row * HEIGHT, GAP
         draw.text((GAP, top + GAP), kind, fill=INK, font=font)
         draw.line([(GAP, top + HEAD - 2 * GAP), (page.width - GAP, top + HEAD - 2 * GAP)], fill=RULE)
-        for sample in listed:
+        for sample in row_samples:
             try:
                 parts = [Part(text, image and load(image)) for text, image in parts_of(sample)]
-            except SampleError:  # whoever needs captions alone has not looked at their images
+            except SampleError:  # with captions_only, images were not checked
                 continue
-            parts = parts if len(parts) <= MOST_PARTS else [*parts[: MOST_PARTS - 1], parts[-1]]
+            parts = parts if len(parts) <= MAX_PARTS else [*parts[: MAX_PARTS - 1], parts[-1]]
             if left + len(parts) * (CELL + GAP) > page.width:
                 break
             for part in parts:
@@ -79,12 +79,12 @@ def draw_sheet(samples: Mapping[str, Sequence[Sample]], file: Path) -> None:
 
 
 def _draw_part(page: Image.Image, draw: ImageDraw.ImageDraw, font, left: int, top: int, part: Part) -> None:
-    most = MOST_LINES if part.image is not None else HEIGHT // LINE - 3
-    lines = textwrap.wrap(part.text, LETTERS, max_lines=most, placeholder="…")
+    max_lines = MAX_LINES if part.image is not None else HEIGHT // LINE - 3
+    lines = textwrap.wrap(part.text, LETTERS, max_lines=max_lines, placeholder="…")
     if isinstance(pixels := part.image, Image.Image):
-        sharp = 2 * max(pixels.size) <= CELL  # a miniature keeps its pixels
-        how = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-        page.paste(ImageOps.pad(pixels, (CELL, CELL), how, "white"), (left, top))
+        tiny = 2 * max(pixels.size) <= CELL  # enlarged without blur
+        method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
+        page.paste(ImageOps.pad(pixels, (CELL, CELL), method, "white"), (left, top))
         draw.rectangle([left - 1, top - 1, left + CELL, top + CELL], outline=RULE)
         lines.insert(0, f"{pixels.width} x {pixels.height}")
         top += CELL + GAP

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ValueError with a message for the user: the data or the arguments cannot be used."""
+    """Run the chosen command. Raises ValueError if the data or the arguments cannot be used."""
     from datamodules.errors import DataError, SampleError
 
     try:

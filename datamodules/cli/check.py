@@ -4,9 +4,10 @@
     kosmosg data check 'laion/{00000..00099}.tar' --tokenizer models/kosmosg --sheet laion.png
     kosmosg data check 'data/**/*.tar' --json
 
-SHARDS is a folder, a path, a glob, a brace list or a shards.json; tars need not be listed. With --json, samples = good
-+ the sum of dropped, which counts by reason. --batch, --lanes and --window describe the batch for which the number of
-shards that it draws on is reported. The exit status is 1 if more than --max-bad-share of the samples are dropped.
+SHARDS is a folder, a path, a glob, a brace list or a shards.json; tars need not be listed. In the output of --json,
+samples = good + the sum of dropped, which is counted by reason. --batch, --lanes and --window set how training would
+read the shards; the number of shards that contribute to a batch is reported. The exit status is 1 if more than
+--max-bad-share of the samples are dropped.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR, LETTERS = 40, 400
-PLAIN = {"box": None, "header_style": "", "padding": (0, 2, 0, 0)}
+BAR_WIDTH, MAX_EXAMPLE = 40, 400  # characters
+TABLE_STYLE = {"box": None, "header_style": "", "padding": (0, 2, 0, 0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from datamodules.checks.check import CheckConfig, check, drawn_samples, shuffle_quality
+    from datamodules.checks.check import CheckConfig, check, chosen_samples, shuffle_quality
     from datamodules.checks.sheet import draw_sheet
     from datamodules.data_config import DataConfig
     from datamodules.sample import KINDS
@@ -62,12 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     reading = DataConfig(**{name: getattr(arguments, name) for name in ("lanes", "window") if getattr(arguments, name)})
     config = CheckConfig(arguments.kind, arguments.captions_only, not arguments.no_checksums, arguments.tokenizer,
                          arguments.processes)  # fmt: skip
-    found = check(arguments.shards, config)
-    record = found.record()
-    if any(found.sizes):
-        record["shuffle"] = shuffle_quality(found.sizes, reading, arguments.batch)
+    findings = check(arguments.shards, config)
+    record = findings.record()
+    if any(findings.sizes):
+        record["shuffle"] = shuffle_quality(findings.sizes, reading, arguments.batch)
     if arguments.sheet:
-        draw_sheet(drawn_samples(found, config.limits), arguments.sheet)
+        draw_sheet(chosen_samples(findings, config.limits), arguments.sheet)
     if arguments.json:
         print(json.dumps(record, indent=1, ensure_ascii=False))
     else:
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(record: dict, console: "Console") -> None:
-    """Counts, what was dropped with an example of each reason, histograms and the quality of the shuffle."""
+    """Print the counts, an example of each reason for dropping, histograms and the quality of the shuffle."""
     from rich.table import Table
     from rich.text import Text
 
@@ -93,13 +94,13 @@ def show(record: dict, console: "Console") -> None:
     for name, why in shards["unreadable"].items():
         say(f"unreadable: {name}: {why}")
     for name in shards["changed"]:
-        say(f"not as it is listed (size, checksum or samples): {name}")
+        say(f"differs from its listing (size, checksum or samples): {name}")
     if record["dropped"]:
-        table = Table("dropped", "samples", "for example", **PLAIN)
+        table = Table("dropped", "samples", "example", **TABLE_STYLE)
         for reason, count in record["dropped"].items():
             first = record["examples"][reason][0]
             example = printable(f"{first['shard']} {first['key']}: {first['detail']}")
-            table.add_row(reason, f"{count:,}", Text(example[:LETTERS]))
+            table.add_row(reason, f"{count:,}", Text(example[:MAX_EXAMPLE]))
         console.print(table)
     for name in ("caption_tokens", "document_tokens", "image_sides"):
         if not (bars := record[name])["values"]:
@@ -108,15 +109,15 @@ def show(record: dict, console: "Console") -> None:
         console.print(
             f"\n{title}: {bars['unit']}, mean {bars['mean']:g}, {bars['min']} … {bars['max']}", soft_wrap=True
         )
-        table = Table("from", "count", **PLAIN)
-        filled = [place for place, count in enumerate(bars["counts"]) if count]
-        for place in range(filled[0], filled[-1] + 1):
-            count = bars["counts"][place]
-            bar = "█" * round(BAR * count / max(bars["counts"])) or "▏" * bool(count)
-            table.add_row(f"{bars['edges'][place]:,}", f"{count:,}", bar)
+        table = Table("from", "count", **TABLE_STYLE)
+        filled = [i for i, count in enumerate(bars["counts"]) if count]
+        for i in range(filled[0], filled[-1] + 1):
+            count = bars["counts"][i]
+            bar = "█" * round(BAR_WIDTH * count / max(bars["counts"])) or "▏" * bool(count)
+            table.add_row(f"{bars['edges'][i]:,}", f"{count:,}", bar)
         console.print(table)
     if quality := record.get("shuffle"):
         console.print()
-        say(f"a batch of {quality['batch']} rows is from {quality['shards_in_batch']:.1f} shards, "
-            f"fully shuffled from {quality['full_shuffle']:.1f} "
+        say(f"a batch of {quality['batch']} rows comes from {quality['shards_in_batch']:.1f} shards, with a full "
+            f"shuffle from {quality['full_shuffle']:.1f} "
             f"(lanes {quality['lanes']}, window {quality['window']}, block {quality['block']})")  # fmt: skip

@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Keys(argparse.Action):
-    """Prints the settings of a converter, which is imported for it, and exits."""
+    """Print the settings of a converter and exit. Only this converter is imported."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         from kosmosg.config import describe_schema
 
-        print(describe_schema(resolve_name(CONVERTERS[str(values)]).schema))
+        print(describe_schema(resolve_name(CONVERTERS[str(values)]).schema), flush=True)
         parser.exit()
 
 

@@ -1,11 +1,11 @@
-"""Write the shards.json that training needs, for shards of other programs.
+"""Write the shards.json that training needs, for shards from other programs.
 
     kosmosg data index laion
     kosmosg data index 'read-only/{00000..01241}.tar' --output cc12m.json
     kosmosg data index 's3://bucket/laion/*.tar' --output laion.json
 
 It lists how many samples each shard holds. SHARDS is a folder, a path, a glob, a brace list or a URL. Counts come from
-img2dataset's NNNNN_stats.json; other tars are scanned, and shards in an object store are downloaded once for this.
+img2dataset's NNNNN_stats.json; tars without it are scanned, for which shards in an object store are downloaded once.
 Resumable: shards listed with the same name and size are not counted again. Unreadable shards are reported and not
 listed, and the exit status is 1. fsspec takes a store's credentials and options from the environment.
 """
@@ -46,19 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--output is '{output}'; allowed: a file that ends in .json")
     store, urls = find_shards(pattern)
     if store is not None and output is None:
-        raise ValueError(f"'{pattern}' is in a store, where nothing is written; set --output FILE.json")
+        raise ValueError(f"'{pattern}' is in an object store, which is only read; set --output FILE.json")
     unfinished = [output.with_name(f"{output.name}.unfinished")] if output else []
     listings = {output} if output else {Path(url).parent / LISTING for url in urls}
     known: dict[str, dict] = {}
     for listing in (*unfinished, *sorted(listings)):
         folder = listing.parent if listing.exists() else next(one for one in listing.parents if one.exists())
         if not os.access(folder, os.W_OK):
-            raise ValueError(f"'{folder}' cannot be written to; set --output FILE.json in a folder that can")
+            raise ValueError(f"'{folder}' is not writable; set --output FILE.json in a writable folder")
         try:
             listed = read_listing(str(listing)) if listing.exists() else []
         except ListingError as error:
             damaged = listing.replace(listing.with_name(f"{listing.name}.damaged"))
-            print(printable(f"kept as '{damaged}' and written anew: {error}"), file=sys.stderr)
+            print(printable(f"moved to '{damaged}' and written again: {error}"), file=sys.stderr)
             continue
         known |= {str(listing.parent / one["name"]) if output is None else one["name"]: one for one in listed}
     replaced = {str(path.absolute()) for path in find_listed(pattern)} if output is None else set()
@@ -72,12 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
             failed[url] = error
 
     def save(complete: bool) -> None:
-        done = sorted(records.items())
+        counted = sorted(records.items())
         if output is not None:
-            save_listing(output if complete else unfinished[0], [record | {"name": url} for url, record in done])
+            save_listing(output if complete else unfinished[0], [record | {"name": url} for url, record in counted])
             return
         by_folder = defaultdict(list)
-        for url, record in done:
+        for url, record in counted:
             by_folder[Path(url).parent].append(record)
         for listing in listings:
             folder = listing.parent
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             pass
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        save(complete=False)  # what was counted before an interrupt need not be counted again
+        save(complete=False)  # so that shards counted before an interrupt need not be counted again
         raise
     if not records:
         raise next(iter(failed.values()))
@@ -104,10 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_shards(pattern: str) -> tuple:
-    """The store of a pattern, None if it is local, and the paths or URLs of its shards.
+    """Return the store of a pattern (None if it is local) and the paths or URLs of its shards.
 
     Raises:
-        ShardError: nothing is there, or the protocol is none of a store.
+        ShardError: no shard matches, or the protocol is not that of a store.
     """
     from webdataset.shardlists import expand_urls
 
@@ -124,7 +124,7 @@ def find_shards(pattern: str) -> tuple:
         if url.partition("?")[0].endswith(".tar") and "*" not in url:
             urls.add(url)
             continue
-        # Some stores leave the protocol out of what they list.
+        # Some stores list names without the protocol.
         names = store.filesystem.glob(url if "*" in url else f"{url.rstrip('/')}/*.tar")
         urls |= {name if SCHEME.match(name) else f"{store.protocol}://{name.lstrip('/')}" for name in names}
     if not urls:

@@ -40,16 +40,20 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not usable: {error}")
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        for place, (suffix, content) in enumerate(members.items()):
-            # A suffix is the tar's: one that is no plain name gives no path.
+        for i, (suffix, content) in enumerate(members.items()):
+            # Suffixes come from the tar; those that are not plain names must not be used as paths.
             plain = suffix.replace(".", "").isalnum() and suffix.isascii()
-            (arguments.output / (suffix if plain else f"member{place}")).write_bytes(content)
+            (arguments.output / (suffix if plain else f"member{i}")).write_bytes(content)
         print(f"{len(members)} files written to '{arguments.output}'")
     return 0
 
 
 def find(pattern: str, index: int, key: str | None) -> tuple:
-    """Number, tar and place of the sample of a key, of a number without. Raises ValueError: there is none."""
+    """Find a sample by key, or by index if the key is None. Returns its number, tar and group.
+
+    Raises:
+        ValueError: there is no such sample.
+    """
     from datamodules.errors import SampleError
     from datamodules.images import Limits
     from datamodules.shards import find_tars
@@ -61,10 +65,10 @@ def find(pattern: str, index: int, key: str | None) -> tuple:
             try:
                 if isinstance(group, SampleError):
                     raise group
-                found = tar.read(group.begin, group.end, Limits(), frozenset())[0] if key is not None else None
+                group_key = tar.read(group.begin, group.end, Limits(), frozenset())[0] if key is not None else None
             except SampleError as error:
-                found = error.key
-            if not isinstance(group, SampleError) and (count == index if key is None else found == key):
+                group_key = error.key
+            if not isinstance(group, SampleError) and (count == index if key is None else group_key == key):
                 return count, tar, group
             count += 1
     if key is None:

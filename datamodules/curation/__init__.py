@@ -1,7 +1,7 @@
-"""Constructed samples from images alone (paper section 3.1, Fig. 4): caption → entities → masks → crops → shards.
+"""Make constructed samples from images (paper section 3.1, Fig. 4): caption → entities → masks → crops → shards.
 
     python -m datamodules.curation configs/curation/open_images.yaml [more.yaml | key=value …]
 
-A stage is a plain class on batches of rows (`rows.py`); `stages.py` lists them, Ray Data runs them (`run.py`). The
-unit of work is a chunk of the input, which becomes one shard.
+A stage is a plain class that maps batches of rows (`rows.py`). `stages.py` lists the stages and `run.py` runs them with
+Ray Data. The unit of work is a chunk of the input, which becomes one shard.
 """

@@ -1,4 +1,4 @@
-"""The stages on pixels without a model: preparing an image, and heat maps → masks → crops (paper Fig. 4)."""
+"""Image stages without a model: prepare an image; turn heat maps into masks and crops (paper Fig. 4)."""
 
 import io
 from typing import cast
@@ -16,13 +16,13 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom ar
 
 
 class Prepare:
-    """`data` → `image`: upright, centre square, `side` × `side`, encoded as it will be stored."""
+    """`data` → `image`: the upright centre square, resized to `side` × `side` and encoded as it will be stored."""
 
     def __init__(self, stored: Stored, limits: Limits):
         self.stored, self.limits = stored, limits
 
     def __call__(self, batch: Batch) -> Batch:
-        """Raises SampleError: an image cannot be decoded within the limits."""
+        """Prepare the batch's images. Raises SampleError if an image cannot be decoded within the limits."""
         return [self._prepare(row) for row in batch]
 
     def _prepare(self, row: Row) -> Row:
@@ -36,19 +36,19 @@ class Prepare:
 
 
 def encode(image: Image.Image, stored: Stored) -> bytes:
-    """An RGB image in the stored format."""
+    """Encode an RGB image in the stored format."""
     stream = io.BytesIO()
     quality = {} if stored.format == "png" else {"quality": stored.quality}
-    # Colour at full resolution: on white, an entity's edge would take its neighbour's.
-    full_colour = {"subsampling": 0} if stored.format == "jpg" else {}
-    image.save(stream, FORMATS[stored.format], **quality, **full_colour)
+    # No chroma subsampling, which would mix colours of an entity's edge with the white around it.
+    subsampling = {"subsampling": 0} if stored.format == "jpg" else {}
+    image.save(stream, FORMATS[stored.format], **quality, **subsampling)
     return stream.getvalue()
 
 
 class CutEntities:
-    """`heat` → `mask`, `box`, `area`, `background`, `white` of each entity; a row without any is dropped (`no_crops`).
+    """`heat` → `mask`, `box`, `area`, `background`, `white` of each entity; drops rows without crops (`no_crops`).
 
-    Skipped entities are counted: `nothing_found`, `mask_too_small`, `mask_too_large`, `crop_too_small`.
+    Skipped entities are counted as `nothing_found`, `mask_too_small`, `mask_too_large` or `crop_too_small`.
     """
 
     def __init__(self, crops: Crops, stored: Stored):
@@ -65,7 +65,7 @@ class CutEntities:
         for entity in row["entities"]:
             mask = largest_region(decode_grey(entity["heat"]), image.width, self.crops.threshold, self.crops.dilation)
             box = square_box(mask)
-            if reason := self._unfit(mask, box):
+            if reason := self._skip_reason(mask, box):
                 skipped[reason] += 1
                 continue
             background, white = crop(image, mask, box)
@@ -75,7 +75,7 @@ class CutEntities:
         row = row | {"entities": kept, "skipped_entities": skipped}
         return row if kept else drop(row, "no_crops", f"no entity can be cut out: {row['caption']!r}")
 
-    def _unfit(self, mask: np.ndarray, box: Box) -> str | None:
+    def _skip_reason(self, mask: np.ndarray, box: Box) -> str | None:
         area = mask.mean()
         if not area:
             return "nothing_found"
@@ -87,10 +87,10 @@ class CutEntities:
 
 
 def largest_region(heat: np.ndarray, side: int, threshold: float, dilation: float) -> np.ndarray:
-    """Heat (H, W) uint8 → the largest connected region above the threshold, dilated: (side, side) bool.
+    """Return the largest connected region of a heat map (H, W) uint8 above the threshold, as a mask (side, side) bool.
 
-    Dilated first, as the released code does, so that parts a few pixels away are one region with the rest. Regions
-    touch along edges, not corners; of equal ones the upper left is taken.
+    The mask is dilated first, as in the released code, which joins parts that are a few pixels apart. Regions are
+    connected along edges, not corners; of regions of the same size the upper left one is used.
     """
     if heat.shape != (side, side):
         heat = np.asarray(Image.fromarray(heat).resize((side, side), Image.Resampling.BILINEAR))
@@ -104,7 +104,7 @@ def largest_region(heat: np.ndarray, side: int, threshold: float, dilation: floa
 
 
 def square_box(mask: np.ndarray) -> Box:
-    """The square around a mask, slid into the image; (0, 0, 0, 0) around nothing."""
+    """Return the smallest square around a mask, shifted to lie inside the image; (0, 0, 0, 0) for an empty mask."""
     if not mask.any():
         return (0, 0, 0, 0)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -115,7 +115,7 @@ def square_box(mask: np.ndarray) -> Box:
 
 
 def crop(image: Image.Image, mask: np.ndarray, box: Box) -> tuple[Image.Image, Image.Image]:
-    """The square with its background, and with white wherever the mask is not."""
+    """Crop the square with its background, and with white outside the mask."""
     background = image.crop(box)
     left, top, right, bottom = box
     inside = Image.fromarray(mask[top:bottom, left:right])

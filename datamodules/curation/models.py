@@ -1,6 +1,6 @@
-"""The stages that ask a model (paper section 3.1): safety filter, BLIP-2, a chat model, CLIPSeg. All decode greedily.
+"""Stages with a model (paper section 3.1): safety filter, BLIP-2, a chat model, CLIPSeg. All decode greedily.
 
-Imported where a stage is built, so that workers without a model start without transformers.
+This module is imported when a stage is built, so that workers without a model do not import transformers.
 """
 
 from typing import Any
@@ -23,32 +23,32 @@ from datamodules.curation.config import Caption, Entities, Masks, Model, Safety
 from datamodules.curation.rows import Batch, drop, encode_grey, row_image
 from datamodules.errors import DataError
 
-# A model's own generation_config.json may set the last three; without sampling they would only be warned of.
+# A model's generation_config.json may set the last three, which would cause warnings without sampling.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def load_part(kind: Any, config: Model, **options: Any) -> Any:
-    """`kind.from_pretrained`. Code that comes with a model is never run.
+    """Load a part of a model with `kind.from_pretrained`, never running code that comes with it.
 
     Raises:
-        DataError: the key, the model, and why it cannot be loaded.
+        DataError: it cannot be loaded; the message names the key, the model and the reason.
     """
     try:
         return kind.from_pretrained(config.model, revision=config.revision, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         key = f"{type(config).__name__.lower()}.model='{config.model}'"
         if "trust_remote_code" in str(error):
-            raise DataError(f"{key} comes with code of its own, which is never run; name another model.") from error
+            raise DataError(f"{key} comes with code of its own, which is never run; use another model.") from error
         raise DataError(f"{key} cannot be loaded as {kind.__name__}: {error}") from error
 
 
 class ModelStage:
-    """A frozen model on its device, and its image processor: Pillow's, the same pixels with and without torchvision."""
+    """A frozen model and its image processor; the PIL backend gives the same pixels with and without torchvision."""
 
     def __init__(self, kind: Any, config: Model, device: str, *, images: bool = True):
         disable_progress_bar()
-        torch.set_num_threads(max(1, int(config.pool.cpus)))  # on which sums of floats depend
-        if device == "auto":  # under Ray a worker sees its own GPU alone
+        torch.set_num_threads(max(1, int(config.pool.cpus)))  # fixed, because sums of floats depend on it
+        if device == "auto":  # Ray shows a worker only its own GPU
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         model = load_part(kind, config, dtype=getattr(torch, config.dtype))
@@ -56,14 +56,14 @@ class ModelStage:
         self.processor = load_part(AutoImageProcessor, config, backend="pil") if images else None
 
     def pixels(self, batch: Batch) -> torch.Tensor:
-        """The batch's images as the model sees them, B×3×S×S."""
+        """Return the batch's images preprocessed for the model, B×3×S×S."""
         assert self.processor is not None
         pixels = self.processor([row_image(row) for row in batch], return_tensors="pt")["pixel_values"]
         return pixels.to(self.device, self.model.dtype)
 
 
 class SafetyFilter(ModelStage):
-    """Drops images that Stable Diffusion's safety checker or a classifier calls unsafe (`unsafe_image`)."""
+    """Drops images that Stable Diffusion's safety checker or a classifier considers unsafe (`unsafe_image`)."""
 
     def __init__(self, config: Safety, device: str):
         architectures = load_part(AutoConfig, config).architectures or []
@@ -86,10 +86,10 @@ class SafetyFilter(ModelStage):
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Batch:
-        """Keep the safe images."""
+        """Drop the unsafe images of a batch."""
         pixels = self.pixels(batch)
         if self.is_checker:
-            # It also blackens the images it is given; these belong to nobody.
+            # The checker also blackens the given images, so it gets placeholders.
             _, unsafe = self.model(clip_input=pixels, images=[np.zeros(1) for _ in batch])
         else:
             probability = self.model(pixel_values=pixels).logits.float().softmax(-1)[:, self.blocked].sum(-1)
@@ -112,14 +112,14 @@ class Blip2Captions(ModelStage):
         pixels = self.pixels(batch)
         ids = self.model.generate(pixel_values=pixels, max_new_tokens=self.config.max_new_tokens, **GREEDY)
         if not self.model.config.text_config.is_encoder_decoder:
-            # A decoder returns what it was fed: the image's tokens and <s>.
+            # A decoder-only model also returns its input: the image's tokens and <s>.
             ids = ids[:, self.model.config.num_query_tokens + 1 :]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [row | {"caption": " ".join(text.split())} for row, text in zip(batch, texts, strict=True)]
 
 
 class AskLanguageModel(ModelStage):
-    """`caption` → `answer`, through the model's chat template."""
+    """`caption` → `answer`, with the model's chat template."""
 
     def __init__(self, config: Entities, device: str):
         self.config, self.tokenizer = config, load_part(AutoTokenizer, config)
@@ -131,13 +131,13 @@ class AskLanguageModel(ModelStage):
                 "(configs/curation/open_images.yaml has MPT's)."
             )
         super().__init__(AutoModelForCausalLM, config, device, images=False)
-        self.tokenizer.padding_side = "left"  # the answer follows the prompt's last token
+        self.tokenizer.padding_side = "left"  # because the answer must follow the prompt's last token
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Batch:
-        """Ask about the batch's captions."""
+        """Generate answers for the batch's captions."""
         prompts = [self.prompt(row["caption"]) for row in batch]
         encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         ids, mask = (encoded[name].to(self.device) for name in ("input_ids", "attention_mask"))
@@ -152,7 +152,7 @@ class AskLanguageModel(ModelStage):
         return [row | {"answer": answer} for row, answer in zip(batch, answers, strict=True)]
 
     def prompt(self, caption: str) -> str:
-        """The conversation up to where the model answers."""
+        """Return the conversation up to the model's answer."""
         message = {"role": "user", "content": self.config.prompt.replace("{caption}", caption)}
         return self.tokenizer.apply_chat_template(
             [message], tokenize=False, add_generation_prompt=True, **self.config.template_options
@@ -160,7 +160,7 @@ class AskLanguageModel(ModelStage):
 
 
 class ClipSegHeat(ModelStage):
-    """`entities` → a `heat` map for each: the probability of its pixels in 255ths, at the model's own resolution."""
+    """`entities` → a `heat` map for each: pixel probabilities scaled to 0 … 255, at the model's resolution."""
 
     def __init__(self, config: Masks, device: str):
         super().__init__(CLIPSegForImageSegmentation, config, device)
@@ -168,18 +168,18 @@ class ClipSegHeat(ModelStage):
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Batch:
-        """Segment every entity of the batch's images, `batch_size` pairs of image and word at once."""
+        """Segment every entity of the batch's images, with `batch_size` pairs of image and word at a time."""
         pixels = self.pixels(batch)
         pairs = [(i, entity["text"]) for i, row in enumerate(batch) for entity in row["entities"]]
         heat: list[bytes] = []
         for begin in range(0, len(pairs), self.config.batch_size):
-            places, words = zip(*pairs[begin : begin + self.config.batch_size], strict=True)
-            heat += map(encode_grey, self.heat(pixels[list(places)], list(words)))
+            rows, words = zip(*pairs[begin : begin + self.config.batch_size], strict=True)
+            heat += map(encode_grey, self.heat(pixels[list(rows)], list(words)))
         maps = iter(heat)
         return [row | {"entities": [entity | {"heat": next(maps)} for entity in row["entities"]]} for row in batch]
 
     def heat(self, pixels: torch.Tensor, words: list[str]) -> np.ndarray:
-        """Pixels N×3×S×S and a word for each → N×H×W uint8."""
+        """Return the heat maps N×H×W uint8 of images N×3×S×S and one word for each."""
         limit = self.model.config.text_config.max_position_embeddings
         text = self.tokenizer(words, return_tensors="pt", padding=True, truncation=True, max_length=limit)
         logits = self.model(
@@ -187,5 +187,5 @@ class ClipSegHeat(ModelStage):
             attention_mask=text["attention_mask"].to(self.device),
             pixel_values=pixels,
         ).logits
-        logits = logits.reshape(len(words), *logits.shape[-2:])  # a single pair comes without the first dimension
+        logits = logits.reshape(len(words), *logits.shape[-2:])  # for a single pair, the first dimension is missing
         return (logits.float().sigmoid() * 255).round().byte().cpu().numpy()

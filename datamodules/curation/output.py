@@ -1,12 +1,12 @@
-"""The output folder: shards, what became of every image, and what the shards are made from.
+"""The output folder of a curation.
 
-    FOLDER/PREFIX-000012-0003.tar              samples of the fourth chunk of source 12, if any is kept
-    FOLDER/curation/plan.json                  what the shards are made from; another plan is refused
-    FOLDER/curation/records/000012-0003.json   what became of its images; written after the shard: the chunk is done
-    FOLDER/curation/counts.json                every image, by reason; written last: the curation is finished
+    FOLDER/PREFIX-000012-0003.tar              samples of chunk 3 of source 12, if any remain
+    FOLDER/curation/plan.json                  everything that the shards depend on; another plan is refused
+    FOLDER/curation/records/000012-0003.json   results of its images; written last, so that it marks a finished chunk
+    FOLDER/curation/counts.json                images by reason; written last, so that it marks a finished curation
     FOLDER/curation/report.md sheet.png config.yaml
 
-A chunk that was cut off is done again, to the same bytes.
+An interrupted chunk is processed again and gives the same bytes.
 """
 
 import json
@@ -32,7 +32,7 @@ DROP_FIELDS = ("shard", "key", "reason", "detail")
 
 
 class Output:
-    """Where one curation goes. Every worker has its own, of the same folder."""
+    """Writes to the output folder. Every worker has its own instance for the same folder."""
 
     def __init__(self, config: Curation):
         self.config, self.folder = config, Path(config.output)
@@ -41,17 +41,17 @@ class Output:
         self.counts = self.own / "counts.json"
 
     def prepare(self, fingerprint: str) -> None:
-        """Make the folders, or check that they are of the same plan; remove what is half-written.
+        """Create the folders, or check that their plan is the same, and remove partial files.
 
         Raises:
-            DataError: the folder holds other shards, or they were made from something else.
+            DataError: the folder contains shards of another program or of another plan.
         """
         file, plan = self.own / "plan.json", self._plan(fingerprint)
-        if not any(self.records.glob("*.json")):  # nothing was made of an earlier plan
+        if not any(self.records.glob("*.json")):  # no chunk of an earlier plan is finished
             shards = sorted(self.folder.glob("*.tar"))
             if shards and not file.is_file():
-                raise DataError(f"'{self.folder}' holds shards of another program ({shards[0].name}).")
-            for shard in shards:  # killed before their record
+                raise DataError(f"'{self.folder}' contains shards of another program ({shards[0].name}).")
+            for shard in shards:  # whose record was not written
                 shard.unlink()
             write_json(file, plan)
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -64,13 +64,13 @@ class Output:
         clear_leftovers(self.records)
 
     def _plan(self, fingerprint: str) -> dict[str, Any]:
-        """All that the shards depend on, flat."""
+        """Return everything that the shards depend on, as a flat dict."""
         values = _flat({name: value for name, value in asdict(self.config).items() if name not in EXECUTION})
         values = {key: value for key, value in values.items() if ".pool." not in key}
         return json.loads(json.dumps(values | {"input": fingerprint}))
 
     def done(self) -> Iterator[Record]:
-        """The records that are there."""
+        """Yield the records of the finished chunks."""
         for path in sorted(self.records.glob("*.json")):
             yield json.loads(path.read_text(encoding="utf-8"))
 
@@ -78,7 +78,7 @@ class Output:
         """Write a chunk's shard, then its record.
 
         Raises:
-            DataError: a stage failed on so many of the chunk's images that the images cannot be at fault.
+            DataError: a stage failed on so many images of the chunk that the stage itself must be broken.
         """
         self._refuse_broken_stage(chunk)
         record = describe(chunk)
@@ -95,8 +95,8 @@ class Output:
             reason, count = Counter(drop["reason"] for drop in failed).most_common(1)[0]
             detail = next(drop["detail"] for drop in failed if drop["reason"] == reason)
             raise DataError(
-                f"chunk {chunk.name}: {reason} for {count} of {len(chunk.rows)} images, e.g. {detail}. So many are no "
-                f"fault of the images (max_bad_share={self.config.max_bad_share:g}); the chunk was not written."
+                f"chunk {chunk.name}: {reason} for {count} of {len(chunk.rows)} images, e.g. {detail}. The chunk was "
+                f"not written, because more than max_bad_share={self.config.max_bad_share:g} failed."
             )
 
     def _write_shard(self, name: str, rows: Batch) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Output:
             with ShardWriter(folder, self.config.prefix, len(rows)) as writer:
                 for row in rows:
                     sample = SimpleNamespace(encode=partial(encode_row, row, self.config.image.format))
-                    # Keys of its own: the source's may hold dots, or lead out of a folder.
+                    # The keys of the source are not used, because they may contain dots or be paths.
                     writer.write(sample, f"{name}-{row['number']:06d}")  # type: ignore[arg-type]
             (shard,) = writer.shards
             final = self.folder / f"{self.config.prefix}-{name}.tar"
@@ -113,14 +113,14 @@ class Output:
         return shard | {"name": final.name}
 
     def finish(self, shards: list[dict[str, Any]], counts: dict[str, Any]) -> None:
-        """Write what lists the set's shards, then the counts."""
+        """Write the listing of the shards, then the counts."""
         shutil.rmtree(self.temporary, ignore_errors=True)
         ShardWriter(self.folder, self.config.prefix, 1, shards).close()
         write_text(self.counts, json.dumps(counts, indent=2, sort_keys=True) + "\n")
 
 
 def encode_row(row: Row, suffix: str) -> dict[str, bytes]:
-    """A finished row as the members of a constructed sample (datamodules/sample.py)."""
+    """Encode a finished row as the members of a constructed sample (datamodules/sample.py)."""
     fields = ("text", "box", "area", "iou")
     record = {
         "kind": "constructed",
@@ -136,7 +136,7 @@ def encode_row(row: Row, suffix: str) -> dict[str, bytes]:
 
 
 def describe(chunk: Chunk) -> Record:
-    """What became of a chunk's images."""
+    """Return the record of a chunk: counts of its images, and the dropped ones by name."""
     drops = [row | row["dropped"] for row in chunk.rows if "dropped" in row]
     entities = [entity for row in chunk.rows if "dropped" not in row for entity in row["entities"]]
     return {
@@ -151,7 +151,7 @@ def describe(chunk: Chunk) -> Record:
         "skipped_entities": sum((row["skipped_entities"] for row in chunk.rows), Counter()),
         "iou": [entity["iou"] for entity in entities if "iou" in entity],
         "shard": None,
-        # File names may hold bytes that are no UTF-8.
+        # File names may contain bytes that are not UTF-8.
         "dropped": [
             {name: drop[name].encode("utf-8", "backslashreplace").decode() for name in DROP_FIELDS} for drop in drops
         ],

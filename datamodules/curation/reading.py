@@ -1,4 +1,4 @@
-"""The input as sources: a shard, or some files of a folder. One task reads a source from start to end, in order."""
+"""Read the input. It is divided into sources, each a shard or some files of a folder, which one task reads in order."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from datamodules.tar import read_shard
 
 @dataclass(frozen=True)
 class Source:
-    """The shard `path`, or `files` below the folder `path`."""
+    """The shard `path`, or `files` in the folder `path`."""
 
     number: int
     path: str
@@ -24,10 +24,10 @@ class Source:
 
 
 def list_sources(config: Input) -> tuple[list[Source], str]:
-    """The whole input, and a fingerprint of it: names and sizes of shards, or the names of a folder's files.
+    """Return the sources and a fingerprint of the input: names and sizes of shards, or the names of a folder's files.
 
     Raises:
-        DataError: nothing is there.
+        DataError: the input does not exist or is empty.
     """
     if config.shards is not None:
         paths = find_tars(config.shards)
@@ -36,10 +36,10 @@ def list_sources(config: Input) -> tuple[list[Source], str]:
     else:
         folder = Path(str(config.images))
         if not folder.is_dir():
-            raise DataError(f"input.images '{folder}' is not a folder.")
+            raise DataError(f"input.images='{folder}' is not a folder.")
         listed = list(_list_images(folder))
         if not listed:
-            raise DataError(f"input.images '{folder}' holds no file that ends in {', '.join(SUFFIXES)}.")
+            raise DataError(f"input.images='{folder}' contains no file that ends in {', '.join(SUFFIXES)}.")
         starts = range(0, len(listed), config.chunk_size)
         files = [tuple(listed[start : start + config.chunk_size]) for start in starts]
         sources = [Source(number, str(folder), some) for number, some in enumerate(files)]
@@ -47,7 +47,7 @@ def list_sources(config: Input) -> tuple[list[Source], str]:
 
 
 def _list_images(folder: Path) -> Iterator[str]:
-    """Image files below a folder, in an order that depends on their names alone; no dot files, no dot folders."""
+    """Yield the image files below a folder, without hidden ones, in an order that depends only on their names."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -56,10 +56,10 @@ def _list_images(folder: Path) -> Iterator[str]:
 
 
 def read_rows(source: Source, config: Input, *, given: bool) -> Iterator[Row]:
-    """A row for every image in order, those that cannot be read already dropped; one row for an unreadable shard.
+    """Yield a row for every image, in order. Unreadable images are dropped rows; an unreadable shard is one such row.
 
     Args:
-        given: read captions too; a sample without one is dropped.
+        given: also read captions, and drop samples without one.
     """
     name = Path(source.path).name
     for file in source.files:
@@ -88,7 +88,7 @@ def read_rows(source: Source, config: Input, *, given: bool) -> Iterator[Row]:
 
 def _read_file(folder: Path, name: str, limits: Limits) -> bytes:
     path = (folder / name).resolve(strict=True)
-    # A pipe would block for ever, a link to a device never end, a link out of the folder put a stranger's file into it.
+    # Pipes would block and devices never end, and a link must not bring a file from outside into the data set.
     if not path.is_file() or not path.is_relative_to(folder.resolve()):
         raise SampleError("unreadable_file", folder.name, name, "only regular files inside the folder are read")
     if (size := path.stat().st_size) > limits.max_member_bytes:
@@ -103,7 +103,7 @@ def _take(members: dict[str, bytes], shard: str, key: str, given: bool) -> Row:
     if not given:
         return {"data": members[suffix]}
     if "txt" not in members:
-        raise SampleError("missing_member", shard, key, "no txt, which caption.by=given takes the caption from")
+        raise SampleError("missing_member", shard, key, "no txt, from which caption.by=given takes captions")
     try:
         caption = members["txt"].decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What is reported of a curation: counts with their bounds, the throughput of each stage, a sheet of samples."""
+"""The report of a curation: counts, checks of their limits, throughput of each stage, and a contact sheet."""
 
 import random
 import statistics
@@ -17,14 +17,14 @@ from datamodules.images import Limits, load
 from datamodules.sample import ConstructedSample, decode
 
 CELL, GAP, TEXT, LINE, LETTERS = 128, 8, 210, 16, 30  # pixels; letters of a line
-ENTITIES = 3  # shown of a sample
+ENTITIES = 3  # shown per sample
 
 
 class Counts:
-    """The sum of all records.
+    """Adds up the records of all chunks.
 
     Args:
-        sources: how many there are.
+        sources: number of sources.
     """
 
     def __init__(self, config: Curation, sources: int):
@@ -34,12 +34,12 @@ class Counts:
         self.timing: dict[str, tuple[int, float]] = {}
         self.iou: list[float] = []
         self._shards: dict[tuple[int, int], dict[str, Any]] = {}  # by source and part
-        self.parts: defaultdict[int, set[int]] = defaultdict(set)  # of each source, the chunks that are done
-        self.finished: set[int] = set()  # sources of which nothing is missing
+        self.parts: defaultdict[int, set[int]] = defaultdict(set)  # finished chunks by source
+        self.finished: set[int] = set()  # sources of which all chunks are finished
         self._sizes: dict[int, int] = {}
 
     def add(self, record: Record) -> None:
-        """Count a chunk. Raises DataError: more failed than may."""
+        """Add the record of a chunk. Raises DataError if too many images or shards failed."""
         source, part = record["source"], record["part"]
         self.parts[source].add(part)
         if record["shard"]:
@@ -62,8 +62,8 @@ class Counts:
     def _refuse_too_many(self) -> None:
         share, failed = self.config.max_bad_share, self.failed.total()
         remedy = (
-            f"max_bad_share is {share:g}. Each is named in curation/records; what is done is kept. Correct the input, "
-            "or raise max_bad_share and start again."
+            f"max_bad_share is {share:g}. They are listed in curation/records. Correct the input or increase "
+            "max_bad_share, and start again; finished chunks are kept."
         )
         if (unreadable := self.failed["unreadable_shard"]) > share * self.sources:
             raise DataError(f"{unreadable} of {self.sources} shards cannot be read; {remedy}")
@@ -71,14 +71,14 @@ class Counts:
             raise DataError(f"{failed} of {self.images} images failed ({listed(self.failed)}); {remedy}")
 
     def shards(self) -> list[dict[str, Any]]:
-        """The records of all shards in order. Raises DataError: nothing was kept."""
+        """Return the records of all shards in order. Raises DataError if there are none."""
         if not self._shards:
             losses = f"failed: {listed(self.failed)}; filtered: {listed(self.filtered)}"
-            raise DataError(f"nothing is left of {self.images} images ({losses}); an empty set is an error.")
+            raise DataError(f"nothing is left of {self.images} images ({losses}); a set must not be empty.")
         return [self._shards[place] for place in sorted(self._shards)]
 
     def summary(self) -> dict[str, Any]:
-        """Every image and entity by what became of it; the same whoever worked on it and when."""
+        """Return the counts for counts.json, which do not depend on the number or order of workers."""
         return {
             "images": self.images,
             "written": self.written,
@@ -90,7 +90,7 @@ class Counts:
         }
 
     def mask_iou(self) -> dict[str, float]:
-        """IoU of recovered against true masks, where the truth is known."""
+        """Return statistics of the IoU of recovered and true masks, if the true masks are known."""
         scores = sorted(self.iou)
         if not scores:
             return {}
@@ -99,12 +99,12 @@ class Counts:
 
 
 def listed(counts: Counter[str]) -> str:
-    """`reason count, reason count`, or none."""
+    """Format counts as `reason count, reason count`, or `none`."""
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
 
 
 def report(counts: Counts) -> str:
-    """The text of curation/report.md: counts and throughput."""
+    """Return the text of curation/report.md: counts and throughput."""
     shards = counts.shards()
     size = sum(shard["bytes"] for shard in shards)
     lines = [
@@ -115,9 +115,9 @@ def report(counts: Counts) -> str:
         f"- Entities skipped: {listed(counts.skipped_entities)}.",
     ]
     if iou := counts.mask_iou():
-        lines.append("- Recovered against true masks, IoU: " + ", ".join(f"{k} {v:,}" for k, v in iou.items()) + ".")
-    lines += ["", "## Throughput", "", "Seconds are summed over workers; loading models is not counted.", ""]
-    lines += ["| stage | images | seconds | images/s of one worker |", "|---|---:|---:|---:|"]
+        lines.append("- IoU of recovered and true masks: " + ", ".join(f"{k} {v:,}" for k, v in iou.items()) + ".")
+    lines += ["", "## Throughput", "", "Seconds are summed over workers, without the loading of models.", ""]
+    lines += ["| stage | images | seconds | images/s per worker |", "|---|---:|---:|---:|"]
     for stage, (rows, seconds) in counts.timing.items():
         rate = f"{rows / seconds:,.1f}" if rows and seconds else "–"
         lines.append(f"| {stage} | {rows:,} | {seconds:,.1f} | {rate} |")
@@ -125,7 +125,7 @@ def report(counts: Counts) -> str:
 
 
 def write_sheet(counts: Counts, folder: Path, file: Path) -> None:
-    """Draw `sheet` samples, chosen by the seed, into a PNG: target, each entity with its background and on white."""
+    """Draw a PNG of `sheet` samples, chosen by the seed: target, and each entity with its background and on white."""
     count = min(counts.config.sheet, counts.written)
     chosen = set(random.Random(counts.config.seed).sample(range(counts.written), count))
     width = GAP + TEXT + (1 + 2 * ENTITIES) * (CELL + GAP)

@@ -1,15 +1,15 @@
-"""Rows: one image on its way through the stages, as a plain dict.
+"""Rows: dicts that each describe one image and pass through the stages.
 
 | key | from | holds |
 |---|---|---|
-| number, shard, key | reading | place in the chunk; where the image came from |
-| data | reading | the encoded image as it was found |
+| number, shard, key | reading | place in the chunk; origin of the image |
+| data | reading | the encoded image as read |
 | image | preparation | the square image as it will be stored, encoded |
 | caption | reading (`caption.by=given`) or captioning | text |
-| answer | entity extraction | what the language model answered |
+| answer | entity extraction | answer of the language model |
 | entities | entity check | list of dicts: text; heat (segmentation); box, area, mask, background, white (cutting) |
 | skipped_entities | entity check, cutting | reason → number of entities |
-| dropped | any stage | reason, detail, filtered; the row holds no images any more |
+| dropped | any stage | reason, detail, filtered; the row then has no images |
 """
 
 import io
@@ -27,48 +27,49 @@ Batch = list[Row]
 
 
 class Stage(Protocol):
-    """One step of the curation. It keeps nothing between batches that would change its results."""
+    """One step of the curation. The result of a batch must not depend on earlier batches."""
 
     def __call__(self, batch: Batch) -> Batch:
-        """Rows that are not dropped → the same rows in order with this step's results, some dropped.
+        """Return the given rows in order, with the results of this step; some may be dropped.
 
-        Any exception makes the batch be tried row by row (`attempt`).
+        After an exception, the batch is tried again row by row (`attempt`).
         """
         ...
 
 
 def new_row(shard: str, key: str) -> Row:
-    """A row before anything is known of it."""
+    """Return the row of an image that has not been read yet."""
     return {"number": 0, "shard": shard, "key": key, "entities": [], "skipped_entities": Counter()}
 
 
 def drop(row: Row, reason: str, detail: str = "", *, filtered: bool = True) -> Row:
-    """The row without its content, dropped for `reason`.
+    """Mark a row as dropped for `reason` and remove its content.
 
     Args:
-        filtered: a sound sample that the configuration excludes; False: a failure, counted towards `max_bad_share`.
+        filtered: True for a valid image that the configuration excludes; False for a failure, which counts towards
+            `max_bad_share`.
     """
     kept = {name: row[name] for name in ("number", "shard", "key", "skipped_entities")}
     return kept | {"dropped": {"reason": reason, "detail": detail[:200], "filtered": filtered}}
 
 
 def drop_for(row: Row, error: Exception, stage: str) -> Row:
-    """The row dropped for an exception: a SampleError's own reason, `<stage>_failed` for any other."""
+    """Drop a row because of an exception: the reason is that of a SampleError, else `<stage>_failed`."""
     if isinstance(error, SampleError):
         return drop(row, error.reason, error.detail, filtered=error.filtered)
     return drop(row, f"{stage}_failed", f"{type(error).__name__}: {error}", filtered=False)
 
 
 def attempt(name: str, stage: Stage, batch: Batch) -> Batch:
-    """A batch through a stage; if that fails, each row alone, and those that fail again are dropped.
+    """Run a stage on a batch. If it fails, run it on each row, and drop the rows that fail again.
 
     Raises:
-        DataError, MemoryError, OutOfMemoryError, AcceleratorError: the machine or the configuration is at fault.
-        RuntimeError: the stage lost rows, gave more, or changed their order.
+        DataError, MemoryError, OutOfMemoryError, AcceleratorError: errors of the configuration or the machine.
+        RuntimeError: the stage removed, added or reordered rows.
     """
     try:
         result = stage(batch)
-    except Exception as error:  # whatever a model, its processor or an image library raises at hostile data
+    except Exception as error:  # malformed data can raise almost any exception in models, processors and Pillow
         if isinstance(error, (DataError, MemoryError)) or type(error).__name__ in CUDA_ERRORS:
             raise
         if len(batch) == 1:
@@ -81,21 +82,21 @@ def attempt(name: str, stage: Stage, batch: Batch) -> Batch:
     return result
 
 
-CUDA_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, which is not imported for two names
+CUDA_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # names of torch's errors, to avoid the import of torch
 
 
 def row_image(row: Row) -> Image.Image:
-    """The prepared image, RGB."""
+    """Decode the prepared image of a row, RGB."""
     return StoredImage(row["image"], "image", row["shard"], row["key"]).load()
 
 
 def encode_grey(values: np.ndarray) -> bytes:
-    """(H, W) uint8, or bool for a mask → PNG."""
+    """Encode a map (H, W) uint8 or a mask (H, W) bool as PNG."""
     stream = io.BytesIO()
     Image.fromarray(values).save(stream, "PNG")
     return stream.getvalue()
 
 
 def decode_grey(data: bytes) -> np.ndarray:
-    """What `encode_grey` was given."""
+    """Decode the result of `encode_grey`."""
     return np.array(Image.open(io.BytesIO(data), formats=("PNG",)))

@@ -1,8 +1,8 @@
-"""One curation from its configuration to its report, worked on by Ray Data: on this machine, or on a cluster.
+"""Run a curation with Ray Data, on this machine or on a cluster.
 
-A row of the Ray dataset is a whole chunk (datamodules/curation/stages.py). Tasks read and prepare, a pool of actors
-holds each model, tasks cut and write into the output folder, which all nodes share. Chunks finish in any order; what
-they become does not depend on it.
+A row of the Ray dataset is a whole chunk (datamodules/curation/stages.py). Tasks read and prepare images, a pool of
+actors runs each model, and tasks cut crops and write shards to the output folder, which all nodes share. Chunks may
+finish in any order, which does not affect their content.
 """
 
 import logging
@@ -23,29 +23,29 @@ from datamodules.curation.reading import Source, list_sources
 from datamodules.curation.report import Counts, report, write_sheet
 from datamodules.curation.stages import Worker, groups, read_chunks
 from datamodules.errors import DataError
-from datamodules.folder_lock import held
+from datamodules.folder_lock import folder_lock
 from kosmosg.config import save_config
 from kosmosg.files import write_text
 
-PASSED_ON = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TOKENIZERS_")
-"""Variables of the environment that workers have too."""
+WORKER_VARIABLES = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TOKENIZERS_")
+"""Prefixes of environment variables that are passed on to workers."""
 READING_MEMORY = 256 * 2**20
-"""Bytes reserved for a task that reads: its chunk. Asking for more than an actor also keeps Ray from reading in one."""
+"""Bytes reserved for the chunk of a reading task. The reservation also keeps Ray from fusing reading into an actor."""
 RayRow = dict[str, bytes]
 
 
 def curate(config: Curation, console: Console, written: dict[str, Any] | None = None) -> None:
-    """Work on every chunk that is not done; then write counts, report and contact sheet.
+    """Process all unfinished chunks; then write counts, report and contact sheet.
 
     Args:
-        written: the configuration as it is recorded, see `kosmosg.config.written_config`.
+        written: the configuration to record, see `kosmosg.config.written_config`.
 
     Raises:
-        DataError: the input or output cannot be used, a model is missing, too many images fail, nothing is left, or
-            another process writes here.
+        DataError: the input or output cannot be used, a model is missing, too many images fail, no sample remains, or
+            another process is writing to the output.
     """
     output = Output(config)
-    with held(output.folder):
+    with folder_lock(output.folder):
         sources, fingerprint = list_sources(config.input)
         output.prepare(fingerprint)
         save_config(written or config, output.own / "config.yaml")
@@ -73,10 +73,10 @@ def curate(config: Curation, console: Console, written: dict[str, Any] | None = 
 
 
 def work(config: Curation, missing: list[tuple[Source, set[int]]]) -> Iterator[Record]:
-    """Work on sources, except for their parts that are done; yields the record of each chunk when it is written.
+    """Process sources except for their finished parts; yield the record of each chunk when it has been written.
 
     Raises:
-        DataError: Ray is not installed, no cluster is at the address, or a worker raised one.
+        DataError: Ray is not installed, there is no cluster at the address, or a worker raised an error.
     """
     if not missing:
         return
@@ -91,7 +91,7 @@ def work(config: Curation, missing: list[tuple[Source, set[int]]]) -> Iterator[R
         start_ray(config.ray.address, config.ray.cpus)
     try:
         if config.ray.address is None:  # a cluster may grow
-            check_room(config, ray.cluster_resources())
+            check_resources(config, ray.cluster_resources())
         items = [{"source": pickle.dumps(item)} for item in missing]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         dataset = dataset.flat_map(read, fn_args=(config,), memory=READING_MEMORY)  # type: ignore[arg-type]
@@ -106,19 +106,19 @@ def work(config: Curation, missing: list[tuple[Source, set[int]]]) -> Iterator[R
         for row in dataset.map(write, fn_args=(config,)).iter_rows():  # type: ignore[arg-type]
             yield pickle.loads(row["record"])
     except ray.exceptions.RayError as error:
-        # Of a worker that could not even be built, Ray keeps the text alone.
-        _, found, message = str(error).rpartition(f"{DataError.__name__}: ")
-        raise DataError(message.strip() if found else f"a worker failed: {error}") from error
+        # If the constructor of a worker fails, Ray keeps only the text of the error.
+        _, is_data_error, message = str(error).rpartition(f"{DataError.__name__}: ")
+        raise DataError(message.strip() if is_data_error else f"a worker failed: {error}") from error
     finally:
         if started:
             ray.shutdown()
 
 
-# What the workers do. Chunks are pickled by the worker before, of the same curation.
+# The functions below run in workers. Unpickling is safe, because chunks come from other workers of this curation.
 
 
 def read(row: RayRow, config: Curation) -> Iterator[RayRow]:
-    """A source → its chunks."""
+    """Read and prepare the chunks of a source."""
     source, done = pickle.loads(row["source"])
     worker = Worker(groups(config)[0])
     for chunk in read_chunks(source, config, done):
@@ -126,29 +126,29 @@ def read(row: RayRow, config: Curation) -> Iterator[RayRow]:
 
 
 class Actor:
-    """Holds the model of a group of stages."""
+    """Runs a group of stages with a model."""
 
     def __init__(self, config: Curation, number: int):
         self.worker = Worker(groups(config)[number])
 
     def __call__(self, row: RayRow) -> RayRow:
-        """Take a chunk through the group."""
+        """Process one chunk."""
         return {"chunk": pickle.dumps(self.worker(pickle.loads(row["chunk"])))}
 
 
 def write(row: RayRow, config: Curation) -> RayRow:
-    """A chunk through the last group and into its shard → its record."""
+    """Run the last group of stages on a chunk, write its shard and return its record."""
     chunk = Worker(groups(config)[-1])(pickle.loads(row["chunk"]))
     return {"record": pickle.dumps(Output(config).publish(chunk))}
 
 
 def start_ray(address: str | None = None, cpus: int | None = None) -> None:
-    """Connect to a cluster, or start Ray on this machine. Raises DataError: none is at the address."""
+    """Connect to a cluster, or start Ray on this machine. Raises DataError if there is no cluster at the address."""
     import ray
     import ray.data
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(WORKER_VARIABLES)}
     paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))  # workers import the same code
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -163,27 +163,27 @@ def start_ray(address: str | None = None, cpus: int | None = None) -> None:
         )
     except ConnectionError as error:
         raise DataError(f"no Ray cluster answers at ray.address='{address}': {error}") from error
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's aborts the process
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the curation has a bar of its own
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would abort the process
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the curation has its own progress bar
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.target_max_block_size = 1  # bytes: each chunk goes on as soon as it is read
+    context.target_max_block_size = 1  # byte, so that each chunk is passed on as soon as it is read
 
 
 def pools(config: Curation) -> dict[str, Pool]:
-    """Of the groups between the first and the last."""
+    """Return the actor pool of each model by stage."""
     return {step.name: step.pool for group in groups(config) for step in group[:1] if step.pool}
 
 
-def check_room(config: Curation, resources: Mapping[str, float]) -> None:
-    """Raises DataError where the actors of all models and one task do not fit at once: Ray would wait for ever."""
+def check_resources(config: Curation, resources: Mapping[str, float]) -> None:
+    """Raise DataError if the actors of all models and one task do not fit at the same time: Ray would wait forever."""
     for resource, name, tasks in (("CPU", "cpus", 1), ("GPU", "gpus", 0)):
         wanted = {stage: pool.actors * getattr(pool, name) for stage, pool in pools(config).items()}
-        asked = tasks + sum(wanted.values())
-        if asked > (available := resources.get(resource, 0)):
+        needed = tasks + sum(wanted.values())
+        if needed > (available := resources.get(resource, 0)):
             actors = ", ".join(f"{stage} {number:g}" for stage, number in wanted.items())
-            remedy = f"; or set ray.cpus={math.ceil(asked)}, so that they share the cores" if tasks else ""
+            remedy = f"; or set ray.cpus={math.ceil(needed)}, so that they share the cores" if tasks else ""
             raise DataError(
-                f"the actors ask for {asked - tasks:g} {name} ({actors}), reading and writing for {tasks}; Ray has "
+                f"the actors need {needed - tasks:g} {name} ({actors}), reading and writing {tasks}; Ray has "
                 f"{available:g}. Reduce pool.actors{remedy}."
             )

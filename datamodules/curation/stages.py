@@ -1,7 +1,7 @@
-"""Which stages a curation has, which of them one worker does, and how a chunk goes through them.
+"""The stages of a curation, their division into groups of one worker each, and the processing of a chunk.
 
-A chunk is up to `input.chunk_size` consecutive images of one source and becomes one shard. Batches are cut inside a
-chunk, so a shard depends neither on the number of workers nor on the order in which they finish.
+A chunk is up to `input.chunk_size` consecutive images of one source and becomes one shard. A batch never spans chunks,
+so a shard depends neither on the number of workers nor on the order in which they finish.
 """
 
 import time
@@ -17,17 +17,17 @@ from datamodules.curation.rows import Batch, Stage, attempt
 from datamodules.curation.text import CaptionFilter, CheckEntities
 
 PLAIN_BATCH = 64
-"""Rows at once of a stage that looks at them one by one."""
+"""Batch size of stages without a model."""
 
 
 @dataclass
 class Chunk:
-    """Images on their way.
+    """Images that are processed together.
 
     Attributes:
-        source, part: number of the source, and of the chunk in it.
-        last: nothing of the source follows.
-        timing: stage → rows given to it, seconds.
+        source, part: number of the source, and of the chunk in the source.
+        last: whether this is the last chunk of the source.
+        timing: stage → number of rows processed, seconds.
     """
 
     source: int
@@ -38,16 +38,16 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Of its shard, its record and its keys."""
+        """Name of the chunk's shard and record, and prefix of its keys."""
         return f"{self.source:06d}-{self.part:04d}"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage that is not built yet.
+    """A stage and how to build it.
 
     Attributes:
-        pool: the actors that hold its model; None: it is done by the worker of the step before.
+        pool: the actors that run its model; None if it runs in the worker of the previous step.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Step:
 
 
 def groups(config: Curation) -> list[list[Step]]:
-    """All stages after preparation in their order, grouped by the worker that does them.
+    """Return all stages after preparation in order, grouped by the worker that runs them.
 
-    The first group is done where images are read, the last one where shards are written, and each one between by the
-    actors of its first step. Both ends may be empty.
+    The first group runs in the tasks that read images, the last one in the tasks that write shards, and every other one
+    in the actors of its first step. The first and the last group may be empty.
     """
     model, toyland = partial(_model_step, config), partial(_toyland_step, config)
     on_toyland = config.masks.by == "toyland"
@@ -68,18 +68,18 @@ def groups(config: Curation) -> list[list[Step]]:
     if config.caption.by != "given":
         steps.append(model("caption", "Blip2Captions") if config.caption.by == "blip2" else toyland("caption"))
     steps.append(Step("caption_filter", lambda: CaptionFilter(config.text_filter)))
-    asks = config.entities.by == "language_model"
-    steps.append(model("entities", "AskLanguageModel") if asks else toyland("entities"))
+    by_model = config.entities.by == "language_model"
+    steps.append(model("entities", "AskLanguageModel") if by_model else toyland("entities"))
     steps.append(Step("entity_check", lambda: CheckEntities(config.entities)))
     steps.append(toyland("masks") if on_toyland else model("masks", "ClipSegHeat"))
-    listed: list[list[Step]] = [[]]
+    grouped: list[list[Step]] = [[]]
     for step in steps:
-        listed = [*listed, [step]] if step.pool else [*listed[:-1], [*listed[-1], step]]
+        grouped = [*grouped, [step]] if step.pool else [*grouped[:-1], [*grouped[-1], step]]
     cut = Step("cut", lambda: CutEntities(config.crops, config.image))
-    return [*listed, [cut, toyland("score")] if on_toyland else [cut]]
+    return [*grouped, [cut, toyland("score")] if on_toyland else [cut]]
 
 
-# Imported where they are built: transformers and Toyland are loaded by the workers that need them.
+# Imports are inside `build`, so that only the workers that need transformers or Toyland import them.
 
 
 def _model_step(config: Curation, name: str, stage: str) -> Step:
@@ -102,27 +102,27 @@ def _toyland_step(config: Curation, name: str) -> Step:
 
 
 class Worker:
-    """The stages of a group, built; works on one chunk after the other."""
+    """Builds the stages of a group and runs them on one chunk after the other."""
 
     def __init__(self, steps: list[Step]):
         self.steps = [(step, step.build()) for step in steps]
 
     def __call__(self, chunk: Chunk) -> Chunk:
-        """Take the chunk's rows that are not dropped through the stages. Raises: see `attempt`."""
+        """Run the stages on the chunk's rows that are not dropped. Raises errors as `attempt` does."""
         for step, stage in self.steps:
             start = time.perf_counter()
-            given = [row for row in chunk.rows if "dropped" not in row]
-            for first in range(0, len(given), step.batch_size):
-                for row in attempt(step.name, stage, given[first : first + step.batch_size]):
+            remaining = [row for row in chunk.rows if "dropped" not in row]
+            for first in range(0, len(remaining), step.batch_size):
+                for row in attempt(step.name, stage, remaining[first : first + step.batch_size]):
                     chunk.rows[row["number"]] = row
-            chunk.timing[step.name] = len(given), time.perf_counter() - start
+            chunk.timing[step.name] = len(remaining), time.perf_counter() - start
         return chunk
 
 
 def read_chunks(source: Source, config: Curation, done: Container[int] = ()) -> Iterator[Chunk]:
     """Read and prepare the chunks of a source, at least one, except for those whose part is in `done`.
 
-    An image is prepared as soon as it is read: prepared ones are what a chunk holds in memory.
+    Each image is prepared as soon as it is read, so that a chunk holds only prepared images in memory.
     """
     prepare = Prepare(config.image, config.input.limits)
     rows = read_rows(source, config.input, given=config.caption.by == "given")

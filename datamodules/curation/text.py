@@ -1,8 +1,8 @@
-"""Captions that are filtered, and answers of a language model → entities.
+"""Filter captions, and parse a language model's answers into entities.
 
-Answers are parsed with patience, then checked against the caption, which alone is trusted. What is kept can be placed
-by training (datamodules/entities.py), which finds entities by the same rule: a whole word sequence of the caption, no
-listed colour, no word of another entity.
+Answers are parsed leniently and then checked against the caption. The remaining entities can be located in training,
+which follows the same rules (datamodules/entities.py): they are whole words of the caption, not ignored words, and not
+part of another entity.
 """
 
 import json
@@ -18,11 +18,11 @@ PREAMBLE = re.compile(r"^[^:\n,]{0,60}:\s*")  # "Things:", "Sure, here are the n
 BULLET = re.compile(r"^\s*(?:[-*•–]|\d+[.)])\s*")
 SEPARATOR = re.compile(r"[,;]|\band\b|&")
 ARTICLE = re.compile(r"^(?:an?|the|some|two|three|four|five)\s+", re.IGNORECASE)
-TRIMMED = " \t\"'`“”‘’.!?()[]*_"
+STRIPPED = " \t\"'`“”‘’.!?()[]*_"
 
 
 class CaptionFilter:
-    """Drops captions with blocked words, of odd length, or that repeat themselves."""
+    """Drops captions that contain blocked words, are too short or too long, or repeat themselves."""
 
     def __init__(self, config: TextFilter):
         self.config = config
@@ -30,13 +30,13 @@ class CaptionFilter:
         self.blocked = re.compile(rf"\b(?:{blocked})\b", re.IGNORECASE) if blocked else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Keep the sound captions."""
+        """Filter the batch's captions."""
         return [self._filter(row) for row in batch]
 
     def _filter(self, row: Row) -> Row:
         caption = row["caption"]
-        if self.blocked and (found := self.blocked.search(caption)):
-            return drop(row, "blocked_text", f"'{found.group()}' in {caption!r}")
+        if self.blocked and (match := self.blocked.search(caption)):
+            return drop(row, "blocked_text", f"'{match.group()}' in {caption!r}")
         words = [word.lower() for word in WORD.findall(caption)]
         if not self.config.min_words <= len(words) <= self.config.max_words:
             return drop(row, "caption_length", f"{len(words)} words: {caption!r}")
@@ -48,10 +48,10 @@ class CaptionFilter:
 
 
 class CheckEntities:
-    """`answer` → `entities`; a row without any is dropped.
+    """`answer` → `entities`. Rows without entities are dropped.
 
-    `unparsable_answer`, an empty answer or prose, is a failure of the model. `no_entities` is not: the caption names
-    none, or no candidate fits. Rejected candidates are counted in `skipped_entities`.
+    `unparsable_answer` (an empty answer, or prose) counts as a failure of the model. `no_entities` does not: the model
+    lists none, or no candidate is usable. Rejected candidates are counted in `skipped_entities`.
     """
 
     def __init__(self, config: Entities):
@@ -70,19 +70,20 @@ class CheckEntities:
         row = {name: value for name, value in row.items() if name != "answer"}
         row |= {"entities": [{"text": text} for text in kept], "skipped_entities": row["skipped_entities"] + skipped}
         if not kept:
-            found = f"none of {', '.join(candidates)} fits" if candidates else "the model names none"
-            return drop(row, "no_entities", f"{found}: {row['caption']!r}")
+            detail = f"none of {', '.join(candidates)} is usable" if candidates else "the model lists none"
+            return drop(row, "no_entities", f"{detail}: {row['caption']!r}")
         return row
 
 
 def parse_answer(answer: str, max_words: int) -> list[str] | None:
-    """The things that an answer lists: JSON, lines, bullets or commas; [] for "none", None if it lists nothing."""
+    """Parse an answer that lists entities as JSON, lines, bullets or with commas. Returns [] for "none", None for prose
+    or an empty answer."""
     text = answer.strip()
     pieces = _json_list(text)
     if pieces == []:
         return []
     if pieces is None:
-        # One line is asked for; what follows an empty line is talk, or the model asking itself the next question.
+        # The prompt asks for one line. Text after an empty line is prose, or a question that the model makes up.
         lines = [line for line in text.split("\n\n", 1)[0].splitlines() if line.strip()]
         if not lines:
             return None
@@ -91,7 +92,7 @@ def parse_answer(answer: str, max_words: int) -> list[str] | None:
         lines = [BULLET.sub("", line) for line in lines]
         lines[0] = PREAMBLE.sub("", lines[0])
         pieces = [piece for line in lines for piece in SEPARATOR.split(line)]
-    cleaned = [ARTICLE.sub("", piece.strip(TRIMMED)).strip(TRIMMED) for piece in pieces]
+    cleaned = [ARTICLE.sub("", piece.strip(STRIPPED)).strip(STRIPPED) for piece in pieces]
     cleaned = [" ".join(piece.split()) for piece in cleaned if piece]
     if cleaned and all(piece.lower() in NOTHING for piece in cleaned):
         return []
@@ -112,7 +113,7 @@ def _json_list(text: str) -> list[str] | None:
 def choose_entities(
     candidates: list[str], caption: str, ignored: set[str], max_entities: int
 ) -> tuple[list[str], Counter[str]]:
-    """The candidates that fit, spelt as in the caption and in its order, and why the others do not."""
+    """Return the usable candidates, in the spelling and order of the caption, and why the others are skipped."""
     skipped: Counter[str] = Counter()
     found: dict[str, tuple[int, str]] = {}  # lower case → end of its first match, its spelling in the caption
     for candidate in candidates:

@@ -1,10 +1,10 @@
-"""Published sets → shards of our samples: one module for each layout.
+"""Convert published data sets to shards. Each layout has its own module.
 
-converter.py        what a converter is, and its settings
-conversion.py       reads, converts in processes, writes; a restart continues after the last complete shard
+converter.py        base class and settings of all converters
+conversion.py       the conversion: reading, processes, writing and resuming
 files.py tables.py  input files: compressed lines; rows of JSON, Parquet, CSV and TSV
-image_store.py      images beside the documents: in folders, tars and zips
-url_lists.py        what img2dataset downloads
+image_store.py      images that are stored next to documents, in folders, tars and zips
+url_lists.py        lists of URLs for img2dataset
 """
 
 CONVERTERS = {
@@ -17,4 +17,4 @@ CONVERTERS = {
     "text": "datamodules.sources.text:Text",
     "tsv": "datamodules.sources.released_tsv:ReleasedTsv",
 }
-"""Where each converter is; imported when it is used, since `kosmosg data --help` needs the names alone."""
+"""Location of each converter, imported on use, because `kosmosg data --help` needs only the names."""

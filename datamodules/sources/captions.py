@@ -1,4 +1,4 @@
-"""Captions without images for stage 2, which reads no image: the tables of LAION, COYO, CC3M and CC12M as published."""
+"""Captions without images, for stage 2: tables of LAION, COYO, CC3M and CC12M as published."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,32 +14,32 @@ from datamodules.sources.tables import parse, rows, text_of, value_of
 
 @dataclass
 class CaptionsConfig(ConversionConfig):
-    """A table of captions."""
+    """Settings of tables of captions."""
 
     column: str = "caption"
-    """Where a row holds its caption: a column's name (LAION `TEXT` or `caption`, COYO `text`), or in TSV and CSV files
-    without names its number from 0 (CC3M 0, CC12M 1)."""
+    """Column of the caption: a name (LAION `TEXT` or `caption`, COYO `text`), or in TSV and CSV files without header
+    its number from 0 (CC3M 0, CC12M 1)."""
     width: str | None = None
-    """Column of the image's width in pixels, with `height`: what `min_side` looks at."""
+    """Column of the image's width in pixels; used by `min_side`."""
     height: str | None = None
-    """Column of the image's height in pixels."""
+    """Column of the image's height in pixels; used by `min_side`."""
     min_side: int = 0
-    """Pixels; captions of images with a smaller width or height are filtered."""
+    """Filter captions of images whose width or height has fewer pixels."""
     min_characters: int = 1
-    """Shorter captions are filtered."""
+    """Filter shorter captions."""
     max_characters: int = 2000
-    """Longer captions are filtered; tokens are counted when training reads them."""
+    """Filter longer captions. Limits in tokens are applied in training."""
 
     def __post_init__(self):
         super().__post_init__()
         at_least("min_characters", self.min_characters, 1)
         at_least("max_characters", self.max_characters, self.min_characters)
         if self.min_side and not (self.width and self.height):
-            raise ValueError(f"min_side={self.min_side} needs width= and height=, the columns that hold the sizes.")
+            raise ValueError(f"min_side={self.min_side} needs width= and height=, the columns of the image's size.")
 
 
 class Captions(Converter[CaptionsConfig]):
-    """Rows become caption samples without an image."""
+    """Converts rows to caption samples without an image."""
 
     schema = CaptionsConfig
 
@@ -52,7 +52,7 @@ class Captions(Converter[CaptionsConfig]):
         config, row = self.config, parse(record)
         caption = text_of(record, value_of(record, row, config.column), config.column).strip()
         if not caption:
-            raise record.error("empty_caption", f"{config.column} holds no text")
+            raise record.error("empty_caption", f"{config.column} contains no text")
         if not config.min_characters <= len(caption) <= config.max_characters:
             allowed = f"allowed {config.min_characters} … {config.max_characters}"
             raise record.filtered("caption_length", f"{len(caption)} characters, {allowed}")

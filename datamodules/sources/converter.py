@@ -1,4 +1,4 @@
-"""What a converter is: it lists the files of a published set, reads their records, and makes samples of a record."""
+"""Base class of converters, which list the files of a data set, read their records and convert these to samples."""
 
 import io
 from abc import ABC, abstractmethod
@@ -20,29 +20,29 @@ ROTATIONS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Raises ValueError naming key, value and what is allowed."""
+    """Raise ValueError if `value` is below `least`."""
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}.")
 
 
 @dataclass
 class ConversionConfig:
-    """How any set is converted."""
+    """Settings of all conversions."""
 
     prefix: str = "train"
-    """First part of the shards' names."""
+    """Prefix of the shards' names."""
     samples_per_shard: int = 1000
-    """Samples in one tar file."""
+    """Samples per shard."""
     processes: int | None = None
-    """Processes that convert; null takes one for each CPU core. The shards do not depend on it."""
+    """Number of worker processes; null: one per CPU core. The shards do not depend on it."""
     max_bad_share: float = 0.05
-    """The conversion stops if a larger share of the records is unusable (0 … 1); filtered ones are no failures."""
+    """The conversion stops if a larger share of the records is unusable (0 … 1). Filtered records do not count."""
     min_bad_count: int = 100
-    """Fewer unusable records than this never stop it."""
+    """Fewer unusable records than this never stop the conversion."""
     max_record_bytes: int = 256_000_000
-    """Most bytes of one line or document of the input, decompressed."""
+    """Maximum size in bytes of one line or document of the input, decompressed."""
     limits: Limits = field(default_factory=Limits)
-    """What one sample may cost."""
+    """Upper limits for one sample."""
 
     def __post_init__(self):
         for name in ("samples_per_shard", "min_bad_count", "max_record_bytes"):
@@ -55,16 +55,16 @@ class ConversionConfig:
 
 @dataclass
 class ImageRules:
-    """What is done to every image."""
+    """How images are checked and stored."""
 
     decode: bool = True
-    """Decode each image now and drop what cannot be decoded; false looks at headers alone."""
+    """Decode every image and drop those that cannot be decoded; false reads only the headers."""
     min_side: int = 0
-    """Pixels; images with a smaller width or height are filtered."""
+    """Filter images whose width or height has fewer pixels."""
     shorter_side: int = 0
-    """Pixels; an image whose shorter side is longer is reduced to it, as JPEG; 0 stores all images as they are."""
+    """Resize images whose shorter side has more pixels to this side, as JPEG; 0 stores all images unchanged."""
     quality: int = 95
-    """Of the JPEG files that the conversion writes (1 … 100)."""
+    """Quality of the JPEG files that the conversion writes (1 … 100)."""
 
     def __post_init__(self):
         for name in ("min_side", "shorter_side"):
@@ -75,15 +75,15 @@ class ImageRules:
 
 @dataclass
 class ImageConversionConfig(ConversionConfig):
-    """How a set with images is converted."""
+    """Settings of conversions with images."""
 
     images: ImageRules = field(default_factory=ImageRules)
-    """What is done to every image."""
+    """How images are checked and stored."""
 
 
 @dataclass
 class Converted:
-    """The samples of one record, why there are no more, and what was skipped of samples that are kept, by reason."""
+    """The result of one record: its samples, an error if it is unusable, and parts that were skipped, by reason."""
 
     file: int
     number: int
@@ -96,65 +96,65 @@ Config = TypeVar("Config", bound=ConversionConfig)
 
 
 class Converter(ABC, Generic[Config]):
-    """Converts one published set, by default of tables. Sent to worker processes, so it holds plain values.
+    """Base class of converters. By default, the input is tables. Instances are sent to worker processes.
 
     Args:
         source: file or folder.
 
     Raises:
-        DataError: the source is not of this layout.
+        DataError: the source does not have this layout.
     """
 
     schema: ClassVar[type[ConversionConfig]]
     suffixes: ClassVar[tuple[str, ...]] = TABLE_SUFFIXES
     columns: Sequence[str] = ()
-    """What is read of Parquet files; none: everything."""
+    """Columns to read from Parquet files; empty: all."""
 
     def __init__(self, source: Path, config: Config):
         self.source, self.config = source, config
 
     def files(self) -> list[Path]:
-        """The input's files in the order of reading."""
+        """Return the files of the input in the order of reading."""
         return find_files(self.source, self.suffixes)
 
     def records(self, file: Path) -> Iterator[Any]:
-        """What each record holds; None for a blank line. As little work as possible: it runs in one process."""
+        """Yield the content of each record, None for a blank line. Runs in a single process, so it should do little."""
         return rows(file, self.config.max_record_bytes, self.columns)
 
     @abstractmethod
     def samples(self, record: Record, skipped: Counter[str]) -> Iterable[Sample]:
-        """The samples of one record; runs in a worker process.
+        """Convert one record to samples. Runs in worker processes.
 
         Raises:
-            SampleError: the record is unusable; samples given before are kept.
+            SampleError: the record is unusable; samples that were yielded before are kept.
         """
 
     def convert(self, records: list[Record]) -> list[Converted]:
-        """Records → samples and errors."""
-        return [self._converted(record) for record in records]
+        """Convert records to samples and errors."""
+        return [self._convert(record) for record in records]
 
-    def _converted(self, record: Record) -> Converted:
-        done = Converted(record.file, record.number)
+    def _convert(self, record: Record) -> Converted:
+        result = Converted(record.file, record.number)
         try:
             if isinstance(record.content, Unreadable):
                 raise record.error(record.content.reason, record.content.detail)
-            for part, sample in enumerate(self.samples(record, done.skipped)):
+            for part, sample in enumerate(self.samples(record, result.skipped)):
                 sample.key = sample.key or f"{record.file:05d}-{record.number:09d}-{part:03d}"
-                done.samples.append(sample)
+                result.samples.append(sample)
         except SampleError as error:
-            done.error = error
-        return done
+            result.error = error
+        return result
 
 
 def checked_image(
     record: Record, content: bytes, name: str, config: ImageConversionConfig, *, turn: int = 0, sized: bool = False
 ) -> StoredImage:
-    """Bytes → the image to store, as they are unless it must be reduced or turned.
+    """Check an encoded image and return the image to store: the same bytes unless it must be resized or rotated.
 
     Args:
-        name: what the image is called in messages.
-        turn: degrees anticlockwise, a multiple of 90.
-        sized: the caller has compared `images.min_side` with the size that the set records.
+        name: name of the image in messages.
+        turn: rotation in degrees counterclockwise, a multiple of 90.
+        sized: the caller has already compared `images.min_side` with the size that the data set records.
 
     Raises:
         SampleError: `member_too_large`, `unreadable_image`, `image_too_large` or `extreme_aspect_ratio`.
@@ -183,7 +183,7 @@ def checked_image(
 
 
 def as_jpeg(image: StoredImage, pixels: Image.Image, quality: int) -> StoredImage:
-    """Other pixels in the place of an image's."""
+    """Return a copy of `image` with other pixels, as JPEG."""
     stream = io.BytesIO()
     pixels.save(stream, "JPEG", quality=quality)
     return StoredImage(stream.getvalue(), image.name, image.shard, image.key, image.limits)

@@ -1,6 +1,6 @@
-"""Input files: which they are, and their lines, decompressed as they are read.
+"""Find input files and read their lines, decompressed on the fly.
 
-A line longer than allowed is skipped in pieces, so neither a corrupt file nor a decompression bomb fills the memory.
+Lines that are too long are skipped piece by piece, so that corrupt files and decompression bombs cannot fill memory.
 """
 
 import bz2
@@ -24,13 +24,13 @@ OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".
 COMPRESSED = (*OPENERS, ".zst", ".zip")
 DAMAGED = (OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error)
 UNOPENABLE = (*DAMAGED, RuntimeError, ValueError, LookupError)
-"""What zipfile and pyarrow raise for hostile files; RuntimeError: what zipfile cannot decrypt or decompress."""
-NOT_UTF_8 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's little end begins as UTF-16's
+"""Errors of zipfile and pyarrow for malformed files; zipfile raises RuntimeError for encrypted members."""
+NOT_UTF_8 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE begins like UTF-16-LE
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In the place of a record that cannot be read: why, as in a SampleError."""
+    """Replaces the content of a record that cannot be read; reason and detail are as in SampleError."""
 
     reason: str
     detail: str
@@ -41,9 +41,9 @@ class Record:
     """One record of the input: a line, a row, a folder.
 
     Attributes:
-        file, number: which of the input's files, and the record's place in it.
-        name: of the file, for messages.
-        content: what was read; an `Unreadable` where it could not be.
+        file, number: index of the input file, and of the record in the file.
+        name: name of the file in messages.
+        content: the content of the record, or `Unreadable`.
     """
 
     file: int
@@ -52,62 +52,62 @@ class Record:
     content: Any
 
     def error(self, reason: str, detail: str = "") -> SampleError:
-        """An error that names this record."""
+        """Return an error that names this record."""
         return SampleError(reason, self.name, str(self.number), detail)
 
     def filtered(self, reason: str, detail: str = "") -> FilteredSample:
-        """A sound record that the settings leave out."""
+        """Return an error for a valid record that the settings exclude."""
         return FilteredSample(reason, self.name, str(self.number), detail)
 
 
 def pyarrow(path: Path) -> Any:
-    """The pyarrow package. Raises DataError: it is not installed."""
+    """Import pyarrow. Raises DataError if it is not installed."""
     try:
         import pyarrow as package
     except ImportError as error:
         raise DataError(
-            f"'{path.name}' needs pyarrow, which is not installed; pip install 'kosmosg[curate]' brings it."
+            f"'{path.name}' needs pyarrow, which is not installed; install it with: pip install 'kosmosg[curate]'"
         ) from error
     return package
 
 
 def is_hidden(name: str | PurePath) -> bool:
-    """Whether a file, or a folder above it, has a name that begins with a dot: macOS' `._a.jpg`, `.DS_Store`."""
+    """Whether a part of the path begins with a dot, as in macOS' `._a.jpg` and `.DS_Store`."""
     return any(part.startswith(".") and part != ".." for part in PurePath(name).parts)
 
 
 def find_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file itself, or all files below a folder whose names end in one of `suffixes`, compressed or not.
+    """Return the file itself, or all files below a folder with one of the suffixes, compressed or not.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such file.
     """
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise DataError(f"there is no file or folder '{source}'.")
-    found = visible_files(source, lambda path: plain_suffix(path) in suffixes)
-    if not found:
+    files = visible_files(source, lambda path: plain_suffix(path) in suffixes)
+    if not files:
         raise DataError(f"'{source}' holds no file that ends in {', '.join(suffixes)} (or those with .gz, .zst, .zip).")
-    return found
+    return files
 
 
 def visible_files(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
-    """The wanted ones of all regular files below a folder, links to them included; hidden ones are passed over."""
-    found = (path for path in folder.rglob("*") if wanted(path) and not is_hidden(path.relative_to(folder)))
-    return sorted(path for path in found if path.is_file())
+    """Return all wanted files below a folder, sorted, including links to files but no hidden files."""
+    paths = (path for path in folder.rglob("*") if wanted(path) and not is_hidden(path.relative_to(folder)))
+    return sorted(path for path in paths if path.is_file())
 
 
 def plain_suffix(path: Path) -> str:
-    """The suffix without that of a compression: `.jsonl` of `a.jsonl.gz`."""
+    """Return the suffix without that of the compression: `.jsonl` for `a.jsonl.gz`."""
     compressed = path.suffix.lower() in COMPRESSED
     return Path(path.stem if compressed else path.name).suffix.lower()
 
 
 def read_streams(path: Path, read: Callable[[IO[bytes]], Iterator[T]]) -> Iterator[T | Unreadable]:
-    """What `read` makes of a file decompressed, or of each member of a zip. Nothing is unpacked to the disk.
+    """Yield the results of `read` for a decompressed file, or for each member of a zip. Nothing is written to the disk.
 
-    What cannot be read on (damaged, encrypted, of an unknown method) is one `damaged_file` in its place.
+    The unreadable rest of a file (damaged, encrypted, unknown compression) is yielded as one `damaged_file`.
     """
     suffix = path.suffix.lower()
     if suffix == ".zst":
@@ -140,15 +140,15 @@ def _read(opened: Callable[[], Any], read: Callable[[IO[bytes]], Iterator[T]], n
 
 
 def damaged(error: Exception, name: str = "") -> Unreadable:
-    """The rest of a file that cannot be read on."""
+    """Return the `Unreadable` that replaces the rest of a damaged file."""
     return Unreadable("damaged_file", f"{name}{type(error).__name__}: {error}")
 
 
 def lines(stream: IO[bytes], limit: int) -> Iterator[bytes | Unreadable]:
-    """Lines with their ends, which "\\n" alone makes; one above `limit` bytes is a `record_too_large` in its place."""
+    """Yield lines with their "\\n"; a line of more than `limit` bytes is replaced by a `record_too_large`."""
     first = True
     while line := stream.readline(limit + 2):
-        if first and line.startswith(NOT_UTF_8):  # whose lines would pass for UTF-8 with NULs
+        if first and line.startswith(NOT_UTF_8):  # the lines would be read as UTF-8 with NULs
             yield Unreadable("not_utf8", "the file is UTF-16 or UTF-32; save it as UTF-8")
             return
         whole, rest, first = line.endswith(b"\n") or len(line) <= limit, line, False

@@ -1,6 +1,6 @@
-"""Images that lie beside their documents: by name or by URL, in a folder, and in the tars and zips below it.
+"""Find the images of documents by name or URL, in a folder and in the tars and zips below it.
 
-A name never leads out of the folder, and only regular files are read.
+Only regular files inside the folder are read.
 """
 
 import hashlib
@@ -25,108 +25,108 @@ from datamodules.sources.files import Record, is_hidden, visible_files
 from datamodules.sources.tables import text_of
 
 ARCHIVES = (".tar", ".zip")
-PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 HEADER_BYTES = 1_000_000
-"""Most bytes of an extended header of a tar, and of a json member."""
+"""Maximum size of an extended header of a tar, and of a json member."""
 LOCAL_HEADER = 30
 ANY_FOLDER = "*/"
 IN_TAR = -1
-"""In the place of a zip's method of compression."""
+"""Stands for the compression method of images in tars."""
 
 
 @dataclass
 class StoreConfig(ImageConversionConfig):
-    """How a set is converted whose images lie beside it."""
+    """Settings of data sets whose images are stored separately."""
 
     store: str | None = None
-    """Folder of images or of tars and zips of them, such as img2dataset's output; null: the folder of the input."""
+    """Folder of images, or of tars and zips of images such as img2dataset's output; null: the folder of the input."""
 
 
 Config = TypeVar("Config", bound=StoreConfig)
 
 
 class StoreConverter(Converter[Config]):
-    """A converter with `store`, where the images are."""
+    """Base class of converters with an image store."""
 
     def __init__(self, source: Path, config: Config):
         super().__init__(source, config)
-        place = Path(config.store) if config.store else source if source.is_dir() else source.parent
-        self.store = ImageStore(place, config.limits.max_member_bytes)
+        path = Path(config.store) if config.store else source if source.is_dir() else source.parent
+        self.store = ImageStore(path, config.limits.max_member_bytes)
 
 
 class ImageStore:
-    """Images under a folder, or in one tar or zip. Plain values only: it is sent to worker processes.
+    """Images in a folder, or in one tar or zip. Instances are sent to worker processes.
 
-    A name is looked for as a member of an archive or the URL in the json of an image's tar group (img2dataset writes
-    it), as a path in the folder, and as a member in any folder of an archive.
+    A name is searched for in this order: as a member of an archive, or the URL in the json of an image's tar group (as
+    img2dataset writes it); as a path in the folder; as a member in any folder of an archive.
 
     Raises:
-        ShardError: there is no such folder, or an archive cannot be read.
+        ShardError: the path does not exist, or an archive cannot be read.
     """
 
-    def __init__(self, place: Path, max_bytes: int):
+    def __init__(self, path: Path, max_bytes: int):
         self.max_bytes = max_bytes
-        self.folder = place.resolve() if place.is_dir() else None
+        self.folder = path.resolve() if path.is_dir() else None
         if self.folder is not None:
-            self.archives = visible_files(place, lambda path: path.suffix.lower() in ARCHIVES)
-            if packed := visible_files(place, lambda path: path.name.lower().endswith(PACKED)):
-                raise ShardError(f"'{packed[0]}' is compressed: unpack it to a .tar (gunzip), or set another store=…")
-        elif place.is_file() and place.suffix.lower() in ARCHIVES:
-            self.archives = [place]
+            self.archives = visible_files(path, lambda file: file.suffix.lower() in ARCHIVES)
+            if compressed := visible_files(path, lambda file: file.name.lower().endswith(COMPRESSED)):
+                raise ShardError(f"'{compressed[0]}' is compressed: decompress it (gunzip), or set another store=…")
+        elif path.is_file() and path.suffix.lower() in ARCHIVES:
+            self.archives = [path]
         else:
-            raise ShardError(f"store='{place}' must be a folder, a .tar or a .zip.")
-        self.hashes, self.places = _index(self.archives)
+            raise ShardError(f"store='{path}' must be a folder, a .tar or a .zip.")
+        self.hashes, self.entries = _index(self.archives)
 
     def image(self, record: Record, config: ImageConversionConfig, *values: Any) -> StoredImage:
-        """An image of a row, checked.
+        """Return an image of a row, checked by `checked_image`.
 
         Args:
-            values: the encoded image as `embedded_bytes` takes it, or its names and URLs; null ones do not count.
+            values: an encoded image (see `embedded_bytes`), or names and URLs of the image; None is ignored.
 
         Raises:
-            SampleError: `invalid_field`, or see `find` and `checked_image`.
+            SampleError: `invalid_field`, or the errors of `find` and `checked_image`.
         """
-        known = [value for value in values if value is not None] or [None]
-        content = embedded_bytes(known[0])
+        given = [value for value in values if value is not None] or [None]
+        content = embedded_bytes(given[0])
         if content is not None:
             return checked_image(record, content, "image", config)
-        names = [text_of(record, value.get("path") if isinstance(value, dict) else value, "image") for value in known]
+        names = [text_of(record, value.get("path") if isinstance(value, dict) else value, "image") for value in given]
         return checked_image(record, self.find(record, *names), names[0][:200], config)
 
     def find(self, record: Record, *names: str) -> bytes:
-        """The bytes of an image.
+        """Return the bytes of an image.
 
         Args:
-            names: file name, relative path or URL; the first that is there is taken.
+            names: file names, relative paths or URLs; the first one that exists is used.
 
         Raises:
             SampleError: `missing_image`, `ambiguous_image`, `refused_path`, `member_too_large`, `damaged_file` or
                 `unreadable_file`.
         """
         for name in names:
-            if places := self._places(name):
-                return self._unpacked(record, name, *places[0])
+            if entries := self._entries(name):
+                return self._read_entry(record, name, *entries[0])
             if "://" in name:
                 continue
             content = read_inside(record, self.folder, name, self.max_bytes) if self.folder else None
             if content is not None:
                 return content
-            if len(places := self._places(ANY_FOLDER + name)) > 1:
-                raise record.error("ambiguous_image", f"{name!r:.200} is in {len(places)} folders of the archives")
-            if places:
-                return self._unpacked(record, name, *places[0])
+            if len(entries := self._entries(ANY_FOLDER + name)) > 1:
+                raise record.error("ambiguous_image", f"{name!r:.200} is in {len(entries)} folders of the archives")
+            if entries:
+                return self._read_entry(record, name, *entries[0])
         raise record.error("missing_image", f"{names[0]!r:.200}")
 
-    def _places(self, name: str) -> list[list[int]]:
+    def _entries(self, name: str) -> list[list[int]]:
         begin, end = (np.searchsorted(self.hashes, _hash(name), side) for side in ("left", "right"))
-        return self.places[begin:end].tolist()
+        return self.entries[begin:end].tolist()
 
-    def _unpacked(self, record: Record, name: str, archive: int, offset: int, size: int, method: int) -> bytes:
+    def _read_entry(self, record: Record, name: str, archive: int, offset: int, size: int, method: int) -> bytes:
         _check_size(record, name, size, self.max_bytes)
         try:
             with open(self.archives[archive], "rb") as stream:
                 stream.seek(offset)
-                if method != IN_TAR:  # a zip's directory tells where the header begins, not where it ends
+                if method != IN_TAR:  # a zip's directory contains the start of the local header, but not its length
                     header = stream.read(LOCAL_HEADER)
                     stream.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
                 content = stream.read(size)
@@ -135,65 +135,65 @@ class ImageStore:
         except (OSError, zlib.error) as error:
             raise record.error("damaged_file", f"{name!r:.200}: {error}") from error
         if method not in (IN_TAR, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise record.error("damaged_file", f"{name!r:.200} is encrypted, or of another method than deflate")
+            raise record.error("damaged_file", f"{name!r:.200} is encrypted, or not compressed with deflate")
         _check_size(record, name, len(content), self.max_bytes)
         return content
 
 
 def embedded_bytes(value: Any) -> bytes | None:
-    """The encoded image in a value of a Parquet file: bytes, or the hub's {"bytes", "path"}; None: there is none."""
+    """Return the encoded image in a value of a Parquet file, bytes or the Hub's {"bytes", "path"}; None without one."""
     content = value.get("bytes") if isinstance(value, dict) else value
     return content if isinstance(content, bytes) else None
 
 
 def read_inside(record: Record, folder: Path, name: str, max_bytes: int) -> bytes | None:
-    """A regular file of a folder, given resolved; None if it is not there.
+    """Read a regular file of a folder, which must be a resolved path; None if it does not exist.
 
     Raises:
         SampleError: `refused_path`, `member_too_large` or `unreadable_file`.
     """
     try:
         path = (folder / name).resolve()
-        if not path.is_relative_to(folder):  # by `..`, as an absolute path, or through a link
-            raise record.error("refused_path", f"{name!r:.200} leads out of the folder")
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device never end
-            raise record.error("refused_path", f"{name!r:.200} is no regular file")
-        _check_size(record, name, found.st_size, max_bytes)
+        if not path.is_relative_to(folder):  # `..`, an absolute path, or a link
+            raise record.error("refused_path", f"{name!r:.200} is outside the folder")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, and a device would never end
+            raise record.error("refused_path", f"{name!r:.200} is not a regular file")
+        _check_size(record, name, status.st_size, max_bytes)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: no name; RuntimeError: links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: invalid name; RuntimeError: circular links
         raise record.error("unreadable_file", f"{name!r:.200}: {error}") from error
 
 
-def _check_size(record: Record, name: str, size: int, most: int) -> None:
-    if size > most:
-        raise record.error("member_too_large", f"{name!r:.200} has {size} bytes or more, at most {most}")
+def _check_size(record: Record, name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise record.error("member_too_large", f"{name!r:.200} has at least {size} bytes, at most {limit}")
 
 
 def _index(archives: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted hashes of names and URLs, and the place of each image: 40 bytes a name, not a dictionary."""
-    hashes, places = array("Q"), array("q")
+    """Return sorted hashes of names and URLs with the position of each image: 40 bytes per name, less than a dict."""
+    hashes, entries = array("Q"), array("q")
     for number, path in enumerate(archives):
         members = _zip_images if path.suffix.lower() == ".zip" else _tar_images
         try:
-            for name, *place in members(path):
-                for known in [name] if "://" in name else [name, ANY_FOLDER + PurePosixPath(name).name]:
-                    hashes.append(_hash(known))
-                    places.extend((number, *place))
-        except Exception as error:  # hostile headers make tarfile and zipfile raise nearly anything
-            raise ShardError(f"'{path}' is no readable archive of images ({error}); replace or remove it.") from error
+            for name, *entry in members(path):
+                for alias in [name] if "://" in name else [name, ANY_FOLDER + PurePosixPath(name).name]:
+                    hashes.append(_hash(alias))
+                    entries.extend((number, *entry))
+        except Exception as error:  # on malformed headers, tarfile and zipfile raise almost any exception
+            raise ShardError(f"'{path}' is not a readable archive ({error}); replace or remove it.") from error
     order = np.argsort(np.array(hashes), kind="stable")
-    return np.array(hashes)[order], np.array(places).reshape(-1, 4)[order]
+    return np.array(hashes)[order], np.array(entries).reshape(-1, 4)[order]
 
 
 class _Headers(io.FileIO):
-    """A tar that is read header by header: a hostile header's size fills no memory."""
+    """A tar of which only headers are read, with a limit, so that malformed sizes cannot fill the memory."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}, allowed are {HEADER_BYTES}")
+            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}; at most {HEADER_BYTES}")
         return super().read(size)
 
 
@@ -201,8 +201,8 @@ def _tar_images(path: Path) -> Iterator[tuple[str, int, int, int]]:
     key, image, url = "", None, None
     with _Headers(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
-            tar.members.clear()  # type: ignore[attr-defined]  # a large tar's headers would all stay in memory
-            if member.size < 0:  # it would lead back to a header that was read before
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps all headers in memory
+            if member.size < 0:  # the next header would be one that was read before
                 raise tarfile.ReadError(f"'{member.name}' has {member.size} bytes")
             if not member.isreg() or member.issparse() or is_hidden(PurePosixPath(member.name).name):
                 continue
@@ -219,7 +219,7 @@ def _tar_images(path: Path) -> Iterator[tuple[str, int, int, int]]:
                 yield url, *image
                 url = None
         stream.seek(tar.offset)  # type: ignore[attr-defined]
-        if any(stream.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+        if any(stream.read(tarfile.BLOCKSIZE)):  # tarfile treats a damaged header as the end
             raise tarfile.ReadError(f"a damaged header at byte {tar.offset}")  # type: ignore[attr-defined]
 
 

@@ -1,7 +1,7 @@
-"""Instructions with any number of images: rows of a prompt, its images and the image to make, columns named by keys.
+"""Instructions with any number of images: tables with columns for the prompt, its images and the target image.
 
-With these settings today's public sets fit (docs/data.md): MetaQuery-Instruct, Subjects200K, UNO-1M, X2I2, Echo-4o.
-Images are paths in `store`, members of tars or zips there, or bytes in Parquet, also as the hub's {"bytes", "path"}.
+docs/data.md lists settings for public data sets: MetaQuery-Instruct, Subjects200K, UNO-1M, X2I2, Echo-4o. Images are
+paths in `store`, members of tars or zips there, or bytes in Parquet, also as the Hub's {"bytes", "path"}.
 """
 
 import re
@@ -24,23 +24,23 @@ HALVES = ("left", "right")
 
 @dataclass
 class InstructionsConfig(StoreConfig):
-    """Prompts with images, and the images to make."""
+    """Settings of instructions."""
 
     prompt: str = "prompt"
-    """Column of the prompt. In all columns `a.b` is `b` inside `a`."""
+    """Column of the prompt. In all column names, `a.b` is `b` inside `a`."""
     inputs: list[str] = field(default_factory=lambda: ["source_images"])
-    """Columns of the images to read, in their order; each holds one image, a list of them or null."""
+    """Columns of the input images, in order. Each contains one image, a list of images or null."""
     target: str = "target_image"
-    """Column of the image to make."""
+    """Column of the target image."""
     target_half: str | None = None
-    """left or right: the one image of a row shows two side by side, this half is the one to make and the other is read;
-    `target` is then not looked at."""
+    """left or right: each row has one image of two halves; this half is the target and the other one the input.
+    `target` is then ignored."""
     half_margin: int = 0
-    """Pixels cut off at every side of both halves."""
+    """Pixels to cut off at each side of both halves."""
     placeholder: str | None = None
-    """Regular expression of what stands in the prompt for an image. A group is the image's number from 1, as in
-    `<img(\\d+)>`; without one the images come in their order, as in `<image>`. Images that the prompt does not
-    mention, and without a placeholder all, come before it."""
+    """Regular expression of an image's placeholder in the prompt. If it has a group, this is the image's number from 1,
+    as in `<img(\\d+)>`; otherwise images are used in order, as in `<image>`. Images without a placeholder come before
+    the prompt."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,13 +50,13 @@ class InstructionsConfig(StoreConfig):
         try:
             groups = re.compile(self.placeholder or "").groups
         except re.error as error:
-            raise ValueError(f"placeholder='{self.placeholder}' is no regular expression: {error}.") from error
+            raise ValueError(f"placeholder='{self.placeholder}' is not a regular expression: {error}.") from error
         if groups > 1:
-            raise ValueError(f"placeholder='{self.placeholder}' must have one group at most; (?:…) is none.")
+            raise ValueError(f"placeholder='{self.placeholder}' must have at most one group; use (?:…) for others.")
 
 
 class Instructions(StoreConverter[InstructionsConfig]):
-    """Rows become instruction samples."""
+    """Converts rows to instruction samples."""
 
     schema = InstructionsConfig
 
@@ -74,7 +74,7 @@ class Instructions(StoreConverter[InstructionsConfig]):
             target = self.store.image(record, config, value_of(record, row, config.target))
         segments = self._segments(record, prompt, images)
         if not any(isinstance(segment, str) for segment in segments):
-            raise record.error("empty_text", f"{config.prompt} holds no text")
+            raise record.error("empty_text", f"{config.prompt} contains no text")
         return [InstructionSample(segments, target)]
 
     def _values(self, record: Record, row: dict) -> Iterator[Any]:
@@ -83,9 +83,9 @@ class Instructions(StoreConverter[InstructionsConfig]):
             yield from value if isinstance(value, list) else [] if value is None else [value]
 
     def _halves(self, record: Record, images: list[StoredImage]) -> list[StoredImage]:
-        """The half to make and the half to read."""
+        """Return the target half and the input half of the row's only image."""
         if len(images) != 1:
-            raise record.error("invalid_field", f"{len(images)} images, target_half needs one of two halves")
+            raise record.error("invalid_field", f"{len(images)} images, target_half needs exactly one")
         pixels, margin = images[0].load(), self.config.half_margin
         half, height = pixels.width // 2, pixels.height
         if min(half, height) <= 2 * margin:

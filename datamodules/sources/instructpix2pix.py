@@ -1,10 +1,10 @@
-"""InstructPix2Pix as published: folders of image pairs and a list of them, or the Parquet files of the hub.
+"""InstructPix2Pix as published: folders of image pairs with a list of them, or the Parquet files of the Hub.
 
-    seeds.json                    [["shard-00/0000123", ["1234567890", …]], …]; without it the folders are listed
+    seeds.json                    [["shard-00/0000123", ["1234567890", …]], …]; optional
     shard-00/0000123/prompt.json  {"caption": …, "edit": …, "output": …}
-    shard-00/0000123/1234567890_0.jpg, …_1.jpg   before and after, up to four pairs for a prompt
+    shard-00/0000123/1234567890_0.jpg, …_1.jpg   before and after, up to four pairs per prompt
 
-A prompt becomes one sample with all its pairs; training draws one of them, as the released code does.
+A prompt becomes one sample with all its pairs, of which training draws one, as in the released code.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from datamodules.errors import DataError, SampleError
 from datamodules.images import SampleImage
-from datamodules.sample import MOST_PAIRS, EditSample
+from datamodules.sample import MAX_PAIRS, EditSample
 from datamodules.sources.converter import Converter, ImageConversionConfig, checked_image
 from datamodules.sources.files import Record, find_files, visible_files
 from datamodules.sources.image_store import embedded_bytes, read_inside
@@ -30,16 +30,16 @@ Pair = tuple[SampleImage, SampleImage]
 
 @dataclass
 class InstructPix2PixConfig(ImageConversionConfig):
-    """Image pairs with instructions."""
+    """Settings of InstructPix2Pix."""
 
     split: Literal["all", "train", "val", "test"] = "all"
-    """Part of the list, divided as the authors' loader does: 90 % train, 5 % val, 5 % test. Folders only."""
+    """Part of the list, divided as in the authors' loader: 90 % train, 5 % val, 5 % test. Folders only."""
     pairs: Literal["together", "apart"] = "together"
-    """together: a sample for each prompt, of whose pairs training draws one; apart: a sample for each pair."""
+    """together: one sample per prompt, of whose pairs training draws one; apart: one sample per pair."""
 
 
 class InstructPix2Pix(Converter[InstructPix2PixConfig]):
-    """Edit samples."""
+    """Converts image pairs with instructions to edit samples."""
 
     schema = InstructPix2PixConfig
     columns = ("original_prompt", "original_image", "edit_prompt", "edited_image")
@@ -56,9 +56,9 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
     def records(self, file: Path) -> Iterator[Any]:
         if self.tables:
             return super().records(file)
-        listed = self._listed(file)
-        first, last = (int(share * len(listed)) for share in SPLITS[self.config.split])
-        return iter(listed[first:last])
+        entries = self._entries(file)
+        first, last = (int(share * len(entries)) for share in SPLITS[self.config.split])
+        return iter(entries[first:last])
 
     def samples(self, record: Record, skipped: Counter[str]) -> Iterable[EditSample]:
         if isinstance(record.content, dict):
@@ -72,28 +72,28 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
             pairs = self._pairs(record, folder, seeds, skipped)
         caption, instruction = text_of(record, caption, "caption"), text_of(record, instruction, "edit")
         if not instruction.strip():
-            raise record.error("empty_text", "edit holds no text")
+            raise record.error("empty_text", "edit contains no text")
         if self.config.pairs == "apart":
             return [EditSample(caption, instruction, source, target) for source, target in pairs]
         (source, target), *more = pairs
         return [EditSample(caption, instruction, source, target, more=more)]
 
-    def _listed(self, file: Path) -> list:
+    def _entries(self, file: Path) -> list:
         if not file.is_file():
             return [[str(path.parent.relative_to(self.source)), _seeds(path.parent)] for path in _prompts(self.source)]
         try:
-            listed = json.loads(decode_text(file.read_bytes()))
+            entries = json.loads(decode_text(file.read_bytes()))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"'{file}' is not JSON ({error}); without it the folders are listed.") from error
-        if not isinstance(listed, list):
-            raise DataError(f"'{file}' is not a list of [folder, [seed, …]]; without it the folders are listed.")
-        return listed
+            raise DataError(f"'{file}' is not JSON ({error}); remove it to search the folders instead.") from error
+        if not isinstance(entries, list):
+            raise DataError(f"'{file}' is not a list of [folder, [seed, …]]; remove it to search the folders instead.")
+        return entries
 
     def _entry(self, record: Record) -> tuple[str, list[str]]:
         entry = record.content
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list) or not entry[1]:
             raise record.error("invalid_field", f"an entry is {entry!r:.100}, it must be [folder, [seed, …]]")
-        folder, *seeds = str(entry[0]), *map(str, entry[1][:MOST_PAIRS])
+        folder, *seeds = str(entry[0]), *map(str, entry[1][:MAX_PAIRS])
         return folder, seeds
 
     def _read(self, record: Record, name: str, limit: int) -> bytes:
@@ -122,7 +122,7 @@ class InstructPix2Pix(Converter[InstructPix2PixConfig]):
     def _embedded(self, record: Record, column: str) -> SampleImage:
         content = embedded_bytes(record.content.get(column))
         if content is None:
-            raise record.error("missing_image", f"{column} holds no bytes")
+            raise record.error("missing_image", f"{column} contains no bytes")
         return checked_image(record, content, column, self.config)
 
 
@@ -131,5 +131,5 @@ def _prompts(folder: Path) -> list[Path]:
 
 
 def _seeds(folder: Path) -> list[str]:
-    found = visible_files(folder, lambda path: path.name.endswith("_0.jpg"))
-    return [path.name.removesuffix("_0.jpg") for path in found]
+    images = visible_files(folder, lambda path: path.name.endswith("_0.jpg"))
+    return [path.name.removesuffix("_0.jpg") for path in images]

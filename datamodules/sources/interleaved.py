@@ -1,7 +1,7 @@
-"""Interleaved documents: MMC4 (sentences, each image assigned to one) and OBELICS (aligned lists of texts and images).
+"""Interleaved documents: MMC4 (images assigned to sentences) and OBELICS (aligned lists of texts and images).
 
-Both publish the texts and the addresses of the images; the images are those in `store`, found by file name or by URL.
-One that is missing or broken is skipped and counted, the document is kept.
+Both are published as texts and URLs of images. The images are read from `store`, by file name or URL. Missing and
+unreadable images are skipped and counted; the rest of the document is used.
 """
 
 from abc import abstractmethod
@@ -21,12 +21,12 @@ from datamodules.sources.tables import list_of, parse, text_of
 
 @dataclass
 class InterleavedConfig(StoreConfig):
-    """Documents of texts and images."""
+    """Settings of interleaved documents."""
 
     min_images: int = 1
-    """Documents with fewer images that can be used are filtered."""
+    """Filter documents with fewer usable images."""
     max_images: int = 30
-    """Documents with more images are filtered."""
+    """Filter documents with more images."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,18 +36,18 @@ class InterleavedConfig(StoreConfig):
 
 @dataclass
 class Mmc4Config(InterleavedConfig):
-    """MMC4's documents."""
+    """Settings of MMC4."""
 
     min_similarity: float = 0.0
-    """Images whose `matched_sim` to their sentence is lower are skipped (OpenFlamingo and others take 0.24)."""
+    """Skip images whose `matched_sim` to their sentence is lower (OpenFlamingo and others use 0.24)."""
     image_first: bool = True
-    """An image stands before the sentence that it is assigned to, not after it."""
+    """Place an image before the sentence to which it is assigned instead of after it."""
     drop_url_duplicates: bool = False
     """Filter documents that MMC4 marks as `could_have_url_duplicate`."""
 
 
 class Interleaved(StoreConverter[InterleavedConfig]):
-    """What both sets share."""
+    """Base class of both converters."""
 
     schema = InterleavedConfig
 
@@ -66,10 +66,10 @@ class Interleaved(StoreConverter[InterleavedConfig]):
 
     @abstractmethod
     def items(self, record: Record, row: dict, skipped: Counter[str]) -> Iterator[str | StoredImage]:
-        """Texts and images in reading order."""
+        """Yield texts and images in reading order."""
 
-    def found(self, record: Record, skipped: Counter[str], *values: Any) -> Iterator[StoredImage]:
-        """The image, or nothing and a count; see `ImageStore.image`."""
+    def find_image(self, record: Record, skipped: Counter[str], *values: Any) -> Iterator[StoredImage]:
+        """Yield an image (see `ImageStore.image`), or nothing if it is unusable, which is counted in `skipped`."""
         try:
             yield self.store.image(record, self.config, *values)
         except SampleError as error:
@@ -77,7 +77,7 @@ class Interleaved(StoreConverter[InterleavedConfig]):
 
 
 class Mmc4(Interleaved):
-    """`text_list`, `image_info` with `image_name`, `raw_url` and `matched_text_index`."""
+    """Converts MMC4: `text_list`, and `image_info` with `image_name`, `raw_url` and `matched_text_index`."""
 
     schema = Mmc4Config
     config: Mmc4Config
@@ -99,7 +99,7 @@ class Mmc4(Interleaved):
                 assigned.setdefault(index, []).append((info.get("image_name"), info.get("raw_url")))
         run: list[str] = []
         for index, text in enumerate(texts):
-            images = [found for names in assigned.get(index, ()) for found in self.found(record, skipped, *names)]
+            images = [image for names in assigned.get(index, ()) for image in self.find_image(record, skipped, *names)]
             run += [] if images and self.config.image_first else [text]
             if images:
                 yield " ".join(run)
@@ -109,7 +109,7 @@ class Mmc4(Interleaved):
 
 
 class Obelics(Interleaved):
-    """`images` and `texts`, as long as each other: at every place one of the two, the other null."""
+    """Converts OBELICS: lists `images` and `texts` of the same length, of which one is null at every position."""
 
     columns = ("images", "texts")
 
@@ -122,6 +122,6 @@ class Obelics(Interleaved):
             if image is not None and text is not None:
                 raise record.error("misaligned_document", "an image and a text at the same place")
             if image is not None:
-                yield from self.found(record, skipped, image)
+                yield from self.find_image(record, skipped, image)
             elif text is not None:
                 yield text_of(record, text, "texts")

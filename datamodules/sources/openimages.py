@@ -1,7 +1,7 @@
 """Open Images V7: image lists (CSV: ImageID, Subset, OriginalURL, …), and the images in a folder or in tars.
 
-Without captions the samples are images alone, which curation starts from. With Localized Narratives, which Open Images
-publishes as JSON lines of `image_id` and `caption`, they are image-caption pairs.
+The samples are images without text, the input of curation. With Localized Narratives, published by Open Images as JSON
+lines of `image_id` and `caption`, they are image-caption pairs.
 """
 
 import re
@@ -25,16 +25,16 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 @dataclass
 class OpenImagesConfig(StoreConfig):
-    """Images of Open Images."""
+    """Settings of Open Images."""
 
     narratives: str | None = None
-    """Localized Narratives, a file or folder of JSON lines; images without one are then filtered."""
+    """Localized Narratives, a file or folder of JSON lines; if set, images without one are filtered."""
     turn: bool = True
-    """Turn images as the list's Rotation says (degrees anticlockwise)."""
+    """Rotate images by the angle in the list's Rotation column (degrees counterclockwise)."""
 
 
 class OpenImages(StoreConverter[OpenImagesConfig]):
-    """Image samples, or caption samples with narratives; licence and author stand in their json."""
+    """Converts to image samples, or to caption samples with narratives. Their json contains licence and author."""
 
     schema = OpenImagesConfig
     suffixes = (".csv",)
@@ -47,7 +47,7 @@ class OpenImages(StoreConverter[OpenImagesConfig]):
         row = record.content
         identity = value_of(record, row, ID)
         if not KEY.fullmatch(identity):
-            raise record.error("refused_path", f"{ID} {identity!r:.100} is no plain name")
+            raise record.error("refused_path", f"{ID} {identity!r:.100} is not a plain name")
         caption = self.narratives.get(identity) if self.narratives is not None else None
         if self.narratives is not None and not caption:
             raise record.filtered("no_narrative", identity)
@@ -56,7 +56,7 @@ class OpenImages(StoreConverter[OpenImagesConfig]):
         except SampleError as error:
             if error.reason != "missing_image":
                 raise
-            # Links die: that an image of the list is not there is no fault of those that are.
+            # Some URLs of the list are dead, so missing images do not count as failures.
             raise record.filtered("missing_image", identity) from error
         image = checked_image(record, content, identity, self.config, turn=self._turn(row))
         credits = {name: row[name].encode(errors="replace").decode() for name in CREDITS if row.get(name)}
@@ -74,7 +74,7 @@ class OpenImages(StoreConverter[OpenImagesConfig]):
 
 
 def _narratives(place: Path) -> dict[str, str]:
-    """The first caption of every image. Raises SampleError: a line is no narrative."""
+    """Read the first caption of every image. Raises SampleError if a line is not a narrative."""
     captions: dict[str, str] = {}
     for part, file in enumerate(find_files(place, (".jsonl",))):
         for number, content in enumerate(rows(file, NARRATIVE_BYTES)):

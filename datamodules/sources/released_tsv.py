@@ -1,10 +1,10 @@
-"""The released code's own shards: tab-separated rows with base64 images (columns in docs/released-code.md).
+"""Shards of the released code: tab-separated rows with base64 images (columns in docs/released-code.md).
 
     openimage        caption, comma-separated tags, image, then for each tag: crop with background, crop on white
     instructpix2pix  caption, instruction, then pairs of images: before, after
-    laion            id, caption, image, width, height (anything after it is ignored)
+    laion            id, caption, image, width, height (further columns are ignored)
 
-The released edit loader strips its rows, so that an empty caption shifts all columns; here an empty caption is one.
+The released loader strips edit rows, so that an empty caption shifts all columns; here, captions may be empty.
 """
 
 import base64
@@ -27,14 +27,14 @@ from datamodules.sources.tables import decoded
 
 @dataclass
 class ReleasedTsvConfig(ImageConversionConfig):
-    """Shards of the released code."""
+    """Settings of the released code's shards."""
 
     rows: Literal["openimage", "instructpix2pix", "laion"] = MISSING
-    """What the rows are."""
+    """Format of the rows."""
 
 
 class ReleasedTsv(Converter[ReleasedTsvConfig]):
-    """Constructed, edit or caption samples."""
+    """Converts rows to constructed, edit or caption samples."""
 
     schema = ReleasedTsvConfig
     suffixes = (".tsv",)
@@ -57,9 +57,9 @@ class ReleasedTsv(Converter[ReleasedTsvConfig]):
             detail = f"{len(columns)} columns for {len(tags)} tags, expected {3 + 2 * len(tags)}"
             raise record.error("wrong_columns", detail)
         if not columns[0].strip():
-            raise record.error("empty_caption", "the first column holds no text")
+            raise record.error("empty_caption", "the first column contains no text")
         if not all(tag.strip() for tag in tags):
-            raise record.error("empty_text", f"an empty one among the tags {columns[1]!r:.100}")
+            raise record.error("empty_text", f"one of the tags {columns[1]!r:.100} is empty")
         target, *crops = (self._image(record, columns, i) for i in range(2, len(columns)))
         entities = [Entity(tag, *crops[2 * i : 2 * i + 2]) for i, tag in enumerate(tags)]
         return ConstructedSample(columns[0], entities, target)
@@ -69,7 +69,7 @@ class ReleasedTsv(Converter[ReleasedTsvConfig]):
             detail = f"{len(columns)} columns, expected caption, instruction and pairs of images"
             raise record.error("wrong_columns", detail)
         if not columns[1].strip():
-            raise record.error("empty_text", "the second column, the instruction, holds no text")
+            raise record.error("empty_text", "the second column, the instruction, contains no text")
         images: list[SampleImage] = [self._image(record, columns, i) for i in range(2, len(columns))]
         (source, target), *more = zip(images[::2], images[1::2], strict=True)
         return EditSample(columns[0], columns[1], source, target, more=more)
@@ -79,8 +79,8 @@ class ReleasedTsv(Converter[ReleasedTsvConfig]):
             raise record.error("wrong_columns", f"{len(columns)} columns, expected id, caption, image, width, height")
         _, caption, _, *sides = columns[:5]
         if not caption.strip():
-            raise record.error("empty_caption", "the second column holds no text")
-        # Both stages of the released code filter such rows.
+            raise record.error("empty_caption", "the second column contains no text")
+        # Both stages of the released code also filter these rows.
         if not all(side.isdecimal() and len(side) < 10 for side in sides):
             raise record.filtered("size_not_integer", f"{sides[0]!r}×{sides[1]!r}")
         width, height = map(int, sides)

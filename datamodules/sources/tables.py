@@ -1,7 +1,7 @@
-"""Rows of JSON lines, JSON, Parquet, CSV and TSV files as dictionaries, and checked values from them.
+"""Read rows of JSON lines, JSON, Parquet, CSV and TSV files as dicts, and check values of rows.
 
-CSV is read by Python's csv, not by pyarrow: pyarrow refuses a whole file for one caption that is not UTF-8, and one
-quote that is never closed makes it read the file as one row. Here either costs its own row.
+CSV is read with Python's csv module, because pyarrow rejects a whole file for one caption that is not UTF-8, and reads
+the rest of a file as one row after an unclosed quote. Here, such errors affect only their own row.
 """
 
 import csv
@@ -26,20 +26,20 @@ from kosmosg.files import decode_text
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", *DELIMITERS)
 PARQUET_BATCH = 64
-"""Parquet rows read at once."""
-CSV_ROW = 1_000_000
-"""Most characters of a CSV row of several lines: what a quote that is never closed can cost."""
+"""Parquet rows read at a time."""
+MAX_CSV_ROW = 1_000_000
+"""Maximum number of characters of a CSV row with line breaks; bounds the effect of an unclosed quote."""
 
 
 def rows(
     path: Path, limit: int, columns: Sequence[str] = (), *, header: bool = True
 ) -> Iterator[bytes | dict | Unreadable | None]:
-    """Each row, a blank line as None. JSON lines stay bytes: `parse` is left to the worker processes.
+    """Yield each row, None for a blank line. JSON lines are yielded as bytes, for the worker processes to `parse`.
 
     Args:
-        limit: most bytes of a line.
-        columns: what is read of a Parquet file, as far as it is there; none: everything.
-        header: the first row of CSV and TSV files names the columns; else they are named "0", "1" …
+        limit: maximum number of bytes of a line.
+        columns: columns to read from a Parquet file, if they exist; empty: all.
+        header: whether the first row of CSV and TSV files contains column names; else they are "0", "1" …
     """
     suffix = plain_suffix(path)
     if suffix == ".parquet":
@@ -55,7 +55,7 @@ def rows(
 
 
 def parse(record: Record) -> dict:
-    """The record's row. Raises SampleError: `invalid_json`, or why it could not be read."""
+    """Return the record's row. Raises SampleError: `invalid_json`, or the reason why the record is unreadable."""
     if isinstance(record.content, Unreadable):
         raise record.error(record.content.reason, record.content.detail)
     if isinstance(record.content, dict):
@@ -64,18 +64,18 @@ def parse(record: Record) -> dict:
 
 
 def parse_json(record: Record, content: bytes, name: str) -> dict:
-    """A JSON object. Raises SampleError: `invalid_json`."""
+    """Parse a JSON object. Raises SampleError: `invalid_json`."""
     try:
         value = json.loads(decode_text(content))
     except (ValueError, RecursionError) as error:
         raise record.error("invalid_json", f"{name}: {type(error).__name__}: {error}") from error
     if not isinstance(value, dict):
-        raise record.error("invalid_json", f"{name} holds a {type(value).__name__}, it must be an object")
+        raise record.error("invalid_json", f"{name} is a {type(value).__name__}, it must be an object")
     return value
 
 
 def value_of(record: Record, row: dict, column: str) -> Any:
-    """The value of a column; `a.b` is `b` inside `a`. Raises SampleError: `missing_column`."""
+    """Return the value of a column; `a.b` is `b` inside `a`. Raises SampleError: `missing_column`."""
     if column in row:
         return row[column]
     value: Any = row
@@ -87,7 +87,7 @@ def value_of(record: Record, row: dict, column: str) -> Any:
 
 
 def text_of(record: Record, value: Any, name: str) -> str:
-    """A text that can be stored. Raises SampleError: `invalid_field` or `not_utf8`."""
+    """Check that a value is a text that can be encoded. Raises SampleError: `invalid_field` or `not_utf8`."""
     if not isinstance(value, str):
         raise record.error("invalid_field", f"{name} is {value!r:.60}, it must be a text")
     try:
@@ -98,14 +98,14 @@ def text_of(record: Record, value: Any, name: str) -> str:
 
 
 def list_of(record: Record, value: Any, name: str) -> list:
-    """Raises SampleError: `invalid_field`."""
+    """Check that a value is a list. Raises SampleError: `invalid_field`."""
     if not isinstance(value, list):
         raise record.error("invalid_field", f"{name} is {value!r:.60}, it must be a list")
     return value
 
 
 def decoded(record: Record, content: bytes) -> str:
-    """UTF-8 bytes as text. Raises SampleError: `not_utf8`."""
+    """Decode UTF-8. Raises SampleError: `not_utf8`."""
     try:
         return decode_text(content)
     except UnicodeDecodeError as error:
@@ -113,40 +113,41 @@ def decoded(record: Record, content: bytes) -> str:
 
 
 class _RecordLines:
-    """The lines of one CSV record for csv.reader, remembered: those that an unclosed quote took are read again."""
+    """Yields the lines of one CSV record to csv.reader. Lines consumed by an unclosed quote can be put back."""
 
     def __init__(self, source: Iterator[bytes | Unreadable]):
-        self.source, self.again = source, list[str | Unreadable]()
-        self.taken: list[str | Unreadable] = []
+        self.source, self.returned = source, list[str | Unreadable]()
+        self.consumed: list[str | Unreadable] = []
         self.size = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self.again.pop() if self.again else self._decoded(next(self.source))
-        self.taken.append(line)
+        line = self.returned.pop() if self.returned else self._decode(next(self.source))
+        self.consumed.append(line)
         self.size += 0 if isinstance(line, Unreadable) else len(line)
-        if isinstance(line, Unreadable) or (len(self.taken) > 1 and self.size > CSV_ROW):
-            raise StopIteration  # inside quotes, csv.reader then refuses the record
+        if isinstance(line, Unreadable) or (len(self.consumed) > 1 and self.size > MAX_CSV_ROW):
+            raise StopIteration  # inside quotes, csv.reader then rejects the record
         return line
 
     def begin(self) -> None:
-        self.taken, self.size = [], 0
+        """Start a new record."""
+        self.consumed, self.size = [], 0
 
     def put_back(self) -> None:
-        """All lines but the first."""
-        self.again += self.taken[:0:-1]
+        """Put back all lines except for the first."""
+        self.returned += self.consumed[:0:-1]
 
-    def _decoded(self, line: bytes | Unreadable) -> str | Unreadable:
-        # Bytes that are not UTF-8 cost the values they stand in, if anybody asks for those.
+    def _decode(self, line: bytes | Unreadable) -> str | Unreadable:
+        # Bytes that are not UTF-8 are an error only if their value is used.
         return line if isinstance(line, Unreadable) else decode_text(line, "surrogateescape")
 
 
 def _delimited_rows(
     stream: IO[bytes], limit: int, delimiter: str, header: bool
 ) -> Iterator[dict[str, str] | Unreadable | None]:
-    """Logical records: a quoted value may hold line breaks. A TSV row that quotes do not fit is read without them."""
+    """Yield records, whose quoted values may contain line breaks. TSV rows with invalid quoting are read literally."""
     source, names = _RecordLines(_physical_lines(stream, limit)), list[str]()
     while True:
         source.begin()
@@ -156,9 +157,9 @@ def _delimited_rows(
         except csv.Error as error:
             problem = str(error)
         except StopIteration:
-            if not source.taken:
+            if not source.consumed:
                 return
-        line = source.taken[0]
+        line = source.consumed[0]
         if isinstance(line, Unreadable):
             yield line
             continue
@@ -183,7 +184,7 @@ def _delimited_rows(
 
 def _physical_lines(stream: IO[bytes], limit: int) -> Iterator[bytes | Unreadable]:
     for line in lines(stream, limit):
-        yield from [line] if isinstance(line, Unreadable) else line.splitlines(keepends=True)  # "\r" alone ends one too
+        yield from [line] if isinstance(line, Unreadable) else line.splitlines(keepends=True)  # also at "\r"
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict | Unreadable]:
@@ -193,11 +194,11 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict | Unreada
 
     try:
         with ParquetFile(path) as table:
-            there = table.schema_arrow.names
-            wanted = [column if column in there else column.partition(".")[0] for column in columns]
-            wanted = [column for column in dict.fromkeys(wanted) if column in there]
+            names = table.schema_arrow.names
+            wanted = [column if column in names else column.partition(".")[0] for column in columns]
+            wanted = [column for column in dict.fromkeys(wanted) if column in names]
             if columns and not wanted:
-                yield Unreadable("missing_column", f"no column {' or '.join(columns)} among {', '.join(there)[:200]}")
+                yield Unreadable("missing_column", f"no column {' or '.join(columns)} among {', '.join(names)[:200]}")
                 return
             for batch in table.iter_batches(PARQUET_BATCH, columns=wanted or None):
                 yield from _batch_rows(batch)
@@ -208,7 +209,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict | Unreada
 def _batch_rows(batch: Any) -> Iterator[dict | Unreadable]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # pyarrow does not look at texts that other programs wrote until they are taken out
+    except UnicodeDecodeError:  # pyarrow validates texts only when they are converted
         for number in range(len(batch)):
             try:
                 yield batch.slice(number, 1).to_pylist()[0]
@@ -217,7 +218,7 @@ def _batch_rows(batch: Any) -> Iterator[dict | Unreadable]:
 
 
 def _holds_lines(path: Path, limit: int) -> bool:
-    """Whether a .json file is JSON lines, as C4's are."""
+    """Whether a .json file contains JSON lines, as C4's files do."""
     first = next(read_streams(path, partial(lines, limit=limit)), b"")
     try:
         if isinstance(first, Unreadable):

@@ -1,4 +1,4 @@
-"""Text corpora for stage 1: tables with a column of texts, and plain text files."""
+"""Text corpora for stage 1: tables with a text column, and plain text files."""
 
 import re
 from collections import Counter
@@ -13,21 +13,21 @@ from datamodules.sources.files import Record, Unreadable, lines, plain_suffix, r
 from datamodules.sources.tables import TABLE_SUFFIXES, decoded, parse, rows, text_of, value_of
 
 CUTS = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+", r"\s+")]
-"""Where a text that is too long is divided, best first: between paragraphs, lines, sentences, words."""
+"""Where a long text may be split, best first: between paragraphs, lines, sentences, words."""
 
 
 @dataclass
 class TextConfig(ConversionConfig):
-    """A text corpus."""
+    """Settings of text corpora."""
 
     column: str = "text"
-    """Where a row of a table holds its text."""
+    """Text column of a table."""
     documents: Literal["file", "paragraph", "line"] = "file"
-    """What one document of a plain text file is; blank lines separate paragraphs."""
+    """Unit that makes one document of a plain text file; blank lines separate paragraphs."""
     min_characters: int = 1
-    """Shorter documents are filtered."""
+    """Filter shorter documents."""
     max_characters: int = 50_000
-    """Longer documents are divided, between paragraphs or sentences, into samples of at most this length."""
+    """Split longer documents between paragraphs or sentences into samples of at most this length."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,7 +36,7 @@ class TextConfig(ConversionConfig):
 
 
 class Text(Converter[TextConfig]):
-    """Documents become text samples, without the white space at their ends."""
+    """Converts documents to text samples, without leading and trailing whitespace."""
 
     schema = TextConfig
     suffixes = (*TABLE_SUFFIXES, ".txt")
@@ -53,19 +53,19 @@ class Text(Converter[TextConfig]):
         else:
             text = decoded(record, record.content).strip()
         if not text:
-            raise record.error("empty_text", "the document holds white space alone")
+            raise record.error("empty_text", "the document contains only whitespace")
         if len(text) < least:
             raise record.filtered("text_too_short", f"{len(text)} characters, at least {least}")
-        return map(TextSample, divided(text, self.config.max_characters))
+        return map(TextSample, split_text(text, self.config.max_characters))
 
     def _documents(self, stream: IO[bytes]) -> Iterator[bytes | Unreadable | None]:
-        """A file that is one document comes in blocks of whole lines."""
+        """Yield the documents of a plain text file; documents that are too long are yielded in blocks of lines."""
         block, size = list[bytes](), 0
         for line in lines(stream, self.config.max_record_bytes):
             if isinstance(line, Unreadable):
                 yield line
                 continue
-            for piece in line.splitlines():  # old Macs end lines by "\r"
+            for piece in line.splitlines():  # also at "\r", as in files of old Macs
                 block.append(piece)
                 size += len(piece) + 1
                 ends = {"file": False, "line": True, "paragraph": not piece.strip()}[self.config.documents]
@@ -75,12 +75,12 @@ class Text(Converter[TextConfig]):
         yield b"\n".join(block).strip() or None
 
 
-def divided(text: str, longest: int) -> Iterator[str]:
-    """Parts of at most `longest` characters, cut where it hurts least."""
-    while len(text) > longest:
-        # A cut in the first half would make needlessly short samples.
-        places = ([match.start() for match in cut.finditer(text, longest // 2, longest)] for cut in CUTS)
-        end = next((found[-1] for found in places if found), longest)
+def split_text(text: str, max_characters: int) -> Iterator[str]:
+    """Split a text into parts of at most `max_characters`, at the best places of `CUTS`."""
+    while len(text) > max_characters:
+        # Only in the second half, to avoid short samples.
+        places = ([match.start() for match in cut.finditer(text, max_characters // 2, max_characters)] for cut in CUTS)
+        end = next((ends[-1] for ends in places if ends), max_characters)
         yield text[:end].strip()
         text = text[end:].strip()
     if text:

@@ -1,4 +1,4 @@
-"""The images that MMC4, OBELICS and Open Images name, as a list of URLs for img2dataset."""
+"""Write the URLs of the images of MMC4, OBELICS and Open Images as a list for img2dataset."""
 
 import base64
 import binascii
@@ -14,41 +14,41 @@ from datamodules.sources.tables import TABLE_SUFFIXES, list_of, parse, rows, tex
 from kosmosg.files import replaced
 
 COLUMNS = {"mmc4": "image_info", "obelics": "images", "openimages": URL}
-"""Where each set holds its URLs."""
+"""Column with the URLs of each data set."""
 RECORD_BYTES = 64_000_000
 BATCH = 100_000
 
 
 def write_url_list(name: str, source: Path, output: Path) -> tuple[int, int]:
-    """Write a Parquet file of `url` and, for Open Images, `md5` (hexadecimal, of the original; null where unknown).
+    """Write a Parquet file with `url` and, for Open Images, `md5` (of the original, hexadecimal; null if unknown).
 
     Returns:
-        how many URLs were written, and how many records could not be read.
+        The number of URLs written and the number of unreadable records.
 
     Raises:
-        DataError: there is no URL.
+        DataError: the source contains no URL.
     """
     arrow = pyarrow(output)
     from pyarrow.parquet import ParquetWriter
 
     schema = arrow.schema([("url", arrow.string()), *([("md5", arrow.string())] if name == "openimages" else [])])
     written, unreadable = 0, [0]
-    found = _urls(name, source, unreadable)
+    urls = _urls(name, source, unreadable)
     with replaced(output) as temporary:
         with ParquetWriter(temporary, schema) as writer:
-            while batch := list(islice(found, BATCH)):
+            while batch := list(islice(urls, BATCH)):
                 writer.write_table(arrow.Table.from_pylist(batch, schema))
                 written += len(batch)
         if not written:
-            raise DataError(f"'{source}' names no image ({unreadable[0]} unreadable records); is it of '{name}'?")
+            raise DataError(f"'{source}' contains no URL ({unreadable[0]} unreadable records); is it from '{name}'?")
     return written, unreadable[0]
 
 
 def _urls(name: str, source: Path, unreadable: list[int]) -> Iterator[dict[str, Any]]:
     columns = [COLUMNS[name], *([MD5] if name == "openimages" else [])]
-    for place, file in enumerate(find_files(source, (".csv",) if name == "openimages" else TABLE_SUFFIXES)):
+    for index, file in enumerate(find_files(source, (".csv",) if name == "openimages" else TABLE_SUFFIXES)):
         for number, content in enumerate(rows(file, RECORD_BYTES, columns)):
-            record = Record(place, number, file.name, content)
+            record = Record(index, number, file.name, content)
             try:
                 if content is not None:
                     yield from _urls_of(name, record, parse(record))

@@ -1,8 +1,8 @@
-"""Toyland: a small drawn world with everything that KOSMOS-G needs to be trained and evaluated in miniature.
+"""Toyland: a small synthetic world with all data that KOSMOS-G needs for training and evaluation in miniature.
 
     python -m datamodules.toyland [more.yaml | key=value …]
 
-writes shards of all five kinds of sample, a DreamBench folder of held-out subjects and a COCO folder of fresh scenes,
-by the writer that real data go through. `brush`, `kinds`, `settings` and `scene` draw, `language` words, `samples` and
-`data_sets` write; `pretrained/` trains the tiny pretrained models in `weights/`.
+writes shards of five kinds of sample, a DreamBench folder of held-out subjects and a COCO folder of new scenes, with
+the same writer as for real data. `brush`, `kinds`, `settings` and `scene` draw images, `language` makes texts,
+`samples` and `data_sets` write files; `pretrained/` trains the tiny pretrained models in `weights/`.
 """

@@ -1,8 +1,8 @@
-"""What Toyland is drawn with: shapes, a canvas, the looks of subjects, and the brush that knows a look's colours.
+"""Drawing tools: shapes, a canvas, the looks of subjects, and a brush that paints with the colours of a look.
 
-A shape is a signed distance, negative inside, in the units of the coordinates it is given. Edges are antialiased
-analytically (one pixel wide), so a scene renders at any size without supersampling and its masks are exact. A look is
-what tells one subject from another: continuous colours, pattern, proportions and markings, which words name coarsely.
+A shape is a signed distance, negative inside, in the units of its coordinates. Edges are antialiased analytically over
+one pixel, so that scenes can be rendered at any size without supersampling and masks are exact. A look consists of
+continuous colours, a pattern, proportions and markings, which words describe only coarsely.
 """
 
 import colorsys
@@ -30,7 +30,7 @@ MARKINGS = ("none", "disc", "bar")
 
 
 def ellipse(u: Field, v: Field, cx: float, cy: float, rx: float, ry: float) -> Field:
-    """Distance to an ellipse, exact on its outline and good to a few percent near it."""
+    """Distance to an ellipse, exact on its outline and accurate to a few percent near it."""
     x, y = (u - cx) / rx, (v - cy) / ry
     r = np.sqrt(x * x + y * y)
     slope = np.sqrt((x / rx) ** 2 + (y / ry) ** 2) / np.maximum(r, 1e-6)
@@ -45,14 +45,14 @@ def box(u: Field, v: Field, cx: float, cy: float, hx: float, hy: float, round_: 
 
 
 def capsule(u: Field, v: Field, x0: float, y0: float, x1: float, y1: float, r: float) -> Field:
-    """Distance to a line from (x0, y0) to (x1, y1) with a pen of radius r."""
+    """Distance to a line from (x0, y0) to (x1, y1), drawn with a pen of radius r."""
     dx, dy = x1 - x0, y1 - y0
     t = np.clip(((u - x0) * dx + (v - y0) * dy) / (dx * dx + dy * dy + 1e-9), 0, 1)
     return np.sqrt((u - x0 - t * dx) ** 2 + (v - y0 - t * dy) ** 2) - r
 
 
 def polygon(u: Field, v: Field, *points: tuple[float, float], round_: float = 0.0) -> Field:
-    """Distance to a convex polygon given counter-clockwise or clockwise."""
+    """Distance to a convex polygon, with points in either direction."""
     area = sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(points, points[1:] + points[:1], strict=True))
     sign = 1.0 if area > 0 else -1.0
     sides = []
@@ -63,13 +63,13 @@ def polygon(u: Field, v: Field, *points: tuple[float, float], round_: float = 0.
 
 
 def ring(u: Field, v: Field, cx: float, cy: float, rx: float, ry: float, width: float) -> Field:
-    """Distance to the outline of an ellipse drawn with a pen `width` wide."""
+    """Distance to the outline of an ellipse, drawn with a pen of this width."""
     return np.abs(ellipse(u, v, cx, cy, rx, ry)) - width / 2
 
 
 @dataclass
 class Canvas:
-    """An image under the brush: RGB in [0, 1] and the coverage of everything painted so far."""
+    """An image being painted: RGB in [0, 1], and the coverage of everything painted so far."""
 
     picture: np.ndarray  # (H, W, 3) float32
     pixel: float  # size of one pixel in the units of the distances
@@ -82,13 +82,13 @@ class Canvas:
         return np.clip(0.5 - distance / self.pixel, 0, 1)
 
     def blend(self, alpha: Field, color: Color, *, covers: bool = True) -> None:
-        """Paint `color` with `alpha`; `covers=False` paints on what is there without adding to the coverage."""
+        """Paint `color` with `alpha`; with `covers=False` the coverage is unchanged."""
         self.picture += alpha[..., None] * (np.asarray(color, np.float32) - self.picture)
         if covers:
             self.coverage = np.maximum(self.coverage, alpha)
 
     def fill(self, distance: Field, color: Color, outline: float = 0.0, ink: Color = (0.1, 0.08, 0.1)) -> None:
-        """Fill a shape, with an outline of the given width around it when one is asked for."""
+        """Fill a shape, with an outline of the given width around it."""
         if outline > 0:
             self.blend(self.alpha(distance - outline), ink)
         self.blend(self.alpha(distance), color)
@@ -108,7 +108,7 @@ class Tint:
 
     @property
     def word(self) -> str:
-        """The coarse name that a caption would use."""
+        """The coarse name used in captions."""
         if self.saturation < 0.2:
             return "white" if self.value > 0.75 else "gray" if self.value > 0.35 else "black"
         gaps = {name: abs((self.hue - hue + 0.5) % 1.0 - 0.5) for name, hue in HUES.items()}
@@ -117,27 +117,27 @@ class Tint:
 
 @dataclass(frozen=True)
 class Look:
-    """Everything that tells one subject from another of its kind. Lengths are in units of half the subject's size."""
+    """Everything in which subjects of a kind differ. Lengths are in units of half the subject's size."""
 
     body: Tint
     second: Tint
-    """Colour of the pattern and of the trimmings (ears, handles, fins)."""
+    """Colour of the pattern and of details such as ears, handles and fins."""
     pattern: str
     period: float
-    """Distance between two stripes, spots, checks or patches."""
+    """Distance between stripes, spots, checks or patches."""
     angle: float
     """Direction of the pattern in radians."""
     phase: float
     aspect: float
-    """Width over height, relative to the kind's own."""
+    """Width over height, relative to that of the kind."""
     part: float
-    """Size in [0, 1] of the kind's telling part: ears, tail, handle, wheels."""
+    """Size in [0, 1] of the kind's characteristic part: ears, tail, handle, wheels."""
     marking: str
     marking_tint: Tint
     marking_x: float
 
     def paint(self, u: Field, v: Field) -> np.ndarray:
-        """The body's colour at every point, (H, W, 3) float32."""
+        """Return the body's colour at every point, (H, W, 3) float32."""
         c, s = np.cos(self.angle), np.sin(self.angle)
         a, b = (c * u + s * v) / self.period + self.phase, (c * v - s * u) / self.period + self.phase
         if self.pattern == "stripes":
@@ -160,12 +160,12 @@ class Look:
         return color.astype(np.float32)
 
     def recolored(self, hue_name: str) -> "Look":
-        """The same look with a body of the named colour: what "{}, red" asks for."""
+        """Return the look with a body of the named colour, for prompts such as "{}, red"."""
         return replace(self, body=Tint(HUES[hue_name], max(self.body.saturation, 0.85), max(self.body.value, 0.8)))
 
     @property
     def words(self) -> tuple[str, str]:
-        """("red", "with yellow stripes"): the coarse description; the second is empty for a plain body."""
+        """Coarse description such as ("red", "with yellow stripes"); the second part is "" for a plain body."""
         pattern = PATTERNS[self.pattern]
         return self.body.word, f"with {self.second.word} {pattern}" if pattern else ""
 
@@ -177,7 +177,7 @@ def _tint(rng: np.random.Generator, neutral: float = 0.15) -> Tint:
 
 
 def _contrasting(rng: np.random.Generator, tint: Tint) -> Tint:
-    """A tint that stands out from another one, so that a pattern can be seen."""
+    """Draw a tint with enough contrast to another one for a visible pattern."""
     while True:
         other = _tint(rng, 0.35)
         if np.linalg.norm(np.subtract(other.rgb, tint.rgb)) > 0.6:
@@ -204,7 +204,7 @@ def sample_look(rng: np.random.Generator) -> Look:
 
 @dataclass
 class Brush:
-    """The canvas seen from one subject: its coordinates, its look, and pens that know its colours."""
+    """Paints one subject on a canvas, in the subject's coordinates and with the colours of its look."""
 
     canvas: Canvas
     u: Field
@@ -230,7 +230,7 @@ class Brush:
         self.plain(ellipse(self.u, self.v, x + 0.02, y + 0.01, r * 0.6, r * 0.6), INK, outline=False)
 
     def mark(self, x: float, y: float, within: Field) -> None:
-        """The subject's own marking, clipped to the shape whose distance is `within`."""
+        """Paint the subject's marking, clipped to the shape with the distance `within`."""
         look = self.look
         if look.marking == "disc":
             shape = ellipse(self.u, self.v, x + look.marking_x, y, 0.17, 0.17)

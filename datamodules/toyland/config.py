@@ -1,4 +1,4 @@
-"""How much of Toyland is written, and what its samples are like; values in configs/toyland/data.yaml."""
+"""Configuration of Toyland's data: sizes and properties of the samples. Values are in configs/toyland/data.yaml."""
 
 from dataclasses import dataclass, field
 
@@ -12,12 +12,12 @@ def _check(owner: str, values: dict[str, int | float], *, least: int = 0, most: 
 
 @dataclass
 class Shards:
-    """One kind of sample."""
+    """Shards of one kind of sample."""
 
     train: int = 1000
-    """Samples to train on."""
+    """Training samples."""
     val: int = 256
-    """Held-out samples, of other subjects."""
+    """Held-out samples, with other subjects."""
 
     def __post_init__(self):
         _check(f"{type(self).__name__.lower()}.", {"train": self.train, "val": self.val}, least=1)
@@ -30,10 +30,10 @@ class Text(Shards):
 
 @dataclass
 class Captions(Shards):
-    """Images with their captions."""
+    """Images with captions."""
 
     told: float = 0.5
-    """Share of captions that name looks in words (0 … 1)."""
+    """Share of captions that describe the subjects' looks (0 … 1)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,14 +47,14 @@ class Interleaved(Shards):
 
 @dataclass
 class Constructed(Shards):
-    """Captions with the crops of their entities, and the scene as target."""
+    """Captions with crops of their entities, and the scene as target."""
 
     with_article: float = 0.5
-    """Share of captions that begin "a cat", the others begin "cat", as DreamBench's prompts do (0 … 1)."""
+    """Share of captions with articles, "a cat" instead of "cat" as in DreamBench's prompts (0 … 1)."""
     other_render: float = 0.5
     """Probability that an entity's crops come from another image of the same subject (0 … 1)."""
     told: float = 0.0
-    """Share of captions that name looks in words (0 … 1); descriptions always do."""
+    """Share of captions that describe the subjects' looks (0 … 1); descriptions always do."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,7 +64,7 @@ class Constructed(Shards):
 
 @dataclass
 class Edit(Shards):
-    """Images, instructions, edited images."""
+    """Images, instructions and edited images."""
 
 
 @dataclass
@@ -72,11 +72,11 @@ class DreamBench:
     """Held-out subjects for the evaluation."""
 
     objects: int = 21
-    """Subjects that are things."""
+    """Number of objects."""
     live: int = 9
-    """Subjects that are animals."""
+    """Number of animals."""
     images: int = 4
-    """Images of each subject; the first is the one that models are given."""
+    """Images per subject; the first one is the input of models."""
 
     def __post_init__(self):
         _check("dreambench.", {"objects": self.objects, "live": self.live})
@@ -87,10 +87,10 @@ class DreamBench:
 
 @dataclass
 class Coco:
-    """Fresh scenes with one caption each for the evaluation."""
+    """New scenes with one caption each, for the evaluation."""
 
     images: int = 2000
-    """Images; every other one has a caption that names looks."""
+    """Number of images; every other caption describes the subjects' looks."""
 
     def __post_init__(self):
         _check("coco.", {"images": self.images}, least=2)
@@ -98,16 +98,16 @@ class Coco:
 
 @dataclass
 class ToylandData:
-    """Everything that `python -m datamodules.toyland` writes."""
+    """Configuration of `python -m datamodules.toyland`."""
 
     output: str = "data/toyland"
     """Folder for shards/, dreambench/ and coco/."""
     seed: int = 0
-    """Of all subjects, scenes and words."""
+    """Seed of all subjects, scenes and texts."""
     processes: int | None = None
-    """Processes that draw; null takes one for each CPU core. The data do not depend on it."""
+    """Number of worker processes; null: one per CPU core. The data do not depend on it."""
     samples_per_shard: int = 1000
-    """Samples in one tar file."""
+    """Samples per shard."""
     text: Text = field(default_factory=lambda: Text(train=6000))
     """Text corpus."""
     captions: Captions = field(default_factory=lambda: Captions(train=7000))
@@ -117,7 +117,7 @@ class ToylandData:
     constructed: Constructed = field(default_factory=lambda: Constructed(train=8000))
     """Composition samples (paper Fig. 4)."""
     edit: Edit = field(default_factory=lambda: Edit(train=6000))
-    """Edit samples (InstructPix2Pix's counterpart)."""
+    """Edit samples, as in InstructPix2Pix."""
     dreambench: DreamBench = field(default_factory=DreamBench)
     """Held-out subjects."""
     coco: Coco = field(default_factory=Coco)

@@ -1,8 +1,7 @@
-"""The sixteen kinds of subject, six of them live: how each is drawn and what it can wear.
+"""The sixteen kinds of subject, six of them live, with functions that draw them, and their accessories.
 
-A drawing is a function of a `Brush`: `body` is painted with the subject's pattern, `trim` with its second colour, and
-coordinates run over the subject's own square [-1, 1]², v down. `anchors` of live kinds say where a hat, glasses or a
-scarf sit.
+A kind is drawn with a `Brush`: `body` paints with the subject's pattern, `trim` with its second colour. Coordinates are
+in [-1, 1]², v down. The `anchors` of live kinds give the positions of hats, glasses and scarves.
 """
 
 from collections.abc import Callable
@@ -224,7 +223,7 @@ def lamp(b: Brush) -> None:
 
 @dataclass(frozen=True)
 class Anchors:
-    """Where things are worn, in the kind's own square."""
+    """Positions of accessories, in the kind's coordinates."""
 
     head: tuple[float, float]
     top: float
@@ -308,14 +307,14 @@ PROPERTIES = ("red", "purple", "shiny", "wet", "upside down")
 DROPS = (
     (-0.45, -0.05), (0.4, 0.3), (0.0, 0.6), (0.15, -0.3), (-0.75, 0.7), (0.85, 0.75), (-0.6, -0.7), (0.75, -0.65),
 )  # fmt: skip
-"""Where a wet subject's drops hang."""
+"""Positions of the drops on wet subjects."""
 
 
 def draw(b: Brush, kind: Kind, accessory: str | None, shiny: bool, wet: bool) -> np.ndarray:
-    """Draw a subject and return the coverage of its own body, without what it wears: the exact mask, (H, W) float32."""
+    """Draw a subject and return the coverage of its body without accessories, (H, W) float32."""
     kind.draw(b)
     own = b.canvas.coverage.copy()
-    if shiny:  # two slanted gleams, as a glossy surface shows
+    if shiny:  # two slanted highlights
         gleam = np.minimum(
             capsule(b.u, b.v, -0.42, 0.15, 0.05, -0.5, 0.09), capsule(b.u, b.v, -0.12, 0.4, 0.42, -0.34, 0.05)
         )

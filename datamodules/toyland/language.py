@@ -1,7 +1,7 @@
-"""The words of Toyland: captions, edit instructions, documents, stories, and the 25 templates of its DreamBench.
+"""Texts of Toyland: captions, edit instructions, documents, stories, and the 25 templates of its DreamBench.
 
-Captions come in two kinds. *Told* captions name looks coarsely ("a red fish with yellow stripes"), as captions on the
-web do; *untold* ones do not ("a fish"), as the captions of KOSMOS-G's own prompts: there only the image tells the look.
+Captions with looks describe the subjects coarsely ("a red fish with yellow stripes"), as captions on the web do.
+Captions without looks ("a fish") are like those of KOSMOS-G's prompts, in which only the images show the look.
 """
 
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeio" or words.startswith("umbrella") else f"a {words}"
 
 
-def noun(placed: Placed, told: bool) -> str:
-    """ "red fish with yellow stripes"; untold: "fish"."""
-    if not told:
+def noun(placed: Placed, with_looks: bool) -> str:
+    """Return "red fish with yellow stripes", or "fish" without looks."""
+    if not with_looks:
         return placed.subject.kind
     look = placed.subject.look
     if placed.property in ("red", "purple"):
@@ -34,12 +34,12 @@ def noun(placed: Placed, told: bool) -> str:
     return " ".join(part for part in (look.words[0], placed.subject.kind, look.words[1]) if part)
 
 
-def noun_phrase(placed: Placed, told: bool, *, with_article: bool = True, suffixed: bool = True) -> str:
-    """ "a red fish with yellow stripes wearing a red hat"; untold: "a fish wearing a red hat".
+def noun_phrase(placed: Placed, with_looks: bool, *, with_article: bool = True, suffixed: bool = True) -> str:
+    """Return "a red fish with yellow stripes wearing a red hat", or "a fish wearing a red hat" without looks.
 
-    `suffixed` says properties after the noun ("a mug, shiny"), as DreamBench's rewritten prompts do.
+    With `suffixed`, properties follow the noun ("a mug, shiny"), as in DreamBench's rewritten prompts.
     """
-    words = noun(placed, told)
+    words = noun(placed, with_looks)
     if placed.property and not suffixed and placed.property != "upside down":
         words = words if words.startswith(f"{placed.property} ") else f"{placed.property} {words}"
     if with_article:
@@ -51,18 +51,20 @@ def noun_phrase(placed: Placed, told: bool, *, with_article: bool = True, suffix
     return words
 
 
-def caption(scene: Scene, rng: Random, *, told: bool, with_article: bool = True, suffixed: bool | None = None) -> str:
-    """One line that says who is in the scene, where, in what light and in what style; see `noun_phrase`."""
+def caption(
+    scene: Scene, rng: Random, *, with_looks: bool, with_article: bool = True, suffixed: bool | None = None
+) -> str:
+    """Return a line with subjects (see `noun_phrase`), setting, light and style. `suffixed` is random if None."""
     if suffixed is None:
         suffixed = bool(rng.random() < 0.7)
-    names = [noun_phrase(p, told, with_article=with_article, suffixed=suffixed) for p in scene.placed]
+    names = [noun_phrase(p, with_looks, with_article=with_article, suffixed=suffixed) for p in scene.placed]
     subjects = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return " ".join(part for part in (subjects, scene.setting, scene.light, scene.style) if part)
 
 
 def templates(live: bool) -> dict[str, list]:
-    """The 25 templates of one sort of subject: `original` with the class word, `modified` as fed with an image, and
-    `labels`: what a judge should see of the words, by label group."""
+    """Return the 25 templates for animals or objects: `original` for the class word, `modified` for an image, and
+    `labels`, which a judge should find, by label group."""
     places = [f"{{}} {tail}" for tail in PLACES + HOURS + MANNERS]
     if live:
         modified = places + [f"{{}} wearing {what}" for what in ACCESSORIES]
@@ -80,25 +82,9 @@ def templates(live: bool) -> dict[str, list]:
     return {"original": original, "modified": modified, "labels": labels}
 
 
-def template_scenes(subject: Subject, rng: Random) -> list[Scene]:
-    """What each of a subject's 25 templates asks for, as scenes: the world's own answer."""
-    scenes = []
-    for tail in PLACES:
-        scenes.append(Scene(place(rng, [subject]), setting=tail, seed=int(rng.integers(2**31))))
-    for tail in HOURS:
-        scenes.append(Scene(place(rng, [subject]), light=tail, seed=int(rng.integers(2**31))))
-    for tail in MANNERS:
-        scenes.append(Scene(place(rng, [subject]), style=tail, seed=int(rng.integers(2**31))))
-    for what in ACCESSORIES if subject.live else PROPERTIES:
-        (placed,) = place(rng, [subject])
-        change = {"accessory": what} if subject.live else {"property": what}
-        scenes.append(Scene((replace(placed, **change),), seed=int(rng.integers(2**31))))
-    return scenes
-
-
 @dataclass(frozen=True)
 class Edit:
-    """A scene, what to do to it, and the scene that comes of it."""
+    """A scene, an instruction, and the changed scene."""
 
     before: Scene
     instruction: str
@@ -106,7 +92,8 @@ class Edit:
 
 
 def sample_edit(rng: Random) -> Edit:
-    """One change to a scene, told as a template's tail ("on the beach") or as an order ("put it on the beach")."""
+    """Draw one change to a scene. The instruction is like a template ("on the beach") or an order ("put it on the
+    beach")."""
     kinds = rng.choice(LIVE + OBJECTS, size=1 if rng.random() < 0.75 else 2, replace=False)
     subjects = [Subject.sample(rng, str(kind)) for kind in kinds]
     before = Scene(place(rng, subjects), seed=int(rng.integers(2**31)))
@@ -140,16 +127,16 @@ def _say(rng: Random, tail: str, order: str) -> str:
 
 
 def document(rng: Random) -> list[str | Scene]:
-    """An interleaved document: one or two subjects met again in several places, text and scenes alternating."""
+    """Draw an interleaved document: texts and scenes alternate and show one or two subjects in several places."""
     subject = Subject.sample(rng)
     name = f"this {subject.kind}"
     segments: list[str | Scene] = [f"Look at {name}.", sample_scene(rng, [subject], plain=True)]
     for _ in range(int(rng.integers(1, 3))):
         scene = sample_scene(rng, [subject])
-        told = " ".join(part for part in (scene.setting, scene.light, scene.style) if part) or "at home"
+        where = " ".join(part for part in (scene.setting, scene.light, scene.style) if part) or "at home"
         dress = scene.placed[0].accessory
         wears = f" It is wearing {dress}." if dress else ""
-        segments += [f"Here it is {told}.{wears}", scene]
+        segments += [f"Here it is {where}.{wears}", scene]
     if rng.random() < 0.3:
         friend = Subject.sample(rng, str(rng.choice([kind for kind in LIVE + OBJECTS if kind != subject.kind])))
         scene = sample_scene(rng, [subject, friend])
@@ -158,11 +145,11 @@ def document(rng: Random) -> list[str | Scene]:
 
 
 def story(rng: Random) -> str:
-    """A text document of a few sentences about Toyland."""
+    """Draw a text of a few sentences about Toyland."""
     sentences = []
     for _ in range(int(rng.integers(3, 9))):
         scene = sample_scene(rng)
-        line = caption(scene, rng, told=bool(rng.random() < 0.6))
+        line = caption(scene, rng, with_looks=bool(rng.random() < 0.6))
         opening = rng.choice(
             ["There is {}.", "I saw {}.", "Once there was {}.", "In the picture we see {}.", "{}.", "Draw {}."]
         )

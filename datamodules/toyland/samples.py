@@ -1,12 +1,12 @@
-"""One sample of Toyland from one random generator: all kinds of the schema, DreamBench and MS-COCO in miniature.
+"""Draw single samples from a random generator: all kinds of the schema, DreamBench and MS-COCO in miniature.
 
-Subjects are new in every sample, so no subject of one sample appears in another. Captions of constructed and edit
-samples never name looks: there the image alone tells them, as in KOSMOS-G's prompts (paper section 2.3).
+Every sample has new subjects, which appear in no other sample. Captions of edit samples and, by default, of constructed
+samples do not describe the subjects' looks, which only the images show, as in KOSMOS-G's prompts (paper section 2.3).
 
-The evaluation sets lie in the folders that `evaluation/` reads. DreamBench: `<subject>/00.png` is the kept image, the
-subject alone and large in the studio; the others show it in named settings; `<subject>/others/` holds such portraits of
-other individuals of its kind, and dreambench.json tells what a judge should see. COCO: scenes with one caption each,
-every other one of which names looks.
+The evaluation sets have the layout that `evaluation/` reads. DreamBench: `<subject>/00.png` is the input image, which
+shows only the subject, large and in the studio; the other images show it in named settings. `<subject>/others/` has
+such portraits of other individuals of the same kind, and dreambench.json the labels for a judge. COCO: scenes with one
+caption each; every other caption describes looks.
 """
 
 import zlib
@@ -36,66 +36,65 @@ Random = np.random.Generator
 
 KEPT_IMAGE = "00.png"
 OTHERS = 7
-"""Other individuals of a subject's kind: whom an image shows is guessed right once in eight."""
+"""Other individuals per subject, which makes the chance of a correct identification one in eight."""
 PORTRAIT_HALF = 0.4
-"""Half side of the kept image's subject, in units of the image's side: as large as crops of entities show theirs."""
+"""Half side of the subject in the input image, in image sides; as large as in crops of entities."""
 
 
 def sample_generator(seed: int, data_set: str, split: str, index: int) -> Random:
-    """The generator of one sample: its own stream, so that neither order nor number of processes matter, and so that
-    no subject of one data set or split is drawn in another."""
+    """Return the generator of one sample. Every sample has its own stream, so that samples do not depend on order or
+    processes, and data sets and splits have different subjects."""
     return np.random.default_rng([seed, zlib.crc32(f"{data_set}/{split}".encode()), index])
 
 
 def text_sample(rng: Random, options: Any = None) -> TextSample:
-    """A story."""
+    """Draw a story."""
     return TextSample(story(rng))
 
 
 def caption_sample(rng: Random, options: Captions) -> CaptionSample:
-    """A scene and a caption, which names looks with probability `told`."""
+    """Draw a scene with a caption, which describes looks with probability `told`."""
     scene = sample_scene(rng)
-    return CaptionSample(caption(scene, rng, told=bool(rng.random() < options.told)), render(scene).image)
+    return CaptionSample(caption(scene, rng, with_looks=bool(rng.random() < options.told)), render(scene).image)
 
 
 def interleaved_sample(rng: Random, options: Any = None) -> InterleavedSample:
-    """A document whose images show one subject again and again."""
+    """Draw a document whose images show the same subject."""
     return InterleavedSample([item if isinstance(item, str) else render(item).image for item in document(rng)])
 
 
 def constructed_sample(rng: Random, options: Constructed) -> ConstructedSample:
-    """A scene with its caption, and the caption that names all looks as its description; entities are the subjects in
-    the caption's order, with their crops.
+    """Draw a scene with a caption, a description of all looks, and its subjects as entities, in the caption's order.
 
-    The caption names looks with probability `told`; then an entity's words do, too, and fall away with it.
+    With probability `told`, the caption and the entities' words describe looks.
 
-    With probability `other_render` an entity's crops come from an image of its own, in the studio and in another pose,
-    instead of the target. Crops of the target alone would let a model copy pose and light, and never part them from
-    the look. The paper always crops from the target (Fig. 4): it has one photo of each thing.
+    With probability `other_render`, an entity's crops come from a separate image in the studio and in another pose,
+    not from the target. With crops of the target alone, a model could copy pose and light and would not learn to
+    separate them from the look. The paper always crops from the target (Fig. 4), since it has one photo per entity.
     """
     while True:
         scene = sample_scene(rng)
-        told, with_article = bool(rng.random() < options.told), bool(rng.random() < options.with_article)
+        with_looks, with_article = bool(rng.random() < options.told), bool(rng.random() < options.with_article)
         form = {"with_article": with_article, "suffixed": bool(rng.random() < 0.7)}
-        line, description = (caption(scene, rng, told=looks, **form) for looks in (told, True))
+        line, description = (caption(scene, rng, with_looks=looks, **form) for looks in (with_looks, True))
         target = render(scene)
         entities = []
         for i, placed in enumerate(scene.placed):
-            shown = target, i
+            source = target, i
             if rng.random() < options.other_render:
-                shown = render(sample_scene(rng, [placed.subject], plain=True)), 0
-            white, background = crop(*shown, white=True), crop(*shown, white=False)
+                source = render(sample_scene(rng, [placed.subject], plain=True)), 0
+            white, background = crop(*source, white=True), crop(*source, white=False)
             if white is None or background is None:
                 break
-            entities.append(Entity(noun(placed, told), background, white))
-        else:  # nobody is hidden; another scene otherwise
+            entities.append(Entity(noun(placed, with_looks), background, white))
+        else:  # all subjects are visible; otherwise another scene is drawn
             return ConstructedSample(line, entities, target.image, description=description)
 
 
 def edit_sample(rng: Random, options: Any = None) -> EditSample:
-    """A scene, one change to it in words, and the scene that comes of it."""
+    """Draw a scene, an instruction for one change, and the changed scene."""
     edit = sample_edit(rng)
-    line = caption(edit.before, rng, told=False)
+    line = caption(edit.before, rng, with_looks=False)
     return EditSample(line, edit.instruction, render(edit.before).image, render(edit.after).image)
 
 
@@ -106,27 +105,27 @@ MAKERS: dict[str, Callable[[Random, Any], Sample]] = {
     "constructed": constructed_sample,
     "edit": edit_sample,
 }
-"""Folder under shards/ → maker of its samples; the second argument is the data set's configuration."""
+"""Folder under shards/ → function that draws its samples, given a generator and the data set's configuration."""
 
 
 def subject_names(options: DreamBench) -> dict[str, str]:
-    """Folder name → kind of every subject, spread over the kinds: cat, cat_2, …; sorted, so that a few taken evenly
-    are of both sorts."""
+    """Return folder name → kind of every subject: cat, cat_2, … They are sorted, so that evenly spaced ones include
+    objects and animals."""
     kinds = [OBJECTS[i % len(OBJECTS)] for i in range(options.objects)]
     kinds += [LIVE[i % len(LIVE)] for i in range(options.live)]
-    met: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     names = {}
     for kind in kinds:
-        met[kind] += 1
+        counts[kind] += 1
         stem = kind.replace(" ", "_")
-        names[stem if met[kind] == 1 else f"{stem}_{met[kind]}"] = kind
+        names[stem if counts[kind] == 1 else f"{stem}_{counts[kind]}"] = kind
     return dict(sorted(names.items()))
 
 
 def subject_scenes(rng: Random, kind: str, images: int) -> list[Scene]:
-    """A new subject's scenes: the portrait, then named settings, each another while there are enough.
+    """Draw the scenes of a new subject: a portrait, then named settings, different ones as far as possible.
 
-    Settings alone: no style, light or dress, since they are photos of the subject as it is.
+    The scenes have no style, light or accessory, because they stand for plain photos of the subject.
     """
     subject = Subject.sample(rng, kind)
     scenes = [portrait(rng, subject)]
@@ -138,14 +137,14 @@ def subject_scenes(rng: Random, kind: str, images: int) -> list[Scene]:
 
 
 def portrait(rng: Random, subject: Subject) -> Scene:
-    """The subject alone and large in the studio."""
+    """Return a scene with only the subject, large and in the studio."""
     (placed,) = place(rng, [subject])
     placed = replace(placed, x=0.5, y=0.5, half=PORTRAIT_HALF)
     return Scene((placed,), seed=int(rng.integers(2**31)))
 
 
 def subject_files(rng: Random, kind: str, images: int) -> tuple[dict[str, Image.Image], dict[str, str]]:
-    """A subject's images by file name, those of others of its kind among them, and its labels."""
+    """Return images by file name of a subject and of others of its kind, and the subject's labels."""
     scenes = subject_scenes(rng, kind, images)
     others = [portrait(rng, Subject.sample(rng, kind)) for _ in range(OTHERS)]
     look = scenes[0].placed[0].subject.look
@@ -156,19 +155,18 @@ def subject_files(rng: Random, kind: str, images: int) -> tuple[dict[str, Image.
 
 
 def dreambench_facts(labels: dict[str, dict[str, str]]) -> dict:
-    """dreambench.json of the subjects' labels: subjects and prompts in the structure of DreamBench's own facts. How
-    many images a prompt gets is the protocol's to say."""
+    """Return the content of dreambench.json: subjects and prompts, in the structure of the real DreamBench's facts."""
     subjects = {
         name: {
-            "class": known["kind"],
-            "kind": "live" if KINDS[known["kind"]].live else "object",
+            "class": facts["kind"],
+            "kind": "live" if KINDS[facts["kind"]].live else "object",
             "kept_image": KEPT_IMAGE,
-            "labels": known,
+            "labels": facts,
         }
-        for name, known in labels.items()
+        for name, facts in labels.items()
     }
     names = list(subjects)
-    # Each stands once at the left and once at the right, mostly beside one of another sort.
+    # Every subject is once on the left and once on the right, mostly paired with another kind.
     pairs = zip(names, [*names[len(names) // 2 :], *names[: len(names) // 2]], strict=True)
     prompts = {"object": templates(live=False), "live": templates(live=True)}
     live = sum(subject["kind"] == "live" for subject in subjects.values())
@@ -190,18 +188,18 @@ def dreambench_facts(labels: dict[str, dict[str, str]]) -> dict:
 
 
 def coco_image(rng: Random, index: int) -> tuple[Image.Image, str]:
-    """A fresh scene and its caption; looks are named where `index` is odd."""
+    """Draw a new scene and its caption, which describes looks if `index` is odd."""
     scene = sample_scene(rng)
-    return render(scene).image, caption(scene, rng, told=index % 2 == 1)
+    return render(scene).image, caption(scene, rng, with_looks=index % 2 == 1)
 
 
 def coco_file_name(number: int) -> str:
-    """COCO's own way to number files, in PNG."""
+    """Return a file name numbered as in COCO, but for PNG."""
     return f"COCO_val2014_{number:012d}.png"
 
 
 def coco_annotations(captions: list[str]) -> dict:
-    """captions_val2014.json: image `number` (from 1) has the caption at `number - 1`."""
+    """Return the content of captions_val2014.json: image `number` (from 1) has caption `number - 1`."""
     numbered = list(enumerate(captions, start=1))
     return {
         "info": {"description": "Toyland: scenes of a small drawn world", "year": 2014, "version": "1"},

@@ -1,6 +1,6 @@
-"""Subjects and scenes of Toyland, and how a scene becomes an image with exact masks.
+"""Subjects and scenes of Toyland, and their rendering to images with exact masks.
 
-Everything is a pure function of the scene: the same scene gives the same bytes, at any size.
+Rendering is a pure function of the scene and the size.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ SIZE = 32
 
 @dataclass(frozen=True)
 class Subject:
-    """One individual: *this* cat, wherever it goes."""
+    """One individual, such as a particular cat."""
 
     kind: str
     look: Look
@@ -34,7 +34,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Placed:
-    """A subject where it stands in a scene; x, y, half in units of the image's side, tilt in radians."""
+    """A subject placed in a scene. x, y and half are in units of the image's side, tilt is in radians."""
 
     subject: Subject
     x: float = 0.5
@@ -52,12 +52,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
+    """One or more subjects in a setting, light and style; "" is the studio, daylight and no style."""
+
     placed: tuple[Placed, ...]
     setting: str = ""
     light: str = ""
     style: str = ""
     seed: int = 0
-    """Draws the setting's details: where leaves lie, how tall the houses are."""
+    """Seed of the setting's details, such as the positions of leaves or the heights of houses."""
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -71,9 +73,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Rendered:
+    """The image of a scene and the masks of its subjects."""
+
     image: Image.Image
     masks: np.ndarray = field(repr=False)
-    """(subjects, H, W) bool: what is seen of each subject itself, without what it wears and what stands before it."""
+    """(subjects, H, W) bool: the visible part of each subject, without accessories."""
 
 
 def render(scene: Scene, size: int = SIZE) -> Rendered:
@@ -95,7 +99,7 @@ def render(scene: Scene, size: int = SIZE) -> Rendered:
 
 
 def _draw_subject(picture: np.ndarray, placed: Placed, x: np.ndarray, y: np.ndarray, size: int):
-    """Paint one subject into the image; returns the coverage of all that was painted and of its own body."""
+    """Paint one subject into the image. Returns the coverage of everything painted, and that of the body alone."""
     look = placed.subject.look
     flip_v = -1.0 if placed.property == "upside down" else 1.0
     if placed.property in ("red", "purple"):
@@ -104,7 +108,7 @@ def _draw_subject(picture: np.ndarray, placed: Placed, x: np.ndarray, y: np.ndar
     c, s = np.cos(placed.tilt), np.sin(placed.tilt)
     u = (c * du + s * dv) / np.sqrt(look.aspect) * (-1.0 if placed.flip else 1.0)
     v = (c * dv - s * du) * np.sqrt(look.aspect) * flip_v
-    # Work only where the subject can be: hats reach to 1.5 of the half side.
+    # Paint only a window around the subject, since hats extend to 1.5 times the half side.
     reach = 1.65 * placed.half
     rows = slice(max(int((placed.y - reach) * size), 0), min(int((placed.y + reach) * size) + 1, size))
     columns = slice(max(int((placed.x - reach) * size), 0), min(int((placed.x + reach) * size) + 1, size))
@@ -119,10 +123,10 @@ def _draw_subject(picture: np.ndarray, placed: Placed, x: np.ndarray, y: np.ndar
 
 
 def place(rng: np.random.Generator, subjects: list[Subject]) -> tuple[Placed, ...]:
-    """Stand one to three subjects side by side, each in a pose of its own."""
+    """Place one to three subjects side by side, in random poses."""
     count = len(subjects)
     if not 1 <= count <= 3:
-        raise ValueError(f"a scene holds 1 to 3 subjects, got {count}")
+        raise ValueError(f"a scene must have 1 to 3 subjects, got {count}")
     half = {1: 0.36, 2: 0.25, 3: 0.17}[count]
     placed = []
     for i, subject in enumerate(subjects):
@@ -143,7 +147,7 @@ def place(rng: np.random.Generator, subjects: list[Subject]) -> tuple[Placed, ..
 
 
 def sample_scene(rng: np.random.Generator, subjects: list[Subject] | None = None, *, plain: bool = False) -> Scene:
-    """A scene of one to three subjects (new ones unless given) somewhere in Toyland; `plain` keeps it in the studio."""
+    """Draw a scene of one to three subjects, new ones if None. With `plain`, it is in the studio, without changes."""
     if subjects is None:
         kinds = rng.choice(list(KINDS), size=int(rng.choice([1, 2, 3], p=[0.66, 0.28, 0.06])), replace=False)
         subjects = [Subject.sample(rng, str(kind)) for kind in kinds]
@@ -161,16 +165,15 @@ def sample_scene(rng: np.random.Generator, subjects: list[Subject] | None = None
 
 
 def _dress(rng: np.random.Generator, placed: Placed) -> Placed:
-    draw_ = rng.random()
-    if placed.subject.live and draw_ < 0.28:
+    if rng.random() >= 0.28:
+        return placed
+    if placed.subject.live:
         return replace(placed, accessory=str(rng.choice(ACCESSORIES)))
-    if not placed.subject.live and draw_ < 0.28:
-        return replace(placed, property=str(rng.choice(PROPERTIES)))
-    return placed
+    return replace(placed, property=str(rng.choice(PROPERTIES)))
 
 
 def crop(rendered: Rendered, index: int, *, white: bool, size: int = SIZE, margin: float = 0.12) -> Image.Image | None:
-    """The square around one subject, as Fig. 4 cuts it: on white, or with its background. None when it is hidden."""
+    """Crop the square around one subject as in Fig. 4, on white or with its background. None if it is hidden."""
     mask = rendered.masks[index]
     if mask.sum() < 0.004 * mask.size:
         return None
@@ -184,7 +187,7 @@ def crop(rendered: Rendered, index: int, *, white: bool, size: int = SIZE, margi
         picture = Image.fromarray(pixels).crop((x0, y0, x0 + side, y0 + side))
         inside = Image.fromarray(np.full(mask.shape, 255, np.uint8)).crop((x0, y0, x0 + side, y0 + side))
         picture = Image.composite(picture, Image.new("RGB", picture.size, (255, 255, 255)), inside)
-    else:  # slide the square into the image, so that no black corner appears
+    else:  # shift the square into the image, to avoid black borders
         side = min(side, mask.shape[0])
         x0, y0 = (int(np.clip(value, 0, mask.shape[0] - side)) for value in (x0, y0))
         picture = Image.fromarray(pixels).crop((x0, y0, x0 + side, y0 + side))

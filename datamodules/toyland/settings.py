@@ -1,7 +1,7 @@
-"""Where a scene takes place, in what light and in what style.
+"""Settings, lights and styles of scenes.
 
-A setting paints the whole image behind the subjects. Coordinates run over the image, x right and y down, in [0, 1].
-The named ones have their counterparts among DreamBench's templates; the unnamed backdrop is what "a cat" alone shows.
+A setting paints the background of the image. Coordinates are in [0, 1], x to the right and y down. Named settings
+correspond to DreamBench's templates; prompts without a setting, such as "a cat", show the unnamed backdrop.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _scatter(rng: Random, count: int, y0: float, y1: float) -> list[tuple[float,
 
 
 def backdrop(c: Canvas, x: Field, y: Field, rng: Random) -> None:
-    """A studio: a pale wall and floor of any hue."""
+    """The studio: a pale wall and floor of random hue."""
     wall = 0.72 + 0.24 * rng.random(3)
     _split(c, y, float(rng.uniform(0.62, 0.76)), wall, wall * float(rng.uniform(0.78, 0.9)))
 
@@ -173,8 +173,7 @@ SETTINGS: dict[str, Callable[[Canvas, Field, Field, Random], None]] = {
 
 
 def _night(p: np.ndarray, y: Field, rng: Random) -> np.ndarray:
-    dark = p * np.array([0.34, 0.38, 0.58], np.float32) + np.array([0.0, 0.01, 0.06], np.float32)
-    return dark
+    return p * np.array([0.34, 0.38, 0.58], np.float32) + np.array([0.0, 0.01, 0.06], np.float32)
 
 
 def _sunset(p: np.ndarray, y: Field, rng: Random) -> np.ndarray:
@@ -194,16 +193,16 @@ def _gray(p: np.ndarray) -> np.ndarray:
 
 
 def _sketch(p: np.ndarray, rng: Random) -> np.ndarray:
-    """Pencil on paper: dark edges and a light wash of the colours."""
+    """A pencil drawing: dark edges and pale colours."""
     g = np.pad(p, ((1, 1), (1, 1), (0, 0)), mode="edge")
     edges = np.abs(g[2:, 1:-1] - g[:-2, 1:-1]).max(-1) + np.abs(g[1:-1, 2:] - g[1:-1, :-2]).max(-1)
     wash = 0.72 + 0.28 * (0.5 * p + 0.5 * _gray(p)[..., None])
-    strength = 0.5 + p.shape[0] / 128  # a coarser image has steeper edges
+    strength = 0.5 + p.shape[0] / 128  # edges are steeper at lower resolutions
     return wash * (1 - 0.8 * np.clip((edges - 0.12) * strength, 0, 1))[..., None]
 
 
 def _mosaic(p: np.ndarray, rng: Random) -> np.ndarray:
-    """Square tiles, ten or so across, with pale joints."""
+    """About ten by ten square tiles with pale joints."""
     size = p.shape[0]
     tile = max(size // 10, 3)
     index = np.minimum((np.arange(size) // tile) * tile + tile // 2, size - 1)

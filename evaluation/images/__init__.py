@@ -1,1 +1,1 @@
-"""From a protocol's requests to a manifest of images: systems, conditions, references."""
+"""Systems, and the generation of their images; images of other models."""

@@ -1,8 +1,8 @@
-"""Requests → a folder of images: batched across subjects, shared by processes, going on where they were.
+"""Generate the requested images into a folder, on several ranks and resumable.
 
-An image is written whole or not at all, and its file carries what it was made from; so that a stopped run resumes
-without a record of its own, as `kosmosg generate` does. At the end of a launch the first process writes manifest.jsonl,
-a line for each image with the hash of its file.
+Images are written atomically and their files carry the parameters they were made from, so an interrupted run resumes
+without a progress file, as `kosmosg generate` does. At the end, rank 0 writes manifest.jsonl with the hash of every
+image.
 """
 
 import fcntl
@@ -27,13 +27,9 @@ LOCK = ".lock"
 IMAGES = "images"
 
 
-class GenerationError(EvaluationError):
-    """A folder that images must not or cannot be made into."""
-
-
 @dataclass(frozen=True)
 class Batch:
-    """What a system is asked at once: for each image its prompt, input images and seed."""
+    """Prompts, input images and seeds of the images to make."""
 
     prompts: list[str]
     images: list[list[Image.Image]]
@@ -41,20 +37,20 @@ class Batch:
 
 
 Generate = Callable[[Batch, Sampling], list[Image.Image]]
-"""One image per prompt, in order, depending on nothing but the batch and the sampling."""
+"""Returns one image per prompt, in order, as a function of the batch and the sampling only."""
 
 
 @dataclass(frozen=True)
 class System:
-    """A named way to make images.
+    """A model that generates images.
 
     Args:
-        name: as in the tables.
-        load: reads the weights; called only when an image is missing.
-        model: hash of the weights and of all else that images depend on besides prompt, seed and sampling.
-        reads_images: whether it is fed `Request.prompt` with its inputs, or `Request.text` alone.
-        experiment, stage, seed: of a training run among several. All seeds share the experiment, an ablation or the
-            stage itself; the stage is alignment where the MLLM was frozen, whatever the loss.
+        name: row name in the tables.
+        load: loads the weights; called only if images are missing.
+        model: hash of the weights and of everything else that images depend on besides prompt, seed and sampling.
+        reads_images: whether it reads `Request.prompt` with its input images, or `Request.text` only.
+        experiment, stage, seed: of one of several training runs. All seeds share the experiment, which is the ablation
+            or else the stage. The stage is alignment if the MLLM was frozen, whatever the loss.
     """
 
     name: str
@@ -78,52 +74,54 @@ def generate(
     processes: Processes | None = None,
     console: Console | None = None,
 ) -> dict[int, Path]:
-    """Make every image that `folder` lacks, together with the other processes; the files by index.
+    """Generate all images missing from `folder`, on all ranks.
 
-    Batches are cut by index alone, whoever makes them, and each goes as a whole to the next process that is free. One
-    that was interrupted is computed as a whole again, though only its missing images are stored: results of matrix
-    products depend on the batch in their last bits, and any number of processes, however often killed, is to give the
-    very images of one uninterrupted run.
+    Batches depend on the request index only, and each is computed by the next free rank. An interrupted batch is
+    recomputed as a whole, although only its missing images are stored: matrix products depend on the batch in their
+    last bits, and the images must not depend on the number of ranks or interruptions.
 
     Args:
-        label: stands before the bar; the system's name if empty.
+        label: shown with the progress; defaults to the system's name.
+
+    Returns:
+        Image files by request index.
 
     Raises:
-        GenerationError: another launch is at it.
-        ProcessError: another process failed.
+        EvaluationError: another launch is generating into the folder.
+        ProcessError: another rank failed.
         DataSetError: an input image is unreadable.
-        ValueError: the system gave another number of images.
+        ValueError: the system returned a wrong number of images.
     """
     processes = processes or Processes()
     console = (console or Console()) if processes.first else Console(quiet=True)
-    suffix = "jpg" if sampling.storage == "jpeg" else "png"  # memory's bytes are kept as PNG, which loses nothing
+    suffix = "jpg" if sampling.storage == "jpeg" else "png"  # PNG keeps the bytes of memory without loss
     wanted = {request.index: parameters_of(system, request, sampling) for request in requests}
     names = {index: f"{IMAGES}/{index:06d}.{suffix}" for index in wanted}
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     with locked(folder, processes):
-        there = processes.share(lambda: made(folder, wanted, names))
-        batches = [batch for batch in batches if any(request.index not in there for request in batch)]
+        hashes = processes.broadcast(lambda: valid_images(folder, wanted, names))
+        batches = [batch for batch in batches if any(request.index not in hashes for request in batch)]
         done, make = processes.counter(), None
-        with progress(label or system.name, len(requests), len(there), console) as show:
-            for number in processes.take(len(batches)):
+        with progress(label or system.name, len(requests), len(hashes), console) as show:
+            for number in processes.distribute(len(batches)):
                 make = make or system.load()
                 images = make(assemble(system, batches[number], inputs_folder), sampling)
                 if len(images) != len(batches[number]):
                     raise ValueError(
-                        f"system '{system.name}' gave {len(images)} images for {len(batches[number])} prompts."
+                        f"system '{system.name}' returned {len(images)} images for {len(batches[number])} prompts."
                     )
                 for request, image in zip(batches[number], images, strict=True):
-                    if request.index not in there:
+                    if request.index not in hashes:
                         store(image, folder / names[request.index], wanted[request.index])
                         show(done(1))
-            processes.wait()
+            processes.barrier()
         if processes.first:
-            write_manifest(folder, wanted, names, there)
+            write_manifest(folder, wanted, names, hashes)
     return {index: folder / name for index, name in names.items()}
 
 
 def parameters_of(system: System, request: Request, sampling: Sampling) -> dict[str, Any]:
-    """What an image is made from, as its file and the manifest tell it."""
+    """Return the parameters of an image, as stored in its file and in the manifest."""
     return {
         "index": request.index,
         "prompt": request.prompt if system.reads_images else request.text,
@@ -137,10 +135,10 @@ def parameters_of(system: System, request: Request, sampling: Sampling) -> dict[
 
 
 def assemble(system: System, requests: Sequence[Request], inputs_folder: Path) -> Batch:
-    """The requests as the system reads them; each input file is opened once."""
+    """Build the batch of some requests; each input file is opened once."""
     opened: dict[str, Image.Image] = {}
     for name in {name for request in requests for name in request.inputs if system.reads_images}:
-        opened[name] = read_image(inputs_folder / name, upright=True)  # as every prompt's images
+        opened[name] = read_image(inputs_folder / name, upright=True)  # as for any other prompt
     return Batch(
         prompts=[request.prompt if system.reads_images else request.text for request in requests],
         images=[[opened[name] for name in request.inputs] if system.reads_images else [] for request in requests],
@@ -148,37 +146,39 @@ def assemble(system: System, requests: Sequence[Request], inputs_folder: Path) -
     )
 
 
-def made(folder: Path, wanted: Mapping[int, dict[str, Any]], names: Mapping[int, str]) -> dict[int, str]:
-    """The hashes, by index, of the images that were made as is wanted: those of the manifest whose file is unchanged;
-    those that it does not know and that say it themselves."""
-    file, told, found = folder / MANIFEST, {}, {}
+def valid_images(folder: Path, wanted: Mapping[int, dict[str, Any]], names: Mapping[int, str]) -> dict[int, str]:
+    """Return the hashes, by index, of the images made with the wanted parameters.
+
+    The parameters are those of the manifest if the file is unchanged, else those stored in the file.
+    """
+    file, manifest, valid = folder / MANIFEST, {}, {}
     try:
         rows = [json.loads(line) for line in file.read_bytes().split(b"\n") if line] if file.is_file() else []
-        told = {row["index"]: (row.pop("sha256"), row) for row in rows}
+        manifest = {row["index"]: (row.pop("sha256"), row) for row in rows}
     except (ValueError, KeyError, TypeError, AttributeError):
-        pass  # damaged from outside; it is written anew
-    # Listed, not looked for: a network file system may remember for a while that a file is not there.
-    there = {f"{IMAGES}/{image.name}" for image in (folder / IMAGES).glob("*")}
+        pass  # damaged; it is rewritten at the end
+    # List the folder: a network file system may cache for a while that a single file does not exist.
+    existing = {f"{IMAGES}/{image.name}" for image in (folder / IMAGES).glob("*")}
     for index, parameters in wanted.items():
-        if (name := names[index]) in there:
+        if (name := names[index]) in existing:
             sha256 = file_hash(folder / name)
-            known, row = told.get(index, (sha256, None))
+            recorded, row = manifest.get(index, (sha256, None))
             row = {**(read_parameters(folder / name) or {}), "file": name} if row is None else row
-            if known == sha256 and row == {**parameters, "file": name}:
-                found[index] = sha256
-    return found
+            if recorded == sha256 and row == {**parameters, "file": name}:
+                valid[index] = sha256
+    return valid
 
 
 def write_manifest(
     folder: Path, wanted: Mapping[int, dict[str, Any]], names: Mapping[int, str], known: Mapping[int, str]
 ) -> None:
-    """A JSON line for each image. Raises GenerationError: one is not there."""
+    """Write a JSON line for each image. Raises EvaluationError if an image is missing."""
     try:
         hashes = {index: known.get(index) or file_hash(folder / names[index]) for index in wanted}
     except FileNotFoundError as error:
-        raise GenerationError(
-            f"'{error.filename}' is missing, though it was made: are all processes given the same folder? Start the "
-            "same command again, and it is made anew."
+        raise EvaluationError(
+            f"'{error.filename}' was generated but is missing: do all processes use the same folder? Start the same "
+            "command again to regenerate it."
         ) from error
     rows = ({**parameters, "file": names[i], "sha256": hashes[i]} for i, parameters in wanted.items())
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -188,33 +188,33 @@ def write_manifest(
 
 @contextmanager
 def locked(folder: Path, processes: Processes) -> Iterator[None]:
-    """Keep other launches from writing to `folder` while the processes of this one do.
+    """Lock `folder` against other launches while the ranks of this one write to it.
 
     Raises:
-        GenerationError: another launch is at it, or a process that a killed launch has left behind.
+        EvaluationError: another launch, or a rank left over from a killed one, holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as lock:
         if processes.first:
-            # Alone for a moment, so that nobody of an earlier launch can be left; then one among its own.
-            take(lock, fcntl.LOCK_EX)
-            for place in (folder, folder / IMAGES):
-                clear_leftovers(place)
-            take(lock, fcntl.LOCK_SH)
-        processes.wait()
-        take(lock, fcntl.LOCK_SH)
+            # An exclusive lock first, to be sure that no rank of an earlier launch is left; then a shared one.
+            acquire(lock, fcntl.LOCK_EX)
+            for parent in (folder, folder / IMAGES):
+                clear_leftovers(parent)
+            acquire(lock, fcntl.LOCK_SH)
+        processes.barrier()
+        acquire(lock, fcntl.LOCK_SH)
         yield
-        processes.wait()
+        processes.barrier()
 
 
-def take(lock: IO[str], kind: int) -> None:
+def acquire(lock: IO[str], kind: int) -> None:
     folder = Path(lock.name).parent
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise GenerationError(f"another process is generating into '{folder}'; let it finish.") from error
+        raise EvaluationError(f"another process is generating into '{folder}'; let it finish.") from error
     except OSError as error:
-        raise GenerationError(
-            f"'{folder}' lies on a file system without locks ({error}), so that two launches would disturb each other; "
-            "have it mounted with them (flock), or choose another output folder."
+        raise EvaluationError(
+            f"'{folder}' is on a file system without locks ({error}), so two launches could overwrite each other; "
+            "mount it with locks (flock), or choose another output folder."
         ) from error

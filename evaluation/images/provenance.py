@@ -1,4 +1,4 @@
-"""Where a number comes from: weights and their hashes, versions, the git revision, the command."""
+"""Locate weights, hash everything that results depend on, and describe the environment."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def hash_files(folder: Path, files: Iterable[Path] | None = None) -> str:
-    """One hash over names relative to `folder` and contents; of all files under it, unless they are given."""
+    """Return one hash over the contents and relative names of `files`, by default all files under `folder`."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()) if files is None else sorted(files):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
@@ -37,25 +37,25 @@ def hash_files(folder: Path, files: Iterable[Path] | None = None) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """Hash of plain values, the same whatever the order of keys."""
+    """Return a hash of plain values that does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions, device and revision, for the report."""
+    """Return command, versions, device and git revision."""
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git revision": git_revision(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "device": f"CPU, {torch.get_num_threads()} threads"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
     }
 
 
 def git_revision() -> str:
-    """The commit, marked where the working tree differs from it; "unknown" outside a repository of this project."""
+    """Return the commit, marked if the working tree is dirty; "unknown" outside this project's repository."""
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
             return "unknown"
@@ -70,11 +70,11 @@ def git(*arguments: str) -> str:
 
 
 def decoder_folder(weights: str) -> Path:
-    """An image decoder's folder or hub id as a folder.
+    """Return the folder of an image decoder, downloading a hub id.
 
     Raises:
-        FileNotFoundError: no such folder, or a part is missing there.
-        ValueError: a pipeline that is no image decoder here.
+        FileNotFoundError: the folder or one of its parts is missing.
+        ValueError: the pipeline is not a supported image decoder.
     """
     folder = Path(weights)
     if not folder.is_dir():
@@ -89,34 +89,34 @@ def decoder_folder(weights: str) -> Path:
 
 
 def image_parts(decoder: Path) -> tuple[str, ...]:
-    """What of an image decoder's folder draws."""
+    """Return the subfolders of an image decoder that generated images depend on."""
     return (*image_decoder_class(decoder).networks, "scheduler")
 
 
 def encoder_path(weights: str, revision: str | None = None) -> Path:
-    """A weight file, a transformers folder, or a hub id as a folder.
+    """Return the weight file or transformers folder of an encoder, downloading a hub id.
 
     Raises:
-        FileNotFoundError: none of them.
+        FileNotFoundError: `weights` is none of these.
     """
     path = Path(weights)
     if path.is_file() or (path / "config.json").is_file():
         return path
     if path.is_dir() or not HUB_ID.fullmatch(weights):
         raise FileNotFoundError(
-            f"'{weights}' holds no encoder: it is no weight file, no hub id, and no folder with a config.json. Tell "
-            f"where it lies by local_weights={{{weights}: /path/to/file}}."
+            f"'{weights}' is not an encoder: neither a weight file, nor a folder with a config.json, nor a hub id. Set "
+            f"local_weights={{{weights}: /path/to/file}}."
         )
     return Path(snapshot_download(weights, revision=revision, allow_patterns=list(ENCODER_FILES)))
 
 
 def hash_encoder(path: Path) -> str:
-    """Of a folder, over names and contents of the files of an encoder; of a file, its SHA-256, whatever its name."""
+    """Return the hash of an encoder: of a folder's relevant files, or the SHA-256 of a file whatever its name."""
     if path.is_dir():
         return hash_files(path, (file for pattern in ENCODER_FILES for file in path.rglob(pattern)))
     return file_hash(path)
 
 
 def hash_parts(folder: Path, parts: tuple[str, ...]) -> str:
-    """Hash of the files in some subfolders."""
+    """Return the hash of the files in some subfolders."""
     return hash_files(folder, [path for part in parts for path in (folder / part).rglob("*") if path.is_file()])

@@ -1,4 +1,4 @@
-"""What makes the images of the tables: the image decoder from text, KOSMOS-G before and after stage 3, any run."""
+"""Systems that generate images: the image decoder from text, KOSMOS-G before and after stage 3, training runs."""
 
 import glob
 import hashlib
@@ -33,14 +33,14 @@ BEFORE_STAGE_3 = "KOSMOS-G before stage 3"
 AFTER_STAGE_3 = "KOSMOS-G after stage 3"
 TABLE_ORDER = (REAL_IMAGES, COPY_OF_INPUT, *TEXT_SYSTEMS.values(), BEFORE_STAGE_3, AFTER_STAGE_3)
 FINISHED = "finished.json"
-KEPT_CONDITIONS = 256
-"""Enough, since requests are ordered by subject and prompt."""
+MAX_CACHED_CONDITIONS = 256
+"""Sufficient because requests are ordered by subject and prompt."""
 MODEL_PARTS = ("mllm", "aligner", "tokenizer")
 STAGES = {BEFORE_STAGE_3: "alignment", AFTER_STAGE_3: "instruction_tuning"}
 
 
 def text_system(weights: str, device: torch.device, acceleration: Acceleration | None = None) -> System:
-    """The image decoder as it is, on the prompt with the class word: diffusers' own pipeline.
+    """Return the unmodified image decoder as a text-to-image system: diffusers' own pipeline on the class word.
 
     Args:
         weights: a diffusers folder or hub id.
@@ -49,8 +49,9 @@ def text_system(weights: str, device: torch.device, acceleration: Acceleration |
     kind = image_decoder_class(folder)
 
     def load() -> Generate:
-        # In float32 whatever precision the files are stored in.
-        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **kind.unneeded).to(device)
+        # Always float32, whatever precision the files are stored in.
+        options: Any = {"dtype": torch.float32, **kind.pipeline_options}
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, **options).to(device)
         pipeline.set_progress_bar_config(disable=True)
         denoiser, vae = (getattr(pipeline, name) for name in kind.networks)
         accelerate(denoiser, vae, acceleration or Acceleration())
@@ -80,15 +81,15 @@ def text_system(weights: str, device: torch.device, acceleration: Acceleration |
 def kosmosg_system(
     name: str, folder: str | Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
 ) -> System:
-    """KOSMOS-G of a model or run folder of any stage after the first, fed the interleaved prompt.
+    """Return KOSMOS-G of a model or run folder of stage 2 or 3, which reads the interleaved prompt.
 
     Args:
-        name: of the row; a run folder must be of the stage that BEFORE_STAGE_3 and AFTER_STAGE_3 say.
-        image_decoder: the diffusers folder or hub id that it was aligned with.
+        name: row name; BEFORE_STAGE_3 and AFTER_STAGE_3 require a run of the matching stage.
+        image_decoder: the diffusers folder or hub id that the model was aligned with.
 
     Raises:
-        FileNotFoundError: there is no finished model, or one of stage 1.
-        EvaluationError: a run of another stage, or a model that was aligned with another image decoder.
+        FileNotFoundError: there is no finished model, or it is of stage 1.
+        EvaluationError: the run is of another stage, or the model was aligned with another image decoder.
     """
     config = Path(folder) / RUN_CONFIG
     stage = OmegaConf.select(OmegaConf.load(config), "stage") if config.is_file() else None
@@ -97,12 +98,12 @@ def kosmosg_system(
             f"{name}: '{folder}' is a run of stage '{stage}', but this row needs a run of stage '{STAGES[name]}'."
         )
     model, decoder = find_model(folder), decoder_folder(image_decoder)
-    require_fit(name, model, decoder)
+    check_widths(name, model, decoder)
 
     def load() -> Generate:
         pipeline = KosmosGPipeline.from_pretrained(model, image_decoder=decoder).to(device)
         accelerate(pipeline.denoiser, pipeline.vae, acceleration or Acceleration())
-        conditions = Conditions(pipeline)
+        conditions = ConditionCache(pipeline)
 
         def generate(batch: Batch, sampling: Sampling) -> list[Image.Image]:
             images = pipeline.sampler(
@@ -127,7 +128,7 @@ def kosmosg_system(
 def run_system(
     folder: Path, image_decoder: str, device: torch.device, acceleration: Acceleration | None = None
 ) -> System:
-    """KOSMOS-G of a run folder, as a row of its experiment: named after ablation and seed by its configuration."""
+    """Return KOSMOS-G of a run folder, named after the ablation (or stage) and seed in its configuration."""
     config = OmegaConf.load(folder / RUN_CONFIG)
     values = {key: OmegaConf.select(config, key) for key in ("ablation", "stage", "seed", "recipe.trainable")}
     stage, seed = "alignment" if values["recipe.trainable"] == "aligner" else values["stage"], values["seed"]
@@ -137,44 +138,44 @@ def run_system(
 
 
 def run_folders(patterns: Sequence[str]) -> list[Path]:
-    """The run folders that are named, and of patterns the finished ones, each once.
+    """Return the finished run folders that match the patterns, without duplicates.
 
     Raises:
-        EvaluationError: a folder that is no finished run, or patterns that fit none.
+        EvaluationError: a named folder is not a finished run, or no folder matches.
     """
-    found: list[Path] = []
+    runs: list[Path] = []
     for pattern in patterns:
         folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
         finished = [folder for folder in folders if (folder / FINISHED).is_file() and (folder / RUN_CONFIG).is_file()]
         if not finished and not glob.has_magic(pattern):
-            raise EvaluationError(f"models.runs: '{pattern}' is no finished run folder.")
-        found += [folder for folder in finished if folder not in found]
-    if patterns and not found:
-        raise EvaluationError(f"models.runs: no finished run folder fits {', '.join(map(repr, patterns))}.")
-    return found
+            raise EvaluationError(f"models.runs: '{pattern}' is not a finished run folder.")
+        runs += [folder for folder in finished if folder not in runs]
+    if patterns and not runs:
+        raise EvaluationError(f"models.runs: no finished run folder matches {', '.join(map(repr, patterns))}.")
+    return runs
 
 
-class Conditions:
-    """Conditions of one pipeline, whose weights must not change; the `kept` last used are remembered.
+class ConditionCache:
+    """LRU cache of the conditions of a pipeline, whose weights must not change.
 
-    Each is computed once and alone, so that it depends on its prompt and nothing else. The last bits of one computed in
-    a batch depend on that batch; kept for a later one, it would make an image depend on what was generated before it.
+    Each condition is computed in a batch of one. In a larger batch its last bits would depend on the other prompts, and
+    cached images would then depend on what was generated before them.
     """
 
-    def __init__(self, pipeline: KosmosGPipeline, kept: int = KEPT_CONDITIONS):
+    def __init__(self, pipeline: KosmosGPipeline, size: int = MAX_CACHED_CONDITIONS):
         self.model, self.encoder, self.device = pipeline.model.eval(), pipeline.encoder, pipeline.device
-        self.kept = kept
+        self.size = size
         self._conditions: OrderedDict[tuple[str, ...], Condition] = OrderedDict()
 
     def __call__(self, batch: Batch) -> Condition:
-        """The conditions of B images to be made."""
-        named = {id(image): pixel_hash(image) for images in batch.images for image in images}
+        """Return the conditions of a batch of B prompts."""
+        hashes = {id(image): pixel_hash(image) for images in batch.images for image in images}
         rows = []
         for prompt, images in zip(batch.prompts, batch.images, strict=True):
-            key = (prompt, *(named[id(image)] for image in images))
+            key = (prompt, *(hashes[id(image)] for image in images))
             if key not in self._conditions:
                 self._conditions[key] = self._encode(prompt, images)
-                if len(self._conditions) > self.kept:
+                if len(self._conditions) > self.size:
                     self._conditions.popitem(last=False)
             self._conditions.move_to_end(key)
             rows.append(self._conditions[key])
@@ -182,40 +183,39 @@ class Conditions:
 
     @torch.no_grad()
     def _encode(self, prompt: str, images: list[Image.Image]) -> Condition:
-        """The condition of one prompt."""
         batch = self.encoder.collate([self.encoder(parse_prompt(prompt, images))])
         return self.model.condition(batch.to(self.device))
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """The same for equal pixels, whatever file or object they come from."""
+    """Return a hash of an image's mode, size and pixels."""
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def output_type(sampling: Sampling) -> Literal["np", "pil"]:
-    """Floats where the protocol scores what was in memory; else what diffusers would save, whose bytes are rounded."""
+    """Return "np" (floats, to be truncated) if the protocol scores images in memory, else "pil" (rounded bytes)."""
     return "np" if sampling.storage == "memory" else "pil"
 
 
 def as_bytes(images: list[Image.Image] | np.ndarray) -> list[Image.Image]:
-    """What a pipeline gave; floats B×H×W×3 in [0, 1] are truncated."""
+    """Return a pipeline's images; floats B×H×W×3 in [0, 1] are truncated to bytes."""
     return [truncated(image) for image in images] if isinstance(images, np.ndarray) else images
 
 
-def require_fit(name: str, model: Path, decoder: Path) -> None:
-    """Refuse, before anything is generated, a model whose conditions the image decoder cannot read.
+def check_widths(name: str, model: Path, decoder: Path) -> None:
+    """Check that the image decoder can read the model's conditions.
 
     Raises:
-        FileNotFoundError: the model has no AlignerNet: it is of stage 1.
-        EvaluationError: names both widths.
+        FileNotFoundError: the model has no AlignerNet, as after stage 1.
+        EvaluationError: the widths differ.
     """
     if not (model / "aligner" / CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{name}: '{model}' has no aligner/{CONFIG_FILE}, as after stage 1; this row needs a model "
-            "of a later stage."
+            f"{name}: '{model}' has no aligner/{CONFIG_FILE}, as after stage 1; this row needs a model of a "
+            "later stage."
         )
     aligner = json.loads((model / "aligner" / CONFIG_FILE).read_text(encoding="utf-8"))
-    with torch.device("meta"):  # sizes alone
+    with torch.device("meta"):  # no weights
         spec = image_decoder_class(decoder).from_config(decoder, "images").spec
     for what, ours, theirs in (
         ("conditions", aligner["width"], spec.width),
@@ -223,6 +223,6 @@ def require_fit(name: str, model: Path, decoder: Path) -> None:
     ):
         if ours != theirs:
             raise EvaluationError(
-                f"{name}: '{model}' makes {what} of width {ours}, but '{decoder}' reads {theirs}: it is a checkpoint "
-                "of another model. Set models.image_decoder to the one it was aligned with."
+                f"{name}: '{model}' makes {what} of width {ours}, but '{decoder}' reads {theirs}. Set "
+                "models.image_decoder to the image decoder that the model was aligned with."
             )

@@ -1,1 +1,1 @@
-"""Named protocols, their data sets and what they ask to be drawn."""
+"""Protocols and benchmarks."""

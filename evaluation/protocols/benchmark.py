@@ -1,11 +1,10 @@
-"""A benchmark: what is asked of every system, and what its images are compared with.
+"""Base class of the benchmarks, which define image requests and what the images are compared with.
 
-A new one is a class in a file and a line in `BENCHMARKS` (evaluation/benchmarks.py); its columns, a line in `METRICS`.
+To add a benchmark, write a class and add it to `BENCHMARKS` (evaluation/benchmarks.py), with its columns in `METRICS`.
 """
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,32 +18,32 @@ from kosmosg.image_processing import FORMATS, rgb
 
 REAL_IMAGES = "Real images"
 COPY_OF_INPUT = "Copy of the input"
-SHOWN_PROBLEMS = 10
-MOST_PIXELS = 64_000_000
-"""Of an image, as in shards: a small file can hold gigabytes of pixels."""
-SEED_BYTES = 6  # seeds stay below 2**53, which JSON readers in other languages keep exactly
+MAX_PROBLEMS = 10
+MAX_PIXELS = 64_000_000
+"""Maximum size of an image, as in shards: a small file can hold gigabytes of pixels."""
+SEED_BYTES = 6  # seeds below 2**53 are exact in JSON readers of other languages
 Value = TypeVar("Value")
 
 
 class EvaluationError(ValueError):
-    """Something that a user can put right; the message says what."""
+    """An error that the user can fix; the message says how."""
 
 
 class DataSetError(EvaluationError):
-    """A data set that is not as published; names each subject or file that is missing."""
+    """A data set differs from the published layout; names each missing subject or file."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One image to be made.
+    """One image to generate.
 
     Args:
-        index: position in the data set's fixed order; the image's name.
-        prompt: fed to systems that read images, with `<i>` for each input.
-        text: fed to systems that read text alone.
+        index: position in the data set's fixed order, and name of the image.
+        prompt: prompt of systems that read images, with `<i>` for each input image.
+        text: prompt of text-only systems.
         inputs: image files, relative to the data set's folder.
-        seed: of the image's own noise.
-        unit: what the bootstrap draws: the subject, or the caption.
+        seed: seed of the image's noise.
+        unit: unit that the bootstrap resamples: the subject or the caption.
     """
 
     index: int
@@ -57,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of an image, by its box in pixels: left, top, right, bottom. Networks look at it as at a file."""
+    """Part of an image, with its box in pixels: left, top, right, bottom. Networks read it like a file."""
 
     file: Path
     box: tuple[float, float, float, float]
@@ -65,7 +64,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Slot:
-    """What a part of an image of two subjects should show; see Item."""
+    """Expected content of one half of an image of two subjects; see Item."""
 
     box: tuple[float, float, float, float]
     kind: str
@@ -75,21 +74,21 @@ class Slot:
 
 @dataclass(frozen=True)
 class Item:
-    """An image file with all that metrics compare it with.
+    """An image file with everything that metrics compare it with.
 
     Args:
-        unit: what the bootstrap draws, see Request.
-        text: what CLIP-T compares it with; empty where there is none.
-        references: what subject fidelity is measured against.
-        real: a photo of the data set, which FID resizes as its real side.
-        group: of the prompt: its template, with `{}` for the subject; empty where there is none.
-        parts: what it counts for in breakdowns: by what → (part, the unit that the bootstrap draws there).
-        given: the input image that the system saw, of which it may be a copy.
-        others: portraits of other individuals of the same kind, of which none should be in the image.
-        labels: what a judge should see, by label group: of the subject, as the words change it.
-        words: what the prompt's words ask for, by label group.
-        slots: of an image of two subjects: the left half's, the right half's.
-        asked: what else the benchmark's own metrics read, by name.
+        unit: unit that the bootstrap resamples, see Request.
+        text: text for CLIP-T; empty if there is none.
+        references: images for subject fidelity.
+        real: whether it is a photo of the data set, which FID resizes like its reference images.
+        group: template of the prompt, with `{}` for the subject; empty if there is none.
+        parts: parts of a breakdown that it belongs to: kind of part → (part, unit that the bootstrap resamples).
+        given: input image of the system, which the image may copy.
+        others: portraits of other individuals of the same kind, which the image should not show.
+        labels: expected labels by label group: the subject's, as changed by the prompt.
+        words: labels that the prompt asks for, by label group.
+        slots: left and right half of an image of two subjects.
+        asked: data for the benchmark's own metrics, by name.
     """
 
     file: Path
@@ -109,7 +108,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a benchmark; see Request. `item` is what its images are compared with, its file left open."""
+    """A prompt of a benchmark; see Request. `item` lacks only the image file."""
 
     prompt: str
     text: str
@@ -117,132 +116,133 @@ class Prompt:
     item: Item
 
 
-class Benchmark(ABC):
-    """A data set under a protocol, checked when it is made.
+class Benchmark:
+    """A data set under a protocol, checked at construction.
 
     Args:
-        folder: holds the data set.
+        folder: folder of the data set.
 
     Raises:
-        DataSetError: what is missing there, by name.
+        DataSetError: names what is missing.
     """
 
     tables: ClassVar[dict[str, str]]
-    """The titles of its tables by name; the first one has the benchmark's own name."""
+    """Titles of its tables by name; the first table has the benchmark's name."""
     protocol_type: ClassVar[type[Protocol]]
     prompts: list[Prompt]
-    """All that is asked, in a fixed order."""
+    """All prompts, in a fixed order."""
+    list_file: Path
+    """List of its prompts in the data set's folder."""
     subjects: Mapping[str, Any] = {}
-    """Where requests are of single subjects (`Request.unit`): each with a `class_noun` and a `kind`."""
+    """Subjects by name (`Request.unit`), each with a `class_noun` and a `kind`; empty if requests have none."""
 
     def __init__(self, protocol: Any, folder: Path):
         self.protocol, self.folder = protocol, folder
         self.repeats: int = getattr(protocol, "images_per_prompt", 1)
 
-    @abstractmethod
     def files(self) -> list[Path]:
-        """Every file that a number depends on."""
+        """Return all files that the scores depend on: by default the list of prompts and the input images."""
+        return [self.list_file, *{self.folder / name for prompt in self.prompts for name in prompt.inputs}]
 
     def requests(self) -> list[Request]:
-        """Prompt by prompt, repeat by repeat."""
+        """Return all requests; the repeats of a prompt are consecutive."""
         sampling = self.protocol.sampling
         return [
             Request(
                 number * self.repeats + repeat,
-                asked.prompt,
-                asked.text,
-                asked.inputs,
+                prompt.prompt,
+                prompt.text,
+                prompt.inputs,
                 image_seed(sampling.seed, number, repeat, sampling.noise_period),
-                asked.item.unit,
+                prompt.item.unit,
             )
-            for number, asked in enumerate(self.prompts)
+            for number, prompt in enumerate(self.prompts)
             for repeat in range(self.repeats)
         ]
 
     def item(self, request: Request, file: Path) -> Item:
-        """The image that was made for a request, with all that metrics compare it with."""
+        """Return the item of an image made for a request."""
         return replace(self.prompts[request.index // self.repeats].item, file=file)
 
     def baselines(self) -> dict[str, list[Item]]:
-        """Rows that nobody draws, by name."""
+        """Return the items of rows without generated images, by row name."""
         return {}
 
     def references(self) -> list[Path]:
-        """The real side of metrics that compare sets of images."""
+        """Return the real images of metrics that compare sets of images."""
         return []
 
     def kept_image(self, subject: str) -> Path:
-        """The one image of a subject that a model is given."""
+        """Return the input image of a subject."""
         raise NotImplementedError(f"{type(self).__name__} has no subjects.")
 
     def check_networks(self, networks: Mapping[str, Any]) -> None:
-        """Refuse networks that do not know what they will be asked.
+        """Check that the networks know all labels and classes of the benchmark.
 
         Raises:
-            EvaluationError: says what they do not know.
+            EvaluationError: names what a network does not know.
         """
-        return
 
     def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
-        """What a reader of its tables must know.
+        """Return the notes below its tables.
 
         Args:
-            bootstrap: evaluation.scores.bootstrap.Bootstrap.
-            scores: of its tables.
+            bootstrap: an evaluation.scores.bootstrap.Bootstrap.
+            scores: scores of its tables.
         """
         return []
 
 
-def read_all(rows: Iterable, read: Callable[[Any], Value], where: str, kind: str = "line") -> list[Value]:
-    """`read` of every row.
+def parse_rows(rows: Iterable, parse: Callable[[Any], Value], where: str, kind: str = "line") -> list[Value]:
+    """Parse all rows.
 
     Raises:
-        DataSetError: names each row for which it raises KeyError, TypeError or ValueError.
+        DataSetError: names each row for which `parse` raises KeyError, TypeError or ValueError.
     """
-    found, problems = [], []
+    parsed, problems = [], []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(read(row))
+            parsed.append(parse(row))
         except (KeyError, TypeError, ValueError) as error:
-            told = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            problems.append(f"{kind} {number}: {told}")
+            message = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            problems.append(f"{kind} {number}: {message}")
     if problems:
-        raise DataSetError(f"{where}: {named_problems(problems)}")
-    return found
+        raise DataSetError(f"{where}: {list_problems(problems)}")
+    return parsed
 
 
-def named_problems(problems: Sequence[str]) -> str:
-    """The first ten, and how many more."""
-    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    return "; ".join(problems[:SHOWN_PROBLEMS]) + more + "."
+def list_problems(problems: Sequence[str]) -> str:
+    """Join the first ten problems, with the number of the others."""
+    more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+    return "; ".join(problems[:MAX_PROBLEMS]) + more + "."
 
 
 def read_rows(file: Path, lines: bool) -> list[dict[str, Any]]:
-    """The objects of a JSON list, or one a line.
+    """Read the objects of a JSON list, or of JSON lines.
 
     Raises:
-        DataSetError: there is no such file, or it holds something else.
+        DataSetError: the file is missing, empty or of another structure.
     """
     if not file.is_file():
-        raise DataSetError(f"'{file}' does not exist; see docs/evaluation.md for the layout that is expected.")
+        raise DataSetError(f"'{file}' does not exist; see docs/evaluation.md for the expected layout.")
 
     def read(text: bytes) -> list[dict[str, Any]]:
-        found: Any = json.loads(decode_text(text)) if text.strip() else []
-        rows = [found] if lines and text.strip() else found
+        content: Any = json.loads(decode_text(text)) if text.strip() else []
+        rows = [content] if lines and text.strip() else content
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"this is no {'object' if lines else 'list of objects'}")
+            raise ValueError(f"expected {'an object' if lines else 'a list of objects'}")
         return rows
 
-    # Lines end at "\n" alone: a string of JSON may hold other line separators.
+    # Split at "\n" only: JSON strings may contain other line separators.
     texts = file.read_bytes().split(b"\n") if lines else [file.read_bytes()]
-    rows = [row for found in read_all(texts, read, f"'{file}'") for row in found]
+    rows = [row for parsed in parse_rows(texts, read, f"'{file}'") for row in parsed]
     if not rows:
         raise DataSetError(f"'{file}' is empty.")
     return rows
 
 
 def inner_file(folder: Path, name: str) -> Path:
-    """A file that a list of the data set names, in its folder. Raises ValueError: there is none."""
+    """Return a file of the data set by relative name. Raises ValueError if it is missing or outside of the folder."""
     file, root = (folder / name).resolve(), folder.resolve()
     if not file.is_relative_to(root):
         raise ValueError(f"'{name}' lies outside of the folder")
@@ -252,9 +252,9 @@ def inner_file(folder: Path, name: str) -> Path:
 
 
 def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | None = None) -> int:
-    """The seed of one image: a hash of the protocol's seed, the prompt's index and which repeat of the prompt it is.
+    """Return the seed of one image: a hash of the protocol's seed, the prompt's index and the repeat.
 
-    With `period`, prompts that far apart share their seeds.
+    With `period`, prompts this far apart share their seeds.
     """
     position = index if period is None else index % period
     digest = hashlib.sha256(f"{protocol_seed}:{position}:{repeat}".encode()).digest()
@@ -262,29 +262,29 @@ def image_seed(protocol_seed: int, index: int, repeat: int = 0, period: int | No
 
 
 def spread(items: Sequence, count: int | None) -> list:
-    """`count` of `items`, evenly spread, in order; all of them where `count` is None or larger."""
+    """Return `count` evenly spaced items, in order; all items if `count` is None or larger."""
     if count is None or count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def read_image(of: Path | str | Crop, upright: bool = False) -> Image.Image:
-    """An image file, or at least one pixel of a part of it, in RGB.
+    """Read an image file or a crop of at least one pixel, in RGB.
 
     Args:
-        upright: turn it as its EXIF orientation says.
+        upright: apply the EXIF orientation.
 
     Raises:
-        DataSetError: the file is no readable image; names it.
+        DataSetError: the file is not a readable image.
     """
     file = of.file if isinstance(of, Crop) else of
     try:
         with Image.open(file, formats=FORMATS) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise ValueError(f"{opened.width}×{opened.height}, at most {MOST_PIXELS} pixels are read")
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"{opened.width}×{opened.height}; at most {MAX_PIXELS} pixels are allowed")
             opened.load()  # before the file is closed
             image = rgb(opened, turn=upright)
-    except Exception as error:  # decoders of Pillow raise many kinds on damaged files
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise DataSetError(f"'{file}' cannot be read as an image ({error}); restore it from the data set.") from error
     if not isinstance(of, Crop):
         return image

@@ -1,6 +1,6 @@
-"""MS-COCO 2014 validation: captions to draw or to take from a list, real images to compare with; the official layout.
+"""MS-COCO 2014 validation: captions, and real images for FID.
 
-`annotations/captions_val2014.json` and `val2014/<file_name>`.
+The layout is the official one: `annotations/captions_val2014.json` and `val2014/<file_name>`.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark, DataSetError, Item, Prompt, named_problems
+from evaluation.protocols.benchmark import REAL_IMAGES, Benchmark, DataSetError, Item, Prompt, list_problems
 from evaluation.protocols.protocol import CocoProtocol
 
 ANNOTATIONS = "annotations/captions_val2014.json"
@@ -17,13 +17,13 @@ IMAGES = "val2014"
 
 
 class Coco(Benchmark):
-    """The data set under a protocol.
+    """MS-COCO under a protocol.
 
     Args:
-        folder: holds `annotations/` and `val2014/`.
+        folder: folder with `annotations/` and `val2014/`.
 
     Raises:
-        DataSetError: annotations or images are missing; the first ten are named.
+        DataSetError: annotations or images are missing; names the first ten.
     """
 
     tables: ClassVar = {"coco": "Captions (MS-COCO)"}
@@ -41,75 +41,73 @@ class Coco(Benchmark):
             self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
             self.annotations = [(row["image_id"], row["caption"]) for row in content["annotations"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise DataSetError(f"'{file}' is not of COCO's structure: {type(error).__name__}: {error}") from error
+            raise DataSetError(f"'{file}' does not have COCO's structure: {type(error).__name__}: {error}") from error
         self._check_annotations()
-        self.taken = self._taken()
+        self.captions = self._read_captions()
         self.prompts = [
             Prompt(caption, caption, (), Item(Path(), str(index), caption))
-            for index, (_, caption) in enumerate(self.taken)
+            for index, (_, caption) in enumerate(self.captions)
         ]
         self._check_images()
 
     def _check_images(self) -> None:
-        needed = sorted({path.name for path in self._images()})
-        there = {path.name for path in (self.folder / IMAGES).iterdir()} if (self.folder / IMAGES).is_dir() else set()
-        if missing := [name for name in needed if name not in there]:
+        needed = [path.name for path in self._images()]
+        existing = {path.name for path in (self.folder / IMAGES).glob("*")}
+        if missing := [name for name in needed if name not in existing]:
             count = f"{len(missing)} of {len(needed)} images are missing in {IMAGES}/"
-            raise DataSetError(f"COCO at '{self.folder}': {count}: {named_problems(missing)}")
-        least = 0 if self.protocol.kid is None else self.protocol.kid.subset_size
+            raise DataSetError(f"COCO at '{self.folder}': {count}: {list_problems(missing)}")
+        size = 0 if self.protocol.kid is None else self.protocol.kid.subset_size
         for side, images in {"real": self.references(), "held-out": self.held_out_images()}.items():
-            if 0 < len(images) < least:
+            if 0 < len(images) < size:
                 raise DataSetError(
-                    f"COCO at '{self.folder}' has {len(images)} {side} images but coco.kid draws {least} at once; set "
-                    "coco.kid.subset_size to at most that."
+                    f"COCO at '{self.folder}' has {len(images)} {side} images but coco.kid.subset_size={size}; set it "
+                    "to at most the number of images."
                 )
 
     def _check_annotations(self) -> None:
         if unknown := sorted({str(image) for image, _ in self.annotations if image not in self.file_names}):
             count = f"captions of {len(unknown)} images that are not listed"
-            raise DataSetError(f"COCO at '{self.folder}': {count}: {named_problems(unknown)}")
+            raise DataSetError(f"COCO at '{self.folder}': {count}: {list_problems(unknown)}")
         if self.protocol.caption_list is None and self.protocol.captions > len(self.annotations):
             raise DataSetError(
                 f"COCO at '{self.folder}' has {len(self.annotations)} captions but the protocol draws "
                 f"{self.protocol.captions}; set coco.captions to at most that."
             )
 
-    def _taken(self) -> list[tuple[str, str]]:
-        """(file name, caption) of every taken caption, in order."""
+    def _read_captions(self) -> list[tuple[str, str]]:
+        """Return (file name, caption) of the captions that are used, in order."""
         if self.protocol.caption_list is None:
             drawn = random.Random(self.protocol.caption_seed).sample(self.annotations, self.protocol.captions)
             return [(self.file_names[image], caption) for image, caption in drawn]
         file = self.folder / self.protocol.caption_list
         try:
-            taken = [(row["file_name"], row["caption"]) for row in json.loads(file.read_text(encoding="utf-8"))]
+            captions = [(row["file_name"], row["caption"]) for row in json.loads(file.read_text(encoding="utf-8"))]
         except FileNotFoundError as error:
             raise DataSetError(
-                f"COCO at '{self.folder}': '{self.protocol.caption_list}' is missing, which coco.caption_list names; "
-                f"write it there, as a JSON list of {{file_name, caption}}."
+                f"COCO at '{self.folder}': coco.caption_list={self.protocol.caption_list} does not exist; it must be a "
+                "JSON list of {file_name, caption}."
             ) from error
         except (KeyError, TypeError, ValueError) as error:
             raise DataSetError(
-                f"'{file}' is no JSON list of {{file_name, caption}}: {type(error).__name__}: {error}"
+                f"'{file}' is not a JSON list of {{file_name, caption}}: {type(error).__name__}: {error}"
             ) from error
-        if len(taken) != self.protocol.captions:
-            raise DataSetError(
-                f"'{file}' lists {len(taken)} captions but coco.captions={self.protocol.captions}; a list is taken "
-                "whole."
-            )
-        return taken
+        if len(captions) != self.protocol.captions:
+            count = f"lists {len(captions)} captions but coco.captions={self.protocol.captions}"
+            raise DataSetError(f"'{file}' {count}; the numbers must be equal.")
+        return captions
 
     def baselines(self) -> dict[str, list[Item]]:
-        """Held-out photos, where the protocol halves the images."""
+        """Return the held-out photos, if the protocol splits the images into halves."""
         return {REAL_IMAGES: self.held_out_images()}
 
     def references(self) -> list[Path]:
-        """The real side of FID: all images, one half, or those of the taken captions, as often as they are taken."""
+        """Return the real images of FID: all, one half, or those of the captions, with repetition."""
         if self.protocol.references == "listed":
-            return [self.folder / IMAGES / name for name, _ in self.taken]
+            return [self.folder / IMAGES / name for name, _ in self.captions]
         return self._halves()[0] if self.protocol.references == "half" else self._images()
 
     def held_out_images(self) -> list[Item]:
-        """The other half's images, one caption each, as many as captions are drawn; none without halves."""
+        """Return the other half's images with a caption each, at most as many as captions; empty without halves."""
         if self.protocol.references != "half":
             return []
         captions = {self.folder / IMAGES / self.file_names[image]: caption for image, caption in self.annotations}
@@ -117,12 +115,12 @@ class Coco(Benchmark):
         return [Item(file, str(index), captions[file], real=True) for index, file in enumerate(images)]
 
     def files(self) -> list[Path]:
-        """Every file that a number depends on."""
+        """Return the annotations, the caption list and all images that are used."""
         listed = [] if self.protocol.caption_list is None else [self.folder / self.protocol.caption_list]
         return [self.folder / ANNOTATIONS, *listed, *self._images()]
 
     def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
-        """On FID, KID and their intervals."""
+        """Return notes on FID, KID and their intervals."""
         notes = [
             f"FID against {len(self.references())} real images; it depends on n, so compare rows of equal n only. "
             f"Intervals: {bootstrap.fid_replicates} draws of generated images, centred on the value; "
@@ -136,8 +134,8 @@ class Coco(Benchmark):
         return notes
 
     def _images(self) -> list[Path]:
-        """Every image that can be looked at, each once."""
-        listed = {name for name, _ in self.taken}
+        """Return all images that are used, each once."""
+        listed = {name for name, _ in self.captions}
         names = listed if self.protocol.references == "listed" else set(self.file_names.values())
         return [self.folder / IMAGES / name for name in sorted(names)]
 

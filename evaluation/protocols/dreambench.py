@@ -1,8 +1,7 @@
-"""DreamBench: subjects × templates, read from the folder that google/dreambooth publishes.
+"""DreamBench: subjects × templates, in the layout that google/dreambooth publishes.
 
-`<folder>/<subject>/NN.jpg` (or .png); `<folder>/<subject>/others/`, where there is one, shows other individuals of the
-same kind. Which subjects, classes, templates and kept images there are is the protocol's
-data, or a JSON file of the same structure in the folder.
+Photos are `<folder>/<subject>/NN.jpg` (or .png); an optional `<folder>/<subject>/others/` shows other individuals of
+the same kind. Subjects, templates and input images are listed by the protocol, or by a JSON file in the folder.
 """
 
 import json
@@ -20,32 +19,30 @@ from evaluation.protocols.benchmark import (
     Item,
     Prompt,
     Slot,
-    named_problems,
+    list_problems,
     spread,
 )
 from evaluation.protocols.protocol import DreamBenchProtocol, Pairs, Subject, Templates
 from kosmosg.prompt import PLACEHOLDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-LOOKS = ("kind", "colour", "pattern")
-"""Label groups of subjects; each has a column."""
+LABEL_GROUPS = ("kind", "colour", "pattern")
+"""Label groups of subjects, each with a column."""
 NEAR_COPY = 0.95
-"""DINO cosine with the input image from which on an image counts as a near copy of it. One for all protocols and not to
-be configured, so that the rate means one thing; how many photos of a subject reach it tells the row of real images."""
-
-
+"""Minimum DINO cosine between an image and its input image for a near copy. It is not configurable, so that the rate
+is comparable across protocols; the row of real images shows how many photos of a subject reach it."""
 HALF_TOP = 0.4
-"""Where the half-squares of an image of two subjects begin, in units of its side."""
+"""Top of the two half-squares of an image of two subjects, in units of its side."""
 
 
 class DreamBench(Benchmark):
-    """The data set under a protocol.
+    """DreamBench under a protocol.
 
     Args:
-        folder: holds one folder for each subject.
+        folder: folder with one folder for each subject.
 
     Raises:
-        DataSetError: subjects or files are missing; all are named (the first ten, then a count).
+        DataSetError: subjects or files are missing; names the first ten.
     """
 
     tables: ClassVar = {
@@ -62,75 +59,75 @@ class DreamBench(Benchmark):
         }
         self.check()
         self.pairs = self._pairs()
-        """Of two subjects; drawn where there is a judge, after all else."""
+        """Pairs of subjects, requested after all single subjects and only with a judge."""
         self.prompts = [prompt for name in self.subjects for prompt in self._prompts(name)]
-        self.prompts += [self._pair(*pair) for pair in self.pairs]
+        self.prompts += [self._pair_prompt(*pair) for pair in self.pairs]
 
     def check(self) -> None:
-        """See the class for what is raised."""
+        """Check the subjects, their files and the pairs. Raises DataSetError."""
         problems = []
         if not self.folder.is_dir():
             raise DataSetError(f"there is no DreamBench at '{self.folder}'; set data.dreambench to its folder.")
         for name, subject in self.subjects.items():
             if subject.kind not in self.protocol.prompts:
                 kinds = ", ".join(sorted(self.protocol.prompts))
-                problems.append(f"subject '{name}' is of kind '{subject.kind}', but there are prompts for: {kinds}")
+                problems.append(
+                    f"subject '{name}' is of kind '{subject.kind}', but there are prompts only for: {kinds}"
+                )
             problems += [
-                f"subject '{name}' has a label of '{group}', but labels of subjects are of: {', '.join(LOOKS)}"
+                f"subject '{name}' has a label of '{group}'; allowed are: {', '.join(LABEL_GROUPS)}"
                 for group in subject.labels
-                if group not in LOOKS
+                if group not in LABEL_GROUPS
             ]
             if not (self.folder / name).is_dir():
                 problems.append(f"subject '{name}' has no folder")
             elif not (self.folder / name / subject.kept_image).is_file():
-                there = ", ".join(path.name for path in self.real_images(name)) or "none"
-                problems.append(f"subject '{name}' lacks its kept image {subject.kept_image} (there: {there})")
+                photos = ", ".join(path.name for path in self.real_images(name)) or "none"
+                problems.append(f"subject '{name}' lacks its kept_image {subject.kept_image} (found: {photos})")
         for pair in self.protocol.pairs.subjects if self.protocol.pairs is not None else []:
             kinds = [self.protocol.subjects[name].labels.get("kind") for name in pair if name in self.protocol.subjects]
             if len(set(kinds) - {None}) != 2:
-                problems.append(f"the pair {' + '.join(pair)} is not of two subjects with labels of two kinds")
+                problems.append(f"the pair {' + '.join(pair)} needs two subjects with different labels of 'kind'")
         if problems:
-            raise DataSetError(f"DreamBench at '{self.folder}': {named_problems(problems)}")
+            raise DataSetError(f"DreamBench at '{self.folder}': {list_problems(problems)}")
 
     def kept_image(self, subject: str) -> Path:
-        """The one image that a model is given."""
+        """Return the input image of a subject."""
         return self.folder / subject / self.subjects[subject].kept_image
 
     def real_images(self, subject: str) -> list[Path]:
-        """Every photo of the subject, by name."""
+        """Return all photos of a subject, sorted by name."""
         return sorted(path for path in (self.folder / subject).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
     def others(self, subject: str) -> tuple[Path, ...]:
-        """Portraits of other individuals of the same kind, by name; empty where there are none."""
+        """Return portraits of other individuals of the same kind, sorted by name; empty if there are none."""
         return tuple(sorted((self.folder / subject / "others").glob("*.png")))
 
     def references_of(self, subject: str) -> tuple[Path, ...]:
-        """What an image of the subject is compared with, by the protocol."""
-        kept = self.protocol.references == "kept_image"
-        return (self.kept_image(subject),) if kept else tuple(self.real_images(subject))
+        """Return the protocol's references for images of a subject."""
+        input_only = self.protocol.references == "kept_image"
+        return (self.kept_image(subject),) if input_only else tuple(self.real_images(subject))
 
     def _pairs(self) -> list[list[str]]:
         pairs = self.protocol.pairs.subjects if self.protocol.pairs is not None and self.protocol.judge else []
         return [pair for pair in pairs if self.subjects.keys() >= set(pair)]
 
     def _prompts(self, name: str) -> list[Prompt]:
-        """The templates of a subject's kind, for it."""
+        """Return the prompts of a subject, from the templates of its kind."""
         subject = self.subjects[name]
         shared = {"references": self.references_of(name), "given": self.kept_image(name), "others": self.others(name)}
-        found = []
-        for original, modified, words in spread(
-            self.protocol.prompts[subject.kind].rows(), self.protocol.max_templates
-        ):
+        prompts, templates = [], self.protocol.prompts[subject.kind].rows()
+        for original, modified, words in spread(templates, self.protocol.max_templates):
             parts = {"kind": (subject.kind, name), "subject": (name, original), "template": (original, name)}
             if words:
                 parts["words"] = (" + ".join(words), name)
-            told = {"group": original, "parts": parts, "labels": subject.labels | words, "words": words}
-            item = Item(Path(), name, original.format(subject.class_noun), **shared, **told)
-            found.append(self._prompt([name], original, modified, item))
-        return found
+            own = {"group": original, "parts": parts, "labels": subject.labels | words, "words": words}
+            item = Item(Path(), name, original.format(subject.class_noun), **shared, **own)
+            prompts.append(self._prompt([name], original, modified, item))
+        return prompts
 
-    def _pair(self, *names: str) -> Prompt:
-        """Two subjects, each to be seen in its half; for the judge alone. They stand low in the image."""
+    def _pair_prompt(self, *names: str) -> Prompt:
+        """Return the prompt of two subjects, which only the judge scores, each in its half of the image."""
         side = self.protocol.sampling.image_size
         half, top = side // 2, round(HALF_TOP * side)
         slots = [
@@ -150,14 +147,14 @@ class DreamBench(Benchmark):
         return Prompt(modified.format(*shown), original.format(*nouns), inputs, item)
 
     def baselines(self) -> dict[str, list[Item]]:
-        """Real photos; and the input repeated whatever the prompt: how much of a score is mere copying."""
+        """Return real photos, and copies of the input image, which show how much of a score copying explains."""
         single = [request for request in self.requests() if len(request.inputs) == 1]
         copies = [self.item(request, self.folder / request.inputs[0]) for request in single]
         return {REAL_IMAGES: self.other_real_images(), COPY_OF_INPUT: copies}
 
     def other_real_images(self) -> list[Item]:
-        """Real photos of each subject against its references, never a photo against itself."""
-        images = []
+        """Return the real photos of each subject; no photo is compared with itself."""
+        items = []
         for name in self.subjects:
             for file in self.real_images(name):
                 others = tuple(reference for reference in self.references_of(name) if reference != file)
@@ -165,22 +162,22 @@ class DreamBench(Benchmark):
                 if others:
                     given = None if file == kept else kept
                     judged = {"others": self.others(name), "labels": self.subjects[name].labels}
-                    images.append(Item(file, name, "", others, given=given, **judged))
-        return images
+                    items.append(Item(file, name, "", others, given=given, **judged))
+        return items
 
     def files(self) -> list[Path]:
-        """Every file that a number depends on."""
+        """Return all photos and portraits."""
         return [path for name in self.subjects for path in (*self.real_images(name), *self.others(name))]
 
     def check_networks(self, networks: Mapping[str, Any]) -> None:
-        """Labels must be known to the judge."""
+        """Check that the judge knows all labels. Raises EvaluationError."""
         if (judge := networks.get("judge")) is None:
             return
-        told: list[tuple[str, Mapping[str, str]]] = [(f"subject '{n}'", s.labels) for n, s in self.subjects.items()]
+        labelled: list[tuple[str, Mapping[str, str]]] = [(f"subject '{n}'", s.labels) for n, s in self.subjects.items()]
         for prompts in self.protocol.prompts.values():
-            told += [(f"template '{template}'", labels) for template, _, labels in prompts.rows()]
+            labelled += [(f"template '{template}'", labels) for template, _, labels in prompts.rows()]
         groups = judge.groups()
-        for owner, labels in told:
+        for owner, labels in labelled:
             for group, name in labels.items():
                 if name not in groups.get(group, []):
                     allowed: Iterable[str] = groups.get(group, groups)
@@ -190,7 +187,7 @@ class DreamBench(Benchmark):
                     )
 
     def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
-        """What is compared with what; how far to trust the judge, and what chance gives."""
+        """Return notes on references, near copies, the judge's accuracy and chance levels."""
         against = "the input image" if self.protocol.references == "kept_image" else "all real images"
         notes = [
             f"Subjects: {len(self.subjects)}, compared with {against}, so that a mere copy of the input is the upper "
@@ -199,13 +196,13 @@ class DreamBench(Benchmark):
             "every protocol. The row of real images tells how many other photos of a subject reach that.",
         ]
         measured = {score.metric for score in scores}
-        if not measured & {*LOOKS, "identity", "words"}:
+        if not measured & {*LABEL_GROUPS, "identity", "words"}:
             return notes
         notes.append(
             "Kind, colour, pattern: the share of images in which the judge, a network that no model looks through, "
             "sees the subject's own, or what the words change it to. Words: all that the template asks for is seen."
         )
-        judged = (*LOOKS, "identity")
+        judged = (*LABEL_GROUPS, "identity")
         real = [s for s in scores if s.system == REAL_IMAGES and s.table == "dreambench" and s.metric in judged]
         if real:
             accuracy = ", ".join(f"{score.metric} {score.value:.2f}" for score in real)
@@ -230,17 +227,17 @@ class DreamBench(Benchmark):
 
 
 def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProtocol:
-    """The protocol with its subjects and prompts in it, read from `facts` where it names a file.
+    """Return the protocol with the subjects and prompts of its `facts` file, if it names one.
 
     Raises:
-        DataSetError: the file is missing or not of the structure.
+        DataSetError: the file is missing or has another structure.
     """
     if protocol.facts is None:
         return protocol
     file = folder / protocol.facts
     if not file.is_file():
         raise DataSetError(
-            f"'{file}' does not exist; it tells DreamBench's subjects and prompts. Build the data set first, or set "
+            f"'{file}' does not exist; it lists DreamBench's subjects and prompts. Build the data set first, or set "
             "data.dreambench to its folder."
         )
     try:
@@ -256,7 +253,7 @@ def resolve_facts(protocol: DreamBenchProtocol, folder: Path) -> DreamBenchProto
         pairs = Pairs(**facts["pairs"]) if "pairs" in facts else protocol.pairs
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataSetError(
-            f"'{file}' is not of DreamBench's structure (subjects: class, kind, kept_image; prompts by kind: original, "
-            f"modified): {type(error).__name__}: {error}"
+            f"'{file}' does not have DreamBench's structure (subjects: class, kind, kept_image; prompts by kind: "
+            f"original, modified): {type(error).__name__}: {error}"
         ) from error
     return replace(protocol, facts=None, subjects=subjects, prompts=prompts, pairs=pairs)

@@ -1,10 +1,10 @@
-"""Benchmarks whose images a vision-language model judges: DreamBench++ and OmniContext, in layouts like the published.
+"""Benchmarks scored by a vision-language model: DreamBench++ and OmniContext, in layouts close to the published ones.
 
-DreamBench++: `images/**/NN.jpg` (or .png) and, under the same name, `captions/**/NN.txt`: the subject's name in the
-first line, then a prompt a line; the folder's name is the category, `style` for styles.
+DreamBench++: `images/**/NN.jpg` (or .png) and `captions/**/NN.txt` of the same name, with the subject's name in the
+first line and a prompt in each other line. The folder's name is the category; `style` holds styles.
 
-OmniContext: `omnicontext.jsonl`, a line for each task with the published fields, `{"key": "…", "task_type": "…",
-"instruction": "…", "input_images": ["images/0.png", …]}`; images are files beside it.
+OmniContext: `omnicontext.jsonl` with a line for each task, `{"key": "…", "task_type": "…", "instruction": "…",
+"input_images": ["images/0.png", …]}`; image paths are relative to its folder.
 """
 
 import re
@@ -21,7 +21,7 @@ from evaluation.protocols.benchmark import (
     Item,
     Prompt,
     inner_file,
-    read_all,
+    parse_rows,
     read_rows,
     spread,
 )
@@ -35,28 +35,28 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 @dataclass
 class JudgedProtocol(Protocol):
     vlm: VisionJudge | None = None
-    """The judge. Its name and revision are part of the number."""
+    """The judge; its name and revision are part of the identity."""
     highest: float = 10
-    """The best score that the instructions speak of; results are shares of it."""
+    """Highest score in the instructions; results are shares of it."""
     preservation: str = MISSING
-    """Asked with the input images and the made one, in this order; `{prompt}` is the prompt."""
+    """Question about the input images and the generated image, in this order; `{prompt}` is the prompt."""
     following: str = MISSING
-    """Asked with the made image alone; `{prompt}` is the prompt."""
+    """Question about the generated image; `{prompt}` is the prompt."""
     max_prompts: int | None = None
-    """Only this many, spread evenly; for trials."""
+    """Maximum number of prompts, evenly spaced; for trials."""
 
 
 @dataclass
 class DreamBenchPlusProtocol(JudgedProtocol):
     style_preservation: str = MISSING
-    """In place of `preservation` where the input image stands for a style."""
+    """Replaces `preservation` if the input image shows a style."""
     fed: Literal["image", "class_and_image"] = "image"
-    """What stands for the subject's name in the fed prompt: `<i>`, or the name before it. A prompt that does not name
-    the subject is fed after the image."""
+    """Replacement of the subject's name in the prompt: `<i>`, or the name and `<i>`. If the prompt does not name the
+    subject, `<i>` precedes it."""
     images_per_prompt: int = 1
-    """Each with a seed of its own."""
+    """Images per prompt, each with its own seed."""
     dino: Encoder | None = None
-    """CLS output; the mean cosine with the input image, clamped at 0 after averaging."""
+    """Encoder of DINO (CLS output): the mean cosine with the input image, clamped at 0 after averaging."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "dreambench_plus", 1, "images_per_prompt", "max_prompts")
@@ -65,35 +65,33 @@ class DreamBenchPlusProtocol(JudgedProtocol):
 @dataclass
 class OmniContextProtocol(JudgedProtocol):
     list: str = "omnicontext.jsonl"
-    """The tasks, in the data set's folder."""
+    """File of the tasks, in the data set's folder."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "omnicontext", 1, "max_prompts")
 
 
-Asked = tuple[str, tuple[Path, ...]]
-"""Words, and the images that are shown before the made one."""
-
-
 class Judged(Benchmark):
-    """What both have: questions about every image, and who judged."""
+    """Base class with the judge's questions and the notes."""
 
-    what: str
-    """Is counted, for the notes."""
+    size: str
+    """Size of the benchmark, for the notes."""
 
     def questions(
         self, text: str, inputs: Sequence[Path], style: bool = False
     ) -> dict[str, tuple[str, tuple[Path, ...]]]:
-        """What is asked about a made image, by metric."""
-        stated = self.protocol.style_preservation if style else self.protocol.preservation
-        preservation, following = (words.replace("{prompt}", text) for words in (stated, self.protocol.following))
+        """Return the questions about a generated image by metric: the text, and the images shown before it."""
+        preserve = self.protocol.style_preservation if style else self.protocol.preservation
+        preservation, following = (
+            question.replace("{prompt}", text) for question in (preserve, self.protocol.following)
+        )
         return {"preservation": (preservation, tuple(inputs)), "following": (following, ())}
 
     def notes(self, bootstrap: Any, scores: Sequence[Any]) -> list[str]:
-        """Who judged."""
+        """Return a note on the judge."""
         judge = self.protocol.vlm
         return [
-            f"{next(iter(self.tables.values()))}: {self.what}, judged by {judge.weights}"
+            f"{next(iter(self.tables.values()))}: {self.size}, judged by {judge.weights}"
             f"{f' at {judge.revision}' if judge.revision else ''}, from 0 to 1. Numbers of other judges or "
             "instructions, as those published with GPT-4o, do not compare. "
             f"Intervals: {bootstrap.replicates} bootstrap draws."
@@ -102,7 +100,7 @@ class Judged(Benchmark):
 
 @dataclass(frozen=True)
 class Concept:
-    """One image, what it is called, and its prompts."""
+    """A subject or style: its name, category, image and prompts."""
 
     class_noun: str
     kind: str
@@ -111,7 +109,7 @@ class Concept:
 
 
 class DreamBenchPlus(Judged):
-    """See the module."""
+    """DreamBench++ under a protocol; see the module."""
 
     tables: ClassVar = {"dreambench_plus": "Concepts (DreamBench++)"}
     protocol_type = DreamBenchPlusProtocol
@@ -122,11 +120,11 @@ class DreamBenchPlus(Judged):
         if not captions:
             raise DataSetError(f"DreamBench++ at '{folder}': captions/ holds no .txt.")
         names = [str(file.relative_to(folder / "captions").with_suffix("")) for file in captions]
-        concepts = read_all(names, self._concept, f"DreamBench++ at '{folder}'", "concept")
+        concepts = parse_rows(names, self._concept, f"DreamBench++ at '{folder}'", "concept")
         self.subjects: dict[str, Concept] = dict(zip(names, concepts, strict=True))
-        self.what = f"{len(self.subjects)} concepts"
-        asked = [(name, caption) for name, concept in self.subjects.items() for caption in concept.captions]
-        self.prompts = [self._prompt(name, caption) for name, caption in spread(asked, protocol.max_prompts)]
+        self.size = f"{len(self.subjects)} concepts"
+        pairs = [(name, caption) for name, concept in self.subjects.items() for caption in concept.captions]
+        self.prompts = [self._prompt(name, caption) for name, caption in spread(pairs, protocol.max_prompts)]
 
     def _concept(self, name: str) -> Concept:
         images = [self.folder / "images" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
@@ -141,9 +139,9 @@ class DreamBenchPlus(Judged):
 
     def _prompt(self, name: str, caption: str) -> Prompt:
         concept = self.subjects[name]
-        told = PLACEHOLDER if self.protocol.fed == "image" else f"{concept.class_noun} {PLACEHOLDER}"
+        slot = PLACEHOLDER if self.protocol.fed == "image" else f"{concept.class_noun} {PLACEHOLDER}"
         noun = rf"\b(?:an? )?{re.escape(concept.class_noun)}\b"
-        fed, found = re.subn(noun, told, caption, count=1, flags=re.IGNORECASE)
+        prompt, replaced = re.subn(noun, slot, caption, count=1, flags=re.IGNORECASE)
         item = Item(
             Path(),
             name,
@@ -154,34 +152,34 @@ class DreamBenchPlus(Judged):
             given=concept.image,
             asked=self.questions(caption, [concept.image], style=concept.kind == "style"),
         )
-        given = (str(concept.image.relative_to(self.folder)),)
-        return Prompt(fed if found else f"{PLACEHOLDER} {caption}", caption, given, item)
+        inputs = (str(concept.image.relative_to(self.folder)),)
+        return Prompt(prompt if replaced else f"{PLACEHOLDER} {caption}", caption, inputs, item)
 
     def kept_image(self, subject: str) -> Path:
-        """The concept's image."""
+        """Return the concept's image."""
         return self.subjects[subject].image
 
     def files(self) -> list[Path]:
-        """Images and captions."""
+        """Return the images and captions of all concepts."""
         images = [concept.image for concept in self.subjects.values()]
         return [*images, *(self.folder / "captions" / f"{name}.txt" for name in self.subjects)]
 
 
 class OmniContext(Judged):
-    """See the module."""
+    """OmniContext under a protocol; see the module."""
 
     tables: ClassVar = {"omnicontext": "Subjects in context (OmniContext)"}
     protocol_type = OmniContextProtocol
 
     def __init__(self, protocol: OmniContextProtocol, folder: Path):
         super().__init__(protocol, folder)
-        file = folder / protocol.list
-        rows = spread(read_rows(file, lines=True), protocol.max_prompts)
-        self.prompts = read_all(rows, self._prompt, f"'{file}'", "task")
-        self.what = f"{len(self.prompts)} tasks"
+        self.list_file = folder / protocol.list
+        rows = spread(read_rows(self.list_file, lines=True), protocol.max_prompts)
+        self.prompts = parse_rows(rows, self._prompt, f"'{self.list_file}'", "task")
+        self.size = f"{len(self.prompts)} tasks"
 
     def _prompt(self, row: dict[str, Any]) -> Prompt:
-        """The input images stand before the instruction, in their order."""
+        """Return the prompt of a task: its input images in order, then the instruction."""
         files = [inner_file(self.folder, name) for name in row["input_images"]]
         if not files:
             raise ValueError("no input_images")
@@ -190,8 +188,3 @@ class OmniContext(Judged):
         item = Item(Path(), unit, text, group=kind, parts=parts, asked=asked)
         names = tuple(str(file.relative_to(self.folder)) for file in files)
         return Prompt(" ".join([*[PLACEHOLDER] * len(files), text]), text, names, item)
-
-    def files(self) -> list[Path]:
-        """The list and its images."""
-        inputs = {self.folder / name for asked in self.prompts for name in asked.inputs}
-        return [self.folder / self.protocol.list, *sorted(inputs)]

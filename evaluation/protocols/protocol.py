@@ -1,10 +1,9 @@
-"""A protocol is everything that makes a number: two numbers compare only where their protocols are equal.
+"""Protocols: all settings that scores depend on. Scores are comparable only under equal protocols.
 
-One YAML under `configs/protocols/` writes a protocol; every field below that is not at its default enters its identity,
-`name@version#task+sampling`, so that a value changed on the command line gives another protocol, and a new field leaves
-published ones alone. (A default is therefore never changed.) The first fingerprint is of what is asked and how it is
-scored, whoever made the images; the second of how ours are sampled. What cannot change a number but by rounding (where
-files lie, batch size, device) stands in `evaluation/config.py` instead.
+Each YAML in `configs/protocols/` is a protocol. Its identity is `name@version#task+sampling`: the fingerprint of the
+requests and their scoring, then that of the sampling of our images. Fingerprints cover all fields that differ from
+their defaults, so overriding a value gives another identity, while a new field leaves published identities unchanged
+(and a default must never change). Settings that change scores at most by rounding are in `evaluation/config.py`.
 """
 
 import hashlib
@@ -21,20 +20,20 @@ FINGERPRINT_DIGITS = 8
 @dataclass
 class Sampling:
     sampler: Literal["dpm", "ddim", "pndm"] = "dpm"
-    """dpm is DPM-Solver++ of order 2 (midpoint), as diffusers' DPMSolverMultistepScheduler."""
+    """dpm is DPM-Solver++ of order 2 (midpoint), diffusers' DPMSolverMultistepScheduler."""
     steps: int = 100
     """Denoising steps."""
     guidance_scale: float = 7.5
-    """w of eq. 4; no negative prompt."""
+    """w of eq. 4; without a negative prompt."""
     image_size: int = 512
     """Side of the generated images in pixels."""
     storage: Literal["memory", "png", "jpeg"] = "png"
-    """What is scored. memory: bytes cut from floats (255·x truncated), as in scripts that score while they sample; png:
-    bytes rounded, as in saved files; jpeg: these at quality 95."""
+    """Bytes that are scored. memory: 255·x truncated, as in scripts that score while sampling; png: 255·x rounded, as
+    in saved files; jpeg: the latter at quality 95."""
     seed: int = 0
-    """What every image's own seed is derived from."""
+    """Seed from which the seeds of all images are derived."""
     noise_period: int | None = None
-    """Prompts this far apart share their noise, as with scripts that reset the seed for every batch; null: none do."""
+    """Prompts this far apart share their noise, as in scripts that reset the seed for each batch; null: no sharing."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "sampling", 1, "steps", "image_size", "noise_period")
@@ -44,21 +43,23 @@ class Sampling:
 @dataclass
 class Preprocessing:
     resize: int = 224
-    """Shorter side after resizing, in pixels; by PIL, which antialiases."""
+    """Shorter side after resizing (by PIL, with antialiasing), in pixels."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Of the resize."""
+    """Interpolation of the resize."""
     crop: int = 224
     """Side of the centre crop, in pixels."""
     mean: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Subtracted from pixels in [0, 1]."""
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
-    """Divides them then."""
+    """Divisor after the subtraction."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "preprocessing", 1, "resize", "crop")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
-                raise ValueError(f"preprocessing.{name}={getattr(self, name)} is not allowed; it has 3 numbers, RGB.")
+                raise ValueError(
+                    f"preprocessing.{name}={getattr(self, name)} is not allowed; it must have 3 numbers, RGB."
+                )
 
 
 @dataclass
@@ -66,58 +67,58 @@ class Encoder:
     weights: str = MISSING
     """A transformers folder or hub id."""
     preprocessing: Preprocessing | None = None
-    """null: as the folder's own preprocessor_config.json says."""
+    """null uses the folder's preprocessor_config.json."""
 
 
 @dataclass
 class FeatureNetwork(Encoder):
     network: Literal["resnet", "inception"] = "resnet"
-    """inception has one weight file, .pth or .safetensors."""
+    """inception takes a single weight file, .pth or .safetensors."""
 
     def __post_init__(self) -> None:
         if self.network == "inception" and self.preprocessing is not None:
             raise ValueError(
-                "coco.fid.preprocessing is not allowed with coco.fid.network=inception, which resizes to 299 px and "
-                "scales by itself; what comes before it is coco.real_resize and coco.generated_resize."
+                "coco.fid.preprocessing is not allowed with coco.fid.network=inception, which does its own "
+                "resizing and scaling; resizes before it are coco.real_resize and coco.generated_resize."
             )
 
 
 @dataclass
 class VisionJudge(Encoder):
     revision: str | None = None
-    """Commit of a hub id, so that the judge stays the same; null where `weights` is a folder."""
+    """Commit of a hub id, which pins the judge; null if `weights` is a folder."""
     max_new_tokens: int = 256
-    """Of an answer."""
+    """Maximum length of an answer."""
 
     def __post_init__(self) -> None:
         if self.preprocessing is not None:
-            raise ValueError("vlm.preprocessing is not allowed; a judge's own processor shows it the images.")
+            raise ValueError("vlm.preprocessing is not allowed; a vision-language judge uses its own processor.")
 
 
 @dataclass
 class Detector(Encoder):
     threshold: float = 0.3
-    """Least confidence of an object."""
+    """Minimum confidence of an object."""
     counting_threshold: float = 0.9
-    """In its place for prompts of the tag `counting`."""
+    """Minimum confidence for prompts with the tag `counting`."""
     max_objects: int = 16
-    """The most confident ones of each class."""
+    """Maximum number of objects of a class; the most confident are used."""
     aliases: dict[str, str] = field(default_factory=dict)
-    """The detector's label of a class that it calls otherwise than the metadata do."""
+    """Detector labels by class name of the metadata, where they differ."""
     position_threshold: float = 0.1
-    """Share of both objects' sizes by which their centres must be apart."""
+    """Minimum distance between the centres of two objects, as a share of their sizes."""
 
 
 @dataclass
 class Resize:
     size: int = 256
-    """Shorter side after resizing, and side of the centre crop that follows, in pixels."""
+    """Shorter side after resizing, and side of the centre crop, in pixels."""
     library: Literal["tensor", "pil"] = "tensor"
-    """tensor: torch's interpolate on [0, 1], 255·x truncated to bytes as torchmetrics does; pil: PIL on bytes."""
+    """tensor: torch's interpolate on [0, 1], then 255·x truncated to bytes as in torchmetrics; pil: PIL on bytes."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Of the resize."""
+    """Interpolation of the resize."""
     antialias: bool = False
-    """Whether shrinking averages over what it leaves out. Tensors in torchvision: not by default once, now they do."""
+    """Antialiasing when shrinking. torchvision's default for tensors has changed from false to true."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "resize", 1, "size")
@@ -128,11 +129,11 @@ class Resize:
 @dataclass
 class KID:
     subsets: int = 100
-    """Draws of `subset_size` images from each side, without repetition within a draw; KID is their mean."""
+    """Number of subsets drawn from each side, without replacement within a subset; KID is the mean over subsets."""
     subset_size: int = 1000
-    """Images in a draw."""
+    """Images in a subset."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the subsets."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "kid", 2, "subsets", "subset_size")
@@ -141,101 +142,101 @@ class KID:
 @dataclass
 class Subject:
     class_noun: str = MISSING
-    """The word that a prompt names it by."""
+    """Word for the subject in prompts."""
     kind: str = MISSING
-    """Which list of templates it takes: object or live."""
+    """Its list of templates: object or live."""
     kept_image: str = MISSING
-    """File name of the one image that the model is given."""
+    """File name of the model's input image."""
     labels: dict[str, str] = field(default_factory=dict)
-    """What the judge should see of it, by label group, as `{"kind": "cat", "colour": "red", "pattern": "stripes"}`."""
+    """Expected labels by label group, such as `{"kind": "cat", "colour": "red", "pattern": "stripes"}`."""
 
 
 @dataclass
 class Templates:
     original: list[str] = field(default_factory=list)
-    """Scored (CLIP-T) and fed to text-only systems; `{}` is the class word."""
+    """Prompts for CLIP-T and for text-only systems; `{}` is the class word."""
     modified: list[str] = field(default_factory=list)
-    """Fed to KOSMOS-G; `{}` is the image."""
+    """Prompts for KOSMOS-G; `{}` is the image."""
     labels: list[dict[str, str]] = field(default_factory=list)
-    """What the words of each template ask for, as `{"light": "at night"}`, before the subject's own label of that
-    group; empty, or as many as there are templates."""
+    """Labels that each template asks for, such as `{"light": "at night"}`, which override the subject's. Empty, or one
+    entry per template."""
 
     def __post_init__(self) -> None:
         if len(self.original) != len(self.modified):
             raise ValueError(
                 f"prompts have {len(self.original)} original but {len(self.modified)} modified templates; each "
-                "template has both."
+                "template needs both."
             )
         if self.labels and len(self.labels) != len(self.original):
             raise ValueError(
-                f"prompts have {len(self.original)} templates but {len(self.labels)} labels; each template has its "
-                "own, {} where its words ask for nothing that the judge knows."
+                f"prompts have {len(self.original)} templates but {len(self.labels)} labels; each template needs "
+                "one, {} if it asks for nothing that the judge knows."
             )
         for template in (*self.original, *self.modified):
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must hold {{}} once, where the subject goes.")
 
     def rows(self) -> list[tuple[str, str, dict[str, str]]]:
-        """(original, modified, labels) of each template."""
+        """Return (original, modified, labels) of each template."""
         return list(zip(self.original, self.modified, self.labels or [{} for _ in self.original], strict=True))
 
 
 @dataclass
 class Pairs:
     original: str = MISSING
-    """Fed to text-only systems; the two `{}` are the class words."""
+    """Prompt for text-only systems; the two `{}` are the class words."""
     modified: str = MISSING
-    """Fed to KOSMOS-G; the two `{}` are the images."""
+    """Prompt for KOSMOS-G; the two `{}` are the images."""
     subjects: list[list[str]] = field(default_factory=list)
-    """Folder names of each pair: left, right; of two kinds by their labels."""
+    """Folder names of each pair: left, right. Their `kind` labels must differ."""
 
     def __post_init__(self) -> None:
         for name in ("original", "modified"):
             if getattr(self, name).count("{}") != 2:
                 raise ValueError(f"pairs.{name}={getattr(self, name)!r} must hold {{}} twice, where the subjects go.")
         if wrong := [pair for pair in self.subjects if len(pair) != 2]:
-            raise ValueError(f"pairs.subjects has {wrong[0]}; each pair names two subjects.")
+            raise ValueError(f"pairs.subjects has {wrong[0]}; each pair must name two subjects.")
 
 
 @dataclass
 class Protocol:
     name: str = MISSING
-    """Under which the numbers are published, for example dreambench/kosmosg."""
+    """Published name of the protocol, for example dreambench/kosmosg."""
     version: int = 1
-    """Raised with every change of what the name means."""
+    """Incremented when the protocol changes."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How images are made and stored."""
+    """Sampling and storage of the images."""
     clip: Encoder | None = None
-    """CLIP-I and CLIP-T; the mean of pair cosines, clamped at 0 after averaging."""
+    """Encoder of CLIP-I and CLIP-T: the mean cosine of pairs, clamped at 0 after averaging."""
     upright: bool = False
-    """Score photos turned as their EXIF orientation says; the published scripts score the pixels as they are stored."""
+    """Apply the EXIF orientation of photos before scoring; the published scripts score the pixels as stored."""
 
 
 @dataclass
 class DreamBenchProtocol(Protocol):
     images_per_prompt: int = 4
-    """Each with a seed of its own."""
+    """Images per prompt, each with its own seed."""
     references: Literal["kept_image", "all"] = "kept_image"
-    """What subject fidelity is measured against: the image that was given, or every real image of the subject."""
+    """References of subject fidelity: the input image, or all real images of the subject."""
     fed: Literal["image", "class_and_image"] = "image"
-    """What stands for `{}` in the fed prompt: `<i>`, or the class word before it."""
+    """Replacement of `{}` in prompts for KOSMOS-G: `<i>`, or the class word and `<i>`."""
     facts: str | None = None
-    """JSON of subjects and prompts, relative to the data set's folder, where the protocol does not hold them itself."""
+    """JSON of subjects and prompts in the data set's folder; null if the protocol has them itself."""
     subjects: dict[str, Subject] = field(default_factory=dict)
-    """By folder name."""
+    """Subjects by folder name."""
     prompts: dict[str, Templates] = field(default_factory=dict)
-    """By kind of subject."""
+    """Templates by kind of subject."""
     pairs: Pairs | None = None
-    """Images of two subjects, one input each, which the judge looks at half by half; drawn only where there is one."""
+    """Prompts with two subjects, scored by the judge half by half; skipped without a judge."""
     max_subjects: int | None = None
-    """Only this many, spread evenly over the list; for trials."""
+    """Maximum number of subjects, evenly spaced in the list; for trials."""
     max_templates: int | None = None
-    """Only this many of each list, spread evenly; for trials."""
+    """Maximum number of templates of each list, evenly spaced; for trials."""
     dino: Encoder | None = None
-    """CLS output; the mean of pair cosines, clamped at 0 after averaging."""
+    """Encoder of DINO (CLS output): the mean cosine of pairs, clamped at 0 after averaging."""
     judge: Encoder | None = None
-    """Classifier that names what is to be seen and tells individuals apart, measured where the facts have labels; it
-    must not be a network that a model looks through, nor share its weights."""
+    """Classifier that labels images and tells individuals apart, for subjects with labels. It must share no weights
+    with a model's vision encoder."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "dreambench", 1, "images_per_prompt", "max_subjects", "max_templates")
@@ -249,22 +250,22 @@ class DreamBenchProtocol(Protocol):
 @dataclass
 class CocoProtocol(Protocol):
     captions: int = 30_000
-    """Annotations drawn with Python's `random.Random(caption_seed).sample`; an image can occur more than once."""
+    """Number of captions, drawn with Python's `random.Random(caption_seed).sample`; images can occur repeatedly."""
     caption_seed: int | None = 0
-    """Of that draw, and of the split into halves; null where a caption_list leaves nothing to draw."""
+    """Seed of the caption draw and of the split into halves; must be null with `caption_list`."""
     caption_list: str | None = None
-    """JSON list of {"file_name", "caption"} in the data set's folder, taken whole and in order instead of a draw."""
+    """JSON list of {"file_name", "caption"} in the data set's folder; all are used, in order, instead of a draw."""
     references: Literal["all", "half", "listed"] = "all"
-    """Real side of FID: all images; a random half, the other half then giving the row of real images; or the image of
-    every taken caption, as often as it is taken."""
+    """Real images of FID: all; a random half, where the other half is the row of real images; or the image of each
+    caption used, with repetition."""
     real_resize: Resize | None = None
-    """Of real images before FID's network; null: they are given as they are."""
+    """Resize of real images before FID's network; null keeps their size."""
     generated_resize: Resize | None = None
-    """Of generated images before FID's network; null: they are given at their own size."""
+    """Resize of generated images before FID's network; null keeps their size."""
     fid: FeatureNetwork | None = None
-    """Feature network of FID and KID; torchmetrics' arithmetic in double precision."""
+    """Feature network of FID and KID, which torchmetrics computes in double precision."""
     kid: KID | None = None
-    """Beside FID, from the same features: the kernel (x·y / F + 1)³; null leaves it out."""
+    """KID from the features of FID, with the kernel (x·y / F + 1)³; null omits it."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "coco", 2, "captions")
@@ -286,39 +287,40 @@ class CocoProtocol(Protocol):
 
 
 def identity(protocol: Protocol) -> str:
-    """`name@version#task+sampling`: equal exactly where every field is equal."""
-    told = _told(protocol)
-    sampling = told.pop("sampling", {})
-    # The size of the images is part of what is asked.
-    task = told | {"image_size": protocol.sampling.image_size}
+    """Return `name@version#task+sampling`, equal if and only if all fields are equal."""
+    task = _non_defaults(protocol)
+    sampling = task.pop("sampling", {})
+    # The size of the images is part of the request.
+    task["image_size"] = protocol.sampling.image_size
     return f"{protocol.name}@{protocol.version}#{_fingerprint(task)}+{_fingerprint(sampling)}"
 
 
 def task_of(identity: str) -> str:
-    """`name@version#task`: what images of another model's, or photos, are scored under."""
+    """Return `name@version#task`, the identity of scores whose images were not sampled by the protocol."""
     return identity.partition("+")[0]
 
 
-def _told(value: Any) -> Any:
-    """Plain values, of dataclasses the fields that are not at their defaults."""
+def _non_defaults(value: Any) -> Any:
+    """Convert to plain values, with only those fields of dataclasses that differ from their defaults."""
     if is_dataclass(value):
-        return {f.name: _told(found) for f in fields(value) if (found := getattr(value, f.name)) != _default(f)}
+        pairs = [(field, getattr(value, field.name)) for field in fields(value)]
+        return {field.name: _non_defaults(inner) for field, inner in pairs if inner != _default(field)}
     if isinstance(value, dict):
-        return {key: _told(inner) for key, inner in value.items()}
-    return [_told(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _non_defaults(inner) for key, inner in value.items()}
+    return [_non_defaults(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _default(of: Any) -> Any:
-    return of.default if of.default_factory is NO_DEFAULT else of.default_factory()
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is NO_DEFAULT else field.default_factory()
 
 
-def _fingerprint(told: dict[str, Any]) -> str:
-    written = json.dumps(told, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(written.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+def _fingerprint(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def require_at_least(config: Any, section: str, least: float, *names: str) -> None:
-    """Raises ValueError: a field has a value below `least`; null is none."""
+    """Raise ValueError if a field is below `least`; null is allowed."""
     for name in names:
         if (value := getattr(config, name)) is not None and value < least:
             key = f"{section}.{name}".lstrip(".")

@@ -1,1 +1,1 @@
-"""From results to tables, pages and comparisons."""
+"""Tables, reports and comparisons of results."""

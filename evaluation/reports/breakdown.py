@@ -1,12 +1,10 @@
-"""Where a mean comes from: by kind of subject, by subject, by template, by what the words ask for; whatever parts the
-benchmark tells.
+"""Break means down by kind of subject, subject, template and other parts that a benchmark defines (`Item.parts`).
 
-Means are of the pairs in samples.csv, as in the table, but not clamped at 0: one subject's may well lie below.
+Means are over the pairs in samples.csv, as in the tables, but not clamped at 0.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -15,7 +13,6 @@ from evaluation.benchmarks import benchmark_of, metric
 from evaluation.images.systems import AFTER_STAGE_3
 from evaluation.scores.bootstrap import Bootstrap, mean_interval
 from evaluation.scores.results import Sample, shown_columns
-from kosmosg.files import write_text
 
 TITLES = {
     "kind": "By kind of subject",
@@ -23,36 +20,31 @@ TITLES = {
     "template": "By template",
     "words": "By what the words ask for",
 }
-"""Parts by which a page shows means; others are in breakdown.csv, or shown under their own name."""
+"""Titles of the sections; other kinds of parts are titled by their name."""
 SORTED_BY = {"subject": "dino", "template": "clip_t", "words": "words"}
-"""Subjects are what fidelity fails on, templates what the text fails on: the worst stand first."""
+"""Metric by which the parts of a section are sorted, lowest first."""
 KEYS = ["table", "system", "by", "part", "metric"]
 
 
 def breakdown(samples: Sequence[Sample], bootstrap: Bootstrap) -> pd.DataFrame:
-    """Every part of every system that answers prompts: `KEYS`, then the mean with its interval (over subjects; within
-    one subject, over its templates), `n` pairs that were averaged and `units` that were drawn."""
+    """Return a row for each part of each system: `KEYS`, the mean `value`, its interval `low` to `high` (over subjects;
+    for a subject, over its templates), the number `n` of pairs, and the number of `units` that were resampled."""
     rows = [
         (sample.table, sample.system, by, part, sample.metric, unit, sample.score)
         for sample in samples
         for by, (part, unit) in sample.item.parts.items()
     ]
-    found = []
+    means = []
     for key, group in pd.DataFrame(rows, columns=[*KEYS, "unit", "score"]).groupby(KEYS, sort=False):
         scores, units = torch.tensor(group["score"].to_numpy(), dtype=torch.float64), group["unit"].to_list()
         low, high = mean_interval(scores, units, bootstrap.replicates, bootstrap.seed)
-        found.append((*key, float(scores.mean()), low, high, len(units), len(set(units))))  # type: ignore[misc]
-    return pd.DataFrame(found, columns=[*KEYS, "value", "low", "high", "n", "units"])
-
-
-def write_breakdown(parts: pd.DataFrame, file: Path) -> None:
-    """CSV, a line for each part and metric."""
-    write_text(file, parts.to_csv(index=False, float_format="%.6f"))
+        means.append((*key, float(scores.mean()), low, high, len(units), len(set(units))))  # type: ignore[misc]
+    return pd.DataFrame(means, columns=[*KEYS, "value", "low", "high", "n", "units"])
 
 
 @dataclass(frozen=True)
 class Section:
-    """One breakdown of one system in a benchmark's own table, as texts: parts in the first column, n in the last."""
+    """A breakdown of a system in its benchmark's own table, as texts: first column the part, last column n."""
 
     table: str
     system: str
@@ -62,8 +54,8 @@ class Section:
 
 
 def sections(parts: pd.DataFrame) -> list[Section]:
-    """All that a page shows, table by table, system by system; in each the worst part first."""
-    found = []
+    """Return the sections of the report by table and system, each with the lowest part first."""
+    result = []
     own = parts[parts["table"] == parts["table"].map(benchmark_of)]
     for (table, system, by), group in own.groupby(["table", "system", "by"], sort=False):  # type: ignore[misc]
         columns = shown_columns(table, set(own[own["table"] == table]["metric"]))
@@ -77,16 +69,16 @@ def sections(parts: pd.DataFrame) -> list[Section]:
             cells = {kind.heading(): part_text(row[kind.name]) if kind.name in row else "–" for kind in columns}
             sizes = " / ".join(map(str, dict.fromkeys(part["n"] for part in row.values())))
             texts.append({by.capitalize(): name, **cells, "n": sizes})
-        found.append(Section(table, system, by, TITLES.get(by, f"By {by}"), pd.DataFrame(texts)))
-    return found
+        result.append(Section(table, system, by, TITLES.get(by, f"By {by}"), pd.DataFrame(texts)))
+    return result
 
 
 def part_text(part: dict) -> str:
-    """`0.694 (0.671–0.716)`; of a single unit there is no interval."""
+    """Format a mean as `0.694 (0.671–0.716)`, without an interval if there is a single unit."""
     kind, values = metric(part["metric"]), (part["value"], part["low"], part["high"])
     return kind.number(part["value"]) if part["units"] == 1 else kind.text(*values)
 
 
 def shown_system(systems: Sequence[str]) -> str | None:
-    """The one that pages show first: KOSMOS-G after stage 3, or the last there is."""
+    """Return the system that the report shows: KOSMOS-G after stage 3, or else the last one."""
     return AFTER_STAGE_3 if AFTER_STAGE_3 in systems else next(reversed(systems), None)

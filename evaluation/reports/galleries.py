@@ -1,6 +1,6 @@
-"""Pictures that show by eye what a score cannot, as grids: in the report, and as PNG sheets for a README.
+"""Image grids for the report, also written as PNG sheets: systems, stages, and swapped input images.
 
-The same prompts before and after stage 3, and with another input image in each slot, always from the same noise.
+Images that are compared in a grid are sampled from the same noise.
 """
 
 import textwrap
@@ -18,49 +18,49 @@ from evaluation.protocols.benchmark import Benchmark, Request, image_seed, read_
 from kosmosg.files import replaced
 
 SHOWN_EXAMPLES, SHOWN_PROMPTS, INPUTS_ACROSS = 8, 3, 10
-GALLERY_SEED_OFFSET = 1_000_000_000  # no data set has so many prompts: a gallery's noise is its own
+GALLERY_SEED_OFFSET = 1_000_000_000  # beyond the prompts of any data set, for separate noise
 CELL, GAP, MARGIN, DIVIDER = 128, 6, 14, 14  # pixels
 FONT_SIZE, LINE, LETTER = 13, 17, 7
 INK, FAINT, PAPER, RULE = (28, 32, 38), (112, 118, 128), (255, 255, 255), (212, 215, 220)
 Cell = Path | str | Sequence[Path]
-"""An image, words, or the input images of a prompt."""
+"""An image, a text, or the input images of a prompt."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows of cells, all of one length. The first row, and in each row the first `left` cells, are its headers."""
+    """Rows of cells of equal length. The first row and the first `left` cells of each row are headers."""
 
     rows: Sequence[Sequence[Cell]]
     left: int = 1
 
 
 def shown_subjects(table: Table, count: int) -> list[str]:
-    """Subjects for pictures, spread over the data set."""
+    """Return subjects evenly spaced in the data set."""
     return spread(list(table.benchmark.subjects), count)
 
 
 def shown_requests(table: Table, subject: str, templates: int | None = None) -> list[Request]:
-    """The first image of some of the subject's prompts, spread over its list."""
+    """Return the first request of each of a subject's prompts, or of `templates` evenly spaced ones."""
     own = [request for request in table.requests if request.unit == subject]
     return spread(own[:: table.benchmark.repeats], templates)
 
 
 def common_requests(table: Table, subjects: Sequence[str], templates: int) -> dict[str, list[Request]]:
-    """By fed prompts that all of `subjects` share, spread over the list: each subject's request."""
+    """Return evenly spaced prompts that all `subjects` share, with the request of each subject."""
     first = []
     for subject in subjects:
-        found = {request.prompt: request for request in shown_requests(table, subject)}
+        by_prompt = {request.prompt: request for request in shown_requests(table, subject)}
         if getattr(table.benchmark.protocol, "fed", "image") == "class_and_image":
-            # Where prompts hold the class word, only kinds share them.
+            # Replace the class word, which differs between subjects.
             word = table.benchmark.subjects[subject].class_noun
-            found = {prompt.replace(word, "…", 1): request for prompt, request in found.items()}
-        first.append(found)
-    shared = [prompt for prompt in first[0] if all(prompt in found for found in first)]
-    return {prompt: [found[prompt] for found in first] for prompt in spread(shared, templates)}
+            by_prompt = {prompt.replace(word, "…", 1): request for prompt, request in by_prompt.items()}
+        first.append(by_prompt)
+    shared = [prompt for prompt in first[0] if all(prompt in by_prompt for by_prompt in first)]
+    return {prompt: [by_prompt[prompt] for by_prompt in first] for prompt in spread(shared, templates)}
 
 
 def stage_grid(evaluation: Evaluation, table: Table, images: Images) -> Grid | None:
-    """The same prompts and noise before and after instruction tuning, as in the paper's Fig. 6; None without both."""
+    """Return the same prompts before and after instruction tuning, as in the paper's Fig. 6; None without both."""
     if not all((table.name, name) in images for name in (BEFORE_STAGE_3, AFTER_STAGE_3)):
         return None
     subjects = shown_subjects(table, evaluation.config.gallery.subjects)
@@ -73,25 +73,29 @@ def stage_grid(evaluation: Evaluation, table: Table, images: Images) -> Grid | N
 
 
 def subject_grid(evaluation: Evaluation, table: Table, images: Images, subject: str) -> Grid:
-    """A subject's prompts, with the images of every system."""
+    """Return the images of all systems for a subject's prompts."""
     requests = shown_requests(table, subject, evaluation.config.gallery.templates)
-    drawn = {name: images[table.name, name] for name in evaluation.rows(table)}
-    rows = [[name, *(files[request.index] for request in requests)] for name, files in drawn.items()]
+    files = {name: images[table.name, name] for name in evaluation.row_names(table)}
+    rows = [[name, *(own[request.index] for request in requests)] for name, own in files.items()]
     return Grid([["", *(request.prompt for request in requests)], *rows])
 
 
 def example_grid(evaluation: Evaluation, table: Table, images: Images) -> Grid:
-    """Some prompts with their input images and the image of every system."""
+    """Return some prompts with their input images and the images of all systems."""
     requests = spread(table.requests, SHOWN_EXAMPLES)
     rows: list[list[Cell]] = [["", *(request.text for request in requests)]]
     if requests[0].inputs:
         rows.append(["input", *([table.benchmark.folder / name for name in r.inputs] for r in requests)])
-    drawn = {name: images[table.name, name] for name in evaluation.rows(table)}
-    return Grid(rows + [[name, *(files[request.index] for request in requests)] for name, files in drawn.items()])
+    files = {name: images[table.name, name] for name in evaluation.row_names(table)}
+    return Grid(rows + [[name, *(own[request.index] for request in requests)] for name, own in files.items()])
 
 
-def draw_galleries(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
-    """By KOSMOS-G after stage 3: the same prompt with another input image; with each of two. None without it."""
+def generate_galleries(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
+    """Generate two grids with KOSMOS-G after stage 3: swapped input images, and pairs of input images.
+
+    Returns:
+        None for both without that system, and for a grid that is configured to be empty.
+    """
     table = next((table for table in evaluation.tables if table.benchmark.subjects), None)
     system = next((system for system in evaluation.systems if system.name == AFTER_STAGE_3), None)
     if table is None or system is None:
@@ -104,16 +108,19 @@ def draw_galleries(evaluation: Evaluation) -> tuple[Grid | None, Grid | None]:
     def grid(corner: str, rows: list[list[Request]], left: list[Cell]) -> Grid | None:
         if not rows:
             return None
-        drawn = [[header, *(files[request.index] for request in row)] for header, row in zip(left, rows, strict=True)]
-        return Grid([[corner, *(dataset.folder / request.inputs[-1] for request in rows[0])], *drawn])
+        lines = [[header, *(files[request.index] for request in row)] for header, row in zip(left, rows, strict=True)]
+        return Grid([[corner, *(dataset.folder / request.inputs[-1] for request in rows[0])], *lines])
 
     inputs: list[Cell] = [dataset.folder / row[0].inputs[0] for row in pairs]
     return grid("input", swaps, [*gallery.swap_prompts]), grid("first input: at the left; second: above", pairs, inputs)
 
 
 def swaps_and_pairs(dataset: Benchmark, gallery: Gallery) -> tuple[list[list[Request]], list[list[Request]]]:
-    """Rows of two grids. Each of `swap_prompts` for each shown subject, from a noise of the row's own; then
-    `pair_prompt` for each ordered pair of subjects, row in the first slot, column in the second, from one noise."""
+    """Return the requests of the two grids, row by row.
+
+    The first has a row for each of `swap_prompts`, with its own noise, and a column for each subject. The second has
+    `pair_prompt` for each ordered pair of subjects (row, column), all from the same noise.
+    """
     subjects, sides = (spread(list(dataset.subjects), side) for side in (gallery.subjects, gallery.pair_subjects))
     rows = [(prompt, [(name,) for name in subjects], noise) for noise, prompt in enumerate(gallery.swap_prompts)]
     swaps, numbers = len(rows), count()
@@ -128,15 +135,15 @@ def swaps_and_pairs(dataset: Benchmark, gallery: Gallery) -> tuple[list[list[Req
         seed = image_seed(dataset.protocol.sampling.seed, GALLERY_SEED_OFFSET + noise)
         return Request(next(numbers), prompt, text, inputs, seed, subjects[0])
 
-    found = [[request(prompt, names, noise) for names in row] for prompt, row, noise in rows]
-    return found[:swaps], found[swaps:]
+    requests = [[request(prompt, names, noise) for names in row] for prompt, row, noise in rows]
+    return requests[:swaps], requests[swaps:]
 
 
 def write_sheets(
     evaluation: Evaluation, images: Images, swap: Grid | None, pair: Grid | None, stages: Grid | None
 ) -> None:
-    """sheets/: the grids, subjects.png, systems.png and inputs.png; of a benchmark without subjects a sheet of its
-    name, COCO's captions.png."""
+    """Write sheets/: the given grids; subjects.png, systems.png and inputs.png of a benchmark with subjects; a sheet
+    named after each other benchmark (captions.png for COCO)."""
     grids = {"swap": swap, "pairs": pair, "stages": stages}
     for table in evaluation.tables:
         if table.benchmark.subjects:
@@ -150,9 +157,9 @@ def write_sheets(
 
 
 def subject_sheets(evaluation: Evaluation, table: Table, images: Images) -> dict[str, Grid]:
-    """Subjects by prompts; every system with another prompt for each subject, so that a small sheet shows many; and
-    the one image that is given of every subject, as in the paper's Fig. 8."""
-    dataset, gallery, names = table.benchmark, evaluation.config.gallery, evaluation.rows(table)
+    """Return the sheets `inputs` (the input image of each subject, as in the paper's Fig. 8), `subjects` (subjects by
+    prompts) and `systems` (all systems, with another prompt for each subject)."""
+    dataset, gallery, names = table.benchmark, evaluation.config.gallery, evaluation.row_names(table)
     subjects = shown_subjects(table, gallery.subjects)
     rows: list[list[Cell]] = []
     for start in range(0, len(dataset.subjects), INPUTS_ACROSS):
@@ -160,26 +167,26 @@ def subject_sheets(evaluation: Evaluation, table: Table, images: Images) -> dict
         blank = [""] * (min(INPUTS_ACROSS, len(dataset.subjects)) - len(some))
         rows.append([*map(dataset.kept_image, some), *blank])
         rows.append([*(dataset.subjects[name].class_noun for name in some), *blank])
-    found = {"inputs": Grid(rows, left=0)}
+    sheets = {"inputs": Grid(rows, left=0)}
     if requests := common_requests(table, subjects, gallery.templates):
-        prompts, kept = list(requests), [dataset.kept_image(name) for name in subjects]
+        prompts, inputs = list(requests), [dataset.kept_image(name) for name in subjects]
         if AFTER_STAGE_3 in names:
             files = images[table.name, AFTER_STAGE_3]
-            rows = [[kept[i], *(files[requests[p][i].index] for p in prompts)] for i in range(len(subjects))]
-            found["subjects"] = Grid([["input", *prompts], *rows])
+            rows = [[inputs[i], *(files[requests[p][i].index] for p in prompts)] for i in range(len(subjects))]
+            sheets["subjects"] = Grid([["input", *prompts], *rows])
         rows = [["prompt", "input", *names]]
-        for place, image in enumerate(kept):
-            request = requests[prompts[place % len(prompts)]][place]
+        for number, image in enumerate(inputs):
+            request = requests[prompts[number % len(prompts)]][number]
             rows.append([request.prompt, image, *(images[table.name, name][request.index] for name in names)])
-        found["systems"] = Grid(rows, left=2)
-    return found
+        sheets["systems"] = Grid(rows, left=2)
+    return sheets
 
 
 def system_sheet(evaluation: Evaluation, table: Table, images: Images) -> Grid:
-    """A prompt a row, a system a column; of the runs of one experiment, the first."""
+    """Return prompts by systems, with only the first run of each experiment."""
     shown: dict[str, str] = {}
     experiments = {system.name: system.experiment for system in table.systems}
-    for name in evaluation.rows(table):
+    for name in evaluation.row_names(table):
         shown.setdefault((experiments.get(name) or name).replace("_", " "), name)
     rows: list[list[Cell]] = [
         [request.text, *(images[table.name, name][request.index] for name in shown.values())]
@@ -189,7 +196,7 @@ def system_sheet(evaluation: Evaluation, table: Table, images: Images) -> Grid:
 
 
 def sheet(grid: Grid) -> Image.Image:
-    """A page of the grid. A row of words alone is as high as its words; the left headers stand apart."""
+    """Render a grid. Rows of text only are as high as their text; a line separates the left headers."""
     wrapped = [[textwrap.wrap(c, CELL // LETTER) if isinstance(c, str) else c for c in row] for row in grid.rows]
     heights = [
         CELL if any(isinstance(cell, Path) for cell in row) else LINE * max(len(lines) for lines in row)  # type: ignore[arg-type]
@@ -209,7 +216,7 @@ def sheet(grid: Grid) -> Image.Image:
                 page.paste(fit(cell), (left, top))
             elif height == CELL:
                 draw.multiline_text((left, top + CELL / 2), "\n".join(cell), fill=INK, font=font, anchor="lm")  # type: ignore[arg-type]
-            else:  # centred, on the row's bottom
+            else:  # centred, aligned to the bottom
                 ink, start = FAINT if place < grid.left or not grid.left else INK, top + height - len(cell) * LINE
                 for number, line in enumerate(cell):
                     draw.text((left + CELL / 2, start + number * LINE), line, fill=ink, font=font, anchor="ma")  # type: ignore[arg-type]
@@ -218,7 +225,7 @@ def sheet(grid: Grid) -> Image.Image:
 
 
 def fit(file: Path, side: int = CELL) -> Image.Image:
-    """The picture at the size of a cell; whole multiples of small pictures keep their pixels sharp."""
+    """Resize an image to a cell, cropping it to a square; small images are enlarged by whole factors, without blur."""
     image = read_image(file)
     sharp = side % image.width == 0 and image.width == image.height
     if not sharp:

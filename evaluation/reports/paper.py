@@ -1,4 +1,4 @@
-"""What arXiv 2310.02992 prints, for looking up beside our numbers; nothing here was measured by this project."""
+"""Numbers printed in arXiv 2310.02992, shown next to ours; nothing here was measured by this project."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ CAUTION = (
 
 @dataclass(frozen=True)
 class Printed:
-    """One printed row: a value for each metric of its table, None where the paper has a dash.
+    """A printed row with a value for each metric of its table, None for a dash.
 
     Args:
-        remark: what stands in place of a number.
-        experiment: our ablation of the same row, a file of configs/ablations/.
+        remark: text in place of a number.
+        experiment: our ablation of this row, a file of configs/ablations/.
     """
 
     system: str
@@ -25,8 +25,8 @@ class Printed:
     experiment: str = ""
 
     def cells(self, decimals: Sequence[int]) -> list[str]:
-        """A text for each metric."""
-        pairs = zip(self.values, decimals, strict=False)  # what is measured here beside the paper's metrics, it lacks
+        """Return a text for each metric."""
+        pairs = zip(self.values, decimals, strict=False)  # the paper lacks our additional metrics
         texts = [self.remark or "–" if value is None else f"{value:.{places}f}" for value, places in pairs]
         return [*texts, *["–"] * (len(decimals) - len(texts))]
 
@@ -66,4 +66,4 @@ PRINTED = {
     "dreambench": ("DreamBench", ("dino", "clip_i", "clip_t"), DREAMBENCH),
     "coco": ("MS-COCO", ("fid",), COCO),
 }
-"""Table 1 by our table: title, metrics, rows."""
+"""Table 1, by the name of our table: title, metrics, rows."""

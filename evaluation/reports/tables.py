@@ -1,9 +1,7 @@
-"""Tables as text: results.md of an evaluation; and the paper's Tables 1 and 2 from finished ones, as Markdown, LaTeX
-and HTML: `evaluate.py tables A B …`.
+"""Write results.md, and the paper's Tables 1 and 2 as Markdown, LaTeX and HTML: `evaluate.py tables A B …`.
 
-Printed numbers and ours stand in groups of their own, each under its protocol: they were made under different ones.
-Runs of one experiment with several seeds are gathered in a row, under the paper's name for it where there is one.
-"fails" is quoted from the paper alone; ours give the number.
+Printed numbers and ours are in separate groups because their protocols differ. Runs of an experiment with several seeds
+are averaged in one row, under the paper's name if it has one. Only the paper's rows say "fails"; ours have numbers.
 """
 
 import html
@@ -21,7 +19,7 @@ from evaluation.reports import paper
 from evaluation.reports.breakdown import SORTED_BY, sections, shown_system
 from evaluation.reports.compare import Evaluated, markdown_table, obstacles, read_evaluations
 from evaluation.scores.metric import Metric
-from evaluation.scores.results import Row, Score, columns, place, protocol_of, table_rows, tables_in, texts
+from evaluation.scores.results import Row, Score, columns, protocol_of, row_position, table_rows, tables_in, texts
 from kosmosg.files import write_text
 
 FIDELITY, EDITABILITY = ("dino", "clip_i"), "clip_t"
@@ -31,11 +29,11 @@ LATEX |= {letter: f"\\{letter}" for letter in "#_%&${}"}
 
 
 def results_markdown(scores: Sequence[Score], notes: Sequence[str], parts: pd.DataFrame) -> str:
-    """results.md: our tables, breakdowns, the curve, and last the paper's numbers."""
+    """Return results.md: our tables, breakdowns, the curve, and the paper's numbers."""
     lines = ["# Results", "", intervals(scores), ""]
     for table in tables_in(scores):
         metrics = columns(scores, table)
-        rows = [{"System": system, **texts(found, metrics)} for system, found in table_rows(scores, table).items()]
+        rows = [{"System": system, **texts(row, metrics)} for system, row in table_rows(scores, table).items()]
         lines += [f"## {titles()[table]}", "", f"Protocol `{protocol_of(scores, table)}`.", ""]
         lines += markdown_table(pd.DataFrame(rows))
     lines += [*(f"- {note}" for note in notes), "", *breakdown_markdown(parts), *guidance_markdown(scores)]
@@ -48,7 +46,7 @@ def results_markdown(scores: Sequence[Score], notes: Sequence[str], parts: pd.Da
 
 
 def printed_rows(table: str) -> pd.DataFrame:
-    """The paper's rows for one of our tables."""
+    """Return the paper's rows for one of our tables."""
     _, names, rows = paper.PRINTED[table]
     kinds = [metric(name) for name in names]
     shown = [[row.system, *row.cells([kind.decimals for kind in kinds])] for row in rows]
@@ -56,18 +54,18 @@ def printed_rows(table: str) -> pd.DataFrame:
 
 
 def intervals(scores: Sequence[Score]) -> str:
-    """`Value (95 % interval) over n …`, and which columns have something else in its place."""
+    """Return the caption of the tables, which names columns without a 95 % interval."""
     kinds = {score.metric: metric(score.metric) for score in scores}.values()
     others = [f"of {kind.title}, {kind.interval}" for kind in kinds if kind.interval != Metric.interval]
     return f"Value ({'; '.join([Metric.interval, *others])}) over n pairs; n images for FID and KID."
 
 
 def breakdown_markdown(parts: pd.DataFrame) -> list[str]:
-    """Kinds of every system; all else of the shown one."""
-    found, lines = sections(parts), []
-    shown = shown_system([section.system for section in found])
-    for table in dict.fromkeys(section.table for section in found):
-        own = [section for section in found if section.table == table]
+    """Return the breakdown by kind of all systems, and the other breakdowns of one system."""
+    every, lines = sections(parts), []
+    shown = shown_system([section.system for section in every])
+    for table in dict.fromkeys(section.table for section in every):
+        own = [section for section in every if section.table == table]
         if kinds := [section for section in own if section.by == "kind"]:
             rows = pd.concat({section.system: section.rows for section in kinds}, names=["System"]).reset_index(0)
             lines += [f"## {kinds[0].title}", "", *markdown_table(rows, words=2)]
@@ -83,33 +81,33 @@ def breakdown_markdown(parts: pd.DataFrame) -> list[str]:
 
 
 def points_of(scores: Sequence[Score]) -> dict[str, list[tuple[float, dict[str, Score]]]]:
-    """The curve over guidance scales: (scale, scores by metric) of each system, by scale; systems as in the table."""
-    found: dict[str, dict[float, dict[str, Score]]] = {}
+    """Return the curve of each system, in the table's order: (guidance scale, scores by metric), sorted by scale."""
+    points: dict[str, dict[float, dict[str, Score]]] = {}
     for score in scores:
         if score.table == GUIDANCE and score.guidance_scale is not None:
-            found.setdefault(score.system, {}).setdefault(score.guidance_scale, {})[score.metric] = score
-    return {name: sorted(found[name].items()) for name in sorted(found, key=place)}
+            points.setdefault(score.system, {}).setdefault(score.guidance_scale, {})[score.metric] = score
+    return {name: sorted(points[name].items()) for name in sorted(points, key=row_position)}
 
 
 def guidance_markdown(scores: Sequence[Score]) -> list[str]:
-    """What a model gains in fidelity it tends to lose in editability; nothing without a curve."""
+    """Return the table over guidance scales; empty without a curve."""
     points = [(system, *point) for system, line in points_of(scores).items() for point in line]
     if not points:
         return []
     metrics = [metric(name) for name in (*FIDELITY, EDITABILITY, "near_copies")]
-    rows = [{"System": system, "Guidance": f"{scale:g}", **texts(found, metrics)} for system, scale, found in points]
-    protocols = dict.fromkeys(f"`{score.protocol}`" for _, _, found in points for score in found.values())
+    rows = [{"System": system, "Guidance": f"{scale:g}", **texts(row, metrics)} for system, scale, row in points]
+    protocols = dict.fromkeys(f"`{score.protocol}`" for _, _, row in points for score in row.values())
     heading = ["## Over guidance scales", "", f"Protocols {', '.join(protocols)}.", ""]
     return [*heading, *markdown_table(pd.DataFrame(rows))]
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper with our rows.
+    """A table of the paper with our rows.
 
     Args:
-        name: of its files.
-        groups: rows under one protocol by title: the system first, n last.
+        name: name of its files.
+        groups: groups of rows under one protocol, by title; first column the system, last column n.
     """
 
     name: str
@@ -118,7 +116,7 @@ class PaperTable:
 
 
 def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
-    """Table 1, left and right, and Table 2, as far as the evaluations have numbers for them."""
+    """Return Table 1, left and right, and Table 2, if the evaluations have scores for them."""
     fixed = (REAL_IMAGES, *TEXT_SYSTEMS.values(), BEFORE_STAGE_3)
     plan = (
         ("table-1-dreambench", "Table 1, left: subjects (DreamBench)", "dreambench",
@@ -136,9 +134,9 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
         for evaluation in evaluations:
             scores = [score for score in evaluation.scores if score.seed is None]
             rows = [
-                {"System": system, **texts(found, metrics)}
-                for system, found in table_rows(scores, table).items()
-                if (systems is None or system in systems) and any(kind.name in found for kind in metrics)
+                {"System": system, **texts(row, metrics)}
+                for system, row in table_rows(scores, table).items()
+                if (systems is None or system in systems) and any(kind.name in row for kind in metrics)
             ]
             if rows:
                 ours[f"{evaluation.name}: {evaluation.protocol(table)}"] = pd.DataFrame(rows)
@@ -155,34 +153,34 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[PaperTable]:
 def seed_groups(
     evaluations: Sequence[Evaluated], table: str, metrics: Sequence[type[Metric]], stage: str, names: Mapping[str, str]
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Title and rows: for evaluations that compare, the mean over seeds of each experiment, then every seed.
+    """Yield titles and rows: for comparable evaluations, the mean over seeds of each experiment, then every seed.
 
     Args:
-        names: what experiments are called, in their order; others follow by their own names.
+        names: row names of experiments, in order; other experiments follow under their own names.
 
     Raises:
-        EvaluationError: a seed of an experiment is in two evaluations.
+        EvaluationError: two evaluations have the same seed of an experiment.
     """
 
     def runs_in(evaluation: Evaluated) -> list[Score]:
         return [s for s in evaluation.scores if s.table == table and s.stage == stage and s.seed is not None]
 
-    together: list[list[Evaluated]] = []
+    comparable: list[list[Evaluated]] = []
     for evaluation in filter(runs_in, evaluations):
-        fitting = (group for group in together if not obstacles(group[0], evaluation, table))
-        if (group := next(fitting, None)) is None:
-            together.append([evaluation])
+        groups = (group for group in comparable if not obstacles(group[0], evaluation, table))
+        if (group := next(groups, None)) is None:
+            comparable.append([evaluation])
         else:
             group.append(evaluation)
-    for group in together:
+    for group in comparable:
         runs: dict[str, dict[int, dict[str, Score]]] = {}
         origin: dict[tuple[str, int], str] = {}
-        for evaluation, score in ((found, score) for found in group for score in runs_in(found)):
+        for evaluation, score in ((member, score) for member in group for score in runs_in(member)):
             experiment, seed = str(score.experiment), int(score.seed or 0)
             if (first := origin.setdefault((experiment, seed), evaluation.name)) != evaluation.name:
                 raise EvaluationError(
-                    f"seed {seed} of '{experiment}' is in '{first}' and in '{evaluation.name}'; a seed counts once: "
-                    "leave one of them out."
+                    f"seed {seed} of '{experiment}' is in both '{first}' and '{evaluation.name}'; leave one of them "
+                    "out."
                 )
             runs.setdefault(experiment, {}).setdefault(seed, {})[score.metric] = score
         order = sorted(runs, key=lambda name: ([*names, name].index(name), name))
@@ -190,29 +188,29 @@ def seed_groups(
         rows = [{"System": names.get(name, name), **mean_texts(list(runs[name].values()), metrics)} for name in order]
         yield f"{title}; mean over seeds (lowest–highest of a seed)", pd.DataFrame(rows)
         rows = [
-            {"System": f"{names.get(name, name)}, seed {seed}", **texts(found, metrics)}
+            {"System": f"{names.get(name, name)}, seed {seed}", **texts(row, metrics)}
             for name in order
-            for seed, found in sorted(runs[name].items())
+            for seed, row in sorted(runs[name].items())
         ]
         yield f"{title}; every seed (95 % interval over its images)", pd.DataFrame(rows)
 
 
 def mean_texts(runs: Sequence[Row], metrics: Sequence[type[Metric]]) -> dict[str, str]:
-    """`9.55 (9.41–9.72)` for each metric, and `3 seeds × 500`."""
+    """Format the mean and range over seeds, `9.55 (9.41–9.72)`, and the number of runs, `3 seeds × 500`."""
     cells = {}
     for kind in metrics:
-        values = [found[kind.name].value for found in runs if kind.name in found]
+        values = [row[kind.name].value for row in runs if kind.name in row]
         low, value, high = (kind.number(f(values)) if values else "–" for f in (min, mean, max))
         cells[kind.heading()] = f"{value} ({low}–{high})" if len(values) > 1 else value
-    images = " or ".join(dict.fromkeys(texts(found, metrics)["n"] for found in runs))
+    images = " or ".join(dict.fromkeys(texts(row, metrics)["n"] for row in runs))
     return {**cells, "n": f"{len(runs)} seed{'s' * (len(runs) > 1)} × {images}"}
 
 
 def write_tables(paths: Sequence[str | Path], output: Path) -> list[Path]:
-    """Write each table as .md, .tex and .html into `output`; the files.
+    """Write each table as .md, .tex and .html into `output` and return the files.
 
     Raises:
-        EvaluationError: a folder without a finished evaluation, or without any of the paper's tables.
+        EvaluationError: a folder is not a finished evaluation, or there are no scores for any table.
     """
     tables = paper_tables(read_evaluations(paths, least=1))
     if not tables:
@@ -226,7 +224,7 @@ def write_tables(paths: Sequence[str | Path], output: Path) -> list[Path]:
 
 
 def as_markdown(table: PaperTable) -> str:
-    """One Markdown table for each group: Markdown knows no row that spans columns."""
+    """Return a Markdown table for each group, since Markdown has no rows that span columns."""
     lines = [f"## {table.title}", ""]
     for title, rows in table.groups.items():
         lines += [f"{title}:", "", *markdown_table(rows)]
@@ -234,7 +232,7 @@ def as_markdown(table: PaperTable) -> str:
 
 
 def as_latex(table: PaperTable) -> str:
-    """A booktabs tabular in a table environment."""
+    """Return a booktabs tabular in a table environment."""
 
     def row(cells: Sequence[str]) -> str:
         return " & ".join(map(latex, cells)) + r" \\"
@@ -265,7 +263,7 @@ STYLE = (
 
 
 def as_html(table: PaperTable) -> str:
-    """A page of its own."""
+    """Return an HTML page with the table."""
     header = list(next(iter(table.groups.values())))
     head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in header)
     bodies = []

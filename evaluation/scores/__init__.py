@@ -1,1 +1,1 @@
-"""From images to features, scores, intervals and results."""
+"""Encoders, metrics, confidence intervals and results."""

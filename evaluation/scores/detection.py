@@ -1,7 +1,7 @@
-"""GenEval: whether a detector finds what the prompt asks for, in number, colour and place.
+"""GenEval: whether a detector finds the objects of the prompt, in the right number, colour and position.
 
-The rules are those of GenEval's own script; the detector is one of transformers, which gives boxes without masks, so
-that colours are read off whole boxes.
+The rules are those of GenEval's own script. The detector is a transformers model that predicts boxes without masks, so
+colours are read from whole boxes.
 """
 
 from collections import defaultdict
@@ -18,16 +18,16 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from evaluation.protocols.benchmark import Crop, EvaluationError, Item
 from evaluation.protocols.protocol import Detector
-from evaluation.scores.bootstrap import QUANTILES, draws
-from evaluation.scores.metric import Measured, Metric, Row
+from evaluation.scores.bootstrap import QUANTILES, resampled_means
+from evaluation.scores.metric import Estimate, Metric, Row
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
 
 @dataclass(frozen=True)
-class Found:
-    """An object that a detector sees: its class, its confidence, its box in pixels (left, top, right, bottom)."""
+class Detection:
+    """A detected object: class name, confidence, and box in pixels (left, top, right, bottom)."""
 
     name: str
     confidence: float
@@ -35,127 +35,122 @@ class Found:
 
 
 class ObjectDetector:
-    """A detector of transformers.
+    """An object detector of transformers.
 
     Raises:
-        EvaluationError: a folder that holds none.
+        EvaluationError: the folder holds no object detector.
     """
 
-    def __init__(self, stated: Detector, folder: Path, device: torch.device):
+    def __init__(self, settings: Detector, folder: Path, device: torch.device):
         try:
             options = {"trust_remote_code": False}
             self.model = AutoModelForObjectDetection.from_pretrained(folder, **options).eval().to(device)
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
         except (ValueError, OSError) as error:
-            raise EvaluationError(f"'{folder}' is no object detector: {error}") from error
+            raise EvaluationError(f"'{folder}' is not an object detector: {error}") from error
         self.device = device
-        self.least = min(stated.threshold, stated.counting_threshold)
+        self.threshold = min(settings.threshold, settings.counting_threshold)
         self.names = list(self.model.config.id2label.values())
 
     @torch.inference_mode()
-    def images(self, images: list[Image.Image]) -> list[list[Found]]:
-        """N images → what is seen in each, the most confident first."""
-        found = []
+    def images(self, images: list[Image.Image]) -> list[list[Detection]]:
+        """N images → the detections of each, by decreasing confidence."""
+        detections = []
         for image in images:
             outputs = self.model(**self.processor(images=[image], return_tensors="pt").to(self.device))
             (seen,) = self.processor.post_process_object_detection(
-                outputs, threshold=self.least, target_sizes=[image.size[::-1]]
+                outputs, threshold=self.threshold, target_sizes=[image.size[::-1]]
             )
             rows = zip(seen["labels"].tolist(), seen["scores"].tolist(), seen["boxes"].tolist(), strict=True)
-            objects = [Found(self.model.config.id2label[label], score, tuple(box)) for label, score, box in rows]
-            found.append(sorted(objects, key=lambda one: -one.confidence))
-        return found
+            objects = [Detection(self.model.config.id2label[label], score, tuple(box)) for label, score, box in rows]
+            detections.append(sorted(objects, key=lambda detection: -detection.confidence))
+        return detections
 
 
-def relations(a: Found, b: Found, threshold: float) -> set[str]:
-    """Where `a` is relative to `b`, once both sizes are allowed for."""
+def relations(a: Detection, b: Detection, threshold: float) -> set[str]:
+    """Return the position of `a` relative to `b`, after subtracting `threshold` times the sizes of both."""
     boxes = np.array([a.box, b.box]).reshape(2, 2, 2)
     offset = boxes[0].mean(0) - boxes[1].mean(0)
     sizes = np.abs(np.diff(boxes, axis=1))[:, 0].sum(0)
     apart = np.maximum(np.abs(offset) - threshold * sizes, 0) * np.sign(offset)
     if np.all(np.abs(apart) < 1e-3):
         return set()
-    across, down = apart / np.linalg.norm(offset)
-    told = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return {name for name, true in told.items() if true}
+    x, y = apart / np.linalg.norm(offset)
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, true in holds.items() if true}
 
 
 class Correct(Metric):
-    """All that the prompt asks for is there, and nothing that it excludes."""
+    """Share of images with everything that the prompt asks for and nothing that it excludes."""
 
     name, title, decimals, needs = "correct", "Correct", 3, ("detector", "clip_texts", "clip_images")
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """Of every image, with what is wrong."""
+        """Return whether each image is correct, and what is wrong."""
         asked = [item for item in items if item.asked]
-        seen = self.context.networks["detector"]([item.file for item in asked])
+        detections = self.context.networks["detector"]([item.file for item in asked])
         rows = []
-        for item, objects in zip(asked, seen, strict=True):
+        for item, objects in zip(asked, detections, strict=True):
             wrong = self.wrong(item.file, objects, item.asked)
             rows.append(Row(item, wrong, not wrong))
         return rows
 
-    def wrong(self, file: Path, objects: Sequence[Found], asked: Mapping[str, Any]) -> str:
-        """What is not as asked for; empty where all is."""
-        stated = self.stated()
-        least = stated.counting_threshold if asked["tag"] == "counting" else stated.threshold
-        there: dict[str, list[Found]] = defaultdict(list)
-        called = {label: name for name, label in stated.aliases.items()}
-        for found in objects:
-            name = called.get(found.name, found.name)
-            if found.confidence > least and len(there[name]) < stated.max_objects:
-                there[name].append(found)
+    def wrong(self, file: Path, detections: Sequence[Detection], asked: Mapping[str, Any]) -> str:
+        """Return what differs from the prompt's metadata; empty if nothing does."""
+        settings: Detector = self.context.protocol.detector
+        threshold = settings.counting_threshold if asked["tag"] == "counting" else settings.threshold
+        objects: dict[str, list[Detection]] = defaultdict(list)
+        names = {label: name for name, label in settings.aliases.items()}
+        for detection in detections:
+            name = names.get(detection.name, detection.name)
+            if detection.confidence > threshold and len(objects[name]) < settings.max_objects:
+                objects[name].append(detection)
         problems, groups = [], []
         for clause in asked.get("include", []):
             name, count = clause["class"], clause["count"]
-            chosen, before = there[name][:count], len(problems)
+            chosen, before = objects[name][:count], len(problems)
             if len(chosen) < count:
                 problems.append(f"expected {name}>={count}, found {len(chosen)}")
             else:
                 if (colour := clause.get("color")) is not None:
-                    colours = [self.colour(Crop(file, found.box), name) for found in chosen]
+                    colours = [self.colour(Crop(file, detection.box), name) for detection in chosen]
                     if colours.count(colour) < count:
                         problems.append(f"expected {colour} {name}>={count}, found {', '.join(colours)}")
-                if (place := clause.get("position")) is not None and len(problems) == before:
-                    relation, target = place
+                if (position := clause.get("position")) is not None and len(problems) == before:
+                    relation, target = position
                     if groups[target] is None:
                         problems.append(f"no target for {name} to be {relation}")
                     elif any(
-                        relation not in relations(one, other, stated.position_threshold)
+                        relation not in relations(one, other, settings.position_threshold)
                         for one in chosen
                         for other in groups[target]
                     ):
                         problems.append(f"expected {name} {relation} target")
             groups.append(chosen if len(problems) == before else None)
         for clause in asked.get("exclude", []):
-            if len(there[clause["class"]]) >= clause["count"]:
+            if len(objects[clause["class"]]) >= clause["count"]:
                 problems.append(f"expected {clause['class']}<{clause['count']}")
         return "; ".join(problems)
 
-    def colour(self, item: Crop, name: str) -> str:
-        """The colour that CLIP finds nearest, zero-shot."""
+    def colour(self, crop: Crop, name: str) -> str:
+        """Classify the colour of an object by zero-shot CLIP."""
         networks = self.context.networks
         texts = [text.format(colour, name) for colour in COLOURS for text in COLOUR_TEXTS]
         words = normalize(networks["clip_texts"](texts).double(), dim=-1).view(len(COLOURS), len(COLOUR_TEXTS), -1)
-        nearest = normalize(words.mean(1), dim=-1) @ networks["clip_images"]([item]).double()[0]
-        return COLOURS[int(nearest.argmax())]
+        similarity = normalize(words.mean(1), dim=-1) @ networks["clip_images"]([crop]).double()[0]
+        return COLOURS[int(similarity.argmax())]
 
-    def stated(self) -> Detector:
-        """Thresholds of the protocol."""
-        assert self.context.benchmark is not None
-        return self.context.benchmark.protocol.detector
-
-    def aggregate(self, rows: Sequence[Row]) -> Measured:
-        """The mean over kinds of task, each of them the mean over its images; intervals by drawing prompts of each."""
+    def aggregate(self, rows: Sequence[Row]) -> Estimate:
+        """Return the mean over the tasks' means, with its bootstrap interval over the prompts of each task."""
         groups: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
             groups[row.item.group].append(row)
         bootstrap, means, replicates = self.context.bootstrap, [], []
         for number, own in enumerate(groups.values()):
-            _, of_unit = np.unique([row.item.unit for row in own], return_inverse=True)
-            counts, sums = np.bincount(of_unit), np.bincount(of_unit, weights=[float(row.value) for row in own])
-            drawn = draws(len(counts), bootstrap.replicates, bootstrap.seed + number)
-            replicates.append(np.concatenate([(some @ sums) / (some @ counts) for some in drawn]))
-            means.append(sums.sum() / counts.sum())
+            names, unit_of = np.unique([row.item.unit for row in own], return_inverse=True)
+            values = [float(row.value) for row in own]
+            means.append(np.mean(values))
+            seed = bootstrap.seed + number
+            replicates.append(resampled_means(values, unit_of, len(names), bootstrap.replicates, seed))
         low, high = np.quantile(np.mean(replicates, axis=0), QUANTILES)
-        return Measured(float(np.mean(means)), float(low), float(high), len(rows))
+        return Estimate(float(np.mean(means)), float(low), float(high), len(rows))

@@ -1,4 +1,4 @@
-"""FID and KID by torchmetrics, of features that were computed already, in double precision.
+"""FID and KID by torchmetrics, from precomputed features in double precision.
 
 Shapes: `N` images, `F` features.
 """
@@ -20,7 +20,7 @@ from evaluation.processes import Processes
 from evaluation.protocols.benchmark import Item
 from evaluation.protocols.protocol import KID
 from evaluation.scores.bootstrap import fid_interval
-from evaluation.scores.metric import Measured, Metric, Row
+from evaluation.scores.metric import Estimate, Metric, Row
 from kosmosg.files import write_bytes
 
 FEATURES = "features"
@@ -28,28 +28,28 @@ NORMAL = 1.96
 
 
 class Fid(Metric):
-    """Distance of a system's images from the benchmark's real ones; rows hold features."""
+    """Fréchet distance of a system's images to the benchmark's real images; the values of rows are features."""
 
     name, title, decimals, better, needs = "fid", "FID", 2, "↓", ("fid_real", "fid_generated")
     samples = False
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """The feature of every image; real photos are resized as the real side is."""
+        """Return the feature of each image; real photos are resized like the reference images."""
         encode = self.context.networks["fid_real" if all(item.real for item in items) else "fid_generated"]
         features = encode([item.file for item in items])
         return [Row(item, "", feature) for item, feature in zip(items, features, strict=True)]
 
-    def aggregate(self, rows: Sequence[Row]) -> Measured:
-        """Its interval by drawing images."""
+    def aggregate(self, rows: Sequence[Row]) -> Estimate:
+        """Return FID with its bootstrap interval over images."""
         real, made, bootstrap = self.real(), torch.stack([row.value for row in rows]), self.context.bootstrap
         value = fid(real, made)
-        return Measured(value, *fid_interval(real, made, value, bootstrap.fid_replicates, bootstrap.seed), len(made))
+        return Estimate(value, *fid_interval(real, made, value, bootstrap.fid_replicates, bootstrap.seed), len(made))
 
     def real(self) -> Tensor:
-        """Features of the real side."""
-        found = self.context.real() if self.context.real is not None else None
-        assert found is not None, "benchmarks with FID have references"
-        return found
+        """Return the features of the real images, N×F."""
+        features = self.context.real() if self.context.real is not None else None
+        assert features is not None, "benchmarks with FID have references"
+        return features
 
 
 class Kid(Fid):
@@ -58,50 +58,49 @@ class Kid(Fid):
     interval = "±1.96 standard deviations over subsets"
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """The same features; none where the protocol has no KID."""
-        return super().score(items) if self.context.benchmark and self.context.benchmark.protocol.kid else []
+        """Return the features, or nothing if the protocol has no KID."""
+        return super().score(items) if self.context.protocol.kid else []
 
-    def aggregate(self, rows: Sequence[Row]) -> Measured:
-        """The mean over subsets, and how it varies over them: at the size of a subset, not at n."""
-        assert self.context.benchmark is not None
+    def aggregate(self, rows: Sequence[Row]) -> Estimate:
+        """Return the mean over subsets, with ±1.96 standard deviations over them."""
         made = torch.stack([row.value for row in rows])
-        value, deviation = kid(self.real(), made, self.context.benchmark.protocol.kid)
-        # No bootstrap of rows: KID is over pairs of different images; a row drawn twice would be paired with itself.
-        return Measured(value, value - NORMAL * deviation, value + NORMAL * deviation, len(made))
+        value, deviation = kid(self.real(), made, self.context.protocol.kid)
+        # No bootstrap: KID is defined over pairs of distinct images, and a row drawn twice would be paired with itself.
+        return Estimate(value, value - NORMAL * deviation, value + NORMAL * deviation, len(made))
 
 
 def fid(real: Tensor, made: Tensor) -> float:
-    """torchmetrics' FID of features N×F and N'×F."""
-    # Not synchronized: the first process has all features, and it alone is here.
-    metric = FrechetInceptionDistance(feature=ReadyFeatures(real.shape[1]), sync_on_compute=False)
+    """Return torchmetrics' FID of features N×F and N'×F."""
+    # Not synchronized: only rank 0 computes it, from all features.
+    metric = FrechetInceptionDistance(feature=PrecomputedFeatures(real.shape[1]), sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(made.double(), real=False)
     return float(metric.compute())
 
 
-def kid(real: Tensor, made: Tensor, drawn: KID) -> tuple[float, float]:
-    """torchmetrics' KID of features N×F and N'×F: mean and standard deviation over the protocol's own subsets.
+def kid(real: Tensor, made: Tensor, protocol: KID) -> tuple[float, float]:
+    """Return torchmetrics' KID of features N×F and N'×F: mean and standard deviation over the protocol's subsets.
 
     Raises:
-        ValueError: fewer images than a subset has.
+        ValueError: there are fewer images than in a subset.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         metric = KernelInceptionDistance(
-            ReadyFeatures(real.shape[1]),
-            subsets=drawn.subsets,
-            subset_size=drawn.subset_size,
+            PrecomputedFeatures(real.shape[1]),
+            subsets=protocol.subsets,
+            subset_size=protocol.subset_size,
             sync_on_compute=False,
         )
         metric.update(real.double(), real=True)
         metric.update(made.double(), real=False)
-        torch.manual_seed(drawn.seed)
+        torch.manual_seed(protocol.seed)
         mean, deviation = metric.compute()
     return float(mean), float(deviation)
 
 
-class ReadyFeatures(nn.Module):
-    """Stands where torchmetrics expects the network."""
+class PrecomputedFeatures(nn.Module):
+    """Identity module passed to torchmetrics in place of the feature network."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -111,28 +110,31 @@ class ReadyFeatures(nn.Module):
         return features
 
 
-def kept_features(
+def cached_features(
     folder: Path, key: Mapping[str, str], compute: Callable[[], Tensor], processes: Processes
 ) -> Tensor | None:
-    """Features of a benchmark's real side, N×F, in the first process: read if `folder` keeps them, so that later
-    evaluations need not look at forty thousand photos again; else computed by all and kept.
+    """Return the features of a benchmark's real images, N×F: on rank 0 from `folder`, else computed by all ranks and
+    stored there, so that later evaluations need not encode 40,000 photos again.
 
-    Rows, not mean and covariance alone: KID and the miniature's small sets need them.
+    All rows are stored, not only mean and covariance, because KID needs them.
 
     Args:
-        key: all that they depend on: the protocol's identity, hashes of data and weights. Another key has another file.
+        key: protocol identity and hashes of data and weights, which select the file.
+
+    Returns:
+        The features; None on other ranks if they were read from the file.
     """
-    named = re.sub(r"[^\w-]+", "-", key["protocol"])
-    file = folder / f"{named}-{hash_json(key)[:8]}.safetensors"
+    protocol = re.sub(r"[^\w-]+", "-", key["protocol"])
+    file = folder / f"{protocol}-{hash_json(key)[:8]}.safetensors"
 
     def read() -> Tensor | None:
         try:
             return load_file(file)[FEATURES] if file.is_file() else None
-        except (SafetensorError, KeyError):  # damaged from outside; it is written anew
+        except (SafetensorError, KeyError):  # damaged; recompute and overwrite it
             return None
 
     features = read() if processes.first else None
-    if processes.share(lambda: features is not None):
+    if processes.broadcast(lambda: features is not None):
         return features
     features = compute()
     if processes.first:

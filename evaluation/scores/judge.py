@@ -1,6 +1,6 @@
-"""The judge: a classifier of its own that says what is in an image, and whether it is this individual.
+"""Metrics of the judge, a separate classifier that labels images and tells individuals apart.
 
-Its classes are label groups: `id2label` reads `group: name`, and within a group the largest logit is its answer.
+Its classes form label groups: `id2label` has `group: name`, and the largest logit of a group is the answer.
 Shapes: `N` images, `L` logits, `F` features.
 """
 
@@ -19,10 +19,10 @@ from evaluation.scores.metric import Metric, Row
 
 @dataclass(frozen=True)
 class Judge:
-    """What the judge says of images.
+    """Labels and features of images.
 
     Args:
-        encode: N images or parts of them → N×(L+F), logits before features.
+        encode: N images or crops → N×(L+F), logits before features.
         labels: (group, name) of each logit.
     """
 
@@ -30,14 +30,14 @@ class Judge:
     labels: tuple[tuple[str, str], ...]
 
     def groups(self) -> dict[str, list[str]]:
-        """The names of each label group, in the order of their logits."""
-        found = defaultdict(list)
+        """Return the names of each label group, in the order of their logits."""
+        groups = defaultdict(list)
         for group, name in self.labels:
-            found[group].append(name)
-        return dict(found)
+            groups[group].append(name)
+        return dict(groups)
 
     def answers(self, files: Sequence[Path | Crop]) -> list[dict[str, str]]:
-        """Its answer in every label group, for each image."""
+        """Return, for each image, the name with the largest logit in each label group."""
         logits = self.encode(files)[:, : len(self.labels)]
         answers: list[dict[str, str]] = [{} for _ in files]
         for group, names in self.groups().items():
@@ -47,43 +47,43 @@ class Judge:
         return answers
 
     def features(self, files: Iterable[Path | Crop]) -> dict[Path | Crop, Tensor]:
-        """The feature, F of length 1, of each."""
-        asked = list(dict.fromkeys(files))
-        found = normalize(self.encode(asked)[:, len(self.labels) :].double(), dim=-1) if asked else []
-        return dict(zip(asked, found, strict=True))
+        """Return the normalized feature, F, of each image."""
+        unique = list(dict.fromkeys(files))
+        features = normalize(self.encode(unique)[:, len(self.labels) :].double(), dim=-1) if unique else []
+        return dict(zip(unique, features, strict=True))
 
 
-class Judged(Metric):
-    """A share of images, by what the judge says of them."""
+class JudgeMetric(Metric):
+    """Share of images that pass a test by the judge."""
 
     decimals, needs, optional = 2, ("judge",), True
 
     def answers(self, files: Sequence[Path | Crop]) -> list[dict[str, str]]:
-        """See Judge."""
+        """See `Judge.answers`."""
         return self.context.networks["judge"].answers(files) if files else []
 
-    def are_they(self, asked: Sequence[tuple[Item, Path | Crop, Path, Sequence[Path]]]) -> list[Row]:
-        """Of (item, what is looked at, its own individual, others): whether it is nearer (cosine) to its own than to
-        every other one."""
-        shown = (file for _, seen, own, others in asked for file in (seen, own, *others))
-        features = self.context.networks["judge"].features(shown)
+    def match_individuals(self, compared: Sequence[tuple[Item, Path | Crop, Path, Sequence[Path]]]) -> list[Row]:
+        """For (item, image, own individual, others): whether the image is closer (cosine) to its own individual than to
+        all others."""
+        files = (file for _, image, own, others in compared for file in (image, own, *others))
+        features = self.context.networks["judge"].features(files)
         rows = []
-        for item, seen, own, others in asked:
-            cosines = torch.stack([features[file] for file in (own, *others)]) @ features[seen]
+        for item, image, own, others in compared:
+            cosines = torch.stack([features[file] for file in (own, *others)]) @ features[image]
             rows.append(Row(item, str(own), bool((cosines[0] > cosines[1:]).all())))
         return rows
 
 
-class Kind(Judged):
-    """The judge sees the subject's own label, or what the words change it to."""
+class Kind(JudgeMetric):
+    """The image shows the subject's kind, or the kind that the prompt changes it to."""
 
     name, title, headline = "kind", "Kind", False
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """Of the images that have such a label."""
-        shown = [(item, item.labels[self.name]) for item in items if self.name in item.labels]
-        answers = self.answers([item.file for item, _ in shown])
-        return [Row(item, own, seen[self.name] == own) for (item, own), seen in zip(shown, answers, strict=True)]
+        """Score the images with a label of this group."""
+        labelled = [(item, item.labels[self.name]) for item in items if self.name in item.labels]
+        answers = self.answers([item.file for item, _ in labelled])
+        return [Row(item, own, seen[self.name] == own) for (item, own), seen in zip(labelled, answers, strict=True)]
 
 
 class Colour(Kind):
@@ -94,25 +94,24 @@ class Pattern(Kind):
     name, title = "pattern", "Pattern"
 
 
-class Identity(Judged):
-    """It is this individual and none of the others of its kind."""
+class Identity(JudgeMetric):
+    """The image shows this individual rather than another of its kind."""
 
     name, title = "identity", "Identity"
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """Of the images whose input and other individuals are known."""
-        return self.are_they(
-            [(item, item.file, item.given, item.others) for item in items if item.given and item.others]
-        )
+        """Score the images with an input image and other individuals."""
+        compared = [(item, item.file, item.given, item.others) for item in items if item.given and item.others]
+        return self.match_individuals(compared)
 
 
-class Words(Judged):
-    """All that the template's words ask for is seen."""
+class Words(JudgeMetric):
+    """The image shows everything that the template asks for."""
 
     name, title = "words", "Words"
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """Of the images whose words ask for something."""
+        """Score the images whose template asks for something."""
         asked = [item for item in items if item.words]
         answers = self.answers([item.file for item in asked])
         return [
@@ -125,52 +124,51 @@ class Words(Judged):
         ]
 
 
-class PairKind(Judged):
-    """Of images of two subjects: each slot's kind is seen in its half."""
+class PairKind(JudgeMetric):
+    """Each half of an image of two subjects shows its slot's kind."""
 
     name, title, headline = "pair_kind", "Kind", False
 
     def seen(self, items: Sequence[Item]) -> list[tuple[Item, list[str], list[str]]]:
-        """Each image with the kinds that were asked for and those that its slots show."""
+        """Return each image with the requested kinds and the kinds that its halves show."""
         slots = [(item, slot) for item in items for slot in item.slots]
         kinds = iter([answer["kind"] for answer in self.answers([Crop(item.file, slot.box) for item, slot in slots])])
         return [(i, [slot.kind for slot in i.slots], [next(kinds) for _ in i.slots]) for i in items if i.slots]
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """A row for each slot."""
-        return [
-            Row(item, kind, there == kind)
-            for item, asked, seen in self.seen(items)
-            for kind, there in zip(asked, seen, strict=True)
-        ]
+        """Score each half."""
+        seen = self.seen(items)
+        return [Row(i, kind, shown == kind) for i, *kinds in seen for kind, shown in zip(*kinds, strict=True)]
 
 
-class PairIdentity(Judged):
-    """Of images of two subjects: each slot's individual is in its half."""
+class PairIdentity(JudgeMetric):
+    """Each half of an image of two subjects shows its slot's individual."""
 
     name, title = "pair_identity", "Identity"
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """A row for each slot."""
+        """Score each half."""
         slots = [(item, slot) for item in items for slot in item.slots]
-        return self.are_they([(item, Crop(item.file, slot.box), slot.given, slot.others) for item, slot in slots])
+        return self.match_individuals(
+            [(item, Crop(item.file, slot.box), slot.given, slot.others) for item, slot in slots]
+        )
 
 
 class Swapped(PairKind):
-    """Each half shows the other's kind."""
+    """Each half shows the kind of the other slot."""
 
     name, title, better = "swapped", "Swapped", "↓"
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """A row for each image."""
+        """Score each image."""
         return [Row(item, " + ".join(asked), seen == asked[::-1]) for item, asked, seen in self.seen(items)]
 
 
 class Missing(PairKind):
-    """A kind that neither half shows."""
+    """Neither half shows one of the kinds."""
 
     name, title, better = "missing", "Missing", "↓"
 
     def score(self, items: Sequence[Item]) -> list[Row]:
-        """A row for each image."""
+        """Score each image."""
         return [Row(item, " + ".join(asked), not set(asked) <= set(seen)) for item, asked, seen in self.seen(items)]

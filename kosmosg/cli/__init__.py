@@ -1,8 +1,7 @@
-"""kosmosg COMMAND …: the commands for users of the model. Training and evaluation are train.py and evaluate.py.
+"""The command line `kosmosg COMMAND …` for users of a model; train.py and evaluate.py train and evaluate.
 
-A command is a module with `add_arguments(parser)` and `run(arguments) -> int`. It imports what it needs inside `run`,
-for `--help` answers at once and torch takes seconds. Commands of other rooms are found in a clone of the repository;
-where the package is installed by itself, they say so.
+A command is a module with `add_arguments(parser)` and `run(arguments) -> int`. Heavy imports are inside `run`, so that
+`--help` does not wait for torch. Commands of other packages need a clone of the repository.
 """
 
 import argparse
@@ -22,29 +21,34 @@ COMMANDS = {
     "push": "kosmosg.cli.push",
     "data": "datamodules.cli",
 }
-MISTAKE, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a mistake, told on stderr, 130 interrupted."""
+    """Run a command; returns 0, 2 after an error of the user (printed to stderr), or 130 after an interrupt."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be bytes that are no text
-    arguments = build_parser().parse_args(argv)
-    # Read when the libraries are imported; our own loaders report weights themselves.
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be bytes that are not valid text
+    # The libraries read these at import. Their reports on weights are not needed: kosmosg checks weights itself.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        return arguments.run(arguments)
+        arguments = build_parser().parse_args(argv)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has exited; the rest of the output is discarded
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"kosmosg: {error}", file=sys.stderr)
-        return MISTAKE
+        return USER_ERROR
     except KeyboardInterrupt:
         print("kosmosg: interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One subcommand for each command; the first line of a module's docstring is its help."""
+    """Add a subparser per command; the first line of the module's docstring is its help."""
     parser = argparse.ArgumentParser(prog="kosmosg", description="KOSMOS-G: images from prompts with text and images.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, path in COMMANDS.items():
@@ -70,11 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_command_of_clone(commands: Any, name: str) -> None:
     def refuse(_: argparse.Namespace) -> int:
         raise ValueError(
-            f"'{name}' is run from a clone of the repository (there: pip install -e .); "
-            "the installed package holds the model alone."
+            f"'{name}' needs a clone of the repository (there: pip install -e .); the installed package contains only "
+            "the model."
         )
 
-    # No character begins an option, so everything that follows the name is taken and answered alike.
+    # This prefix never occurs, so all further arguments are positional and ignored.
     command = commands.add_parser(name, help="only in a clone of the repository", add_help=False, prefix_chars="\0")
     command.add_argument("arguments", nargs="*")
     command.set_defaults(run=refuse)

@@ -1,12 +1,12 @@
-"""Try a model in a browser, with prompts that contain images.
+"""Draw images with a model in the browser, with prompts that contain images.
 
     kosmosg app kosmos-g
-    kosmosg app toyland                 # the trained miniature in a clone of the repository, with examples
+    kosmosg app toyland                             # the trained miniature, in a clone of the repository
     kosmosg app runs/instruction_tuning --beside runs/alignment models/step-20000
-    kosmosg app --run runs/instruction_tuning       # its grids and losses, without a model
+    kosmosg app --run runs/instruction_tuning       # image grids and losses of a training run
 
-It needs gradio: pip install 'kosmosg[app]'. The page is served on this machine alone; --host 0.0.0.0 lets others in,
-who may then draw with this machine. Nothing is sent elsewhere.
+This needs gradio: pip install 'kosmosg[app]'. By default the page is reachable only from this machine; with
+--host 0.0.0.0 others can use it too. No data is sent elsewhere.
 """
 
 import argparse
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="further models that draw the same prompts, for comparison",
     )
     parser.add_argument(
-        "--segmenter", metavar="ID", help="folder or hub id of a CLIPSeg, which finds subjects by words"
+        "--segmenter", metavar="ID", help="folder or hub id of a CLIPSeg, which segments subjects by words"
     )
-    scores = "folder or hub id, for scores below the pictures; the miniature has its own"
+    scores = "folder or hub id, for scores below the images; the miniature has its own"
     parser.add_argument("--clip", metavar="ID", help=f"a CLIP: {scores}")
     parser.add_argument("--dino", metavar="ID", help=f"a DINO of transformers: {scores}")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: only this machine")
@@ -48,37 +48,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until it is interrupted. Raises ValueError and FileNotFoundError with a message for the user."""
+    """Serve the page until interrupted. Raises ValueError or FileNotFoundError with a message for the user."""
     if find_spec("gradio") is None:
-        raise ValueError("kosmosg app needs gradio; install it by: pip install 'kosmosg[app]'")
+        raise ValueError("kosmosg app needs gradio; install it with: pip install 'kosmosg[app]'")
     from kosmosg.app.page import serve
     from kosmosg.app.run import check_run
 
     if arguments.training_run is not None:
         check_run(arguments.training_run)
     elif arguments.model is None:
-        raise ValueError("give a model, or --run and the folder of a training run")
+        raise ValueError("give a model, or the folder of a training run with --run")
     served = None if arguments.model is None else load_served(arguments)
     serve(served, arguments.host, arguments.port, arguments.training_run)
     return 0
 
 
 def load_served(arguments: argparse.Namespace) -> Any:
-    """All that the command line names, loaded."""
+    """Load the models and networks that the command line names."""
     from kosmosg.app.requests import Served
     from kosmosg.drawing import load_controlnet, load_loras
     from kosmosg.looking import CLIPEncoder, DinoEncoder, Segmenter
 
     loading = {"--image-decoder": arguments.image_decoder, "--dtype": arguments.dtype, "--device": arguments.device}
-    given = [word for flag, value in loading.items() if value for word in (flag, value)]
-    own = [arguments.model, *given]
+    flags = [word for flag, value in loading.items() if value for word in (flag, value)]
+    command = [arguments.model, *flags]
     options: dict[str, Any] = {}
     examples = []
     if arguments.model == MINIATURE and not Path(MINIATURE).is_dir():
-        arguments.model, shipped = miniature()
-        arguments.image_decoder = arguments.image_decoder or shipped
+        arguments.model, image_decoder = miniature()
+        arguments.image_decoder = arguments.image_decoder or image_decoder
         options = {"guidance_scale": 4.0, "steps": 20}
-        weights = Path(shipped).parent
+        weights = Path(image_decoder).parent
         arguments.clip, arguments.dino = arguments.clip or weights / "clip", arguments.dino or weights / "dino"
         files = sorted((Path(arguments.model).parent / "examples").glob("*.png"))
         examples = [(EXAMPLES[number % len(EXAMPLES)], str(file)) for number, file in enumerate(files)]
@@ -90,16 +90,16 @@ def load_served(arguments: argparse.Namespace) -> Any:
     networks = {"clip": (CLIPEncoder, arguments.clip), "dino": (DinoEncoder, arguments.dino)}
     options["scores"] = {name: kind(source, device) for name, (kind, source) in networks.items() if source}
 
-    def loaded(model: argparse.Namespace, words: list[str], **options: Any) -> Served:
+    def load_one(model: argparse.Namespace, command: list[str], **options: Any) -> Served:
         pipeline = load(model, device, dtype)
         load_loras(pipeline, arguments.lora)
         if arguments.controlnet:
             options["controlnet"] = arguments.controlnet, load_controlnet(arguments.controlnet, pipeline)
-        return Served(pipeline, words, {"model": model_name(model), **added}, loras=arguments.lora, **options)
+        return Served(pipeline, command, {"model": model_name(model), **added}, loras=arguments.lora, **options)
 
     beside = []
     for model in arguments.beside:
         other = argparse.Namespace(**{**vars(arguments), "model": model})
-        own_decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
-        beside.append(loaded(other, [model, *(own_decoder if "--image-decoder" not in given else []), *given]))
-    return loaded(arguments, own, examples=examples, beside=beside, **options)
+        decoder = ["--image-decoder", other.image_decoder] if other.image_decoder else []
+        beside.append(load_one(other, [model, *(decoder if "--image-decoder" not in flags else []), *flags]))
+    return load_one(arguments, command, examples=examples, beside=beside, **options)

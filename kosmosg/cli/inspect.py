@@ -1,4 +1,4 @@
-"""Show what a model folder, run folder or released checkpoint contains, without reading its weights.
+"""Show the content of a model folder, run folder or released checkpoint without loading its weights.
 
 kosmosg inspect models/kosmosg
 kosmosg inspect checkpoint_final.pt --json
@@ -17,6 +17,6 @@ def run(arguments: argparse.Namespace) -> int:
     from kosmosg.conversion import inspect_model
     from kosmosg.conversion.record import inspection_text
 
-    found = inspect_model(arguments.path)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else inspection_text(found))
+    content = inspect_model(arguments.path)
+    print(json.dumps(content, indent=2, ensure_ascii=False) if arguments.json else inspection_text(content))
     return 0

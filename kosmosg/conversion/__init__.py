@@ -1,13 +1,15 @@
-"""Released checkpoints and Kosmos-2 ↔ model folders: what `kosmosg convert`, `export` and `inspect` do.
+"""Convert released checkpoints and Kosmos-2 to model folders, and back: `kosmosg convert`, `export` and `inspect`.
 
-reader.py      a file of torch.save as data alone
-names.py       released names ↔ ours, and state dicts renamed by them
-weights.py     the tensors of a part, mapped from their file
-checkpoint.py  a released checkpoint: stage, header, parts, sizes
-parts.py       the parts of a model folder, built without memory; stable_diffusion.py those of the image decoder
-convert.py     → a model folder; kosmos2.py from Kosmos-2 as transformers keeps it
-export.py      → a released checkpoint again
-record.py      what is said of a conversion, and what a folder or file holds
+reader.py            load files of torch.save as data only
+names.py             map released tensor names to those of kosmosg and back
+weights.py           memory-mapped tensors of a part
+checkpoint.py        stage, header, parts and sizes of a released checkpoint
+parts.py             build and write the parts of a model folder
+stable_diffusion.py  configurations and weights of the image decoder
+convert.py           released checkpoint or OpenAI's CLIP → model folder
+kosmos2.py           Kosmos-2 of transformers → model folder
+export.py            model folder → released checkpoint
+record.py            conversion.json, the model card and `kosmosg inspect`
 """
 
 from kosmosg.conversion.convert import convert_checkpoint

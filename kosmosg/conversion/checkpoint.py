@@ -1,7 +1,7 @@
-"""A released checkpoint: which stage wrote it, its header, its parts' weights, and the sizes of the parts.
+"""Read a released checkpoint: its stage, header, weights by part, and the sizes of the parts.
 
-Sizes are read from the shapes of the tensors. Heads leave no trace in a shape: the language model's are in the header,
-the image tower's and AlignerNet's in none; these are the width / 64, as in every released part, unless they are given.
+Sizes follow from the shapes of tensors, except for attention heads: those of the language model are in the header,
+those of the vision encoder and AlignerNet are not recorded. By default they are width / 64, as in all released models.
 """
 
 import math
@@ -22,9 +22,9 @@ from kosmosg.models.build import LAYER_NORM_EPS
 STAGES = {"stage1": "stage 1", "stage2": "stage 2", "final": "final"}
 HEAD_WIDTH = 64
 RELEASED_DROPOUT = 0.1
-RELEASED_ACTIVATION = "quick_gelu"  # of the image tower; OpenAI's CLIP
-OUR_SECTION = "kosmosg"  # of a header: what `export` adds because the released headers have no place for it
-# Names under which a part that is missing would be found.
+RELEASED_ACTIVATION = "quick_gelu"  # activation of the vision encoder, OpenAI's CLIP
+OUR_SECTION = "kosmosg"  # header section in which `export` stores what released headers do not contain
+# Names of each part's tensors, for messages about missing parts.
 PREFIXES = {
     "mllm": "gpt_model.*, img_model.*, img_connector.*",
     "aligner": "aligner.encoder_proj.*, aligner.encoder_query, aligner.encoder.*",
@@ -35,7 +35,7 @@ PREFIXES = {
 
 @dataclass
 class Header:
-    """Settings of a checkpoint: `args`, flat, or `cfg`, nested; and how each size was decided."""
+    """Settings of a checkpoint, flat (`args`) or nested (`cfg`), and how each undocumented size was decided."""
 
     flavour: str
     values: Mapping[str, Any]
@@ -43,43 +43,43 @@ class Header:
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> "Header":
-        """The header that a checkpoint has, empty if it has none."""
-        found = ((name, checkpoint[name]) for name in ("cfg", "args") if isinstance(checkpoint.get(name), dict))
-        return cls(*next(found, ("cfg", {})))
+        """Return the header of a checkpoint, empty if it has none."""
+        headers = ((name, checkpoint[name]) for name in ("cfg", "args") if isinstance(checkpoint.get(name), dict))
+        return cls(*next(headers, ("cfg", {})))
 
     def get(self, name: str, section: str = "model") -> Any:
-        """A setting of the flat header, or of a section of the nested one; None where there is none."""
+        """Return a setting of the flat header or of a section of the nested one, or None."""
         nested = self.values.get(section)
         if isinstance(nested, Mapping) and name in nested:
             return nested[name]
         return None if section == OUR_SECTION else self.values.get(name)
 
     def language_model_heads(self, width: int) -> int:
-        """`decoder_attention_heads`. Raises ConversionError: no whole number that divides `width`."""
+        """Return `decoder_attention_heads`. Raises ConversionError unless it is an integer that divides `width`."""
         heads = self.get("decoder_attention_heads")
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
             raise ConversionError(
-                f"the checkpoint's header ('args' or 'cfg') has decoder_attention_heads={heads!r}; it must be a whole "
-                "number of at least 1, for the language model's heads are known from there alone."
+                f"the checkpoint's header ('args' or 'cfg') has decoder_attention_heads={heads!r}; it must be an "
+                "integer of at least 1, because nothing else tells the heads of the language model."
             )
         if width % heads:
-            raise ConversionError(f"the header's decoder_attention_heads={heads} do not divide the width {width}.")
+            raise ConversionError(f"the header's decoder_attention_heads={heads} does not divide the width {width}.")
         self.decided["mllm.heads"] = f"{heads}, from the header"
         return heads
 
     def heads(self, part: str, width: int, given: int | None, flag: str) -> int:
-        """The flag, else what `export` noted, else width / 64. Raises ConversionError: they do not divide the width."""
-        noted = self.get(f"{part}_heads", OUR_SECTION)
+        """Return the heads of the flag, else those stored by `export`, else width / 64. Raises ConversionError."""
+        stored = self.get(f"{part}_heads", OUR_SECTION)
         if given is not None:
             heads, reason = given, f"from {flag}"
-        elif noted is not None:
-            heads, reason = int(noted), "from the header"
+        elif stored is not None:
+            heads, reason = int(stored), "from the header"
         elif width % HEAD_WIDTH == 0:
             heads, reason = width // HEAD_WIDTH, f"width {width} / {HEAD_WIDTH}"
         else:
             raise ConversionError(
-                f"{part}: its heads are in no header, and its width {width} is no multiple of {HEAD_WIDTH}, the width "
-                f"of one head in the released model; give {flag}."
+                f"{part}: the header does not contain its heads, and its width {width} is not a multiple of "
+                f"{HEAD_WIDTH}, the width of a head in the released model; give {flag}."
             )
         if heads < 1 or width % heads:
             raise ConversionError(f"{part}: {heads} heads ({reason}) do not divide its width {width}; give {flag}.")
@@ -89,13 +89,13 @@ class Header:
     def dropout(self) -> float:
         dropout = self.get("dropout")
         known = isinstance(dropout, (int, float))
-        self.decided["mllm.dropout"] = f"{dropout}, from the header" if known else f"{RELEASED_DROPOUT}, not told"
+        self.decided["mllm.dropout"] = f"{dropout}, from the header" if known else f"{RELEASED_DROPOUT}, the default"
         return float(dropout) if known else RELEASED_DROPOUT
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by part, and names that are known and not needed."""
+    """The header of a released checkpoint, its weights by part, and the names of unneeded tensors."""
 
     path: Path
     header: Header
@@ -104,11 +104,11 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: str | Path) -> "Checkpoint":
-        """Learn everything but the values.
+        """Read everything except the values of the weights.
 
         Raises:
-            FileNotFoundError: no such file.
-            ConversionError: see `read_checkpoint`, `convert_state`.
+            FileNotFoundError: the file does not exist.
+            ConversionError: see `read_checkpoint` and `convert_state`.
         """
         path = Path(path)
         checkpoint = read_checkpoint(path)
@@ -126,13 +126,13 @@ class Checkpoint:
         return stage_of(self.parts)
 
     def require_whole(self, decoder: bool) -> None:
-        """Refuse parts that no stage writes together.
+        """Check that the parts are those of one stage.
 
         Args:
-            decoder: whether a U-Net or VAE that is missing comes from elsewhere.
+            decoder: whether a missing U-Net or VAE is provided by `--decoder`.
 
         Raises:
-            ConversionError: names the part that is missing.
+            ConversionError: a part is missing, or parts of different stages are mixed.
         """
         needed = {"mllm"} if set(self.parts) == {"mllm"} else {"mllm", "aligner"}
         if not decoder and {"unet", "vae"} & set(self.parts):
@@ -150,35 +150,35 @@ class Checkpoint:
 
 
 def stage_of(parts: Mapping[str, object]) -> str:
-    """The stage after which a model has `parts`."""
+    """Return the stage that writes these parts."""
     if "aligner_decoder" in parts:
         return "stage2"
     return "final" if "aligner" in parts else "stage1"
 
 
 def open_part(path: Path, part: str) -> dict[str, Tensor]:
-    """One part's tensors, mapped anew."""
+    """Memory-map the tensors of one part."""
     return rename(read_checkpoint(path)["model"]).parts[part]
 
 
 def mllm_sizes(shapes: Shapes, header: Header, ids: Mapping[str, int], vision_heads: int | None) -> dict[str, Any]:
-    """Arguments of `MLLM`.
+    """Return the arguments of `MLLM`.
 
     Args:
         ids: pad_id and bos_id of the tokenizer.
 
     Raises:
-        ConversionError: a tensor that tells a size is missing, the header tells other sizes, heads are not known.
+        ConversionError: a tensor is missing, the header contradicts the tensors, or the heads are unknown.
     """
     vocab_size, width = shape(shapes, "mllm", "decoder.embed_tokens.weight")
     layers = count(shapes, "decoder.layers")
     ffn_width, _ = shape(shapes, "mllm", "decoder.layers.0.feed_forward.fc1.weight")
     image_tokens, _ = shape(shapes, "mllm", "resampler.latents")
-    told = {"decoder_embed_dim": width, "decoder_layers": layers, "decoder_ffn_embed_dim": ffn_width}
-    told["latent_query_num"] = image_tokens
-    if wrong := [key for key, size in told.items() if header.get(key) not in (None, size)]:
-        different = "; ".join(f"{key}={header.get(key)} but the tensors {told[key]}" for key in wrong)
-        raise ConversionError(f"the checkpoint's header is another model's: {different}.")
+    sizes = {"decoder_embed_dim": width, "decoder_layers": layers, "decoder_ffn_embed_dim": ffn_width}
+    sizes["latent_query_num"] = image_tokens
+    if wrong := [key for key, size in sizes.items() if header.get(key) not in (None, size)]:
+        different = "; ".join(f"{key}={header.get(key)} but the tensors have {sizes[key]}" for key in wrong)
+        raise ConversionError(f"the checkpoint's header belongs to another model: {different}.")
     clip = {name.removeprefix("vision.clip."): s for name, s in shapes.items() if name.startswith("vision.clip.")}
     return {
         "vocab_size": vocab_size,
@@ -195,13 +195,13 @@ def mllm_sizes(shapes: Shapes, header: Header, ids: Mapping[str, int], vision_he
 
 
 def vision_sizes(shapes: Shapes, header: Header, heads: int | None) -> dict[str, Any]:
-    """Fields of `transformers.CLIPVisionConfig`, as `kosmosg.models.build.vision_config` gives them."""
+    """Return the fields of `transformers.CLIPVisionConfig`, as `kosmosg.models.build.vision_config` does."""
     width = shape(shapes, "vision", "embeddings.class_embedding")[0]
     patch = shape(shapes, "vision", "embeddings.patch_embedding.weight")[-1]
     rows = shape(shapes, "vision", "embeddings.position_embedding.weight")[0]
-    side = math.isqrt(rows - 1)  # the first row is the class token's
+    side = math.isqrt(rows - 1)  # without the class token
     if side * side != rows - 1:
-        raise ConversionError(f"the image tower has {rows} positions, which are not 1 and the patches of a square.")
+        raise ConversionError(f"the vision encoder has {rows} positions; allowed: 1 + a square number of patches.")
     return {
         "image_size": side * patch,
         "patch_size": patch,
@@ -215,15 +215,15 @@ def vision_sizes(shapes: Shapes, header: Header, heads: int | None) -> dict[str,
 
 
 def aligner_sizes(part: str, shapes: Shapes, header: Header, heads: int | None) -> dict[str, Any]:
-    """Arguments of `AlignerEncoder`, M (part aligner), or `AlignerDecoder`, N (aligner_decoder)."""
+    """Return the arguments of `AlignerEncoder` (part aligner, M) or `AlignerDecoder` (part aligner_decoder, N)."""
     if part == "aligner":
         width, input_width = shape(shapes, part, "input_projection.weight")
-        own = {"input_width": input_width, "num_queries": shape(shapes, part, "queries")[0]}
+        sizes = {"input_width": input_width, "num_queries": shape(shapes, part, "queries")[0]}
     else:
         output_width, width = shape(shapes, part, "output_projection.weight")
-        own = {"output_width": output_width}
+        sizes = {"output_width": output_width}
     return {
-        **own,
+        **sizes,
         "width": width,
         "ffn_width": shape(shapes, part, "encoder.0.feed_forward.fc1.weight")[0],
         "heads": header.heads(part, width, heads, "--aligner-heads"),
@@ -234,14 +234,14 @@ def aligner_sizes(part: str, shapes: Shapes, header: Header, heads: int | None) 
 
 
 def shape(shapes: Shapes, part: str, name: str) -> tuple[int, ...]:
-    """The shape of a tensor without which a part's sizes are unknown. Raises ConversionError: it is missing."""
+    """Return the shape of a tensor that determines sizes. Raises ConversionError if it is missing."""
     if name not in shapes:
         ours = ("mllm", f"vision.clip.{name}") if part == "vision" else (part, name)
-        raise ConversionError(f"{part}: the checkpoint lacks '{released_name(*ours)}', which tells its sizes.")
+        raise ConversionError(f"{part}: the checkpoint lacks '{released_name(*ours)}', which determines its sizes.")
     return shapes[name]
 
 
 def count(shapes: Shapes, stack: str) -> int:
-    """Layers of a stack, by the highest number; one left out is found when names are compared."""
+    """Return the number of layers of a stack, by the highest index; `require_exact` finds missing layers."""
     numbers = [int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(stack)}\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1

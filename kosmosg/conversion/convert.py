@@ -1,13 +1,13 @@
-"""A released checkpoint → a model folder in diffusers' layout. All is checked before anything is written.
+"""Convert a released checkpoint to a model folder in diffusers' layout. Everything is checked before writing.
 
-mllm/ tokenizer/                                    every checkpoint
+mllm/ tokenizer/                                    all checkpoints
 aligner/                                            stage 2 and final
 aligner_decoder/ text_encoder/                      stage 2
-unet/ vae/ scheduler/ model_index.json pipeline.py  final, or with the decoder's
-conversion.json README.md                           what was done; a model card
+unet/ vae/ scheduler/ model_index.json pipeline.py  final, or with --decoder
+conversion.json README.md                           record of the conversion, and model card
 
-The image tower of a public CLIP (`ViT-L-14`, a plain state dict) becomes a folder of transformers' CLIPVisionModel;
-a Kosmos-2 folder, a model folder after stage 1 (kosmos2.py).
+The vision encoder of OpenAI's CLIP (`ViT-L-14`, a state dict) becomes a CLIPVisionModel folder of transformers.
+kosmos2.py converts Kosmos-2.
 """
 
 from collections.abc import Mapping
@@ -56,21 +56,22 @@ def convert_checkpoint(
     keep_grounding: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write `folder` and return what conversion.json records.
+    """Convert a checkpoint to a model folder and return the content of conversion.json.
 
     Args:
-        checkpoint: a released checkpoint; or the state dict of a public CLIP, whose image tower becomes a
-            CLIPVisionModel folder; or a folder or hub id of a Kosmos-2 in transformers' format.
-        decoder: Stable Diffusion folder or hub id: configurations, noise schedule, and weights that are lacking.
+        checkpoint: a released checkpoint; or the state dict of OpenAI's CLIP, whose vision encoder becomes a
+            CLIPVisionModel folder; or a folder or hub id of Kosmos-2 in the format of transformers.
+        folder: folder to write.
+        decoder: Stable Diffusion folder or hub id for configurations, noise schedule and missing weights.
         spm, dictionary: the released SentencePiece model and dictionary; by default those beside the checkpoint.
-        dtype: float32, float16 or bfloat16; as in the checkpoint if not given.
-        vision_heads, aligner_heads: by default width / 64.
+        dtype: float32, float16 or bfloat16; by default the dtype of the checkpoint.
+        vision_heads, aligner_heads: number of attention heads; by default width / 64.
         keep_grounding: keep Kosmos-2's grounding tokens.
-        overwrite: replace a model folder.
+        overwrite: replace an existing model folder.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ConversionError: a file that is not what it should be, parts that do not fit, or `folder` exists.
+        ConversionError: a file is invalid, parts do not fit each other, or `folder` exists.
     """
     path, target = Path(checkpoint), Path(folder)
     if dtype is not None and dtype not in DTYPES:
@@ -81,22 +82,20 @@ def convert_checkpoint(
     require_free(target, overwrite, inputs)
     flags = {"--decoder": decoder, "--spm": spm, "--dict": dictionary, "--aligner-heads": aligner_heads}
     if is_kosmos2(checkpoint):
-        require_unset(
-            f"'{path}' is no checkpoint file but a folder or hub id", {**flags, "--vision-heads": vision_heads}
-        )
+        require_unset(f"'{path}' is a folder or hub id, not a checkpoint", {**flags, "--vision-heads": vision_heads})
         return convert_kosmos2(checkpoint, target, dtype, keep_grounding)
-    require_unset(f"'{path}' is a file and no Kosmos-2", {"--keep-grounding": keep_grounding or None})
+    require_unset(f"'{path}' is a file, not a Kosmos-2", {"--keep-grounding": keep_grounding or None})
     if is_public_clip(data := read_data(path)):
-        require_unset(f"'{path}' holds a public CLIP's weights", flags)
+        require_unset(f"'{path}' holds weights of CLIP", flags)
         return convert_clip(path, data, target, dtype, vision_heads)
-    del data  # and its mapping
+    del data  # releases the memory mapping
     source = Checkpoint.read(path)
     source.require_whole(decoder is not None)
     if source.stage == "stage1" and decoder is not None:
-        raise ConversionError(f"'{path}' is of stage 1, which has no AlignerNet to steer --decoder with; leave it out.")
+        raise ConversionError(f"'{path}' is of stage 1 and has no AlignerNet, so --decoder is not allowed.")
     tokenizer = find_tokenizer(source, spm, dictionary)
     stable_diffusion = StableDiffusion.find(decoder)
-    parts = plan_ours(source, {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id}, vision_heads, aligner_heads)
+    parts = plan_networks(source, {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id}, vision_heads, aligner_heads)
     parts |= plan_stable_diffusion(source, stable_diffusion, parts)
     scheduler = stable_diffusion.scheduler() if "unet" in parts else None
     record = {
@@ -121,12 +120,12 @@ def convert_checkpoint(
 
 
 def convert_clip(path: Path, data: Mapping, target: Path, dtype: str | None, heads: int | None) -> dict[str, Any]:
-    """A public CLIP's image tower → a CLIPVisionModel folder, which `model.vision_weights` may name."""
+    """Convert the vision encoder of OpenAI's CLIP to a CLIPVisionModel folder for `model.vision_weights`."""
 
-    def tower() -> dict[str, Tensor]:
+    def read() -> dict[str, Tensor]:
         return convert_public_vision(read_data(path))
 
-    weights, header = Weights.of(path, tower), Header("cfg", {})
+    weights, header = Weights.of(path, read), Header("cfg", {})
     model = build("vision", vision_sizes(weights.shapes, header, heads))
     require_exact("vision", model, weights)
     record = describe([path], "clip", header, {"vision": PlannedPart(model, weights, "checkpoint")}, dtype)
@@ -137,10 +136,10 @@ def convert_clip(path: Path, data: Mapping, target: Path, dtype: str | None, hea
     return record
 
 
-def require_unset(what: str, flags: Mapping[str, Any]) -> None:
-    """Raises ConversionError: a flag is given that means nothing for the source."""
+def require_unset(reason: str, flags: Mapping[str, Any]) -> None:
+    """Raise a ConversionError if a flag is given that does not apply to the source."""
     if given := [flag for flag, value in flags.items() if value is not None]:
-        raise ConversionError(f"{what}, for which {', '.join(given)} means nothing.")
+        raise ConversionError(f"{reason}, so {', '.join(given)} does not apply.")
 
 
 def is_public_clip(data: Any) -> bool:
@@ -148,10 +147,10 @@ def is_public_clip(data: Any) -> bool:
 
 
 def find_tokenizer(source: Checkpoint, spm: str | Path | None, dictionary: str | Path | None) -> Tokenizer:
-    """The tokenizer whose ids the checkpoint's embedding is indexed by.
+    """Return the tokenizer of the checkpoint.
 
     Raises:
-        ConversionError: a file was neither given nor found, is no tokenizer's, or has another number of ids.
+        ConversionError: a file is missing or invalid, or the number of ids is not that of the embedding.
     """
     files = {
         "--spm": Path(spm or source.path.with_name(SENTENCEPIECE_FILE)),
@@ -160,34 +159,34 @@ def find_tokenizer(source: Checkpoint, spm: str | Path | None, dictionary: str |
     for flag, file in files.items():
         if not file.is_file():
             raise ConversionError(
-                f"'{file}' does not exist. The model's ids mean nothing without its SentencePiece model and "
-                f"dictionary: give --spm and --dict, or put {SENTENCEPIECE_FILE} and {DICTIONARY_FILE} beside the "
-                f"checkpoint ({flag} is missing)."
+                f"'{file}' does not exist. The conversion needs the model's SentencePiece model and dictionary: give "
+                f"--spm and --dict, or put {SENTENCEPIECE_FILE} and {DICTIONARY_FILE} beside the checkpoint ({flag} is "
+                "missing)."
             )
     try:
         tokenizer = Tokenizer(files["--spm"], files["--dict"])
     except (ValueError, OSError) as error:
-        raise ConversionError(f"'{files['--spm']}' and '{files['--dict']}' are no tokenizer: {error}") from error
+        raise ConversionError(f"'{files['--spm']}' and '{files['--dict']}' are not a tokenizer: {error}") from error
     (vocabulary, _) = shape(source.parts["mllm"].shapes, "mllm", "decoder.embed_tokens.weight")
     if len(tokenizer) != vocabulary:
         raise ConversionError(
-            f"'{files['--dict']}' gives {len(tokenizer)} ids but '{EMBEDDING}' has {vocabulary} rows: it is another "
-            "model's dictionary."
+            f"'{files['--dict']}' gives {len(tokenizer)} ids but '{EMBEDDING}' has {vocabulary} rows: the dictionary "
+            "belongs to another model."
         )
     return tokenizer
 
 
-def plan_ours(
+def plan_networks(
     source: Checkpoint, ids: Mapping[str, int], vision_heads: int | None, aligner_heads: int | None
 ) -> dict[str, PlannedPart]:
-    """MLLM, M and N, as far as the checkpoint has them.
+    """Build MLLM, M and N if the checkpoint has them, and check their weights.
 
     Raises:
-        ConversionError: names and shapes are not those of the sizes that they tell.
+        ConversionError: names and shapes do not fit the sizes derived from them.
     """
     header, planned = source.header, {}
     if aligner_heads is not None and "aligner" not in source.parts:
-        raise ConversionError(f"'{source.path}' has no AlignerNet, for which --aligner-heads means nothing.")
+        raise ConversionError(f"'{source.path}' has no AlignerNet, so --aligner-heads does not apply.")
     for name in filter(source.parts.__contains__, OURS):
         weights = source.parts[name]
         try:
@@ -213,15 +212,15 @@ def plan_ours(
 def plan_stable_diffusion(
     source: Checkpoint, decoder: StableDiffusion, ours: Mapping[str, PlannedPart]
 ) -> dict[str, PlannedPart]:
-    """U-Net, VAE and text model: the checkpoint's own weights, else the decoder's.
+    """Build U-Net, VAE and text model, with weights of the checkpoint or else of `--decoder`.
 
     Raises:
-        ConversionError: weights and configuration do not fit each other, or M's width is another.
+        ConversionError: weights do not fit the configuration, or the width does not fit M.
     """
-    wanted = [part for part in ("unet", "vae") if part in source.parts or (decoder.folder and "aligner" in ours)]
-    wanted += [part for part in ("text_encoder",) if part in source.parts]
+    needed = [part for part in ("unet", "vae") if part in source.parts or (decoder.folder and "aligner" in ours)]
+    needed += [part for part in ("text_encoder",) if part in source.parts]
     planned = {}
-    for name in wanted:
+    for name in needed:
         weights = source.parts.get(name) or decoder.weights(name)
         if weights is None:
             raise ConversionError(f"--decoder '{decoder.name}' has no weights in {name}/, which the checkpoint lacks.")
@@ -229,7 +228,7 @@ def plan_stable_diffusion(
             model = build(name, decoder.config(name))
         except (TypeError, ValueError) as error:
             raise ConversionError(
-                f"--decoder '{decoder.name}': no {name} can be built of its config: {error}"
+                f"--decoder '{decoder.name}': no {name} can be built from its config: {error}"
             ) from error
         width = ours["aligner"].model.config.width
         key = {"unet": "cross_attention_dim", "text_encoder": "hidden_size"}.get(name)
@@ -241,7 +240,7 @@ def plan_stable_diffusion(
 
 
 def compare_decoder(decoder: StableDiffusion, parts: Mapping[str, PlannedPart]) -> dict[str, Any] | None:
-    """Whether the checkpoint's own weights are the decoder's, by part; None where there is nothing of a decoder."""
+    """Compare the weights of Stable Diffusion in the checkpoint with those of `--decoder`; None if there are none."""
     compared = {}
     for name in (name for name in parts if name not in OURS):
         if parts[name].source == "decoder":

@@ -1,4 +1,4 @@
-"""A model folder → one file in the layout of the released checkpoints, which the released code reads."""
+"""Export a model folder to a checkpoint file that the released code can load."""
 
 import argparse
 from collections import OrderedDict
@@ -20,8 +20,8 @@ from kosmosg.models.positions import XPOS_DECAY
 from kosmosg.models.storage import CONFIG_FILE, find_model
 from kosmosg.tokenizer import ADDED_FILE
 
-# What a released checkpoint of each stage carries.
-CARRIED = {
+# Parts of a released checkpoint by stage.
+STAGE_PARTS = {
     "stage1": ("mllm",),
     "stage2": ("mllm", "aligner", "aligner_decoder", "text_encoder"),
     "final": ("mllm", "aligner", "unet", "vae"),
@@ -29,28 +29,31 @@ CARRIED = {
 
 
 def export_checkpoint(folder: str | Path, file: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write `file` and return what it holds: stage, names by part, and the folder's parts that it does not carry.
+    """Write a released checkpoint.
 
     Args:
-        folder: a model folder or a run folder that holds one.
+        folder: model folder or run folder.
         overwrite: replace `file`.
+
+    Returns:
+        `stage`; `parts`, the number of tensors by part; `left_out`, parts of the folder that are not in the file.
 
     Raises:
         FileNotFoundError: `folder` holds no model.
-        ConversionError: a part whose weights are not those of its sizes, a model that the released code cannot
-            compute, or `file` exists.
+        ConversionError: weights do not fit the configuration, the released code cannot compute the model, or `file`
+            exists.
     """
     model, target = find_model(folder), Path(file)
     if target.is_dir():
-        raise ConversionError(f"'{target}' is a folder; name the file to write, as kosmosg.pt.")
+        raise ConversionError(f"'{target}' is a folder; name the file to write, such as kosmosg.pt.")
     require_free(target, overwrite)
-    there = {part: model / part for part in WEIGHTS if (model / part / CONFIG_FILE).is_file()}
-    stage = stage_of(there)
-    parts = {part: exported(part, folder) for part, folder in there.items() if part in CARRIED[stage]}
-    configs = {part: read_json(there[part] / CONFIG_FILE) for part in parts}
+    folders = {part: model / part for part in WEIGHTS if (model / part / CONFIG_FILE).is_file()}
+    stage = stage_of(folders)
+    parts = {part: checked_weights(part, path) for part, path in folders.items() if part in STAGE_PARTS[stage]}
+    configs = {part: read_json(folders[part] / CONFIG_FILE) for part in parts}
     require_computable(configs["mllm"])
     if (model / "tokenizer" / ADDED_FILE).is_file():
-        raise ConversionError(f"'{model}' keeps grounding tokens, which the released code has no ids for.")
+        raise ConversionError(f"'{model}' has grounding tokens, for which the released code has no ids.")
     state = released_state(parts, configs["mllm"])
     headers = released_headers(model, configs)
     with replaced(target) as temporary:
@@ -58,11 +61,11 @@ def export_checkpoint(folder: str | Path, file: str | Path, *, overwrite: bool =
     return {
         "stage": stage,
         "parts": {part: len(weights.shapes) for part, weights in parts.items()},
-        "left_out": sorted(set(there) - set(parts)),
+        "left_out": sorted(set(folders) - set(parts)),
     }
 
 
-# Top-level names of fairseq's layout that inference has no use for.
+# Top-level keys of fairseq's layout that inference does not use.
 UNUSED: dict[str, Any] = {
     "criterion": None,
     "optimizer_history": [],
@@ -72,33 +75,33 @@ UNUSED: dict[str, Any] = {
 }
 
 
-def exported(part: str, folder: Path) -> Weights:
-    """A part's weights, checked against its configuration."""
+def checked_weights(part: str, folder: Path) -> Weights:
+    """Return the weights of a part, checked against its configuration."""
     config = read_json(folder / CONFIG_FILE)
     expected = (OURS | DIFFUSERS).get(part)
     if expected is not None and (kind := config.get("_class_name", expected.__name__)) != expected.__name__:
         raise ConversionError(f"'{folder}' holds a {kind}, which released checkpoints have no place for.")
     if config.get("pooled_width") is not None:
-        raise ConversionError(f"'{folder}' gives a pooled vector, which released checkpoints have no place for.")
+        raise ConversionError(f"'{folder}' has a pooled vector, which released checkpoints have no place for.")
     weights = required_weights(folder, part)
     require_exact(part, build(part, config), weights)
     return weights
 
 
 def require_computable(mllm: Mapping[str, Any]) -> None:
-    """Refuse what the released code would load and compute otherwise."""
+    """Raise a ConversionError for settings that the released code would load but compute differently."""
     if mllm.get("xpos"):
         raise ConversionError("mllm: xpos=True is not exported: the released code never applies xPos.")
     activation = mllm["vision_config"].get("hidden_act")
     if activation != RELEASED_ACTIVATION:
         raise ConversionError(
-            f"mllm: vision_config.hidden_act={activation!r} is not exported: the released image tower computes "
+            f"mllm: vision_config.hidden_act={activation!r} is not exported: the released vision encoder computes "
             f"{RELEASED_ACTIVATION!r}."
         )
 
 
 def released_state(parts: Mapping[str, Weights], mllm: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`model` of a released checkpoint, mapped: the tied matrix under both names, and the two unused buffers."""
+    """Return the state dict of a released checkpoint, with the tied matrix under both names and two unused buffers."""
     state: dict[str, Tensor] = OrderedDict()
     for part, weights in parts.items():
         for name, tensor in weights.open().items():
@@ -111,27 +114,27 @@ def released_state(parts: Mapping[str, Weights], mllm: Mapping[str, Any]) -> dic
 
 
 def xpos_scale(head_width: int) -> Tensor:
-    """What the released code computes for xPos at construction and never reads (released-code.md, "Positions")."""
+    """Return the xPos buffer that the released code computes but never reads (released-code.md, "Positions")."""
     return (torch.arange(0, head_width, 2) + XPOS_DECAY * head_width) / ((1 + XPOS_DECAY) * head_width)
 
 
 def released_headers(model: Path, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """`args` and `cfg`: those of the checkpoint that the folder was converted from, else written from the sizes.
+    """Return the headers `args` and `cfg`, those of the converted checkpoint or else built from the sizes.
 
-    Heads for which the released headers have no place stand in a section of ours, so that the way back needs no flags.
+    Heads that released headers do not contain go to `OUR_SECTION`, so that converting back needs no flags.
     """
-    ours = {"vision_heads": configs["mllm"]["vision_config"]["num_attention_heads"]}
-    ours |= {f"{p}_heads": configs[p]["heads"] for p in ("aligner", "aligner_decoder") if p in configs}
+    heads = {"vision_heads": configs["mllm"]["vision_config"]["num_attention_heads"]}
+    heads |= {f"{p}_heads": configs[p]["heads"] for p in ("aligner", "aligner_decoder") if p in configs}
     record = model / RECORD
-    kept = read_json(record).get("header") if record.is_file() else None
-    if kept and kept["flavour"] == "args":
-        return {"args": argparse.Namespace(**{**kept["values"], OUR_SECTION: ours}), "cfg": None}
-    values = kept["values"] if kept and kept["values"] else written_header(configs)
-    return {"args": None, "cfg": {**values, OUR_SECTION: ours}}
+    header = read_json(record).get("header") if record.is_file() else None
+    if header and header["flavour"] == "args":
+        return {"args": argparse.Namespace(**{**header["values"], OUR_SECTION: heads}), "cfg": None}
+    values = header["values"] if header and header["values"] else build_header(configs)
+    return {"args": None, "cfg": {**values, OUR_SECTION: heads}}
 
 
-def written_header(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings from which the released code builds the model."""
+def build_header(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings from which the released code builds the model."""
     mllm = configs["mllm"]
     model = {
         "_name": "kosmosg_xl",

@@ -1,4 +1,7 @@
-"""The released checkpoints' names and ours, both ways: every name is mapped, known to be unneeded, or unknown."""
+"""Map tensor names of released checkpoints to those of kosmosg ("ours") and back.
+
+Every released name is either mapped or known to be unneeded; otherwise conversion fails.
+"""
 
 import re
 from collections.abc import Mapping
@@ -68,8 +71,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "aligner.decoder_proj.output_projection.weight": ("aligner_decoder", "output_projection.weight"),
     "aligner.decoder_proj.output_projection.bias": ("aligner_decoder", "output_projection.bias"),
 }
-# Numbered layers: released prefix → (part, our prefix, names inside the layer). In the released code the *queries'*
-# transformer is called M's encoder and the one over the states M's projection; in N likewise.
+# Numbered layers: released prefix → (part, our prefix, names inside the layer). The released code calls the transformer
+# of the queries in M "encoder" and that of the states "encoder_proj"; similarly in N.
 STACKS: dict[str, tuple[str, str, dict[str, str]]] = {
     "gpt_model.decoder.layers": ("mllm", "decoder.layers", LAYER),
     "img_model.visual.transformer.resblocks": ("mllm", "vision.clip.encoder.layers", BLOCK),
@@ -78,34 +81,32 @@ STACKS: dict[str, tuple[str, str, dict[str, str]]] = {
     "aligner.decoder.layers": ("aligner_decoder", "decoder", LAYER),
     "aligner.decoder_proj.layers": ("aligner_decoder", "encoder", LAYER),
 }
-# Parts of Stable Diffusion that the released checkpoints carry along, in their libraries' own names.
+# Parts of Stable Diffusion in released checkpoints; their tensors have the names of their libraries.
 THIRD_PARTY = {"aligner.clip_encoder.": "text_encoder", "diffusion_unet.unet.": "unet", "vae.vae.": "vae"}
 EMBEDDING = "gpt_model.decoder.embed_tokens.weight"
 PROJECTION = "gpt_model.decoder.output_projection.weight"  # tied to the embedding
-POSITIONS_BUFFER = "gpt_model.decoder.embed_positions._float_tensor"  # its content means nothing
-XPOS_BUFFER = "gpt_model.decoder.self_attn_sope.scale"  # xPos is never applied
+POSITIONS_BUFFER = "gpt_model.decoder.embed_positions._float_tensor"  # its content is arbitrary
+XPOS_BUFFER = "gpt_model.decoder.self_attn_sope.scale"  # unused, because xPos is never applied
 UNNEEDED = (
     re.escape(POSITIONS_BUFFER),
     re.escape(XPOS_BUFFER),
-    re.escape(PROJECTION),  # checked to be the embedding
+    re.escape(PROJECTION),  # `require_tied` checks that it equals the embedding
     r"img_model\.visual\.proj",
     r"img_model\.visual\.transformer\.resblocks\.\d+\.attn\.(in_proj_(weight|bias)|out_proj\.(weight|bias))",
     r"aligner\.clip_encoder\.text_model\.embeddings\.position_ids",
 )
-# How older diffusers call the VAE's attention, in checkpoints and in Stable Diffusion's own files.
+# Older diffusers' names of the VAE's attention layers, used in checkpoints and in files of Stable Diffusion.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_VAE_NAME = re.compile(rf"(.+\.attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.(weight|bias)")
-TEXT_PREFIX = "text_model."  # transformers 5 leaves it out of files of models that it built itself
-COMPARED_ROWS = 4096  # of two matrices at a time
+TEXT_PREFIX = "text_model."  # transformers 5 omits it in files of models that it built itself
+COMPARED_ROWS = 4096  # rows of two matrices compared at a time
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<number>\d+)\.(?P<name>.+)\.(?P<kind>weight|bias)$")
-
-
 RELEASED_NAMES = {place: name for name, place in NAMES.items()}
 RELEASED_PREFIXES = {part: prefix for prefix, part in THIRD_PARTY.items()}
 
 
 def our_name(name: str) -> tuple[str, str] | None:
-    """The part and our name for a released name; None where there is none."""
+    """Return the part and our name for a released name, or None."""
     if name in NAMES:
         return NAMES[name]
     match = NUMBERED.match(name)
@@ -121,7 +122,7 @@ def our_name(name: str) -> tuple[str, str] | None:
 
 
 def released_name(part: str, name: str) -> str | None:
-    """The inverse of `our_name`; None where the released model has no such tensor."""
+    """Return the released name for a part and our name; None if the released model has no such tensor."""
     if (part, name) in RELEASED_NAMES:
         return RELEASED_NAMES[part, name]
     for stack, (owner, prefix, layer) in STACKS.items():
@@ -133,12 +134,12 @@ def released_name(part: str, name: str) -> str | None:
 
 
 def is_unneeded(name: str) -> bool:
-    """Whether a released name is known and nothing is computed from it."""
+    """Return whether a released name is known but unused."""
     return any(re.fullmatch(pattern, name) for pattern in UNNEEDED)
 
 
 def current_name(part: str, name: str) -> str:
-    """The one name for a tensor of Stable Diffusion's files, which library versions called otherwise."""
+    """Return the current name of a tensor of Stable Diffusion, whose names depend on the library version."""
     if part == "text_encoder":
         return f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}"
     old = OLD_VAE_NAME.fullmatch(name) if part == "vae" else None
@@ -147,18 +148,17 @@ def current_name(part: str, name: str) -> str:
 
 @dataclass
 class Converted:
-    """State dicts by part (mllm, aligner, aligner_decoder, text_encoder, unet, vae) and the names left out."""
+    """State dicts by part (mllm, aligner, aligner_decoder, text_encoder, unet, vae) and names of unneeded tensors."""
 
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     unneeded: list[str] = field(default_factory=list)
 
 
 def convert_state(state: Mapping[str, Tensor]) -> Converted:
-    """Rename the `model` of a released checkpoint and check that its output matrix is its embedding.
+    """Rename the tensors of a released checkpoint's `model` and check that its output matrix equals its embedding.
 
     Raises:
-        ConversionError: a name that is neither mapped nor known to be unneeded, two names for one tensor, or an
-            output matrix that is not the embedding.
+        ConversionError: a name is unknown, a tensor occurs under two names, or the output matrix is not the embedding.
     """
     converted = rename(state)
     require_tied(state)
@@ -166,47 +166,47 @@ def convert_state(state: Mapping[str, Tensor]) -> Converted:
 
 
 def rename(state: Mapping[str, Tensor]) -> Converted:
-    """`convert_state` without reading any tensor."""
+    """Rename as `convert_state`, without reading any tensor."""
     converted, unknown = Converted(), []
     for name, tensor in state.items():
         if (place := our_name(name)) is not None:
             part = converted.parts.setdefault(place[0], {})
             if place[1] in part:
-                raise ConversionError(f"'{name}' is in the checkpoint twice, under an old name and today's.")
+                raise ConversionError(f"'{name}' is in the checkpoint twice, under an old and a current name.")
             part[place[1]] = tensor
         else:
             (converted.unneeded if is_unneeded(name) else unknown).append(name)
     if unknown:
         raise ConversionError(
-            f"{len(unknown)} names of the checkpoint are not those of a released KOSMOS-G, as {sorted(unknown)[:5]}."
+            f"{len(unknown)} of the checkpoint's names are not those of KOSMOS-G, such as {sorted(unknown)[:5]}."
         )
     return converted
 
 
 def require_tied(state: Mapping[str, Tensor]) -> None:
-    """Raises ConversionError: an output matrix other than the embedding."""
+    """Raise a ConversionError if the output matrix is not the embedding."""
     if PROJECTION not in state:
         return
     projection, embedding = state[PROJECTION], state.get(EMBEDDING, torch.empty(0))
-    one = projection.data_ptr() == embedding.data_ptr()  # a tied pair is saved as one storage
-    if projection.shape != embedding.shape or not (one or equal(projection, embedding)):
+    shared = projection.data_ptr() == embedding.data_ptr()  # tied tensors are saved as one storage
+    if projection.shape != embedding.shape or not (shared or equal(projection, embedding)):
         raise ConversionError(f"'{PROJECTION}' differs from '{EMBEDDING}', but the model ties them.")
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values; compared in slices, which take little memory."""
+    """Return whether two tensors of the same shape are equal, comparing slices to save memory."""
     if not one.dim():
         return torch.equal(one, other)
     return all(torch.equal(a, b) for a, b in zip(one.split(COMPARED_ROWS), other.split(COMPARED_ROWS), strict=True))
 
 
 def convert_public_vision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower of a public CLIP state dict (`visual.*`, fused q, k, v) → CLIPVisionModel's names.
+    """Rename the vision encoder of OpenAI's CLIP (`visual.*`, fused q, k, v) to the names of CLIPVisionModel.
 
-    Names outside `visual.` and the projection belong to parts of CLIP that KOSMOS-G leaves out.
+    Other tensors and the projection are not part of KOSMOS-G and are skipped.
 
     Raises:
-        ConversionError: an unknown name under `visual.`.
+        ConversionError: a name under `visual.` is unknown.
     """
     split: dict[str, Tensor] = {}
     for name, tensor in state.items():

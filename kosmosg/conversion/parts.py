@@ -1,4 +1,4 @@
-"""Each part of a model folder: its class, built without memory to compare names and shapes; configuration; folder."""
+"""Build the parts of a model folder on the meta device, compare them with weights, and write them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,18 +26,18 @@ TRANSFORMERS = {"text_encoder": (CLIPTextModel, CLIPTextConfig), "vision": (CLIP
 WEIGHTS = (*OURS, *DIFFUSERS, "text_encoder")
 PIPELINE = ("mllm", "aligner", "tokenizer", "unet", "vae", "scheduler")
 RECORD = "conversion.json"
-MARKS = (RECORD, "model_index.json", f"mllm/{CONFIG_FILE}")  # one of them tells a model folder from any other
-NAMED = 5
+MARKS = (RECORD, "model_index.json", f"mllm/{CONFIG_FILE}")  # a model folder contains at least one of these
+NAMED = 5  # tensors listed in a message
 
 
 def require_free(target: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse to write where something stands.
+    """Check that `target` may be written.
 
     Args:
-        inputs: files and folders that are read, which must not be inside `target`.
+        inputs: files and folders that are read; they must not be inside `target`.
 
     Raises:
-        ConversionError: `target` exists and `overwrite` is off, is no model folder, or holds an input.
+        ConversionError: `target` exists and `overwrite` is off, is not a model folder, or contains an input.
     """
     if not (target.exists() or target.is_symlink()):
         return
@@ -48,12 +48,12 @@ def require_free(target: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
             raise ConversionError(f"'{path}' lies in '{target}', which --overwrite would replace.")
     if target.is_dir() and any(target.iterdir()) and not any((target / mark).exists() for mark in MARKS):
         raise ConversionError(
-            f"'{target}' is no model folder (it has none of {', '.join(MARKS)}); --overwrite keeps it."
+            f"'{target}' is not a model folder (it has none of {', '.join(MARKS)}); --overwrite does not replace it."
         )
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
-    """The part with shapes but without values."""
+    """Build a part with shapes but without values, on the meta device."""
     with torch.device("meta"):
         if part in OURS:
             return OURS[part](**{key: value for key, value in config.items() if not key.startswith("_")})
@@ -64,48 +64,48 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
 
 
 def expected_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names in the part's file, and shapes."""
+    """Return the shape of each tensor, by its name in the part's file."""
     return {current_name(part, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def require_exact(
     part: str, model: nn.Module, weights: Weights, hint: str = "", named: Callable[[str], str] | None = None
 ) -> None:
-    """Refuse weights whose names or shapes are not exactly the model's.
+    """Check that the names and shapes of weights are exactly those of the model.
 
     Args:
-        hint: what to do about it.
-        named: a tensor's name in the source, if not that of released checkpoints.
+        hint: advice appended to the message.
+        named: maps our name of a tensor to its name in the source; by default that of released checkpoints.
 
     Raises:
-        ConversionError: names the first few tensors that are missing, left over or of another shape.
+        ConversionError: tensors are missing, left over or of another shape; names the first few.
     """
-    expected, found = expected_shapes(part, model), weights.shapes
-    quoted = partial(shown, part) if named is None else lambda name: f"'{named(name)}'"
+    expected, actual = expected_shapes(part, model), weights.shapes
+    quoted = partial(quoted_name, part) if named is None else lambda name: f"'{named(name)}'"
     wrong = {
-        "missing": [quoted(name) for name in expected if name not in found],
-        "left over": [quoted(name) for name in found if name not in expected],
+        "missing": [quoted(name) for name in expected if name not in actual],
+        "left over": [quoted(name) for name in actual if name not in expected],
         "of another shape": [
-            f"{quoted(name)} {list(found[name])} for {list(size)}"
+            f"{quoted(name)} {list(actual[name])} for {list(size)}"
             for name, size in expected.items()
-            if found.get(name, size) != size
+            if actual.get(name, size) != size
         ],
     }
     wrong = {kind: names for kind, names in wrong.items() if names}
     if wrong:
-        said = "; ".join(f"{len(names)} {kind}, as {', '.join(names[:NAMED])}" for kind, names in wrong.items())
-        raise ConversionError(f"{weights.origin}: the tensors of {part} do not fit its sizes: {said}.{hint}")
+        text = "; ".join(f"{len(names)} {kind}, such as {', '.join(names[:NAMED])}" for kind, names in wrong.items())
+        raise ConversionError(f"{weights.origin}: the tensors of {part} do not fit its sizes: {text}.{hint}")
 
 
-def shown(part: str, name: str) -> str:
-    """A tensor by the name that it has in released checkpoints and in public CLIP files."""
+def quoted_name(part: str, name: str) -> str:
+    """Return the quoted name of a tensor in released checkpoints or in files of OpenAI's CLIP."""
     if part == "vision":
         return f"'{str(released_name('mllm', f'vision.clip.{name}')).removeprefix('img_model.')}'"
     return f"'{released_name(part, name) or name}'"
 
 
 def write_part(folder: Path, model: Any, weights: Weights, dtype: torch.dtype | None) -> None:
-    """config.json and weights, as the part's own save_pretrained writes them."""
+    """Write config.json and weights in the format of the part's save_pretrained."""
     folder.mkdir(parents=True)
     if isinstance(model, ConfigMixin):
         model.save_config(str(folder))

@@ -1,8 +1,8 @@
-"""Files of torch.save, read as data alone: nothing that a file names is imported or called.
+"""Load files of torch.save as data only: no code that a file names is imported or called.
 
-Tensors and plain containers are what torch's weights-only unpickler makes of them. The classes that headers of
-released checkpoints are made of (argparse.Namespace, OmegaConf's containers and nodes, numpy's scalars) become
-`Inert`, which keeps what was recorded and does nothing. Any other class or function is refused by name.
+torch's weights-only unpickler loads tensors and plain containers. Classes in the headers of released checkpoints
+(argparse.Namespace, OmegaConf's containers and nodes, numpy's scalars) become `Inert` objects, which only store data.
+Any other class or function is refused.
 """
 
 import argparse
@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TORCHSCRIPT_MEMBER = "constants.pkl"  # of a TorchScript archive; files of torch.save have none
-OLD_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # files of torch.save before 1.6 begin with it
+TORCHSCRIPT_MEMBER = "constants.pkl"  # in TorchScript archives, but not in files of torch.save
+OLD_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # in the header of files of torch before 1.6
 NUMPY_NUMBER = re.compile(r"[fiub][1248]")
 
 
 class ConversionError(ValueError):
-    """A file, folder or flag with which no model can be converted, exported or inspected; the message names it."""
+    """A model cannot be converted, exported or inspected; the message names the file, folder or flag."""
 
 
 class Inert:
-    """Stands for an object of a foreign class: its arguments and its state, unread."""
+    """Replacement for an object of another class that only stores its arguments and state."""
 
     arguments: tuple
     state: Any
@@ -44,7 +44,7 @@ class Inert:
 
 
 class InertScalar(Inert):
-    """A number of numpy's: (dtype, bytes)."""
+    """Replacement for a numpy scalar, with the arguments dtype and bytes."""
 
     def number(self) -> Any:
         dtype, data = self.arguments
@@ -73,31 +73,31 @@ FOREIGN: dict[str, type] = {
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A released checkpoint: its `model` memory-mapped; its headers, `args` and `cfg`, as plain containers.
+    """Load a released checkpoint, with a memory-mapped `model` and the headers `args` and `cfg` as plain containers.
 
     Raises:
-        ConversionError: not a checkpoint with a `model`; see `read_data`.
+        ConversionError: the checkpoint has no `model`, or see `read_data`.
     """
     checkpoint = read_data(path)
     if not (isinstance(checkpoint, dict) and is_state(checkpoint.get("model"))):
-        raise ConversionError(f"'{path}' is no released checkpoint: it has no 'model' mapping of tensors at its top.")
+        raise ConversionError(f"'{path}' is not a released checkpoint: it has no mapping 'model' of tensors.")
     try:
         return {name: value if name == "model" else plain(value) for name, value in checkpoint.items()}
     except RecursionError as error:
-        raise ConversionError(f"'{path}': its headers are nested without end.") from error
+        raise ConversionError(f"'{path}': its headers are nested too deeply.") from error
 
 
 def is_state(data: Any) -> bool:
-    """Whether `data` is a mapping of tensors."""
+    """Return whether `data` is a mapping of tensors."""
     return isinstance(data, Mapping) and all(isinstance(tensor, Tensor) for tensor in data.values())
 
 
 def read_data(path: str | Path) -> Any:
-    """What `torch.save` wrote, memory-mapped, and nothing but data; see the module's first lines.
+    """Load a file of `torch.save` as memory-mapped data; see the module's docstring.
 
     Raises:
-        FileNotFoundError: no such file.
-        ConversionError: not a whole file of torch.save, a TorchScript archive, or one that names other classes.
+        FileNotFoundError: the file does not exist.
+        ConversionError: the file is damaged, not of torch.save, a TorchScript archive, or names other classes.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,35 +106,35 @@ def read_data(path: str | Path) -> Any:
         head = file.read(64)
     archive = zipfile.is_zipfile(path)
     if not archive and OLD_MAGIC not in head:
-        # torch would try such a file as a pickle, and advise to unpickle it for good.
+        # torch would load such a file as a pickle, and advise to unpickle it without restrictions.
         if head.startswith(pickle.PROTO):
             raise ConversionError(
-                f"'{path}' is a raw pickle, which may hold code, and was not read. Where you trust it, unpickle it "
-                "yourself and write its tensors with torch.save."
+                f"'{path}' is a raw pickle, which may contain code, and was not loaded. If you trust it, unpickle it "
+                "yourself and save its tensors with torch.save."
             )
-        raise ConversionError(f"'{path}' is truncated, damaged or no file of torch.save; copy or download it again.")
+        raise ConversionError(f"'{path}' is truncated, damaged or not of torch.save; copy or download it again.")
     try:
         if archive:
             require_no_torchscript(path)
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in FOREIGN.items()]):
-            # Files older than torch 1.6 are no archives and cannot be mapped; they are read whole.
+        with torch.serialization.safe_globals([(replacement, name) for name, replacement in FOREIGN.items()]):
+            # Files older than torch 1.6 are not archives and cannot be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except (ConversionError, MemoryError):
         raise
-    except Exception as error:  # in a file that ends early or was never one, the unpickler may stumble over anything
+    except Exception as error:  # the unpickler may raise any exception on a damaged file
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
             raise ConversionError(
                 f"'{path}' is truncated, damaged or holds more than tensors and settings; copy or download it again."
             ) from error
         raise ConversionError(
-            f"'{path}' was not read: it names {refused[1]}, which a checkpoint of tensors and settings does not need. "
-            "Nothing of it was run. Where you trust it, write its tensors alone with torch.save."
+            f"'{path}' was not loaded: it names {refused[1]}, which a checkpoint of tensors and settings does not "
+            "need. None of its code was run. If you trust it, save only its tensors with torch.save."
         ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConversionError: there is no such file, or something else in it."""
+    """Read a JSON object. Raises ConversionError if the file is missing or holds anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -147,28 +147,28 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def find_folder(name: str | Path, patterns: Sequence[str], what: str) -> Path:
-    """A folder, or what a hub id's files of these patterns were fetched to. Raises ConversionError: it is neither."""
+    """Return a folder, or download the files of a hub id. Raises ConversionError if it is neither."""
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors are among them
+    except (OSError, ValueError) as error:  # includes the errors of huggingface_hub
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{what} '{name}' is no folder, and was not fetched from the hub: {reason}") from error
+        raise ConversionError(f"{what} '{name}' is not a folder and cannot be downloaded: {reason}") from error
 
 
 def require_no_torchscript(path: Path) -> None:
-    """Refuse an archive that holds code, which is how public CLIP weights are also distributed."""
+    """Refuse TorchScript archives, which contain code; OpenAI distributes CLIP's weights in this form."""
     with zipfile.ZipFile(path) as archive:
         if any(Path(name).name == TORCHSCRIPT_MEMBER for name in archive.namelist()):
             raise ConversionError(
-                f"'{path}' is a TorchScript archive, which holds code. Where you trust it, write its weights alone: "
+                f"'{path}' is a TorchScript archive, which contains code. If you trust it, save only its weights: "
                 f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), 'weights.pt')."
             )
 
 
 def plain(value: Any) -> Any:
-    """A header as dict, list, str, number, bool or None; what has no such form is None."""
+    """Convert a header to dict, list, str, number, bool and None; anything else becomes None."""
     if isinstance(value, argparse.Namespace):
         return plain(vars(value))
     if isinstance(value, InertScalar):

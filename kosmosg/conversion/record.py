@@ -1,6 +1,6 @@
-"""What conversion.json, the model card and the terminal say of a conversion, and `kosmosg inspect` of what is there.
+"""Describe conversions (conversion.json, model card, terminal) and models (`kosmosg inspect`).
 
-No weights are read: shapes stand in headers.
+No weights are read; shapes come from file headers.
 """
 
 import hashlib
@@ -51,10 +51,10 @@ tags:
 
 # KOSMOS-G, {stage}
 
-Interleaved images and text as the prompt of a frozen Stable Diffusion ([arXiv 2310.02992](https://arxiv.org/abs/2310.02992)).
+Prompts of interleaved images and text for a frozen Stable Diffusion ([arXiv 2310.02992](https://arxiv.org/abs/2310.02992)).
 
-Converted from `{file}` ({bytes:,} bytes, SHA-256 `{sha256}`) by `kosmosg convert`, which changed names and
-{cast}. What was decided and left out is in `{record}`.
+Converted from `{file}` ({bytes:,} bytes, SHA-256 `{sha256}`) by `kosmosg convert`, which renamed tensors and
+{cast}. `{record}` lists all decisions and omitted tensors.
 
 | part | parameters | type | from |
 |---|---:|---|---|
@@ -70,7 +70,7 @@ The licence of these weights is that of {origin}{decoder}; the conversion adds n
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A part that fits: the module without values, the weights, and where they come from."""
+    """A part to write: the module on the meta device, matching weights, and their source."""
 
     model: Any
     weights: Weights
@@ -78,7 +78,7 @@ class PlannedPart:
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """README.md of the folder."""
+    """Return the model card of a model folder."""
     decoder = record["decoder"]
     taken = any(part["from"] == "decoder" for part in record["parts"].values())
     base = decoder and (STABLE_DIFFUSION_1_5 if decoder["name"] == PUBLISHED else decoder["name"])
@@ -86,7 +86,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     return CARD.format(
         base=f"base_model: {base}\n" if base and not Path(base).is_dir() else "",
         stage=STAGES[record["kind"]],
-        cast="no value" if dtype is None else f"rounded values to {dtype}",
+        cast="changed no value" if dtype is None else f"rounded values to {dtype}",
         record=RECORD,
         parts="\n".join(
             f"| {name} | {part['parameters']:,} | {part['dtype']} | {part['from']} |"
@@ -100,8 +100,8 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """The lines that `kosmosg convert` prints."""
-    source, kind = record["source"], STAGES.get(record["kind"], "image tower of a public CLIP")
+    """Return the output of `kosmosg convert`."""
+    source, kind = record["source"], STAGES.get(record["kind"], "vision encoder of CLIP")
     lines = [f"{source['file']}: {kind}, sha256 {source['sha256']}", *part_lines(record["parts"])]
     lines += [f"{key}: {value}" for key, value in record["decided"].items()]
     for name, value in (record.get("decoder") or {}).items():
@@ -113,20 +113,20 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def part_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each part, and one for all."""
+    """Return a line per part, and one for the total."""
     lines = []
     for name, part in parts.items():
         origin = f", from the {part['from']}" if "from" in part else ""
         counts = f"{part['tensors']:>6,} tensors {part['parameters']:>15,} parameters"
         lines.append(f"  {name:<16}{counts}  {part['dtype']}{origin}")
     total = sum(part["parameters"] for part in parts.values())
-    return [*lines, f"  {'in all':<16}{'':>15}{total:>15,} parameters"]
+    return [*lines, f"  {'total':<16}{'':>15}{total:>15,} parameters"]
 
 
 def describe(
     files: Sequence[Path], kind: str, header: Header, parts: Mapping[str, PlannedPart], dtype: str | None
 ) -> dict[str, Any]:
-    """What every conversion records; the digest is that of the files one after another."""
+    """Return what every conversion records; the hash is that of the concatenated files."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -150,11 +150,11 @@ def describe(
 
 
 def inspect_model(path: str | Path) -> dict[str, Any]:
-    """Plain values: kind, stage, parts, what a pipeline lacks, sizes, parameters, dtype, vocabulary, provenance.
+    """Describe a model: kind, stage, parts, missing parts, sizes, parameters, dtype, vocabulary, provenance.
 
     Raises:
-        FileNotFoundError: nothing there, or a folder without a model.
-        ConversionError: a damaged or foreign file.
+        FileNotFoundError: the path does not exist, or is a folder without a model.
+        ConversionError: the file is damaged or not a released checkpoint.
     """
     path = Path(path)
     if not path.exists():
@@ -163,25 +163,25 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
 
 
 def inspect_folder(path: Path) -> dict[str, Any]:
-    """A model folder, or a run folder whose model is in model/."""
+    """Describe a model folder, or the model of a run folder."""
     model = find_model(path)
     needed = needed_parts(model, path)
-    # A processor in tokenizer/ has a configuration, too.
+    # A processor in tokenizer/ also has a configuration file.
     parts = [part for part in dict.fromkeys((*WEIGHTS, *needed)) if part != "tokenizer"]
-    found = (part for part in parts if (model / part / CONFIG_FILE).is_file())
-    configs = {part: read_json(model / part / CONFIG_FILE) for part in found}
-    there = {*configs, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
+    networks = (part for part in parts if (model / part / CONFIG_FILE).is_file())
+    configs = {part: read_json(model / part / CONFIG_FILE) for part in networks}
+    existing = {*configs, *(part for part in ("tokenizer", "scheduler") if (model / part).is_dir())}
     weights = {}
     for part, config in configs.items():
         folder = model / part
         if config.get("_class_name") == VisionLanguageModel.__name__:
             folder /= NETWORK
-            if not folder.is_dir():  # frozen, and named by its configuration
+            if not folder.is_dir():  # frozen weights are not copied; the configuration names their source
                 continue
         weights[part] = required_weights(folder, part)
     sizes = {part: {k: v for k, v in config.items() if not k.startswith("_")} for part, config in configs.items()}
     vocabulary = None
-    if "tokenizer" in there:
+    if "tokenizer" in existing:
         tokenizer = load_tokenizer(model / "tokenizer")
         vocabulary = len(tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.processor.tokenizer)
     provenance: dict[str, Any] = {}
@@ -194,7 +194,7 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "kind": "run folder" if model != path else "model folder",
-        **described(weights, there, needed),
+        **describe_parts(weights, existing, needed),
         "sizes": sizes,
         "vocabulary": vocabulary,
         "provenance": provenance,
@@ -202,14 +202,14 @@ def inspect_folder(path: Path) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """A released checkpoint."""
+    """Describe a released checkpoint."""
     source = Checkpoint.read(path)
     header = {key: source.header.get(key) for key in HEADER_SIZES}
     embedding = source.parts["mllm"].shapes.get("decoder.embed_tokens.weight") if "mllm" in source.parts else None
     return {
         "path": str(path),
         "kind": "released checkpoint",
-        **described(source.parts, set(source.parts), PIPELINE),
+        **describe_parts(source.parts, set(source.parts), PIPELINE),
         "sizes": {"header": header},
         "vocabulary": embedding[0] if embedding else None,
         "provenance": {"header": source.header.flavour, "names left out": source.left_out},
@@ -217,7 +217,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def needed_parts(model: Path, path: Path) -> Sequence[str]:
-    """The parts of the model's pipeline; Stable Diffusion's where the image decoder cannot be told offline."""
+    """Return the parts of the model's pipeline, by default those for Stable Diffusion."""
     index = read_json(model / MODEL_INDEX) if (model / MODEL_INDEX).is_file() else {}
     decoder = decoder_of_run(path)
     kind = IMAGE_DECODERS.get(index.get("family", ""))
@@ -226,31 +226,30 @@ def needed_parts(model: Path, path: Path) -> Sequence[str]:
     return PIPELINE if kind is None else ("mllm", "aligner", "tokenizer", *kind.networks, "scheduler")
 
 
-def described(weights: Mapping[str, Weights], there: set[str], needed: Sequence[str]) -> dict[str, Any]:
-    """What folders and checkpoints have in common."""
+def describe_parts(weights: Mapping[str, Weights], existing: set[str], needed: Sequence[str]) -> dict[str, Any]:
+    """Return the entries that folders and checkpoints have in common."""
     dtypes = Counter(part.dtype for part in weights.values())
     return {
         "stage": STAGES[stage_of(weights)],
         "parts": {
-            part: {"tensors": len(found.shapes), "parameters": found.parameters, "dtype": found.dtype}
-            for part, found in weights.items()
+            name: {"tensors": len(part.shapes), "parameters": part.parameters, "dtype": part.dtype}
+            for name, part in weights.items()
         },
-        "missing for the pipeline": [part for part in needed if part not in there],
-        "parameters": sum(found.parameters for found in weights.values()),
+        "missing for the pipeline": [part for part in needed if part not in existing],
+        "parameters": sum(part.parameters for part in weights.values()),
         "dtype": ", ".join(dtypes),
     }
 
 
-def inspection_text(found: Mapping[str, Any]) -> str:
-    """The lines that `kosmosg inspect` prints."""
-    lines = [f"{found['path']}: {found['kind']}, {found['stage']}", *part_lines(found["parts"])]
-    missing = found["missing for the pipeline"]
+def inspection_text(content: Mapping[str, Any]) -> str:
+    """Return the output of `kosmosg inspect`."""
+    lines = [f"{content['path']}: {content['kind']}, {content['stage']}", *part_lines(content["parts"])]
+    missing = content["missing for the pipeline"]
     lines.append(f"missing for the pipeline: {', '.join(missing) or 'nothing'}")
-    lines.append(f"vocabulary: {found['vocabulary']}")
-    for part, sizes in found["sizes"].items():
+    lines.append(f"vocabulary: {content['vocabulary']}")
+    for part, sizes in content["sizes"].items():
         if part not in OURS and part != "header":
-            continue  # long, and known from the image decoder; --json tells them
-        told = ((key, value) for key, value in sizes.items() if value is not None)
-        lines.append(f"{part}: " + ", ".join(f"{key}={value}" for key, value in told))
-    lines += [f"{key}: {value}" for key, value in found["provenance"].items()]
+            continue  # the image decoder's configurations are long; --json prints them
+        lines.append(f"{part}: " + ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None))
+    lines += [f"{key}: {value}" for key, value in content["provenance"].items()]
     return "\n".join(lines)

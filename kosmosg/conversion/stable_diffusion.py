@@ -1,4 +1,4 @@
-"""The Stable Diffusion that a model steers: a diffusers folder, a hub id, or v1.5 by its published configurations."""
+"""Configurations and weights of the image decoder in a conversion: a Stable Diffusion folder, a hub id, or v1.5."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ DOWNLOADED = [
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """Configurations and weights by part.
+    """Configurations and weights of Stable Diffusion by part.
 
     Args:
-        name: as it was given; None for v1.5's published configurations.
-        folder: its files; None where there are none.
+        name: folder or hub id given by the user; None for the published configurations of v1.5.
+        folder: folder of its files; None without files.
     """
 
     name: str | None
@@ -36,31 +36,31 @@ class StableDiffusion:
 
     @classmethod
     def find(cls, name: str | Path | None) -> "StableDiffusion":
-        """A folder or hub id.
+        """Locate a folder or download a hub id.
 
         Raises:
-            ConversionError: neither a Stable Diffusion folder nor a hub id that can be fetched.
+            ConversionError: it is not a Stable Diffusion folder, or cannot be downloaded.
         """
         if name is None:
             return cls(None, None)
         folder = find_folder(name, DOWNLOADED, "--decoder")
         absent = [part for part in NEEDED if not (folder / part).is_dir()]
         if absent:
-            raise ConversionError(f"--decoder '{name}' is no Stable Diffusion folder: {', '.join(absent)} missing.")
+            raise ConversionError(f"--decoder '{name}' is not a Stable Diffusion folder: {', '.join(absent)} missing.")
         return cls(str(name), folder)
 
     def config(self, part: str) -> dict[str, Any]:
-        """Configuration of unet, vae or text_encoder."""
+        """Return the configuration of unet, vae or text_encoder."""
         if self.folder is None:
             return dict(CONFIGS[STABLE_DIFFUSION_1_5][part])
         return read_json(self.folder / part / CONFIG_FILE)
 
     def weights(self, part: str) -> Weights | None:
-        """Weights of unet, vae or text_encoder; None where there are none."""
+        """Return the weights of unet, vae or text_encoder, or None."""
         return None if self.folder is None else folder_weights(self.folder / part, part)
 
     def scheduler(self) -> SchedulerMixin:
-        """The released code's "dpm" sampler over the noise schedule that the U-Net was trained with."""
+        """Build the released code's "dpm" sampler with the noise schedule of the U-Net's training."""
         trained_with: Any
         try:
             if self.folder is None:
@@ -68,11 +68,11 @@ class StableDiffusion:
             else:
                 trained_with = DDIMScheduler.from_pretrained(self.folder, subfolder="scheduler")
         except (OSError, ValueError) as error:
-            raise ConversionError(f"--decoder '{self.name}': its scheduler was not read: {error}") from error
+            raise ConversionError(f"--decoder '{self.name}': its scheduler cannot be read: {error}") from error
         return build_scheduler("dpm", trained_with)
 
     def hint(self) -> str:
-        """What to do when weights do not fit the configuration."""
+        """Return advice for weights that do not fit the configuration."""
         if self.folder is None:
-            return " Without --decoder, Stable Diffusion v1.5 is assumed; name the one that the model was trained with."
+            return " Without --decoder, Stable Diffusion v1.5 is assumed; give the one that the model was trained with."
         return f" Is --decoder '{self.name}' the Stable Diffusion that the model was trained with?"

@@ -1,7 +1,7 @@
-"""The tensors of one part: their names, shapes and types at hand, their values mapped when asked for.
+"""Weights of a part: names, shapes and dtypes in memory, values memory-mapped on demand.
 
-A mapped page counts as memory once it is touched, and is given back when its mapping goes. So values are opened anew
-for each piece of work, and no two pieces are resident together.
+A mapped page uses memory from its first access until the mapping is released. To limit memory, values are processed in
+chunks, each with a new mapping.
 """
 
 from collections import Counter
@@ -19,21 +19,21 @@ from kosmosg.conversion.reader import ConversionError, is_state, read_data, read
 from kosmosg.models.storage import is_finite
 
 Shapes = Mapping[str, tuple[int, ...]]
-CHUNK_BYTES = 512 * 2**20  # of source, at most, in memory beside what is written
-CHUNKS = 8  # at least, so that a small part's chunk is small beside it
-SMALL_BYTES = 2**20  # not divided: for each chunk the file's names are read anew
-CAST_ELEMENTS = 2**22  # of a tensor at a time
+CHUNK_BYTES = 512 * 2**20  # maximum size of a chunk
+CHUNKS = 8  # minimum number of chunks, so that a chunk is small compared with its part
+SMALL_BYTES = 2**20  # parts of up to this size are one chunk, because each chunk reads the file's header again
+CAST_ELEMENTS = 2**22  # elements of a tensor cast at a time
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One part's tensors by name.
+    """The tensors of a part by name.
 
     Args:
         origin: file or folder, for messages.
-        open: maps the values; each call maps them anew.
+        open: memory-maps the values; each call makes a new mapping.
     """
 
     origin: str
@@ -43,7 +43,7 @@ class Weights:
 
     @classmethod
     def of(cls, origin: str | Path, open: Callable[[], dict[str, Tensor]]) -> "Weights":
-        """Open once to learn names, shapes and types; no value is touched."""
+        """Read names, shapes and dtypes without accessing values."""
         tensors = open()
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return cls(str(origin), shapes, {name: tensor.dtype for name, tensor in tensors.items()}, open)
@@ -54,7 +54,7 @@ class Weights:
 
     @property
     def dtype(self) -> str:
-        """The type of the weights, or all with their counts."""
+        """The dtype of the weights, or all dtypes with their counts."""
         counts = Counter(str(dtype).removeprefix("torch.") for dtype in self.dtypes.values())
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {dtype}" for dtype, n in counts.items())
 
@@ -62,15 +62,12 @@ class Weights:
         return torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
 
     def chunks(self) -> Iterator[list[str]]:
-        """Names in groups of at most `CHUNK_BYTES` and a share of all, or single where one is larger.
-
-        A small part is one group.
-        """
-        most = min(CHUNK_BYTES, max(SMALL_BYTES, sum(map(self.bytes, self.shapes)) // CHUNKS))
+        """Group names into chunks of limited size; a larger tensor is a chunk of its own."""
+        limit = min(CHUNK_BYTES, max(SMALL_BYTES, sum(map(self.bytes, self.shapes)) // CHUNKS))
         group: list[str] = []
         size = 0
         for name in self.shapes:
-            if group and size + self.bytes(name) > most:
+            if group and size + self.bytes(name) > limit:
                 yield group
                 group, size = [], 0
             group.append(name)
@@ -81,7 +78,7 @@ class Weights:
         """Write a safetensors file, in `dtype` if given.
 
         Raises:
-            ConversionError: a weight is NaN or infinite, or has no finite value in `dtype`.
+            ConversionError: a weight is NaN or infinite, or overflows `dtype`.
         """
         for group in self.chunks():
             opened = self.open()
@@ -95,21 +92,21 @@ class Weights:
         save_file(tensors, file, metadata={"format": "pt"})
 
     def _cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        # One piece of memory goes back to the system when it is dropped; many small ones would stay with the process.
+        # One large allocation is returned to the system when freed; many small ones would stay with the process.
         counts = [
             torch.Size(shape).numel() for name, shape in self.shapes.items() if self.dtypes[name].is_floating_point
         ]
-        room = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
+        buffers = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
         cast: dict[str, Tensor] = {}
         for group in self.chunks():
-            opened = self.open()  # anew, which gives the pages of the group before back
+            opened = self.open()  # a new mapping, which releases the pages of the previous chunk
             for name in group:
                 tensor = opened[name]
                 if not tensor.is_floating_point():
                     cast[name] = tensor.clone()
                     continue
-                cast[name] = (flat := next(room)).view(tensor.shape)
-                # In slices, for the check takes several times the memory of what it looks at.
+                cast[name] = (flat := next(buffers)).view(tensor.shape)
+                # In slices, because the check needs several times the memory of its input.
                 slices = zip(flat.split(CAST_ELEMENTS), tensor.reshape(-1).split(CAST_ELEMENTS), strict=True)
                 for target, source in slices:
                     target.copy_(source)
@@ -120,7 +117,7 @@ class Weights:
         return cast
 
     def compare(self, other: "Weights") -> str:
-        """What differs from another part's weights, in words."""
+        """Describe the difference from other weights."""
         if self.shapes != other.shapes:
             return "other names or shapes"
         rounded, unequal = False, 0
@@ -135,7 +132,7 @@ class Weights:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a diffusers or transformers part, several where it is sharded; empty if there are none."""
+    """Return the weights files of a diffusers or transformers folder, several if sharded; empty if there are none."""
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
@@ -147,45 +144,45 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def folder_weights(folder: Path, part: str) -> Weights | None:
-    """The weights in a part's folder under today's names; None where there are none.
+    """Return the weights in a part's folder under current names, or None.
 
     Raises:
-        ConversionError: a damaged file.
+        ConversionError: a file is damaged.
     """
     files = weight_files(folder)
 
     def open_all() -> dict[str, Tensor]:
         opened = (named for file in files for named in open_weights(file).items())
         tensors = {current_name(part, name): tensor for name, tensor in opened}
-        # Buffers that older library versions wrote along.
+        # Without the buffers that older library versions saved.
         return {name: t for name, t in tensors.items() if not is_unneeded(str(released_name(part, name)))}
 
     return Weights.of(folder, open_all) if files else None
 
 
 def required_weights(folder: Path, part: str) -> Weights:
-    """`folder_weights`. Raises ConversionError: there are none."""
+    """Return the weights in a part's folder. Raises ConversionError if there are none."""
     if (weights := folder_weights(folder, part)) is None:
         raise ConversionError(f"'{folder}' has a config.json but no weights.")
     return weights
 
 
 def open_weights(file: Path) -> dict[str, Tensor]:
-    """Mapped tensors of a .safetensors or .bin file.
+    """Memory-map the tensors of a .safetensors or .bin file.
 
     Raises:
-        ConversionError: a damaged file, or one that holds anything else.
+        ConversionError: the file is damaged or holds anything else.
     """
     if file.suffix == ".bin":
         state = read_data(file)
         if not is_state(state):
             raise ConversionError(
-                f"'{file}' holds no state dict. Load the part with its own library and write it with save_pretrained, "
+                f"'{file}' is not a state dict. Load the part with its own library and write it with save_pretrained, "
                 "which makes a .safetensors file."
             )
         return dict(state)
     try:
-        with safe_open(file, framework="pt"):  # a file that ends early is told here
+        with safe_open(file, framework="pt"):  # raises an error for truncated files
             return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"'{file}' is missing, truncated or no safetensors file: {error}") from error
+        raise ConversionError(f"'{file}' is missing, truncated or not a safetensors file: {error}") from error

@@ -1,1 +1,1 @@
-"""The networks of KOSMOS-G; see docs/architecture.md for the way through them."""
+"""The networks of KOSMOS-G. docs/architecture.md shows how they fit together."""

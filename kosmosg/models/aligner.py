@@ -1,12 +1,11 @@
-"""AlignerNet: M maps the MLLM's states into Stable Diffusion's text space, N maps back (paper section 2.2).
+"""AlignerNet: M maps the MLLM's states to Stable Diffusion's text space, N maps back (paper section 2.2).
 
-Notable: learned queries enter the decoders, so lengths match whatever they are; M masks padded keys, N masks
-nothing unless told to; no dropout. N exists in stage 2 only (released-code.md, "AlignerNet M", "AlignerNet N"). Without
-encoder layers (Table 2, "12-Layers Decoder") what stands in their place is the last norm of the encoder alone.
-`LinearAligner` is what remains without AlignerNet.
+Notable: the decoders of M and N read learned queries, so input and output lengths are independent; M masks padded keys,
+N does so only on request; there is no dropout. N is used in stage 2 only (released-code.md, "AlignerNet M", "AlignerNet
+N"). With `encoder_layers=0` (Table 2, "12-Layers Decoder") only the final norm of the encoder remains. `LinearAligner`
+is the baseline without AlignerNet.
 
-Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries of M, `C` condition width, `P` width of a pooled
-vector.
+Shapes: `B` batch, `L` tokens, `D` MLLM width, `Q` queries of M, `C` condition width, `P` width of a pooled vector.
 """
 
 from pathlib import Path
@@ -27,20 +26,20 @@ from kosmosg.models.transformer import (
     transformer_layers,
 )
 
-FIRST_POSITION = 2  # the released tables are read from row 2 on; rows 0 and 1 are never used
+FIRST_POSITION = 2  # rows 0 and 1 of the released position tables are never used
 
 
 class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
-    """M: states B×L×D → condition B×Q×C, eq. 5.
+    """M: states s B×L×D → condition M(s) B×Q×C (eq. 5).
 
     Args:
         input_width: `D`.
         width: `C`, also the width of all layers.
-        encoder_layers: 0 leaves a decoder alone.
+        encoder_layers: number of encoder layers; 0 for a decoder only.
         num_queries: `Q`, the length of Stable Diffusion's text condition.
-        max_positions: rows of the position table; the longest prompt has two fewer tokens.
-        pooled_width: `P`, of the pooled vector that some decoders read beside the states; it has a query of its own, as
-            CLIP's is read from a token of its own. None for no pooled vector.
+        max_positions: rows of the position table; the longest prompt has two tokens fewer.
+        pooled_width: `P`, the width of the pooled vector that some image decoders also read, or None. It has its own
+            query, as CLIP reads it from a token of its own.
     """
 
     config_name = "config.json"
@@ -73,13 +72,13 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest prompt."""
+        """Maximum number of tokens of a prompt."""
         return self.config.max_positions - FIRST_POSITION
 
     def encode(self, hidden: Tensor, padding: Tensor) -> Tensor:
-        """Encoder half: hidden B×L×D → B×L×C; what stands at padding is meaningless."""
+        """Run the encoder: hidden states B×L×D → B×L×C. Its output at padding is meaningless."""
         x = self.input_projection(hidden)
-        x = x + position_rows(self.positions, hidden.shape[1])
+        x = x + position_embeddings(self.positions, hidden.shape[1])
         x = x * ~padding[..., None]
         mask = ~padding[:, None, None, :]
         for layer in self.encoder:
@@ -87,7 +86,7 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
         return self.encoder_norm(x)
 
     def forward(self, hidden: Tensor, padding: Tensor) -> Condition:
-        """Hidden B×L×D, padding bool B×L (True at padding) → condition, states B×Q×C, pooled B×P.
+        """Map hidden states B×L×D with padding bool B×L (True at padding) to a condition: states B×Q×C, pooled B×P.
 
         Raises:
             ValueError: the prompt is longer than the position table.
@@ -104,11 +103,10 @@ class AlignerEncoder(StrictWeights, ModelMixin, ConfigMixin):
 
 
 class LinearAligner(StrictWeights, ModelMixin, ConfigMixin):
-    """No AlignerNet: one linear map from states B×L×D to the condition B×Q×C, position by position.
+    """Baseline without AlignerNet: a linear map from states B×L×D to the condition B×Q×C at each position.
 
-    Notable: the condition has Q positions, as every condition that Stable Diffusion was trained with. A longer prompt
-    is cut, and a learned vector fills up a shorter one: CLIP's padding, too, is a state like the others, which the
-    U-Net reads unmasked.
+    The condition always has Q positions, as those Stable Diffusion was trained with. Longer prompts are cut. Shorter
+    ones are padded with a learned vector, as the U-Net also attends to CLIP's padding.
 
     Args:
         input_width: `D`.
@@ -126,7 +124,7 @@ class LinearAligner(StrictWeights, ModelMixin, ConfigMixin):
         self.padding = nn.Parameter(torch.randn(width))
 
     def forward(self, hidden: Tensor, padding: Tensor) -> Condition:
-        """Hidden B×L×D, padding bool B×L (True at padding) → condition, states B×Q×C."""
+        """Map hidden states B×L×D with padding bool B×L (True at padding) to a condition, states B×Q×C."""
         length = min(hidden.shape[1], self.config.num_queries)
         states = self.projection(hidden[:, :length])
         states = torch.where(padding[:, :length, None], self.padding.type_as(states), states)
@@ -139,14 +137,14 @@ ALIGNERS: dict[str, type[Aligner]] = {"alignernet": AlignerEncoder, "linear": Li
 
 
 def load_aligner(folder: Path, torch_dtype: torch.dtype = torch.float32) -> Aligner:
-    """The aligner in `folder`, of whichever kind its configuration names; errors as `load_part`."""
+    """Load the aligner in `folder`, of the class in its configuration; errors as `load_part`."""
     saved = saved_class(folder)
     kinds = {kind.__name__: kind for kind in ALIGNERS.values()}
     return load_part(kinds.get(saved or "", AlignerEncoder), folder, torch_dtype)
 
 
 class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
-    """N: condition B×Q×C → reconstructed states B×L×D, eq. 6.
+    """N: condition M(s) B×Q×C → reconstructed states N(M(s)) B×L×D (eq. 6).
 
     Args:
         output_width: `D`.
@@ -180,7 +178,7 @@ class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
             magneto_scale(self.encoder, self_attention_gain(encoder_layers))
 
     def decode(self, condition: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
-        """Decoder half: the first `length` learned queries read the condition's states, B×L×C."""
+        """Run the decoder: the first L = `length` learned queries attend to the condition's states, B×L×C."""
         if length > len(self.queries):
             raise ValueError(f"length={length} exceeds max_positions={len(self.queries)} of the aligner's decoder.")
         x = self.queries[:length].type_as(condition).expand(condition.shape[0], -1, -1)
@@ -190,28 +188,28 @@ class AlignerDecoder(StrictWeights, ModelMixin, ConfigMixin):
         return self.decoder_norm(x)
 
     def forward(self, condition: Condition, length: int, padding: Tensor | None = None) -> Tensor:
-        """Condition → the MLLM's states B×`length`×D.
+        """Reconstruct the MLLM's states, B×L×D with L = `length`, from the condition.
 
         Args:
-            padding: bool B×length, True beyond a caption's own length: its states are then those of the caption alone,
-                and what stands at padding is meaningless. Without it, padding is reconstructed as all else.
+            padding: bool B×L, True at padding, which is masked; the output there is meaningless. If None, padding is
+                reconstructed like other positions.
 
         Raises:
-            ValueError: `length` is beyond the tables.
+            ValueError: `length` exceeds the tables.
         """
         x = self.decode(condition.states, length, padding)
-        x = x + position_rows(self.positions, length)
+        x = x + position_embeddings(self.positions, length)
         mask = None if padding is None else ~padding[:, None, None, :]
         for layer in self.encoder:
             x = layer(x, mask=mask)
         return self.output_projection(self.encoder_norm(x))
 
 
-def position_rows(table: nn.Embedding, length: int) -> Tensor:
-    """Rows for `length` positions, L×C."""
+def position_embeddings(table: nn.Embedding, length: int) -> Tensor:
+    """Return the embeddings of the first `length` positions, L×C."""
     if FIRST_POSITION + length > table.num_embeddings:
         raise ValueError(
             f"a sequence of {length} tokens needs {FIRST_POSITION + length} positions but the aligner has "
-            f"max_positions={table.num_embeddings}; shorten the prompt or raise aligner.max_positions."
+            f"max_positions={table.num_embeddings}; shorten the prompt or increase aligner.max_positions."
         )
     return table.weight[FIRST_POSITION : FIRST_POSITION + length]

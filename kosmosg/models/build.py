@@ -1,4 +1,4 @@
-"""From the configuration to the parts of the model, fresh or with the weights of an earlier stage."""
+"""Build the parts of a model from its configuration, with new weights or those of an earlier stage."""
 
 import contextlib
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from kosmosg.models.vision_language_model import NETWORK, LanguageProcessor, Vis
 from kosmosg.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-5
-# By the name of diffusers' pipeline in model_index.json; the first reads folders without one.
+# By the pipeline name in model_index.json; the first is the default for folders without that file.
 IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
@@ -40,39 +40,40 @@ IMAGE_DECODERS: dict[str, type[ImageDecoder]] = {
 
 
 def image_decoder_index(source: str | Path) -> dict[str, Any]:
-    """model_index.json of a diffusers folder or hub id, whose `_class_name` is a key of `IMAGE_DECODERS`; of a pipeline
-    folder of ours, its image decoder's.
+    """Return model_index.json of a diffusers folder or hub id, with a key of `IMAGE_DECODERS` as `_class_name`.
+
+    For folders of `KosmosGPipeline` this is the family of their image decoder.
 
     Raises:
-        ValueError: a pipeline without a class here.
+        ValueError: there is no image decoder for the pipeline.
     """
     index: dict[str, Any] = {}
-    folder = Path(source).is_dir()
-    if str(source) in CONFIGS and not folder:  # known without asking the hub, so that a dry run needs no network
+    is_folder = Path(source).is_dir()
+    if str(source) in CONFIGS and not is_folder:  # no request to the hub, so that a dry run needs no network
         index = CONFIGS[str(source)]["model_index"]
-    elif not folder or (Path(source) / DiffusionPipeline.config_name).is_file():
-        with contextlib.suppress(OSError):  # a hub id that cannot be reached: loading its weights says so
+    elif not is_folder or (Path(source) / DiffusionPipeline.config_name).is_file():
+        with contextlib.suppress(OSError):  # if the hub id cannot be reached, loading its weights raises the error
             index = DiffusionPipeline.load_config(str(source))  # type: ignore[assignment]
-    usual = next(iter(IMAGE_DECODERS))
-    name = index.get("family", usual if "mllm" in index else index.get("_class_name", usual))
-    name = name[-1] if isinstance(name, list) else name  # a list where the folder has code of its own, which is not run
+    default = next(iter(IMAGE_DECODERS))
+    name = index.get("family", default if "mllm" in index else index.get("_class_name", default))
+    name = name[-1] if isinstance(name, list) else name  # [module, class] if the folder has its own code, never run
     if name not in IMAGE_DECODERS:
         raise ValueError(f"model.image_decoder='{source}' is a {name}; allowed: {', '.join(IMAGE_DECODERS)}.")
     return {**index, "_class_name": name}
 
 
 def image_decoder_class(source: str | Path) -> type[ImageDecoder]:
-    """The class that reads a diffusers folder or hub id; errors as `image_decoder_index`."""
+    """Return the image decoder class of a diffusers folder or hub id; errors as `image_decoder_index`."""
     return IMAGE_DECODERS[image_decoder_index(source)["_class_name"]]
 
 
 def load_image_decoder(source: str | Path, parts: Parts = "all", **options: Any) -> ImageDecoder:
-    """`from_pretrained` of the class that reads `source`."""
+    """Load the image decoder of a diffusers folder or hub id; arguments as `ImageDecoder.from_pretrained`."""
     return image_decoder_class(source).from_pretrained(source, parts, **options)
 
 
 def build_tokenizer(config: ModelConfig) -> Tokenizer | LanguageProcessor:
-    """What the encoder of `build_mllm`'s model needs."""
+    """Load the tokenizer or processor that `build_mllm`'s model needs."""
     if config.language_model is not None:
         return LanguageProcessor.from_pretrained(config.language_model)
     return Tokenizer.from_pretrained(Path(config.tokenizer))
@@ -81,17 +82,17 @@ def build_tokenizer(config: ModelConfig) -> Tokenizer | LanguageProcessor:
 def build_mllm(
     config: ModelConfig, tokenizer: Tokenizer | LanguageProcessor, init_from: str | Path | None = None
 ) -> MultimodalLM:
-    """The MLLM of `config`, with `tokenizer`'s vocabulary.
+    """Build the MLLM of `config` with the vocabulary of `tokenizer`.
 
-    Without `init_from` the weights are those of `config.language_model`, or random, but for the vision encoder, which
-    is read from `config.vision_weights`.
+    Without `init_from`, the weights are those of `config.language_model`, or else random except for a vision encoder
+    loaded from `config.vision_weights`.
 
     Args:
-        init_from: a model folder or run folder to read the weights from.
+        init_from: model folder or run folder to load the weights from.
 
     Raises:
         FileNotFoundError: `init_from` holds no model.
-        ValueError: the weights are those of another model; names the sizes that differ.
+        ValueError: the weights belong to another model; names the sizes that differ.
     """
     if config.language_model is not None:
         return build_language_model(config, init_from)
@@ -111,7 +112,7 @@ def build_mllm(
         "bos_id": tokenizer.bos_id,
         "image_fit": mllm.image_fit,
     }
-    model = built(MLLM, arguments, init_from, "mllm")
+    model = build_part(MLLM, arguments, init_from, "mllm")
     if init_from is None:
         with torch.no_grad():
             model.resampler.projection.weight.mul_(mllm.resampler_gain)
@@ -121,7 +122,6 @@ def build_mllm(
 
 
 def build_language_model(config: ModelConfig, init_from: str | Path | None) -> VisionLanguageModel:
-    """See `build_mllm`."""
     source, layer = str(config.language_model), config.hidden_layer
     options = {"hidden_layer": layer, "max_image_pixels": config.max_image_pixels}
     if init_from is None:
@@ -137,10 +137,10 @@ def build_language_model(config: ModelConfig, init_from: str | Path | None) -> V
 def mllm_fingerprint(
     config: ModelConfig, init_from: str | Path | None, wanted: Callable[[str], bool] = lambda _: True
 ) -> dict[str, str]:
-    """What the states of `build_mllm`'s model depend on beside the prompts.
+    """Return fingerprints of everything that the hidden states of `build_mllm`'s model depend on, except the prompts.
 
     Args:
-        wanted: which weights count, by name.
+        wanted: selects weights by name.
 
     Raises:
         FileNotFoundError: `init_from` holds no model.
@@ -148,31 +148,31 @@ def mllm_fingerprint(
     """
     folder = None if init_from is None else find_model(init_from) / "mllm"
     if config.language_model is not None:
-        own = None if folder is None else folder / NETWORK
-        source = own if own is not None and own.is_dir() else config.language_model
+        trained = None if folder is None else folder / NETWORK
+        source = trained if trained is not None and trained.is_dir() else config.language_model
         return {
             "network": fingerprint(source, wanted=wanted),
             "tokenizer": fingerprint(config.language_model, wanted=lambda _: False),
             "layer": str(config.hidden_layer),
         }
     if folder is None:
-        raise ValueError("init_from is null, so the MLLM has random weights, which no cache can be of.")
+        raise ValueError("init_from is null, so the MLLM has random weights, whose outputs cannot be cached.")
     return {"network": fingerprint(folder, wanted=wanted), "tokenizer": fingerprint(config.tokenizer)}
 
 
 def mllm_width(config: ModelConfig) -> int:
-    """`D`."""
+    """Return `D`, the width of the MLLM's hidden states."""
     if config.language_model is None:
         return config.mllm.width
     return language_config(config.language_model).get_text_config().hidden_size
 
 
 def build_aligner(config: ModelConfig, init_from: str | Path | None = None) -> Aligner:
-    """M of `config`, or what stands in its place; see `build_mllm` for `init_from` and the errors."""
+    """Build the aligner of `config`, M or its linear baseline; see `build_mllm` for `init_from` and the errors."""
     aligner = config.aligner
     if aligner.kind == "linear":
         sizes = {"input_width": mllm_width(config), "width": aligner.width, "num_queries": aligner.num_queries}
-        return built(LinearAligner, sizes, init_from, "aligner")
+        return build_part(LinearAligner, sizes, init_from, "aligner")
     arguments = {
         "input_width": mllm_width(config),
         "width": aligner.width,
@@ -184,11 +184,11 @@ def build_aligner(config: ModelConfig, init_from: str | Path | None = None) -> A
         "max_positions": aligner.max_positions,
         "pooled_width": aligner.pooled_width,
     }
-    return built(AlignerEncoder, arguments, init_from, "aligner")
+    return build_part(AlignerEncoder, arguments, init_from, "aligner")
 
 
 def build_aligner_decoder(config: ModelConfig, init_from: str | Path | None = None) -> AlignerDecoder:
-    """N of `config`; see `build_mllm` for `init_from` and the errors."""
+    """Build N of `config`; see `build_mllm` for `init_from` and the errors."""
     decoder = config.aligner_decoder
     arguments = {
         "output_width": mllm_width(config),
@@ -199,17 +199,17 @@ def build_aligner_decoder(config: ModelConfig, init_from: str | Path | None = No
         "decoder_layers": decoder.decoder_layers,
         "max_positions": decoder.max_positions,
     }
-    return built(AlignerDecoder, arguments, init_from, "aligner_decoder")
+    return build_part(AlignerDecoder, arguments, init_from, "aligner_decoder")
 
 
-def built(kind: type[Part], arguments: dict[str, Any], init_from: str | Path | None, name: str) -> Part:
-    """`kind(**arguments)`, with the weights of `init_from`'s part `name` if given."""
+def build_part(kind: type[Part], arguments: dict[str, Any], init_from: str | Path | None, name: str) -> Part:
+    """Build `kind(**arguments)`, with the weights of the part `name` of `init_from` if given."""
     if init_from is None:
         return kind(**arguments)
     folder = find_model(init_from) / name
     require_class(kind, folder)
     require_same_config(folder, arguments)
-    # The configuration's dropout and image_fit hold, which need not be what the earlier stage used.
+    # dropout and image_fit are taken from the configuration and may differ from those of the earlier stage.
     saved = load_part(kind, folder)
     if all(saved.config.get(name) == arguments.get(name) for name in CHANGEABLE):
         return saved.train()
@@ -219,7 +219,7 @@ def built(kind: type[Part], arguments: dict[str, Any], init_from: str | Path | N
 
 
 def vision_config(vision: VisionConfig) -> dict[str, Any]:
-    """Fields of `transformers.CLIPVisionConfig`."""
+    """Return the fields of `transformers.CLIPVisionConfig`."""
     return {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
@@ -233,10 +233,10 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
 
 
 def load_vision_weights(model: MLLM, weights: str) -> None:
-    """Put the vision encoder of a CLIP folder or hub id into `model`.
+    """Load the vision encoder of a CLIP folder or hub id into `model`.
 
     Raises:
-        ValueError: an encoder of other sizes, or weights that are missing or not finite.
+        ValueError: the sizes differ, or weights are missing or not finite.
     """
     clip = load_network(CLIPVisionModel, weights)
     expected = model.config.vision_config
@@ -246,5 +246,5 @@ def load_vision_weights(model: MLLM, weights: str) -> None:
         if getattr(clip.config, key) != value
     ]
     if different:
-        raise ValueError(f"model.vision_weights='{weights}' is another vision encoder: " + "; ".join(different) + ".")
+        raise ValueError(f"model.vision_weights='{weights}' does not fit model.mllm.vision: {'; '.join(different)}.")
     model.vision.clip.load_state_dict(clip.state_dict())

@@ -1,7 +1,9 @@
-"""The MAGNETO causal decoder over embeddings (paper section 2.1; released-code.md, "LM layers").
+"""The causal language model of the MLLM: a MAGNETO decoder (paper section 2.1; released-code.md, "LM layers").
 
-Notable: no padding mask anywhere. Padding stands on the right, so causality keeps it from every real token.
-Documents packed into one row read each other unless they are told apart.
+Notable: there is no padding mask. Padding is on the right, so causal attention never reaches it from a real token.
+Documents packed into one row attend to each other unless `documents` is given.
+
+Shapes: `B` batch, `L` tokens, `D` width, `I` images, `K` tokens per image.
 """
 
 import math
@@ -9,20 +11,15 @@ import math
 from torch import Tensor, nn
 
 from kosmosg.models.positions import XPos, sinusoidal_positions
-from kosmosg.models.transformer import (
-    LAYER_NORM_EPS,
-    magneto_scale,
-    self_attention_gain,
-    transformer_layers,
-)
+from kosmosg.models.transformer import LAYER_NORM_EPS, magneto_scale, self_attention_gain, transformer_layers
 
 
 class CausalDecoder(nn.Module):
     """Token embeddings, sinusoidal positions, causal layers, final LayerNorm.
 
     Args:
-        dropout: on the embeddings, after each attention and after each feed-forward.
-        xpos: rotate queries and keys; False is what the released model computes.
+        dropout: dropout on the embeddings, after each attention and after each feed-forward.
+        xpos: use xPos, see `positions.XPos`. The released model does not.
     """
 
     def __init__(
@@ -55,11 +52,11 @@ class CausalDecoder(nn.Module):
         image_features: Tensor | None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Input of the first layer, B×L×D: image features take their slots, then all is scaled and positioned.
+        """Return the input of the first layer, B×L×D: embeddings with image features, scaled, plus positions.
 
         Args:
-            image_features: I×K×D in reading order, or None when no slot is masked.
-            documents: see `forward`; positions then begin anew with every document.
+            image_features: I×K×D in reading order; they replace the embeddings where `image_mask` is True.
+            documents: see `forward`; positions restart with every document.
         """
         x = self.embed_tokens(ids)
         if image_features is not None:
@@ -71,8 +68,8 @@ class CausalDecoder(nn.Module):
         """Embeddings B×L×D → hidden states B×L×D after the final LayerNorm.
 
         Args:
-            documents: number of the document that each token belongs to, B×L, rising along a row. Tokens then attend
-                within their own alone.
+            documents: index of each token's document, B×L, non-decreasing along a row. Attention then does not cross
+                documents.
         """
         xpos = XPos(embeddings.shape[1], self.head_width, embeddings.device) if self.xpos else None
         x = embeddings

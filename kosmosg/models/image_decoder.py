@@ -1,11 +1,11 @@
-"""What the project knows of an image decoder: a small interface, and the table of its implementations.
+"""ImageDecoder: the interface of the frozen diffusion model that draws an image for a condition.
 
-As `from_pretrained` returns it, an image decoder is frozen and in eval mode; the gradient of its prediction reaches
-the condition (eq. 9). It owns everything that differs between families: the condition it reads, how time is scaled, the
-sign of its prediction, the scale and shift of its latents. Training, dry run, grids, pipeline and evaluation know this
-interface alone, so another decoder is one class and one line in `kosmosg.models.build.IMAGE_DECODERS`.
+`from_pretrained` returns it frozen and in eval mode; gradients of its prediction reach the condition (eq. 9). A class
+defines everything that differs between families: the format of the condition, the scaling of time, the prediction
+target, and scale and shift of the latents. All other code uses this interface, so a new family is one class and one
+line in `kosmosg.models.build.IMAGE_DECODERS`.
 
-Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens, `C` condition width.
+Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens, `C` condition width, `T` caption tokens.
 """
 
 from abc import abstractmethod
@@ -25,88 +25,90 @@ __all__ = ["ImageDecoder", "Parts", "with_values"]
 
 
 class ImageDecoder(nn.Module):
-    """Base of the image decoders. Only the `parts` needed are loaded: its text side, its image side or all."""
+    """Base class of image decoders. `parts` selects what is loaded: the text models, the image networks or all."""
 
     spec: ConditionSpec
     scheduler: Any
     title: ClassVar[str]
-    """The family's name, for tables."""
-    words_apart: ClassVar[bool] = True
-    """Whether a caption's ids are those of its words, each tokenised alone, as CLIP's."""
-    # By the names that diffusers' pipelines of the family have for them.
+    """Name of the family, for tables."""
+    tokenizes_words: ClassVar[bool] = True
+    """Whether the ids of a caption are those of its words, each tokenised alone, as with CLIP."""
+    # Keys are component names in the family's diffusers pipelines.
     networks: ClassVar[dict[str, Any]]
-    """Classes of the image side: the denoiser, then the autoencoder. The constructor takes them, and `scheduler`."""
+    """Classes of the denoiser and the autoencoder, in this order; arguments of the constructor beside `scheduler`."""
     text_models: ClassVar[dict[str, Any]]
-    """Classes of the text models, `text_encoder` …; each has a tokenizer of its own, `tokenizer` …"""
-    unneeded: ClassVar[dict[str, Any]] = {}
-    """Arguments that build these pipelines without what is not used here, as a safety checker."""
+    """Classes of the text models, `text_encoder` …; each has its own tokenizer, `tokenizer` …"""
+    pipeline_options: ClassVar[dict[str, Any]] = {}
+    """Constructor arguments of the diffusers pipeline that disable components such as the safety checker."""
     call_options: ClassVar[dict[str, Any]] = {}
-    """Arguments of their calls, so that they draw the size that is asked for."""
+    """Call arguments of the diffusers pipeline, for example to draw exactly the requested size."""
     attention_argument: ClassVar[str] = "cross_attention_kwargs"
-    """What their calls name the arguments of the attention layers."""
+    """Name of the call argument with the options of the attention layers."""
 
     @classmethod
     @abstractmethod
     def from_pretrained(
         cls, source: str | Path, parts: Parts = "all", torch_dtype: torch.dtype = torch.float32, **options: Any
     ) -> "ImageDecoder":
-        """Read the parts from a diffusers folder or hub id; `options` go to diffusers."""
+        """Load the parts from a diffusers folder or hub id; `options` are passed to diffusers."""
 
     @classmethod
     @abstractmethod
     def from_config(cls, source: str | Path, parts: Parts = "all") -> "ImageDecoder":
-        """The same without weights, for dry runs, which call it under FakeTensorMode: networks then have shapes, but no
-        memory. What needs values, as a scheduler's constructor may, is made inside `with_values()`.
+        """Build the parts without weights, for dry runs.
+
+        Dry runs call it under FakeTensorMode, where networks have shapes but no memory. Wrap code that needs real
+        values, such as a scheduler's constructor, in `with_values()`.
 
         Raises:
-            ValueError: a hub id whose sizes are not known here.
+            ValueError: the configuration of the hub id is not among `kosmosg.models.published`.
         """
 
     @classmethod
     @abstractmethod
     def read_scheduler(cls, source: str | Path) -> Any:
-        """The scheduler of a diffusers folder or hub id: what the denoiser was trained with.
+        """Load the scheduler that the denoiser was trained with from a diffusers folder or hub id.
 
         Raises:
-            ValueError: the family does not train with it.
+            ValueError: the family does not support this scheduler.
         """
 
     @classmethod
     def text_parts(cls) -> tuple[str, ...]:
-        """The text models and their tokenizers."""
+        """Return the component names of the text models and their tokenizers."""
         return (*cls.text_models, *(name.replace("text_encoder", "tokenizer") for name in cls.text_models))
 
     @classmethod
     def absent_parts(cls) -> dict[str, Any]:
-        """What diffusers' pipelines of the family are given in place of parts that prompt embeddings make needless."""
-        return {**dict.fromkeys(cls.text_parts()), **cls.unneeded}
+        """Return constructor arguments of a diffusers pipeline that reads prompt embeddings and has no text models."""
+        return {**dict.fromkeys(cls.text_parts()), **cls.pipeline_options}
 
     @classmethod
     def unconditional_of(cls, index: Mapping[str, Any]) -> Literal["prompt", "zeros"]:
-        """`ConditionSpec.unconditional`, as a folder's model_index.json has it."""
+        """Return `ConditionSpec.unconditional` as set in model_index.json."""
         return "prompt"
 
     def freeze(self) -> Self:
-        """No weight trains any more, and all modules are in eval mode."""
+        """Disable gradients of all weights and switch to eval mode."""
         return self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the surrounding module does."""
+        """Stay in eval mode, also if a parent module is set to training mode."""
         return super().train(False)
 
-    # Text side: what stage 2 aligns with.
+    # Text models: the alignment target of stage 2.
     @property
     @abstractmethod
     def has_text_model(self) -> bool:
-        """Whether the text side is loaded."""
+        """Whether the text models are loaded."""
 
     def clean(self, text: str) -> str:
-        """A caption as `tokenize` reads it."""
+        """Normalise a caption for `tokenize`."""
         return text
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str], *, truncation: bool = True, clean: bool = True) -> Tensor:
-        """Captions → ids B×T of the decoder's own text model.
+        """Tokenise captions for the decoder's own text model, B×T.
 
         Args:
             truncation: cut captions that are too long.
@@ -118,20 +120,20 @@ class ImageDecoder(nn.Module):
 
     @abstractmethod
     def text_condition(self, text_ids: Tensor) -> Condition:
-        """Ids B×T → what the decoder itself would read for these captions: t of eq. 5. No gradient."""
+        """Return the text models' condition for caption ids B×T: t of eq. 5. No gradient."""
 
-    # Image side: what stage 3 trains through.
+    # Image networks: stage 3 trains through them.
     @abstractmethod
     def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
-        """c×h×w of the latents of images or moments.
+        """Return c×h×w of the latents of images or moments.
 
         Raises:
-            ValueError: sides that the VAE cannot divide evenly.
+            ValueError: the sides are not multiples of the VAE's downscaling factor.
         """
 
     @abstractmethod
     def moments(self, images: Tensor) -> Tensor:
-        """Images B×3×H×W in [-1, 1] → what of them is cached: the parameters of the VAE's posterior. No gradient."""
+        """Encode images B×3×H×W in [-1, 1] as the parameters of the VAE's posterior, which are cached. No gradient."""
 
     @abstractmethod
     def are_moments(self, targets: Tensor) -> bool:
@@ -139,44 +141,46 @@ class ImageDecoder(nn.Module):
 
     @abstractmethod
     def latents(self, targets: Tensor, noise: Tensor) -> Tensor:
-        """Images or moments of B images → scaled latents n·B×c×h×w, those of one image together. No gradient.
+        """Sample n scaled latents n·B×c×h×w for each of B images or moments; those of one image are adjacent.
+
+        No gradient.
 
         Args:
-            noise: the posterior's standard normal draw, n·B×c×h×w.
+            noise: standard normal draw of the posterior, n·B×c×h×w.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents → images B×3×H×W, about -1 … 1. No gradient."""
+        """Decode scaled latents B×c×h×w to images B×3×H×W, about -1 … 1. No gradient."""
 
     @abstractmethod
     def timesteps(self, uniform: Tensor) -> Tensor:
-        """Draws B from [0, 1) → training timesteps, by the quantiles of the distribution the decoder trains with."""
+        """Map uniform draws B in [0, 1) to timesteps, by quantiles of the decoder's training distribution."""
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t, what the decoder is given at these timesteps (eq. 1)."""
+        """Return z_t, the noisy latents at these timesteps (eq. 1)."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The decoder's prediction for z_t B×c×h×w, of the shape of `training_target`.
+        """Return the prediction for z_t B×c×h×w, in the shape of `training_target`.
 
         Raises:
-            ValueError: the condition is not of the decoder's form.
+            ValueError: the condition does not match `spec`.
         """
 
     @abstractmethod
     def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What `predict` should give: the noise for eq. 8."""
+        """Return the target of `predict`: for eq. 8 the noise ε."""
 
     def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting, snr_gamma: float | None = None) -> Tensor:
-        """w(t) of eq. 8, B.
+        """Return w(t) of eq. 8, B.
 
         Args:
-            snr_gamma: γ of min-SNR-γ, in place of a `weighting`.
+            snr_gamma: γ of min-SNR-γ, instead of a `weighting`.
 
         Raises:
-            ValueError: a weighting that the decoder does not have.
+            ValueError: the decoder does not support the weighting.
         """
         if snr_gamma is not None:
             raise ValueError(f"recipe.snr_gamma={snr_gamma} is not defined for {type(self).__name__}.")
@@ -184,50 +188,50 @@ class ImageDecoder(nn.Module):
             raise ValueError(f"recipe.timestep_weighting={weighting!r} is not defined for {type(self).__name__}.")
         return torch.ones(len(timesteps), device=timesteps.device)
 
-    # Sampling, by diffusers' own pipeline of the family.
+    # Sampling, by the family's diffusers pipeline.
     @abstractmethod
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in pixels of images to draw: as given, and for None what the decoder was trained on.
+        """Return height and width in pixels; None stands for the size that the decoder was trained on.
 
         Raises:
-            ValueError: sides that the decoder cannot draw.
+            ValueError: the decoder cannot draw this size.
         """
 
     @abstractmethod
     def diffusers_pipeline(self) -> Any:
-        """diffusers' pipeline over these networks, to be driven by `pipeline_arguments`."""
+        """Build a diffusers pipeline with these networks, to be called with `pipeline_arguments`."""
 
     @staticmethod
     @abstractmethod
     def pipeline_arguments(condition: Condition, unconditional: Condition) -> dict[str, Any]:
-        """The conditions as keyword arguments of that pipeline, in the order of its `encode_prompt`."""
+        """Convert conditions to keyword arguments of that pipeline, in the order of its `encode_prompt`."""
 
     @property
     @abstractmethod
     def denoiser(self) -> Any:
-        """The network that predicts, a diffusers model."""
+        """The U-Net or transformer, a diffusers model."""
 
     @property
     @abstractmethod
     def autoencoder(self) -> Any:
-        """The network whose latents it draws, a diffusers model: what cached latents depend on."""
+        """The VAE, a diffusers model; cached latents depend on it."""
 
     def drop_encoder(self) -> Self:
-        """Without the part of the autoencoder that only encodes: targets must then be moments."""
+        """Delete the autoencoder's encoder to save memory; targets must then be moments."""
         self.autoencoder.encoder = None
         return self
 
     def check(self, condition: Condition) -> None:
-        """Refuse a condition of another form.
+        """Check that a condition matches `spec`.
 
         Raises:
-            ValueError: names what differs.
+            ValueError: width, mask or pooled vector differ.
         """
         width = condition.states.shape[-1]
         if width != self.spec.width:
             raise ValueError(
-                f"the condition is {width} wide but the image decoder reads {self.spec.width}: model.aligner.width "
-                "must be the decoder's. Is it another image decoder than the model was aligned with?"
+                f"the condition is {width} wide but the image decoder reads {self.spec.width}. Use the image decoder "
+                "that the model was aligned with, or set model.aligner.width to the decoder's width."
             )
         pooled = None if condition.pooled is None else condition.pooled.shape[-1]
         if (condition.mask is not None and not self.spec.masked) or pooled != self.spec.pooled:

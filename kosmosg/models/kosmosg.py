@@ -1,4 +1,4 @@
-"""MLLM and AlignerNet together: a prompt becomes the image decoder's condition (paper Fig. 2).
+"""KosmosG: MLLM and AlignerNet, which turn a prompt into the image decoder's condition (paper Fig. 2).
 
 Shapes: `B` batch, `Q` condition tokens, `C` condition width.
 """
@@ -19,10 +19,10 @@ from kosmosg.tokenizer import Tokenizer
 
 
 class KosmosG(nn.Module):
-    """C = M(MLLM(prompt)).
+    """C = M(MLLM(prompt)): the condition of a prompt.
 
     Raises:
-        ValueError: the aligner reads another width than the MLLM's.
+        ValueError: the aligner's input width is not the MLLM's width.
     """
 
     mllm: MultimodalLM
@@ -33,18 +33,18 @@ class KosmosG(nn.Module):
         if aligner.config.input_width != mllm.width:
             raise ValueError(
                 f"the aligner reads states of width {aligner.config.input_width} but the MLLM's are "
-                f"{mllm.width} wide; they come from different models."
+                f"{mllm.width} wide; they belong to different models."
             )
         self.mllm, self.aligner = mllm, aligner
 
     def condition(self, batch: PromptBatch) -> Condition:
-        """Prompts → condition, states B×Q×C."""
+        """Return the condition of each prompt, states B×Q×C."""
         return self.aligner(*self.mllm.hidden_states(batch))
 
     def null_condition(self) -> Condition:
-        """The condition of the unconditional prompt, one row: what classifier-free guidance steers away from.
+        """Return the condition of the unconditional prompt, which classifier-free guidance steers away from; one row.
 
-        It carries gradients, and follows the weights: recompute it when they change.
+        It is computed with gradients from the current weights; recompute it when they change.
         """
         return self.condition(self.mllm.unconditional_prompt().to(self.mllm.device))
 
@@ -58,30 +58,27 @@ class KosmosG(nn.Module):
         tokenizer: Tokenizer | LanguageProcessor,
         aligner_decoder: AlignerDecoder | None = None,
     ) -> None:
-        """Write mllm/, aligner/ and tokenizer/, and aligner_decoder/ after stage 2."""
+        """Write mllm/, aligner/ and tokenizer/, and after stage 2 aligner_decoder/."""
         save_model(folder, tokenizer, mllm=self.mllm, aligner=self.aligner, aligner_decoder=aligner_decoder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> "KosmosG":
-        """Read a model folder or a run folder that holds one; the model is in eval mode.
+        """Load a model folder, or the model of a run folder, in eval mode.
 
         Raises:
-            FileNotFoundError: no model there.
-            ValueError: weights that do not fit the recorded sizes.
+            FileNotFoundError: there is no model.
+            ValueError: the weights do not match the configuration.
         """
         folder = find_model(folder)
-        return cls(
-            load_mllm(folder / "mllm", torch_dtype),
-            load_aligner(folder / "aligner", torch_dtype),
-        )
+        return cls(load_mllm(folder / "mllm", torch_dtype), load_aligner(folder / "aligner", torch_dtype))
 
 
 def load_mllm(folder: Path, torch_dtype: torch.dtype = torch.float32) -> MLLM | VisionLanguageModel:
-    """The multimodal language model in `folder`, of whichever kind its configuration names; errors as `load_part`."""
+    """Load the multimodal language model in `folder`, of the class in its configuration; errors as `load_part`."""
     kind: Any = VisionLanguageModel if saved_class(folder) == VisionLanguageModel.__name__ else MLLM
     return load_part(kind, folder, torch_dtype)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | LanguageProcessor:
-    """What `save_pretrained` wrote into tokenizer/."""
+    """Load the tokenizer/ folder that `save_pretrained` wrote."""
     return (LanguageProcessor if (folder / CONFIG_FILE).is_file() else Tokenizer).from_pretrained(folder)

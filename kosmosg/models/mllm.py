@@ -1,10 +1,11 @@
 """The multimodal language model: vision encoder → resampler → causal decoder (paper section 2.1, Fig. 2).
 
-`MultimodalLM` is what the stages, the dry run and the pipeline know of it; `MLLM` is the paper's. Notable there: image
-features enter before the embeddings are scaled by sqrt(D), so they are scaled too; the output of the final LayerNorm at
-*every* position is what AlignerNet reads; the output matrix is the input embedding.
+`MultimodalLM` is the interface that stages, dry run and pipeline use; `MLLM` implements the paper's model. Notable:
+image features replace token embeddings before these are scaled by sqrt(D), so they are scaled too; AlignerNet reads the
+output of the final LayerNorm at *every* position; the output matrix is the input embedding.
 
-Shapes: `B` batch, `L` tokens, `D` width, `I` images of the whole batch in reading order, `K` tokens per image.
+Shapes: `B` batch, `L` tokens, `D` width, `I` images of the batch in reading order, `K` tokens per image, `S` pixels per
+side, `V` vocabulary.
 """
 
 from abc import abstractmethod
@@ -25,31 +26,31 @@ from kosmosg.models.vision import VisionEncoder
 from kosmosg.prompt import EncodedPrompt, PackedImages, PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
 
-MAX_TOKENS = 2048  # the longest sequence of the language model's training (tokens_per_sample)
+MAX_TOKENS = 2048  # sequence length of the language model's training (tokens_per_sample)
 
 
 @dataclass
 class VisionTraining:
-    """Which part of the vision encoder trains (paper section 3.2: "only the last layer")."""
+    """The trainable part of the vision encoder (paper section 3.2: "only the last layer")."""
 
     blocks: int = 1
-    """How many of the last blocks train; -1 is the whole encoder."""
+    """Number of trainable blocks, counted from the last; -1 for the whole encoder."""
     final_norm: bool = True
-    """Whether the LayerNorm after the last block trains."""
+    """Whether the LayerNorm after the last block is trainable."""
 
     def __post_init__(self) -> None:
         if self.blocks < -1:
-            raise ValueError(f"vision_training.blocks is {self.blocks}; allowed: -1 (all), 0, 1, 2, …")
+            raise ValueError(f"vision_training.blocks is {self.blocks}; allowed: -1 (all) or at least 0")
 
 
 class MultimodalLM(nn.Module):
-    """What the project knows of a multimodal language model; another one is one class.
+    """The interface of a multimodal language model.
 
     Attributes:
         width: `D`.
-        max_tokens: of the longest prompt.
-        device: of its weights.
-        decoder: the causal language model in it.
+        max_tokens: maximum length of a prompt.
+        device: device of the weights.
+        decoder: the causal language model.
     """
 
     decoder: Any
@@ -59,44 +60,48 @@ class MultimodalLM(nn.Module):
 
     @abstractmethod
     def encoder(self, tokenizer: Any, max_length: int | None = None) -> PromptEncoder:
-        """Encodes prompts as this model reads them."""
+        """Return an encoder of prompts for this model."""
 
     @abstractmethod
     def hidden_states(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """States B×L×D and their padding bool B×L, True where a state is none. Sharding needs every process to call it
-        equally often, each time with or without images."""
+        """Return the hidden states B×L×D and their padding, bool B×L, True at padding.
+
+        With sharded weights, all ranks must call it equally often, and each time either all or none with images.
+        """
 
     @abstractmethod
     def unconditional_prompt(self) -> PromptBatch:
-        """The one-row batch whose condition is the null condition."""
+        """Return the prompt whose condition is the null condition, one row."""
 
     @abstractmethod
     def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
-        """A one-row batch with one blank image, for batches without any: see `StageModule.with_image`.
+        """Return a one-row batch with one blank image, for batches without any: see `StageModule.with_dummy_image`.
 
         Args:
-            usual: of the size that the images of prompts usually have, for dry runs, where the size may differ.
+            usual: give the image a typical size, for dry runs of models that read images of any size.
         """
 
     @abstractmethod
     def set_trainable(self, vision: VisionTraining) -> None:
-        """Let all train but the frozen part of the vision encoder.
+        """Make all weights trainable except the frozen part of the vision encoder.
 
         Raises:
-            ValueError: more blocks asked for than the encoder has.
+            ValueError: `vision.blocks` exceeds the number of blocks.
         """
 
 
 class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
-    """Interleaved ids and images → hidden states. Sizes of the paper: section 3.2.
+    """The paper's MLLM: hidden states of interleaved text and images. Paper section 3.2 gives the sizes.
 
     Args:
+        vocab_size: `V`.
+        width: `D`.
+        image_tokens: `K`, the number of latents of the resampler.
         vision_config: fields of `transformers.CLIPVisionConfig`.
-        image_tokens: `K`, latents of the resampler.
-        dropout: on embeddings, after each attention and feed-forward, on the resampler's attention weights.
-        xpos: see `positions.XPos`; the released model leaves it off.
-        bos_id: `<s>`, of which the null condition consists.
-        image_fit: of its prompts' images, see `ClipImageTransform`.
+        dropout: dropout on embeddings, after each attention and feed-forward, and on the resampler's attention weights.
+        xpos: use xPos, see `positions.XPos`. The released model does not.
+        bos_id: id of `<s>`, which alone is the unconditional prompt.
+        image_fit: how images are made square, see `ClipImageTransform`.
     """
 
     config_name = "config.json"
@@ -125,23 +130,23 @@ class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
 
     @property
     def output_matrix(self) -> Tensor:
-        """The tied output matrix vocab_size×D."""
+        """The output matrix V×D, tied to the token embedding."""
         return self.decoder.embed_tokens.weight
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Preprocessed images I×3×S×S → I×K×D."""
+        """Encode images: preprocessed pixels I×3×S×S → I×K×D."""
         return self.resampler(self.vision(images))
 
     def embed(self, batch: PromptBatch, documents: Tensor | None = None) -> Tensor:
-        """Input of the first layer, B×L×D; see `CausalDecoder.forward` for `documents`.
+        """Return the input of the first layer, B×L×D; see `CausalDecoder.forward` for `documents`.
 
         Raises:
             ValueError: the number of image tokens is not K times the number of images.
         """
         assert not isinstance(batch.images, PackedImages)
         features = None if batch.images is None else self.image_features(batch.images)
-        # On a GPU the count would cost a synchronisation in every step; PromptEncoder.collate has checked it. A
-        # subclass of Tensor may have no values to count, as in a dry run.
+        # Checked on the CPU only: on a GPU it would synchronise in every step, and PromptEncoder.collate checks it too.
+        # Subclasses of Tensor, as used in dry runs, may have no values.
         if batch.image_mask.device.type == "cpu" and type(batch.image_mask) is Tensor:
             images = 0 if batch.images is None else len(batch.images)
             tokens = int(batch.image_mask.sum())
@@ -153,17 +158,17 @@ class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
         return self.decoder.embed(batch.ids, batch.padding, batch.image_mask, features, documents)
 
     def forward(self, batch: PromptBatch, separate_documents: bool = False) -> Tensor:
-        """Hidden states B×L×D: the final LayerNorm's output at every position, `<s>` and image tokens included.
+        """Return the hidden states B×L×D: the output of the final LayerNorm at every position.
 
         Args:
-            separate_documents: each `<s>` in a row begins a document, whose states become those of the document alone:
-                attention stays within it and positions begin anew.
+            separate_documents: treat each `<s>` in a row as the start of a new document. Attention does not cross
+                documents and positions restart, so the states are those of each document alone.
         """
         documents = (batch.ids == self.config.bos_id).cumsum(dim=1) if separate_documents else None
         return self.decoder(self.embed(batch, documents), documents)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, …×vocab_size. Stage 1 only."""
+        """Return the logits of the next token, …×V. Used in stage 1 only."""
         return F.linear(hidden, self.output_matrix)
 
     def encoder(self, tokenizer: Tokenizer, max_length: int | None = None) -> PromptEncoder:
@@ -180,7 +185,7 @@ class MLLM(StrictWeights, MultimodalLM, ModelMixin, ConfigMixin):
     def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
         """`<s>` and a blank image."""
         tokens = self.config.image_tokens
-        # Lists, because a tensor of a dry run cannot be read.
+        # Lists, because tensors have no values in a dry run.
         mask = [False] + [True] * tokens
         row = EncodedPrompt([self.config.bos_id] * (1 + tokens), mask, [self.vision.blank()])
         return PromptBatch.stack([row], self.config.pad_id)

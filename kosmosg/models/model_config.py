@@ -1,4 +1,4 @@
-"""The schema of `configs/model/*.yaml`: all sizes of the model, and where its pretrained parts lie."""
+"""Schema of `configs/model/*.yaml`: sizes of the model and sources of its pretrained parts."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def require_positive(config: object, section: str, *names: str, least: int = 1) -> None:
-    """Refuse sizes below `least`, by key."""
+    """Raise a ValueError that names the key of a size below `least`."""
     for name in names:
         value = getattr(config, name)
         if value < least:
@@ -19,7 +19,7 @@ def require_positive(config: object, section: str, *names: str, least: int = 1) 
 
 
 def require_heads(section: str, width: int, heads: int) -> None:
-    """Refuse heads that do not divide the width, by key."""
+    """Raise a ValueError if the heads do not divide the width."""
     if width % heads:
         raise ValueError(f"{section}.heads={heads} does not divide {section}.width={width}.")
 
@@ -66,14 +66,14 @@ class MLLMConfig:
     image_tokens: int = 64
     """Image tokens of one image in the prompt, K."""
     image_fit: ImageFit = "crop"
-    """What is done to an image of a prompt that is not square: crop its middle, or pad it with white."""
+    """How images of a prompt are made square: crop the centre, or pad with white."""
     resampler_gain: float = 1.0
-    """Factor on the initial weights of the resampler's input projection. The image tokens have length 1, so that with 1
-    (the released code) they enter about √(3 · vision.width) times smaller than the latents beside them."""
+    """Factor on the initial weights of the resampler's input projection. With 1, as in the released code, the projected
+    image tokens, which have unit length, are about √(3 · vision.width) times smaller than the resampler's latents."""
     dropout: float = 0.1
-    """On embeddings, after each attention and feed-forward, on the resampler's attention weights."""
+    """Dropout on embeddings, after each attention and feed-forward, and on the resampler's attention weights."""
     xpos: bool = False
-    """Rotate and decay queries and keys; the released model does not."""
+    """Use xPos position encodings; the released model does not."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The vision encoder."""
 
@@ -89,23 +89,23 @@ class MLLMConfig:
 @dataclass
 class AlignerConfig:
     kind: Literal["alignernet", "linear"] = "alignernet"
-    """linear: one linear map at every position in AlignerNet's place; of the sizes it has width and num_queries."""
+    """linear: a linear map at each position instead of AlignerNet; it uses only width and num_queries."""
     width: int = 768
-    """Width of the condition, C: what the U-Net's cross-attention reads."""
+    """Width of the condition, C: that of the image decoder's cross-attention."""
     heads: int = 12
     """Attention heads."""
     ffn_width: int = 3072
     """Width of the feed-forward."""
     encoder_layers: int = 12
-    """Encoder layers of M; 0 leaves its decoder alone."""
+    """Encoder layers of M; 0 for a decoder only."""
     decoder_layers: int = 12
     """Decoder layers of M."""
     num_queries: int = 77
-    """Length of the condition, Q: what the CLIP text model gives."""
+    """Length of the condition, Q: that of the image decoder's text condition."""
     max_positions: int = 32768
-    """Rows of the position table; prompts have two tokens fewer at most."""
+    """Rows of the position table; the longest prompt has two tokens fewer."""
     pooled_width: int | None = None
-    """Width of a pooled vector beside the condition, where the image decoder reads one, as SDXL; not for linear."""
+    """Width of the pooled vector for image decoders that read one, such as SDXL; not supported by linear."""
 
     def __post_init__(self) -> None:
         section = "model.aligner"
@@ -125,7 +125,7 @@ class AlignerDecoderConfig:
     ffn_width: int = 3072
     """Width of the feed-forward."""
     encoder_layers: int = 12
-    """Encoder layers of N, which come after its decoder; 0 leaves its decoder alone."""
+    """Encoder layers of N, which follow its decoder; 0 for a decoder only."""
     decoder_layers: int = 12
     """Decoder layers of N."""
     max_positions: int = 32768
@@ -140,25 +140,25 @@ class AlignerDecoderConfig:
 @dataclass
 class ModelConfig:
     tokenizer: str = MISSING
-    """Folder with sentencepiece.bpe.model and dict.txt; a language_model has its own."""
+    """Folder with sentencepiece.bpe.model and dict.txt; not used with language_model, which has its own."""
     image_size: int = 512
-    """Side of the target images and of generated ones, in pixels."""
+    """Side of target images and generated images, in pixels."""
     mllm: MLLMConfig = field(default_factory=MLLMConfig)
     """The multimodal language model."""
     language_model: str | None = None
-    """Folder or hub id of a vision-language model of transformers, which takes the MLLM's place; null for none."""
+    """Folder or hub id of a vision-language model of transformers that replaces the MLLM; null for none."""
     hidden_layer: int = -1
-    """Which of its `hidden_states` the aligner reads: -1 for the last, 0 for the embeddings."""
+    """Index of the `hidden_states` of language_model that the aligner reads: -1 for the last, 0 for the embeddings."""
     max_image_pixels: int | None = None
-    """Larger images of a prompt are made smaller before its processor prepares them; null for its own limit."""
+    """Maximum area of a prompt's images with language_model; larger ones are resized; null for its own limit."""
     aligner: AlignerConfig = field(default_factory=AlignerConfig)
     """M of AlignerNet."""
     aligner_decoder: AlignerDecoderConfig = field(default_factory=AlignerDecoderConfig)
     """N of AlignerNet, stage 2 only."""
     image_decoder: str = MISSING
-    """Stable Diffusion folder or hub id."""
+    """Folder or hub id of a diffusers pipeline: Stable Diffusion 1.x, 2.x, XL or Sana."""
     vision_weights: str | None = None
-    """CLIP folder or hub id whose vision encoder stage 1 starts from; null for random weights."""
+    """CLIP folder or hub id that initialises the vision encoder in stage 1; null for random weights."""
 
     def __post_init__(self) -> None:
         require_positive(self, "model", "image_size")

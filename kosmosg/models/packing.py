@@ -1,5 +1,7 @@
-"""Model folders made smaller, and whole again. By `int8` each row of a matrix is kept as whole numbers of 1/127 of its
-largest value. Over a base, weights that are bit-equal there are left out. `packed.json` says how it is undone.
+"""Shrink model folders and restore them.
+
+`int8` stores each row of a matrix as integers with a scale, 1/127 of its largest absolute value. With a base model,
+weights that are bit-equal to the base are omitted. `packed.json` holds what restoring needs.
 """
 
 import json
@@ -21,46 +23,46 @@ from kosmosg.models.storage import find_model, fingerprint, is_finite
 
 PACKED, SCALE, LEVELS = "packed.json", "::scale", 127
 DTYPES = ("float32", "float16", "bfloat16", "int8")
-COPIED = (".json", ".txt", ".model", ".py", ".jinja")  # no pickles, nothing that is no part of a model
+COPIED = (".json", ".txt", ".model", ".py", ".jinja")  # other files, such as pickles, are not copied
 
 
 def pack(model: Path, folder: Path, dtype: str | None = None, base: str | None = None) -> None:
-    """Copy a model folder.
+    """Copy a model folder with smaller weights.
 
     Args:
-        dtype: of `DTYPES`; as it is if not given.
-        base: folder or hub id of a model.
+        dtype: one of `DTYPES`; None keeps the dtype of each weight.
+        base: folder or hub id of the base model.
 
     Raises:
-        ValueError: a dtype that is not allowed, or that does not hold a weight.
+        ValueError: the dtype is not allowed, or a weight overflows it.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(DTYPES)}.")
-    left_out: dict[str, list[str]] = {}
+    omitted: dict[str, list[str]] = {}
     for file in sorted(file for file in model.rglob("*") if file.is_file() and not file.name.startswith(".")):
         name = file.relative_to(model)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if file.suffix in COPIED:
             shutil.copyfile(file, folder / name)
         elif file.suffix == ".safetensors":
-            there = {} if base is None else weights_of(located(base) / name.parent)
-            kept: dict[str, Tensor] = {}
+            base_weights = {} if base is None else weight_files(local_model(base) / name.parent)
+            stored: dict[str, Tensor] = {}
             with safe_open(file, "pt") as opened:
-                for key in weights_of(file):
+                for key in weight_files(file):
                     tensor = opened.get_tensor(key)
-                    if key in there and same(tensor, weight(there[key], key)):
-                        left_out.setdefault(name.as_posix(), []).append(key)
+                    if key in base_weights and same(tensor, read_weight(base_weights[key], key)):
+                        omitted.setdefault(name.as_posix(), []).append(key)
                     else:
-                        kept |= stored_as(key, tensor, dtype, file)
-                save_file(kept, folder / name, opened.metadata())
+                        stored |= convert(key, tensor, dtype, file)
+                save_file(stored, folder / name, opened.metadata())
     if dtype == "int8" or base is not None:
-        parts = sorted({Path(file).parent.as_posix() for file in left_out})
-        known = fingerprint(located(base), *parts) if base is not None and parts else None
-        write_json(folder / PACKED, {"base": base, "base_fingerprint": known, "left_out": left_out})
+        parts = sorted({Path(file).parent.as_posix() for file in omitted})
+        base_fingerprint = fingerprint(local_model(base), *parts) if base is not None and parts else None
+        write_json(folder / PACKED, {"base": base, "base_fingerprint": base_fingerprint, "left_out": omitted})
 
 
-def stored_as(key: str, tensor: Tensor, dtype: str | None, file: Path) -> dict[str, Tensor]:
-    """A weight in the form that is kept. Raises ValueError: it overflows."""
+def convert(key: str, tensor: Tensor, dtype: str | None, file: Path) -> dict[str, Tensor]:
+    """Return the tensors to store for a weight. Raises ValueError if it overflows."""
     if dtype is None or not tensor.is_floating_point():
         return {key: tensor}
     if dtype == "int8" and tensor.dim() > 1:
@@ -69,23 +71,22 @@ def stored_as(key: str, tensor: Tensor, dtype: str | None, file: Path) -> dict[s
         return {key: rows.round().to(torch.int8), key + SCALE: scale}
     cast = tensor.to(torch.float16 if dtype == "int8" else getattr(torch, dtype))
     if not is_finite(cast):
-        raise ValueError(f"'{file}': {key} has values that {cast.dtype} does not hold; use bfloat16.")
+        raise ValueError(f"'{file}': {key} has values outside the range of {cast.dtype}; use bfloat16.")
     return {key: cast}
 
 
 @contextmanager
 def unpacked(folder: Path) -> Iterator[Path]:
-    """A folder that `pack` made smaller, whole in a temporary place; matrices of int8 come as float32.
+    """Restore a folder written by `pack` to a temporary folder; int8 matrices become float32.
 
     Raises:
-        ValueError: `packed.json` or a scale is not as `pack` writes it, or the base is another one than it was packed
-            with.
+        ValueError: `packed.json` or a scale is not as `pack` writes it, or the base model has changed.
     """
     record = read_record(folder)
-    base = located(record["base"]) if record["left_out"] else None
+    base = local_model(record["base"]) if record["left_out"] else None
     parts = sorted({Path(file).parent.as_posix() for file in record["left_out"]})
     if base is not None and fingerprint(base, *parts) != record["base_fingerprint"]:
-        raise ValueError(f"'{folder}' was packed over another '{record['base']}' than there is now.")
+        raise ValueError(f"'{folder}' was packed with the base '{record['base']}', which has changed since.")
     with tempfile.TemporaryDirectory(prefix="kosmosg-") as temporary:
         for file in (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != PACKED):
             name = file.relative_to(folder)
@@ -94,31 +95,31 @@ def unpacked(folder: Path) -> Iterator[Path]:
                 shutil.copyfile(file, target)
                 continue
             tensors: dict[str, Tensor] = {}
-            names = weights_of(file)
+            names = weight_files(file)
             with safe_open(file, "pt") as opened:
                 for key in (key for key in names if not key.endswith(SCALE)):
                     tensor = opened.get_tensor(key)
                     if key + SCALE in names:
                         tensor = rescaled(tensor, opened.get_tensor(key + SCALE), f"'{file}': {key}")
                     tensors[key] = tensor
-                if base is not None and (absent := record["left_out"].get(name.as_posix())):
-                    there = weights_of(base / name.parent)
-                    if missing := [key for key in absent if key not in there]:
+                if base is not None and (omitted := record["left_out"].get(name.as_posix())):
+                    base_weights = weight_files(base / name.parent)
+                    if missing := [key for key in omitted if key not in base_weights]:
                         raise ValueError(
                             f"'{folder / PACKED}': left_out names {missing[0]!r} of '{name}'; allowed: the weights in "
-                            f"'{base / name.parent}', as {next(iter(there), None)!r}."
+                            f"'{base / name.parent}', such as {next(iter(base_weights), None)!r}."
                         )
-                    tensors |= {key: weight(there[key], key) for key in absent}
+                    tensors |= {key: read_weight(base_weights[key], key) for key in omitted}
                 save_file(tensors, target, opened.metadata())
         try:
             yield Path(temporary)
-        except (ValueError, FileNotFoundError) as error:  # of parts that do not load; theirs is the temporary's name
+        except (ValueError, FileNotFoundError) as error:  # name the packed folder in place of the temporary one
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(str(error).replace(temporary, str(folder))) from error
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `packed.json` says. Raises ValueError: it is not as `pack` writes it; names the key."""
+    """Read `packed.json`. Raises ValueError: it is not as `pack` writes it; names the key."""
     file = folder / PACKED
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -142,7 +143,7 @@ def is_names(value: Any) -> bool:
 
 
 def rescaled(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
-    """An int8 matrix as float32. Raises ValueError: it is none, or has another number of rows than scales."""
+    """Return an int8 matrix as float32. Raises ValueError: another dtype, or not one scale per row."""
     if tensor.dtype != torch.int8 or not tensor.dim() or scale.shape != tensor.shape[:1]:
         raise ValueError(
             f"{name} is {tensor.dtype} of {list(tensor.shape)} with scales {list(scale.shape)}; allowed: int8 and one "
@@ -151,23 +152,23 @@ def rescaled(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
     return tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
 
 
-def located(base: str) -> Path:
-    """The model folder of a folder or hub id."""
+def local_model(base: str) -> Path:
+    """Return the model folder of a folder or hub id, downloading it if needed."""
     return find_model(
         base if Path(base).is_dir() else snapshot_download(base, allow_patterns=["*.json", "*.safetensors"])
     )
 
 
-def weights_of(part: Path) -> dict[str, Path]:
-    """Names of the weights in a file or in a part's folder, and the file of each; none where nothing is there."""
-    found: dict[str, Path] = {}
+def weight_files(part: Path) -> dict[str, Path]:
+    """Return the file of each weight in a file or folder, by the weight's name."""
+    files: dict[str, Path] = {}
     for file in [part] if part.is_file() else sorted(part.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            found |= dict.fromkeys(opened.keys(), file)
-    return found
+            files |= dict.fromkeys(opened.keys(), file)
+    return files
 
 
-def weight(file: Path, key: str) -> Tensor:
+def read_weight(file: Path, key: str) -> Tensor:
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(key)
 

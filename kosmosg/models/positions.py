@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoids added to the embeddings, and xPos, a switch the released model leaves off.
+"""Position encodings: sinusoids added to the embeddings, and xPos, which the released model does not use.
 
 Shapes: `B` batch, `L` tokens, `D` width, `H` heads, `d` width of one head.
 """
@@ -17,14 +17,14 @@ XPOS_TRAINED_LENGTH = 2048
 def sinusoidal_positions(
     padding: Tensor, width: int, pad_id: int, dtype: torch.dtype, documents: Tensor | None = None
 ) -> Tensor:
-    """Sinusoids B×L×D: first half sines, second half cosines; zero at padding (released-code.md, "Positions").
+    """Return sinusoids B×L×D, sines then cosines, zero at padding (released-code.md, "Positions").
 
-    Positions are counted over the real tokens. The first one has index `pad_id + 1`, because the table of the
-    released code is indexed like a vocabulary whose padding row is zero.
+    Only real tokens are counted. The first one has index `pad_id + 1`, because the released code indexes its table like
+    a vocabulary whose padding row is zero.
 
     Args:
         padding: bool B×L, True at padding.
-        documents: number of each token's document, B×L, rising along a row; positions begin anew with each.
+        documents: index of each token's document, B×L, non-decreasing along a row; positions restart with each.
     """
     half = width // 2
     first = pad_id + 1
@@ -36,18 +36,18 @@ def sinusoidal_positions(
     table = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
     rank = (~padding).cumsum(dim=1) - 1
     if documents is not None:
-        begins = torch.ones_like(padding)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        rank = rank - rank.masked_fill(~begins, 0).cummax(dim=1).values
+        starts = torch.ones_like(padding)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        rank = rank - rank.masked_fill(~starts, 0).cummax(dim=1).values
     return table[rank.clamp(min=0)] * ~padding[..., None]
 
 
 class XPos:
-    """xPos for sequences of `length`: rotates adjacent pairs of queries and keys, and lets far pairs decay.
+    """xPos for sequences of L = `length`: rotate adjacent pairs of channels, and let attention decay with distance.
 
-    Rotation p · 10000^(-2i/d); decay ((2i + 0.4 d) / 1.4 d)^(n / 512), n counted from -ceil(L/2); queries times
-    decay, keys divided by it. Beyond 2048 tokens queries also grow by ln p / ln 2048. The released training asks
-    for it by flag but never applies it (released-code.md, "Positions").
+    The angle at position p is p · 10000^(-2i/d). Queries are multiplied and keys divided by ((2i + 0.4 d) / 1.4 d)^(n /
+    512), where n counts from -ceil(L/2). Beyond 2048 tokens queries are also scaled by ln p / ln 2048. The released
+    training sets the flag but never applies it (released-code.md, "Positions").
     """
 
     def __init__(self, length: int, head_width: int, device: torch.device):
@@ -65,7 +65,7 @@ class XPos:
         self.query_factor, self.key_factor = decay * growth[:, None], 1 / decay
 
     def __call__(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys B×H×L×d, rotated and scaled."""
+        """Rotate and scale queries and keys B×H×L×d."""
         return self._rotate(queries, self.query_factor), self._rotate(keys, self.key_factor)
 
     def _rotate(self, states: Tensor, factor: Tensor) -> Tensor:

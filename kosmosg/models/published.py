@@ -1,6 +1,7 @@
-"""Published configurations of image decoders, by hub id and part, and of vision-language models: for dry runs, which
-read no weights, and for checkpoints that carry weights alone. Each is what diffusers and transformers build the
-published networks from."""
+"""Published configurations of image decoders and vision-language models by hub id.
+
+Dry runs use them instead of downloads, and conversion uses them for checkpoints without a configuration.
+"""
 
 import json
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ SCHEDULER = {
     "trained_betas": None,
     "clip_sample": False,
 }
-# OpenCLIP's ViT-H text model without its last layer: its penultimate state, after the final norm, is what 2.1 reads.
+# OpenCLIP's ViT-H text model without its last layer, because 2.1 reads the penultimate state after the final norm.
 TEXT_ENCODER_2 = {
     **TEXT_ENCODER,
     "hidden_act": "gelu",
@@ -93,7 +94,7 @@ UNET_2 = {
     "upcast_attention": True,
     "use_linear_projection": True,
 }
-# The first is 1.5's text model, the second OpenCLIP's ViT-bigG.
+# The first text model is that of 1.5, the second is OpenCLIP's ViT-bigG.
 TEXT_ENCODER_XL_2 = {
     **TEXT_ENCODER,
     "hidden_act": "gelu",
@@ -168,9 +169,9 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     SANA_512: {
         "model_index": {"_class_name": "SanaPipeline"},
-        "transformer": {"_class_name": "SanaTransformer2DModel", "sample_size": 16},  # else the class's defaults, 1.6B
+        "transformer": {"_class_name": "SanaTransformer2DModel", "sample_size": 16},  # other defaults are those of 1.6B
         "vae": DC_AE,
-        "text_encoder": {"model_type": "gemma2"},  # the class's defaults are Gemma 2 2B's
+        "text_encoder": {"model_type": "gemma2"},  # the defaults are those of Gemma 2 2B
         "scheduler": SANA_SCHEDULER,
     },
 }
@@ -230,17 +231,17 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 
 
 def config_file(part: str) -> str:
-    """Where a diffusers folder has the configuration of a part, or "model_index" itself."""
+    """Return the path of a component's configuration in a diffusers folder; `part` may be "model_index"."""
     if part == "model_index":
         return f"{part}.json"
     return f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
 
 
 def decoder_configs(source: str | Path, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Configurations by part, of a diffusers folder or a published hub id.
+    """Return the configurations of components of a diffusers folder or published hub id.
 
     Raises:
-        ValueError: a hub id whose sizes are not known here.
+        ValueError: the configuration of the hub id is not listed here.
     """
     folder = Path(source)
     if folder.is_dir():

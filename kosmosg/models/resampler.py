@@ -1,7 +1,9 @@
-"""The resampler: attentive pooling of image tokens into a fixed number of embeddings.
+"""The resampler: attentive pooling of an image's patch tokens into K embeddings (paper section 2.1).
 
-Notable: one linear map and one cross-attention, with no norm, residual, feed-forward or stacking; the latents are
-keys too (released-code.md, "Resampler"; the paper calls it attentive pooling, section 2.1).
+Notable: one linear map and one cross-attention, without norm, residual, feed-forward or further layers; the latents are
+also keys (released-code.md, "Resampler").
+
+Shapes: `I` images, `T` tokens of the vision encoder per image, `K` latents, `D` MLLM width.
 """
 
 import math
@@ -13,12 +15,13 @@ from kosmosg.models.transformer import Attention
 
 
 class Resampler(nn.Module):
-    """`latents` learned queries read the image tokens.
+    """Pool the tokens of an image by K learned latents that attend to them.
 
     Args:
-        input_width: of the image tokens.
-        width: `D`, of the MLLM.
-        dropout: of the attention weights, in training.
+        input_width: width of the vision encoder's tokens.
+        width: `D`.
+        latents: `K`.
+        dropout: dropout of the attention weights.
     """
 
     def __init__(self, input_width: int, width: int, heads: int, latents: int, dropout: float):
@@ -32,7 +35,7 @@ class Resampler(nn.Module):
         nn.init.zeros_(self.attention.out_proj.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Image tokens I×S×input_width → I×latents×D."""
+        """Tokens I×T×input_width → I×K×D."""
         tokens = self.projection(tokens)
         latents = self.latents.type_as(tokens).expand(tokens.shape[0], -1, -1)
         return self.attention(latents, torch.cat([tokens, latents], dim=1))

@@ -1,9 +1,9 @@
 """Sana as an image decoder (Xie et al. 2024, arXiv 2410.10629): linear-attention transformer, DC-AE and Gemma 2.
 
-Notable: flow matching, z_σ = (1 − σ) z_0 + σ ε, whose prediction is ε − z_0; time is σ times the number of timesteps,
-shifted towards noise as the scheduler's file says. The autoencoder has no posterior, so latents are not drawn. The
-condition has a mask, and the null condition is the unconditional prompt's. As diffusers' pipeline does, Gemma reads an
-instruction before each caption but the empty one, and the denoiser the first state and the last 299.
+Notable: flow matching, z_σ = (1 − σ) z_0 + σ ε, with the prediction target ε − z_0. The timestep is σ times the number
+of timesteps, shifted towards noise as set in the scheduler's configuration. The autoencoder is deterministic, so no
+latents are sampled. The condition has a mask; the null condition is that of the unconditional prompt. As in diffusers'
+pipeline, Gemma reads an instruction before each non-empty caption, and the denoiser its first state and the last 299.
 
 Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens (300), `C` condition width (2304).
 """
@@ -30,13 +30,13 @@ SCHEDULERS = ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
 class Sana(ImageDecoder):
-    """See `ImageDecoder`. Methods that need a part that is None cannot be used."""
+    """Sana behind the interface of `ImageDecoder`. Components may be None if no method needs them."""
 
     title = "Sana"
-    words_apart = False
+    tokenizes_words = False
     networks: ClassVar = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC}
     text_models: ClassVar = {"text_encoder": Gemma2Model}
-    # Else sizes are first mapped to those that the public weights were trained with.
+    # Otherwise diffusers draws at the nearest size of the published training and resizes the image.
     call_options: ClassVar = {"use_resolution_binning": False}
     attention_argument = "attention_kwargs"
 
@@ -94,27 +94,29 @@ class Sana(ImageDecoder):
         return text.lower().strip()
 
     def tokenize(self, texts: Sequence[str], *, truncation: bool = True, clean: bool = True) -> Tensor:
-        """Ids of the instruction and the caption."""
+        """Tokenise captions, each after the instruction."""
         length = len(self.tokenizer.encode(INSTRUCTION)) + TOKENS - 2
         if clean:
             texts = [self.clean(text) for text in texts]
-        asked = [INSTRUCTION + text if text else text for text in texts]
-        ids = self.tokenizer(asked, padding="max_length", truncation=truncation, max_length=length).input_ids
+        prompts = [INSTRUCTION + text if text else text for text in texts]
+        ids = self.tokenizer(prompts, padding="max_length", truncation=truncation, max_length=length).input_ids
         for text, row in zip(texts, ids, strict=True):
             if len(row) > length:
-                raise ValueError(f"the caption {text!r} is too long: with the instruction it has {len(row)} tokens.")
+                raise ValueError(
+                    f"the caption {text!r} and the instruction have {len(row)} tokens; allowed: at most {length}."
+                )
         return torch.tensor(ids)
 
     @torch.no_grad()
     def text_condition(self, text_ids: Tensor) -> Condition:
-        """Gemma's last states after its final norm, and which of them are of tokens."""
+        """Return Gemma's last hidden states after the final norm, with a mask of their tokens."""
         mask = text_ids != (0 if self.tokenizer is None else self.tokenizer.pad_token_id)
-        length, dry_run = text_ids.shape[1], type(text_ids) is not Tensor  # whose tensors have no values
-        # Padding behind the longest caption is half of all: no token sees it, and its states are masked.
-        longest = length if dry_run else max(1, int(mask.any(dim=0).sum()))
+        length, is_dry_run = text_ids.shape[1], type(text_ids) is not Tensor  # tensors of a dry run have no values
+        # About half of all positions are padding after the longest caption, where the states are masked: skip them.
+        longest = length if is_dry_run else max(1, int(mask.any(dim=0).sum()))
         states = self.text_encoder(text_ids[:, :longest], attention_mask=mask[:, :longest].long()).last_hidden_state
-        kept = torch.tensor([0, *range(length + 1 - TOKENS, length)], device=mask.device)
-        return Condition(states[:, kept.clamp(max=longest - 1)], mask[:, kept])
+        index = torch.tensor([0, *range(length + 1 - TOKENS, length)], device=mask.device)
+        return Condition(states[:, index.clamp(max=longest - 1)], mask[:, index])
 
     @property
     def downscale(self) -> int:
@@ -122,8 +124,8 @@ class Sana(ImageDecoder):
         return 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own = self.transformer.config.sample_size * self.downscale
-        sides = own if height is None else height, own if width is None else width
+        trained = self.transformer.config.sample_size * self.downscale
+        sides = trained if height is None else height, trained if width is None else width
         if any(side < 1 or side % self.multiple for side in sides):
             raise ValueError(
                 f"height={height} and width={width} are not allowed; allowed: positive multiples of {self.multiple}."
@@ -132,7 +134,7 @@ class Sana(ImageDecoder):
 
     @property
     def multiple(self) -> int:
-        """Of pixels: what the autoencoder divides evenly, and diffusers' pipeline takes."""
+        """Image sides must be multiples of this number of pixels, for the autoencoder and for diffusers' pipeline."""
         return max(32, self.downscale)
 
     def latent_shape(self, targets: Tensor) -> tuple[int, int, int]:
@@ -149,7 +151,7 @@ class Sana(ImageDecoder):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """The latents themselves, unscaled, B×c×h×w."""
+        """Return the unscaled latents B×c×h×w, because the autoencoder has no posterior."""
         self.latent_shape(images)
         return self.vae.encode(images.to(self.vae.dtype)).latent
 
@@ -163,13 +165,13 @@ class Sana(ImageDecoder):
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
 
     def timesteps(self, uniform: Tensor) -> Tensor:
-        """N·σ with σ = s u / (1 + (s − 1) u), the sigmas of the scheduler's shift s at even steps; float32."""
+        """Return N·σ with σ = s u / (1 + (s − 1) u) for the scheduler's shift s and N timesteps; float32."""
         config = self.scheduler.config
         shift = config.get("flow_shift", config.get("shift", 1.0))
         return (config.num_train_timesteps * shift * uniform / (1 + (shift - 1) * uniform)).float()
 
     def sigmas(self, timesteps: Tensor, latents: Tensor) -> Tensor:
-        """B×1×1×1."""
+        """Return σ of each timestep, B×1×1×1."""
         return (timesteps / self.scheduler.config.num_train_timesteps).to(latents.dtype)[:, None, None, None]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -177,22 +179,22 @@ class Sana(ImageDecoder):
         return (1 - sigmas) * latents + sigmas * noise
 
     def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """ε − z_0."""
+        """Return ε − z_0."""
         return noise - latents
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         self.check(condition)
         states, mask, _ = condition.with_mask()
         network, dtype = self.transformer, self.transformer.dtype
-        predicted = network(
+        prediction = network(
             noisy.to(dtype),
             encoder_hidden_states=states.to(dtype),
             encoder_attention_mask=mask,
             timestep=timesteps * network.config.timestep_scale,
             return_dict=False,
         )[0].float()
-        # Networks that also learned a variance give it in further channels.
-        return predicted[:, : network.config.in_channels]
+        # Networks that also predict a variance return it in further channels.
+        return prediction[:, : network.config.in_channels]
 
     def diffusers_pipeline(self) -> Any:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)  # replaced at each call
@@ -206,7 +208,7 @@ class Sana(ImageDecoder):
             "prompt_attention_mask": condition.mask,
             "negative_prompt_embeds": unconditional.states,
             "negative_prompt_attention_mask": unconditional.mask,
-            "negative_prompt": None,  # by default it is "", which does not go with embeddings
+            "negative_prompt": None,  # the default "" cannot be combined with embeddings
         }
 
     @property
@@ -222,10 +224,10 @@ DPMSOLVER: Any = diffusers.DPMSolverMultistepScheduler
 
 
 def flow_scheduler(config: Any) -> Any:
-    """The scheduler of a scheduler_config.json.
+    """Build the scheduler of a scheduler_config.json.
 
     Raises:
-        ValueError: it is not one for flow matching.
+        ValueError: the scheduler is not for flow matching.
     """
     name = config.get("_class_name")
     flow = name == SCHEDULERS[1] or (config.get("use_flow_sigmas") and config["prediction_type"] == "flow_prediction")

@@ -1,10 +1,10 @@
-"""Stable Diffusion 1.x and 2.x as an image decoder (paper section 2.2): U-Net, VAE and CLIP text model from diffusers.
+"""Stable Diffusion 1.x and 2.x as an image decoder (paper section 2.2): U-Net, VAE and CLIP text model of diffusers.
 
-Notable: the U-Net predicts the noise, or with 2.1 at 768 pixels the velocity (Salimans and Ho 2022, arXiv 2202.00512);
-the scheduler's file says which. The text states are not masked: CLIP's padding counts, as in Stable Diffusion itself.
-Captions are cleaned as by the public CLIP tokenizer, which transformers' tokenizer does not do.
+Notable: the U-Net predicts the noise, or in 2.1 at 768 pixels the velocity (Salimans and Ho 2022, arXiv 2202.00512), as
+set in the scheduler's configuration. The condition has no mask: the U-Net attends to CLIP's padding too. Captions are
+cleaned as by OpenAI's CLIP tokenizer, which the tokenizer of transformers does not do.
 
-Shapes: `B` batch, `H×W` image pixels, `h×w` latent pixels, `Q` condition tokens (77), `C` condition width (768; in 2.x
+Shapes: `B` batch, `H×W` image pixels, `c×h×w` latents, `Q` condition tokens (77), `C` condition width (768; in 2.x
 1024).
 """
 
@@ -31,32 +31,32 @@ DOWNSCALE = 8
 
 
 class EmbeddedStableDiffusion(StableDiffusionPipeline):
-    """diffusers' pipeline without a text encoder, to which it would hand down the scale of LoRA layers."""
+    """StableDiffusionPipeline without a text encoder, which would fail when it passes the LoRA scale to it."""
 
     def encode_prompt(self, *arguments: Any, lora_scale: float | None = None, **options: Any) -> tuple:
         return super().encode_prompt(*arguments, **options)
 
 
 class StableDiffusion(ImageDecoder):
-    """See `ImageDecoder`. Methods that need a part that is None cannot be used.
+    """Stable Diffusion behind the interface of `ImageDecoder`. Components may be None if no method needs them.
 
     Args:
-        scheduler: gives ᾱ_t, the number of training timesteps and what the U-Net predicts: the noise or the velocity.
+        scheduler: provides ᾱ_t, the number of training timesteps and the prediction type, noise or velocity.
 
     Raises:
-        ValueError: it predicts something else, or the U-Net is another family's.
+        ValueError: the prediction type is not supported, or the U-Net is of another family.
     """
 
     title = "Stable Diffusion"
     networks: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     text_models: ClassVar = {"text_encoder": CLIPTextModel}
-    unneeded: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     embedding: ClassVar[str | None] = None
-    """What the U-Net embeds beside time, `addition_embed_type` of its configuration."""
+    """`addition_embed_type` in the U-Net's configuration: what it embeds in addition to the timestep."""
 
     def __init__(
         self,
-        unet: Any = None,  # UNet2DConditionModel, AutoencoderKL, …: diffusers types their configs as dictionaries
+        unet: Any = None,  # Any, because diffusers types the configurations of its models as dictionaries
         vae: Any = None,
         scheduler: Any = None,
         text_encoder: Any = None,
@@ -72,19 +72,19 @@ class StableDiffusion(ImageDecoder):
         if unet is not None and unet.config.addition_embed_type != self.embedding:
             raise ValueError(
                 f"the U-Net has addition_embed_type={unet.config.addition_embed_type!r}, but {self.title}'s has "
-                f"{self.embedding!r}: it is of another family, which model_index.json should name."
+                f"{self.embedding!r}: it belongs to another family, which model_index.json should name."
             )
         self.unet: Any = unet
         self.vae: Any = vae
         self.text_encoder: Any = text_encoder
         self.tokenizer: Any = tokenizer
         self.scheduler: Any = scheduler
-        # The schedule that the U-Net was trained with, whatever scheduler samples.
+        # The noise schedule of training, independent of the scheduler used for sampling.
         self.schedule: Any = None if scheduler is None else DDPMScheduler.from_config(scheduler.config)
         tokens = 77 if text_encoder is None else text_encoder.config.max_position_embeddings
         network: Any = text_encoder if unet is None else unet
-        reads = network.config.hidden_size if unet is None else network.config.cross_attention_dim
-        self.spec = ConditionSpec(tokens, reads)
+        width = network.config.hidden_size if unet is None else network.config.cross_attention_dim
+        self.spec = ConditionSpec(tokens, width)
 
     @classmethod
     def from_pretrained(
@@ -124,9 +124,9 @@ class StableDiffusion(ImageDecoder):
         return self.text_encoder is not None
 
     def clean(self, text: str) -> str:
-        """As the public CLIP tokenizer: mojibake, ligatures, full-width letters and curly quotes are fixed, HTML
-        entities unescaped twice, blanks collapsed, letters lower-cased."""
-        if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy, which is slow, changes nothing else
+        """Clean a caption as OpenAI's CLIP tokenizer: fix encoding errors, ligatures, full-width letters and curly
+        quotes, unescape HTML entities twice, collapse whitespace, convert to lower case."""
+        if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy is slow and leaves other texts unchanged
             text = html.unescape(html.unescape(ftfy.fix_text(text)))
         return re.sub(r"\s+", " ", text).strip().lower()
 
@@ -137,25 +137,25 @@ class StableDiffusion(ImageDecoder):
         ids = self.tokenizer(list(texts), padding="max_length", truncation=truncation, max_length=length).input_ids
         for text, row in zip(texts, ids, strict=True):
             if len(row) > length:
-                raise ValueError(f"the caption {text!r} has {len(row)} CLIP tokens; at most {length} are allowed.")
+                raise ValueError(f"the caption {text!r} has {len(row)} CLIP tokens; allowed: at most {length}.")
         return torch.tensor(ids)
 
     @torch.no_grad()
     def text_condition(self, text_ids: Tensor) -> Condition:
-        """The last hidden state after its final norm."""
+        """Return the last hidden states after the final norm."""
         return Condition(self.text_encoder(input_ids=text_ids).last_hidden_state)
 
     @property
     def downscale(self) -> int:
-        """H / h; Stable Diffusion's own without a VAE."""
+        """H / h."""
         return DOWNSCALE if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own = self.unet.config.sample_size
-        own = (own, own) if isinstance(own, int) else own
+        size = self.unet.config.sample_size
+        size = (size, size) if isinstance(size, int) else size
         sides = [
             trained * self.downscale if side is None else side
-            for side, trained in zip((height, width), own, strict=True)
+            for side, trained in zip((height, width), size, strict=True)
         ]
         if any(side < 1 or side % self.downscale for side in sides):
             raise ValueError(
@@ -177,7 +177,7 @@ class StableDiffusion(ImageDecoder):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Means and log-variances, B×2c×h×w."""
+        """Return means and log-variances, B×2c×h×w."""
         self.latent_shape(images)
         return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
 
@@ -193,7 +193,7 @@ class StableDiffusion(ImageDecoder):
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
 
     def timesteps(self, uniform: Tensor) -> Tensor:
-        """Uniform in 0 … num_train_timesteps − 1, int64."""
+        """Return timesteps uniform in 0 … num_train_timesteps − 1, int64."""
         return (uniform * self.schedule.config.num_train_timesteps).long()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class StableDiffusion(ImageDecoder):
         return noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, timesteps)
 
     def loss_weights(self, timesteps: Tensor, weighting: TimestepWeighting, snr_gamma: float | None = None) -> Tensor:
-        """`timestep_weights` are defined for the error in ε alone, `min_snr_weights` for that in v too."""
+        """Return w(t) of eq. 8, B. Weightings other than uniform are defined for ε, min-SNR-γ also for v."""
         alphas = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps]
         if snr_gamma is not None:
             return min_snr_weights(alphas, snr_gamma, self.prediction)
@@ -223,9 +223,9 @@ class StableDiffusion(ImageDecoder):
         return timestep_weights(alphas, weighting)
 
     def diffusers_pipeline(self) -> Any:
-        # The scheduler is set at each call; this one is only in settings that diffusers does not find fault with.
-        quiet: Any = DDPMScheduler.from_config(self.scheduler.config, steps_offset=1, clip_sample=False)
-        return EmbeddedStableDiffusion(unet=self.unet, vae=self.vae, scheduler=quiet, **self.absent_parts())
+        # Replaced at each call; these settings avoid deprecation warnings of diffusers.
+        scheduler: Any = DDPMScheduler.from_config(self.scheduler.config, steps_offset=1, clip_sample=False)
+        return EmbeddedStableDiffusion(unet=self.unet, vae=self.vae, scheduler=scheduler, **self.absent_parts())
 
     @staticmethod
     def pipeline_arguments(condition: Condition, unconditional: Condition) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Stable Diffusion XL as an image decoder (Podell et al. 2023, arXiv 2307.01952).
 
-Notable: the U-Net reads the penultimate states of two CLIP text models side by side, the second one's pooled vector,
-and six numbers: height and width of the image before cropping, top and left of the crop, and height and width asked
-for. Training gives the numbers that sampling asks for, those of a whole image of the target's size. Unless the folder
-says otherwise, the null condition is zeros.
+Notable: the U-Net reads the concatenated penultimate states of two CLIP text models, the pooled vector of the second,
+and six numbers: original height and width, top and left of the crop, target height and width. Training and sampling
+both use the numbers of an uncropped image of the target size. The null condition is zeros unless the folder says
+otherwise.
 
 Shapes: `B` batch, `Q` condition tokens (77), `C` condition width (768 + 1280), `P` width of the pooled vector (1280).
 """
@@ -27,15 +27,15 @@ SIZE_NUMBERS = 6
 
 
 class StableDiffusionXL(StableDiffusion):
-    """See `StableDiffusion`.
+    """Stable Diffusion XL behind the interface of `ImageDecoder`; see `StableDiffusion`.
 
     Raises:
-        ValueError: also where the two tokenizers have different vocabularies.
+        ValueError: as `StableDiffusion`, or the two tokenizers have different vocabularies.
     """
 
     title = "Stable Diffusion XL"
     text_models: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    unneeded: ClassVar = {"add_watermarker": False}
+    pipeline_options: ClassVar = {"add_watermarker": False}
     embedding = "text_time"
 
     def __init__(self, *, text_encoder_2: Any = None, tokenizer_2: CLIPTokenizer | None = None, **networks: Any):
@@ -70,26 +70,26 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def unconditional_of(cls, index: Mapping[str, Any]) -> Literal["prompt", "zeros"]:
-        usual = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "prompt"
-        return index.get("unconditional", usual)  # as a pipeline folder of ours has it
+        default = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "prompt"
+        return index.get("unconditional", default)  # folders of KosmosGPipeline have this key
 
     def with_index(self, index: Any) -> "StableDiffusionXL":
-        """The null condition as model_index.json has it."""
+        """Set the null condition from model_index.json."""
         self.spec = replace(self.spec, unconditional=self.unconditional_of(index))
         return self
 
     @torch.no_grad()
     def text_condition(self, text_ids: Tensor) -> Condition:
-        """Both models' penultimate states, and the pooled vector of the second, whose padding is another token."""
-        beyond = (text_ids == self.end_id).cumsum(1).cumsum(1) > 1
+        """Return both models' penultimate states and the pooled vector of the second."""
+        padding = (text_ids == self.end_id).cumsum(1).cumsum(1) > 1  # the second tokenizer has another padding token
         first = self.text_encoder(input_ids=text_ids, output_hidden_states=True)
-        second = self.text_encoder_2(input_ids=text_ids.masked_fill(beyond, self.pad_id), output_hidden_states=True)
+        second = self.text_encoder_2(input_ids=text_ids.masked_fill(padding, self.pad_id), output_hidden_states=True)
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return Condition(states, pooled=second.text_embeds)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """As the parent's, never under autocast: in float16 the activations of this VAE overflow."""
+        """Encode as the parent class, without autocast: in float16 the activations of this VAE overflow."""
         with torch.autocast(images.device.type, enabled=False):
             return super().moments(images)
 
@@ -98,12 +98,12 @@ class StableDiffusionXL(StableDiffusion):
         assert condition.pooled is not None
         dtype = self.unet.dtype
         height, width = (side * self.downscale for side in noisy.shape[-2:])
-        numbers = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=noisy.device)
+        time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=noisy.device)
         return self.unet(
             noisy.to(dtype),
             timesteps,
             encoder_hidden_states=condition.states.to(dtype),
-            added_cond_kwargs={"text_embeds": condition.pooled.to(dtype), "time_ids": numbers.expand(len(noisy), -1)},
+            added_cond_kwargs={"text_embeds": condition.pooled.to(dtype), "time_ids": time_ids.expand(len(noisy), -1)},
         ).sample
 
     def diffusers_pipeline(self) -> Any:

@@ -1,4 +1,4 @@
-"""Model folders: writing them whole, finding them, and loading that refuses weights of another model."""
+"""Save, find and load model folders; loading refuses weights that do not match the configuration."""
 
 import hashlib
 import json
@@ -20,34 +20,34 @@ from kosmosg.files import clear_leftovers, replaced
 Part = TypeVar("Part", bound=ModelMixin)
 Network = TypeVar("Network", bound=nn.Module)
 CONFIG_FILE = "config.json"
-CHANGEABLE = ("dropout", "image_fit")  # from stage to stage, over the same weights
+CHANGEABLE = ("dropout", "image_fit")  # settings that may change between stages with the same weights
 FINGERPRINTED = ("*.json", "*.txt", "*.model", "*.safetensors")
-VARIANT = re.compile(r".+\..+\.(safetensors|json)")  # as model.fp16.safetensors, which is not read, and their index
+VARIANT = re.compile(r".+\..+\.(safetensors|json)")  # e.g. model.fp16.safetensors, which is not loaded, and its index
 
 
 def find_model(folder: str | Path) -> Path:
-    """The model folder in `folder`: itself, or `model/` of a run folder.
+    """Return `folder` if it is a model folder, or `model/` of a run folder.
 
     Raises:
-        FileNotFoundError: neither holds mllm/config.json.
+        FileNotFoundError: neither contains mllm/config.json.
     """
     folder = Path(folder)
     for candidate in (folder, folder / "model"):
         if (candidate / "mllm" / CONFIG_FILE).is_file():
             return candidate
     raise FileNotFoundError(
-        f"'{folder}' holds no model: neither mllm/{CONFIG_FILE} nor model/mllm/{CONFIG_FILE} is there. Give the folder "
-        "that save_pretrained wrote or a finished run folder."
+        f"'{folder}' holds no model: neither mllm/{CONFIG_FILE} nor model/mllm/{CONFIG_FILE} exists. Give a folder "
+        "that save_pretrained wrote, or the folder of a finished run."
     )
 
 
 def save_model(folder: str | Path, tokenizer: Any, **parts: Any) -> None:
-    """Write tokenizer/ and the given parts (mllm=, aligner=, aligner_decoder=) into `folder`; None is left out.
+    """Write tokenizer/ and the given parts (mllm=, aligner=, aligner_decoder=) to `folder`; None is skipped.
 
-    The parts that are there stay until all new ones are complete. One process at a time may write a model folder.
+    Existing parts are replaced only when all new ones are complete. Only one process may write to a model folder.
     """
     folder = Path(folder)
-    clear_leftovers(folder)  # else what a killed process left would be published with the model
+    clear_leftovers(folder)  # otherwise files of a killed process would be published with the model
     with ExitStack() as stack:
         for name, part in {**parts, "tokenizer": tokenizer}.items():
             if part is not None:
@@ -55,43 +55,43 @@ def save_model(folder: str | Path, tokenizer: Any, **parts: Any) -> None:
 
 
 class StrictWeights:
-    """Goes before ModelMixin: reading refuses weights left over or missing, which diffusers passes over."""
+    """Base class before ModelMixin that refuses missing, unexpected and non-finite weights, which diffusers accepts."""
 
     config: Any  # constructor arguments by name; diffusers types it as a plain dictionary
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
-        """As diffusers', see there for the options.
+        """Load a folder; `options` are those of diffusers.
 
         Raises:
-            ValueError: the weights are not those of the recorded sizes, or not finite; names the first few. Or they
-                are there as a pickle alone.
+            ValueError: the weights do not match the configuration or are not finite (names the first few), or there
+                is only a pickle.
         """
         pickles = [] if any(Path(folder).glob("*.safetensors")) else sorted(Path(folder).glob("*.bin"))
         if pickles:
             raise ValueError(
-                f"'{pickles[0]}' is a pickle, which may hold code, and is not read. Where you trust it, write its "
-                "tensors to 'diffusion_pytorch_model.safetensors' with safetensors.torch.save_file."
+                f"'{pickles[0]}' is a pickle, which may contain code, and is not loaded. If you trust it, save its "
+                "tensors as 'diffusion_pytorch_model.safetensors' with safetensors.torch.save_file."
             )
-        tell = options.pop("output_loading_info", False)
-        # diffusers reports shapes that differ as a ValueError, or leaves them at random with low_cpu_mem_usage; then
-        # the report names them.
+        output_loading_info = options.pop("output_loading_info", False)
+        # For shapes that differ, diffusers raises a ValueError or, with low_cpu_mem_usage, keeps random weights. The
+        # report names them in both cases.
         try:
             model, report = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
         except ValueError as error:
             raise ValueError(f"'{folder}': {error}") from error
         check_weights(model, folder, report, ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        return (model, report) if tell else model
+        return (model, report) if output_loading_info else model
 
 
 def load_network(kind: type[Network], source: str | Path, subfolder: str | None = None, **options: Any) -> Network:
-    """`from_pretrained` of a diffusers or transformers network, refusing weights that are missing or not finite.
+    """Load a diffusers or transformers network.
 
     Raises:
-        ValueError: names the first few.
+        ValueError: weights are missing or not finite; names the first few.
     """
-    where = {} if subfolder is None else {"subfolder": subfolder}
-    network, report = kind.from_pretrained(source, output_loading_info=True, **where, **options)  # type: ignore
+    options |= {} if subfolder is None else {"subfolder": subfolder}
+    network, report = kind.from_pretrained(source, output_loading_info=True, **options)  # type: ignore
     check_weights(network, "/".join(filter(None, (str(source), subfolder))), report)
     return network
 
@@ -102,66 +102,67 @@ def check_weights(
     report: Mapping[str, Collection] = MappingProxyType({}),
     refused: Sequence[str] = ("missing_keys", "mismatched_keys"),
 ) -> None:
-    """Refuse weights that do not fit the network, by the `report` of its loading, or that are NaN or infinite.
+    """Check the weights of a network and the `report` of loading them.
 
     Raises:
-        ValueError: names the first few.
+        ValueError: weights do not match the network, or are NaN or infinite; names the first few.
     """
     wrong = {name: sorted(map(str, report[name])) for name in refused if report.get(name)}
-    if found := "; ".join(f"{len(keys)} {name}, as {keys[:3]}" for name, keys in wrong.items()):
-        raise ValueError(f"'{folder}' is not a {type(network).__name__} of the sizes in its {CONFIG_FILE}: {found}.")
+    if problems := "; ".join(f"{len(keys)} {name}, such as {keys[:3]}" for name, keys in wrong.items()):
+        raise ValueError(f"'{folder}' is not a {type(network).__name__} of the sizes in its {CONFIG_FILE}: {problems}.")
     broken = [
         name
         for name, tensor in network.state_dict().items()
         if tensor.is_floating_point() and not tensor.is_meta and not is_finite(tensor)
     ]
     if broken:
-        raise ValueError(f"'{folder}' has {len(broken)} weights with NaN or infinite values, as {broken[:3]}.")
+        raise ValueError(f"'{folder}' has {len(broken)} weights with NaN or infinite values, such as {broken[:3]}.")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    # The sum reads each weight once and copies none; it is not finite if a weight is not, or if it overflows.
+    """Return whether no value is NaN or infinite."""
+    # The sum makes no copy. It is not finite if a value is not, or if it overflows, so check again in that case.
     return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
 
 
 def saved_class(folder: Path) -> str | None:
-    """Name of the class that wrote the part in `folder`; None where nothing says it."""
+    """Return the name of the class in the configuration of `folder`, or None."""
     file = folder / CONFIG_FILE
     return json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
 
 
 def load_part(kind: type[Part], folder: Path, torch_dtype: torch.dtype = torch.float32) -> Part:
-    """`kind.from_pretrained(folder)`.
+    """Load a part of a model with `kind.from_pretrained`.
 
     Raises:
-        FileNotFoundError: no such part.
-        ValueError: see `StrictWeights`.
+        FileNotFoundError: the part does not exist.
+        ValueError: the part is of another class, or see `StrictWeights`.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"'{folder}' holds no {kind.__name__}: {CONFIG_FILE} is missing. An aligner_decoder exists after stage 2 "
-            "only, an aligner after stages 2 and 3."
+            f"'{folder}' holds no {kind.__name__}: {CONFIG_FILE} is missing. Stage 2 writes an aligner and an "
+            "aligner_decoder, stage 3 an aligner."
         )
     require_class(kind, folder)
     return kind.from_pretrained(str(folder), dtype=torch_dtype)
 
 
 def require_class(kind: type[ModelMixin], folder: Path) -> None:
-    """Refuse a part of another kind.
+    """Check that `folder` was saved by the class `kind`.
 
     Raises:
-        ValueError: names both.
+        ValueError: it was saved by another class.
     """
     if (saved := saved_class(folder)) not in (None, kind.__name__):
-        raise ValueError(f"'{folder}' holds a {saved}, not a {kind.__name__}: it is of another model.")
+        raise ValueError(f"'{folder}' holds a {saved}, not a {kind.__name__}: it belongs to another model.")
 
 
 def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] = CHANGEABLE) -> None:
-    """Refuse a saved part whose sizes differ from `expected`, constructor arguments by name.
+    """Check that the configuration of a saved part equals `expected`, except for the keys in `ignored`.
 
     Raises:
-        ValueError: names every differing key with both values.
+        FileNotFoundError: there is no saved part.
+        ValueError: values differ; names each key with both values.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -177,14 +178,14 @@ def require_same_config(folder: Path, expected: dict, ignored: tuple[str, ...] =
 
 
 def fingerprint(source: str | Path, *parts: str, wanted: Callable[[str], bool] = lambda _: True) -> str:
-    """SHA-256 of the settings and weights of some parts of a folder or hub id, without building a network.
+    """Return the SHA-256 of the configuration and weights in a folder or hub id, without building a network.
 
     Args:
-        parts: folders in `source`; none for `source` itself.
-        wanted: which weights count, by name.
+        parts: subfolders of `source`; none for `source` itself.
+        wanted: selects weights by name.
 
     Raises:
-        FileNotFoundError: a part holds nothing that is read, or a network whose weights are no safetensors.
+        FileNotFoundError: a part contains no configuration, or its weights are not safetensors.
     """
     if not Path(source).is_dir():
         patterns = [f"{part}/{pattern}" for part in parts for pattern in FINGERPRINTED] or FINGERPRINTED
@@ -195,7 +196,7 @@ def fingerprint(source: str | Path, *parts: str, wanted: Callable[[str], bool] =
         files = [file for file in files if not VARIANT.fullmatch(file.name)]
         weights = any(file.suffix == ".safetensors" for file in files)
         if not files or (not weights and (Path(source) / part / CONFIG_FILE).is_file()):
-            raise FileNotFoundError(f"'{Path(source) / part}' holds none of {', '.join(FINGERPRINTED)} to know it by.")
+            raise FileNotFoundError(f"'{Path(source) / part}' holds none of {', '.join(FINGERPRINTED)}.")
         with ExitStack() as stack:
             tensors: dict[str, Any] = {}
             for file in files:
@@ -204,11 +205,11 @@ def fingerprint(source: str | Path, *parts: str, wanted: Callable[[str], bool] =
                     tensors |= dict.fromkeys(opened.keys(), opened)
                     continue
                 content = file.read_bytes()
-                if file.name == CONFIG_FILE:  # what begins with "_" tells which software wrote it
+                if file.name == CONFIG_FILE:  # keys with a leading "_" only name the software that wrote it
                     settings = {k: v for k, v in json.loads(content).items() if not k.startswith("_")}
                     content = json.dumps(settings, sort_keys=True).encode()
                 digest.update(f"{part}/{file.name} {len(content)}\n".encode() + content)
-            # By name, however they are divided into files.
+            # Sorted by name, so that sharding into files does not matter.
             for name in sorted(filter(wanted, tensors)):
                 tensor = tensors[name].get_tensor(name)
                 digest.update(f"{part}/{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

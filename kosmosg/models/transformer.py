@@ -1,8 +1,8 @@
-"""The MAGNETO layer, from which the causal decoder and AlignerNet are built.
+"""The MAGNETO transformer layer of the causal decoder and of AlignerNet.
 
-Notable: sub-LN (pre-norm, plus a norm over the concatenated heads and one over the feed-forward width); biases
-everywhere; exact GELU in float32; the attention weights' dropout exists in the resampler alone, because the
-released code's fast attention kernel ignores it (released-code.md, "LM layers", "Dropout").
+Notable: sub-LN (pre-norm, plus a norm over the concatenated heads and one over the feed-forward width); all linear maps
+have a bias; exact GELU in float32; only the resampler applies dropout to attention weights, because the fast attention
+kernel of the released code ignores it (released-code.md, "LM layers", "Dropout").
 
 Shapes: `B` batch, `L` queries, `S` keys, `D` width.
 """
@@ -24,13 +24,13 @@ class Attention(nn.Module):
 
     Args:
         width: `D`, a multiple of `heads`.
-        dropout: of the attention weights, in training.
+        dropout: dropout of the attention weights.
     """
 
     def __init__(self, width: int, heads: int, *, sub_norm: bool = True, dropout: float = 0.0):
         super().__init__()
         if width % heads:
-            raise ValueError(f"width={width} is not a multiple of heads={heads}; choose heads that divide the width.")
+            raise ValueError(f"width={width} is not a multiple of heads={heads}.")
         self.heads, self.dropout = heads, dropout
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         causal: bool = False,
         xpos: XPos | None = None,
     ) -> Tensor:
-        """Queries B×L×D attend to keys B×S×D.
+        """Let queries B×L×D attend to keys B×S×D; returns B×L×D.
 
         Args:
             mask: bool, broadcastable to B×heads×L×S, True where attention is allowed.
@@ -84,7 +84,7 @@ class TransformerLayer(nn.Module):
     Cross-attention has no inner norm (released-code.md, "AlignerNet M").
 
     Args:
-        dropout: after the output projection of each attention and after fc2.
+        dropout: dropout after the output projection of each attention and after fc2.
     """
 
     def __init__(self, width: int, heads: int, ffn_width: int, *, cross_attention: bool = False, dropout: float = 0.0):
@@ -117,15 +117,15 @@ class TransformerLayer(nn.Module):
 
 
 def transformer_layers(count: int, width: int, heads: int, ffn_width: int, **options) -> nn.ModuleList:
-    """`count` equal layers."""
+    """Build a stack of `count` layers."""
     return nn.ModuleList(TransformerLayer(width, heads, ffn_width, **options) for _ in range(count))
 
 
 @torch.no_grad()
 def magneto_scale(layers: nn.ModuleList, gain: float) -> None:
-    """Multiply fc1, fc2 and self-attention's value and output projections, weights and biases, by `gain`.
+    """Multiply weights and biases of fc1, fc2 and the value and output projections of self-attention by `gain`.
 
-    Queries, keys and cross-attention keep PyTorch's initialisation (released-code.md, "Initialisation").
+    Query and key projections and cross-attention keep PyTorch's initialisation (released-code.md, "Initialisation").
     """
     layer: Any
     for layer in layers:
@@ -141,15 +141,15 @@ def magneto_scale(layers: nn.ModuleList, gain: float) -> None:
 
 
 def self_attention_gain(layers: int) -> float:
-    """MAGNETO gain of a stack without cross-attention: sqrt(ln 2N)."""
+    """MAGNETO gain of N layers without cross-attention: sqrt(ln 2N)."""
     return math.sqrt(math.log(2 * layers))
 
 
 def decoder_gain(layers: int) -> float:
-    """MAGNETO gain of a stack with cross-attention: sqrt(ln 3M)."""
+    """MAGNETO gain of M layers with cross-attention: sqrt(ln 3M)."""
     return math.sqrt(math.log(3 * layers))
 
 
 def encoder_gain(encoder_layers: int, decoder_layers: int) -> float:
-    """MAGNETO gain of the encoder of an encoder-decoder: sqrt(ln 3M · ln 2N / 3)."""
+    """MAGNETO gain of the N encoder layers of an encoder-decoder: sqrt(ln 3M · ln 2N / 3)."""
     return math.sqrt(math.log(3 * decoder_layers) * math.log(2 * encoder_layers) / 3)

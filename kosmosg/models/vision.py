@@ -1,7 +1,9 @@
 """The vision encoder: CLIP's vision transformer without its projection.
 
-Notable: the final LayerNorm runs over all tokens, the class token too, and each is then scaled to length one
+Notable: all tokens, the class token included, pass the final LayerNorm and are then scaled to unit length
 (released-code.md, "Vision encoder"); the paper mentions neither.
+
+Shapes: `I` images, `S` pixels per side, `T` tokens per image (1 + patches).
 """
 
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
 class VisionEncoder(nn.Module):
-    """transformers' CLIPVisionModel, all tokens normalised.
+    """CLIPVisionModel of transformers with normalised output tokens.
 
     Args:
         config: fields of `transformers.CLIPVisionConfig`.
@@ -30,13 +32,13 @@ class VisionEncoder(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Pixels on a side of the square images that the encoder reads."""
+        """`S`."""
         return self.clip.config.image_size  # type: ignore[return-value]
 
-    def keep_blocks(self, blocks: int) -> None:
-        """Let go of all before the last `blocks` blocks: the encoder then reads the states before them alone.
+    def keep_last_blocks(self, blocks: int) -> None:
+        """Delete everything before the last `blocks` blocks, so that `forward` reads their cached input states.
 
-        Names of weights stay what they were.
+        The names of the remaining weights do not change.
         """
         self.blocks, layers = blocks, self.clip.encoder.layers
         self.clip.embeddings = self.clip.pre_layrnorm = None
@@ -44,13 +46,13 @@ class VisionEncoder(nn.Module):
             layers[number] = nn.Identity()
 
     def blank(self) -> Tensor:
-        """What a blank image is to the encoder: 3×S×S, or its states (1 + patches)×width."""
+        """Return a blank image 3×S×S, or blank states T×width after `keep_last_blocks`."""
         if self.blocks is None:
             return torch.zeros(3, self.image_size, self.image_size)
         return torch.zeros(1 + (self.image_size // self.clip.config.patch_size) ** 2, self.width)
 
-    def states_before(self, images: Tensor, blocks: int) -> Tensor:
-        """Images I×3×S×S → the states I×(1 + patches)×width that the last `blocks` blocks read."""
+    def input_of_last_blocks(self, images: Tensor, blocks: int) -> Tensor:
+        """Images I×3×S×S → input states I×T×width of the last `blocks` blocks."""
         clip = self.clip
         states = clip.pre_layrnorm(clip.embeddings(images.to(clip.dtype)))
         for layer in clip.encoder.layers[: len(clip.encoder.layers) - blocks]:
@@ -58,22 +60,21 @@ class VisionEncoder(nn.Module):
         return states
 
     def forward(self, images: Tensor) -> Tensor:
-        """Preprocessed images I×3×S×S, or after `keep_blocks` the states before those → tokens I×(1 + patches)×width,
-        each of length one.
+        """Preprocessed images I×3×S×S, or after `keep_last_blocks` states I×T×width → unit-length tokens I×T×width.
 
         Raises:
             ValueError: the images are not 3×S×S.
         """
-        if self.blocks is not None:
+        if self.blocks is None:
+            expected = (3, self.image_size, self.image_size)
+            if tuple(images.shape[1:]) != expected:
+                raise ValueError(
+                    f"images are {tuple(images.shape[1:])} but the vision encoder reads {expected} (channels, height, "
+                    f"width); preprocess them with ClipImageTransform(size={self.image_size})."
+                )
+            tokens = self.clip(images.to(self.clip.dtype)).last_hidden_state
+        else:
             tokens = images.to(self.clip.dtype)
-            for layer in self.clip.encoder.layers[-self.blocks :] if self.blocks else ():
+            for layer in self.clip.encoder.layers[len(self.clip.encoder.layers) - self.blocks :]:
                 tokens = layer(tokens, None)
-            return F.normalize(self.clip.post_layernorm(tokens), dim=-1)
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images are {tuple(images.shape[1:])} but the vision encoder reads {expected} (channels, height, "
-                f"width); preprocess them with ClipImageTransform(size={self.image_size})."
-            )
-        tokens = self.clip(images.to(self.clip.dtype)).last_hidden_state
         return F.normalize(self.clip.post_layernorm(tokens), dim=-1)

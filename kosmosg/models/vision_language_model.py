@@ -1,9 +1,9 @@
-"""A vision-language model of transformers in the MLLM's place, as Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision.
+"""A vision-language model of transformers as the MLLM, for example Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision.
 
-Notable: a prompt is text and images in reading order after a start token, without a chat template; the model's own
-processor prepares each image by itself, at its own size. AlignerNet reads one of the hidden states as transformers
-numbers them, at every position. The weights stay in transformers' format; where they never trained, a model folder
-names them in place of a copy.
+Notable: a prompt is a start token followed by text and images in reading order, without a chat template. The model's
+own processor prepares each image separately, at its own size. AlignerNet reads one of transformers' `hidden_states` at
+every position. Weights stay in transformers' format; if they were never trained, a model folder only names their
+source.
 
 Shapes: `B` batch, `L` tokens, `D` width, `K` tokens of an image.
 """
@@ -35,7 +35,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from kosmosg.image_processing import LONGEST_ASPECT, read_image, rgb, to_images
+from kosmosg.image_processing import read_image, resizable, to_images
 from kosmosg.models.image_decoder import with_values
 from kosmosg.models.mllm import MultimodalLM, VisionTraining
 from kosmosg.models.published import LANGUAGE_MODELS
@@ -51,21 +51,21 @@ from kosmosg.prompt import (
     Segment,
 )
 
-NETWORK = "network"  # the folder of weights below a model's mllm/
+NETWORK = "network"  # subfolder of mllm/ with trained weights
 NETWORKS: Any = AutoModel
 WHOLE_MODELS: Any = AutoModelForImageTextToText
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-BLANK_SIDE, USUAL_SIDE = 32, 512  # pixels of the images that stand for others
+BLANK_SIDE, USUAL_SIDE = 32, 512  # pixels per side of dummy images: the smallest, and a typical one
 
 
 class LanguageProcessor(FeatureExtractionMixin):
-    """Tokenizer and image processor of a vision-language model. What reads videos is left out: it needs torchvision.
+    """Tokenizer and image processor of a vision-language model, without its video part, which needs torchvision.
 
-    FeatureExtractionMixin lends nothing but its name, by which diffusers' pipelines know what they can save and load.
+    The base class is FeatureExtractionMixin only because diffusers' pipelines save and load its subclasses.
 
     Args:
-        processor: transformers' own.
-        config: of the model.
+        processor: the processor of transformers.
+        config: the model's configuration.
     """
 
     def __init__(self, processor: ProcessorMixin, config: PretrainedConfig):
@@ -76,50 +76,50 @@ class LanguageProcessor(FeatureExtractionMixin):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **_: Any) -> "LanguageProcessor":
-        """Read a transformers folder or hub id, or the folder that `save_pretrained` writes.
+        """Load a transformers folder or hub id, or the folder that `save_pretrained` writes.
 
         Raises:
-            ValueError: it is no model that reads images.
+            ValueError: the model does not read images.
         """
         config = require_images(read_config(source), source)
         kind = without_videos(PROCESSOR_MAPPING[type(config)])
         parts: dict[str, Any] = {
             "tokenizer": AutoTokenizer.from_pretrained(source),
-            # One of several that round differently; the others need torchvision.
+            # Backends round differently; this is the only one that does not need torchvision.
             "image_processor": AutoImageProcessor.from_pretrained(source, backend="pil"),
         }
         values, _options = kind.get_processor_dict(source)
         return cls(kind.from_args_and_dict([parts[name] for name in kind.get_attributes()], values), config)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write transformers' files and the model's configuration."""
+        """Write the processor and the model's configuration."""
         self.processor.save_pretrained(folder)
         self.config.save_pretrained(folder)
 
 
 def without_videos(kind: Any) -> Any:
-    """A class of processors that has no video processor, under the same name."""
+    """Return a subclass of a processor class without the video processor, under the same name."""
     names = [name for name in kind.get_attributes() if name != "video_processor"]
     methods = {
         "get_attributes": classmethod(lambda _: names),
-        "__reduce__": lambda self: (restored, (kind, self.__dict__)),  # for data workers that are not forked
+        "__reduce__": lambda self: (unpickle, (kind, self.__dict__)),  # for data workers that are not forked
     }
     return type(kind.__name__, (kind,), methods)
 
 
-def restored(kind: Any, state: dict[str, Any]) -> Any:
-    """A processor of `without_videos`, from a pickle."""
+def unpickle(kind: Any, state: dict[str, Any]) -> Any:
+    """Restore a pickled processor of `without_videos`."""
     processor = object.__new__(without_videos(kind))
     processor.__dict__.update(state)
     return processor
 
 
 class ProcessorEncoder(PromptEncoder):
-    """Segments of text and images → ids, and images as the processor prepares them.
+    """Encode segments of text and images with the model's processor.
 
     Args:
-        max_image_pixels: larger images are made smaller first; None leaves it to the processor.
-        max_length: the most tokens a prompt may have, those of images included.
+        max_image_pixels: larger images are resized to this area first; None leaves resizing to the processor.
+        max_length: maximum number of tokens of a prompt, image tokens included.
     """
 
     def __init__(
@@ -130,36 +130,37 @@ class ProcessorEncoder(PromptEncoder):
         self.start_id = start_id(processor.config)
         config = processor.config
         self.image_id = config.image_token_id
-        # What goes around an image where the processor does not put it there itself.
+        # Tokens around an image, for models whose processor does not add them.
         self.before, self.after = (
             [getattr(config, name)] if getattr(config, name, None) is not None else []
             for name in ("vision_start_token_id", "vision_end_token_id")
         )
 
     def __call__(self, segments: Sequence[Segment], *, eos: bool = False) -> EncodedPrompt:
-        """See `PromptEncoder`. Special tokens written in a text are ordinary characters.
+        """Encode one prompt as `PromptEncoder` does. Special tokens in a text are read as ordinary characters.
 
         Raises:
-            TypeError: a segment that is neither text nor a PIL image.
+            PromptTooLongError: the prompt has more than `max_length` tokens.
+            TypeError: a segment is neither text nor a PIL image.
         """
         ids, mask = [self.start_id], [False]
         images: list[PackedImages] = []
         for segment in segments:
             if isinstance(segment, str):
-                own = self._text_ids([segment])[0]
+                segment_ids = self._text_ids([segment])[0]
             elif isinstance(segment, Image.Image):
-                inputs, own = self._image(segment)
-                first, last = own.index(self.image_id), len(own) - own[::-1].index(self.image_id)
+                inputs, image_ids = self._image(segment)
+                start, end = image_ids.index(self.image_id), len(image_ids) - image_ids[::-1].index(self.image_id)
                 counts = {name: [len(tensor)] for name, tensor in inputs.items()}
-                images.append(PackedImages(inputs, counts, [own[first:last]]))
-                own = [*self.before, *own, *self.after]
+                images.append(PackedImages(inputs, counts, [image_ids[start:end]]))
+                segment_ids = [*self.before, *image_ids, *self.after]
             else:
                 raise TypeError(
                     f"a prompt segment is {type(segment).__name__}; allowed are str and PIL images, which the model's "
                     "own processor prepares."
                 )
-            ids += own
-            mask += [token == self.image_id for token in own]
+            ids += segment_ids
+            mask += [token == self.image_id for token in segment_ids]
         if eos:
             ids.append(self.processor.tokenizer.eos_token_id)
             mask.append(False)
@@ -180,20 +181,20 @@ class ProcessorEncoder(PromptEncoder):
         decode, described, first = self.processor.tokenizer.decode, [], 0
         for row, count in enumerate(batch.images_per_row):
             ids, mask = (part[row, : batch.lengths[row]].tolist() for part in (batch.ids, batch.image_mask))
-            text, place, shown = "", 0, []
+            text, end, images = "", 0, []
             for image in range(first, first + count):
                 assert isinstance(batch.images, PackedImages)
-                begin = mask.index(True, place)
-                text += f"{decode(ids[place:begin], skip_special_tokens=True)} {PLACEHOLDER} "
-                place = begin + len(batch.images.ids[image])
-                shown += self._pixels(batch.images.take([image]).inputs)
-            text += decode(ids[place:], skip_special_tokens=True)
-            described.append((" ".join(text.split()), shown))
+                start = mask.index(True, end)
+                text += f"{decode(ids[end:start], skip_special_tokens=True)} {PLACEHOLDER} "
+                end = start + len(batch.images.ids[image])
+                images += self._pixels(batch.images.take([image]).inputs)
+            text += decode(ids[end:], skip_special_tokens=True)
+            described.append((" ".join(text.split()), images))
             first += count
         return described
 
-    def stand_in(self, file: str) -> ImageInput:
-        """The image itself: how many tokens it takes depends on its size."""
+    def blank_image(self, file: str) -> ImageInput:
+        """Return the image itself, because its number of tokens depends on its size."""
         return read_image(file)
 
     def _text_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -202,28 +203,20 @@ class ProcessorEncoder(PromptEncoder):
         return self.processor.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _image(self, image: Image.Image) -> tuple[dict[str, Tensor], list[int]]:
-        """The network's inputs for one image, and its tokens.
-
-        Raises:
-            ValueError: the image has no pixels, is too long for its width, or has no meaning in RGB.
-        """
-        image = rgb(image)
+        """Return the network's inputs for one image, and its token ids; errors as `resizable`."""
+        image = resizable(image)
         width, height = image.size
-        if not min(width, height) or max(width, height) > LONGEST_ASPECT * min(width, height):
-            raise ValueError(
-                f"an image of {width}×{height} pixels is not allowed; allowed: at least one pixel and a longer side of "
-                f"at most {LONGEST_ASPECT} times the shorter."
-            )
         if self.max_image_pixels is not None and width * height > self.max_image_pixels:
             scale = math.sqrt(self.max_image_pixels / (width * height))
             image = image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
-        given = self.processor(
+        output = self.processor(
             text=[self.processor.image_token], images=[image], add_special_tokens=False, return_tensors="pt"
         )
-        return {name: value for name, value in given.items() if name not in TEXT_INPUTS}, given["input_ids"][0].tolist()
+        inputs = {name: value for name, value in output.items() if name not in TEXT_INPUTS}
+        return inputs, output["input_ids"][0].tolist()
 
     def _pixels(self, inputs: dict[str, Tensor]) -> list[Image.Image]:
-        """One image as it was prepared, to be looked at: of tiles, the one of the whole image."""
+        """Convert the inputs of one image back to a PIL image; if it was split into tiles, the tile of the whole."""
         processor, pixels = self.processor.image_processor, inputs["pixel_values"]
         if "image_grid_thw" in inputs:
             side, merged = processor.patch_size, processor.merge_size
@@ -236,17 +229,17 @@ class ProcessorEncoder(PromptEncoder):
 
 
 class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
-    """Interleaved ids and images → hidden states.
+    """A vision-language model of transformers behind the interface of an MLLM.
 
     Args:
-        source: transformers folder or hub id of the weights; where they trained, what they began as.
-        hidden_layer: which of transformers' `hidden_states` AlignerNet reads: 0 for the embeddings, -1 for the last,
-            after the final norm.
-        max_image_pixels: larger images of a prompt are made smaller; None leaves it to the processor.
+        source: transformers folder or hub id that the weights come from, before any training.
+        hidden_layer: index into transformers' `hidden_states`: 0 for the embeddings, -1 for the last layer, after the
+            final norm.
+        max_image_pixels: larger images of a prompt are resized to this area; None leaves resizing to the processor.
         network: transformers' base model, without an output matrix.
 
     Raises:
-        ValueError: a layer that the model does not have.
+        ValueError: the model has no such hidden layer.
     """
 
     config: Any  # constructor arguments by name; diffusers types it as a plain dictionary
@@ -275,18 +268,18 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         self.start_id = start_id(network.config)
         self.takes_token_types = "mm_token_type_ids" in inspect.signature(network.forward).parameters
         self.has_own_weights = False
-        # Before the network may be sharded: it is run without its parent here.
+        # Computed now, because the vision encoder cannot run on its own once the network is sharded.
         self.blank = self._blank_image(BLANK_SIDE)
 
     def forward(self, batch: PromptBatch) -> Tensor:
-        """Hidden states B×L×D."""
+        """Return the hidden states of the chosen layer, B×L×D."""
         inputs: dict[str, Any] = {}
         assert not isinstance(batch.images, Tensor)
         if batch.images is not None:
             inputs |= batch.images.map(
                 lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             ).inputs
-            if self.takes_token_types:  # without them, Qwen's models number image tokens as if they were words
+            if self.takes_token_types:  # without them, Qwen models give image tokens the positions of text
                 inputs["mm_token_type_ids"] = batch.image_mask.long()
         if self.layer != self.last_layer:
             inputs["output_hidden_states"] = [self.layer]
@@ -306,11 +299,11 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         return self(batch), batch.padding
 
     def unconditional_prompt(self) -> PromptBatch:
-        """The start token alone."""
+        """Return a prompt of the start token alone."""
         return PromptBatch.stack([EncodedPrompt([self.start_id], None, [])], self.start_id)
 
     def dummy_image_prompt(self, usual: bool = False) -> PromptBatch:
-        """The start token and a blank image."""
+        """Return a prompt of the start token and a blank image."""
         image = self.blank
         if usual:
             pixels = self.config.max_image_pixels or USUAL_SIDE**2
@@ -320,14 +313,16 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         return PromptBatch.stack([EncodedPrompt([self.start_id, *tokens], mask, [image])], self.start_id)
 
     def set_trainable(self, vision: VisionTraining) -> None:
-        """All that the states depend on, but the frozen part of the vision encoder. Of that, `vision.final_norm` is not
-        read: what follows the blocks projects to the language model's width, and trains."""
+        """Make all weights that the hidden states depend on trainable, except the frozen vision blocks.
+
+        `vision.final_norm` has no effect: the layers after the blocks project to the language model's width and train.
+        """
         self.requires_grad_(True)
         encoder = self.network.get_encoder(modality="image")
         blocks = layer_list(encoder)
-        read = getattr(self.network.config, "vision_feature_layer", -1)
-        if isinstance(read, int):  # blocks beyond have no effect
-            blocks = blocks[: len(blocks) + read + 1 if read < 0 else read]
+        feature_layer = getattr(self.network.config, "vision_feature_layer", -1)
+        if isinstance(feature_layer, int):  # later blocks are not used
+            blocks = blocks[: len(blocks) + feature_layer + 1 if feature_layer < 0 else feature_layer]
         if vision.blocks > len(blocks):
             raise ValueError(
                 f"vision_training.blocks is {vision.blocks}, but the vision encoder has {len(blocks)} blocks"
@@ -337,39 +332,40 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         for block in blocks if vision.blocks == -1 else blocks[len(blocks) - vision.blocks :]:
             block.requires_grad_(True)
         if self.layer != self.last_layer:
-            for unread in (*layer_list(self.decoder)[self.layer :], self.decoder.norm):
-                unread.requires_grad_(False)
+            for unused in (*layer_list(self.decoder)[self.layer :], self.decoder.norm):
+                unused.requires_grad_(False)
 
     @classmethod
     def load(
         cls, source: str | Path, torch_dtype: torch.dtype = torch.float32, **options: Any
     ) -> "VisionLanguageModel":
-        """The published weights. Under FakeTensorMode, as in a dry run, none are read.
+        """Load published weights. In a dry run, under FakeTensorMode, only the sizes are read.
 
         Args:
             options: `hidden_layer` and `max_image_pixels`.
 
         Raises:
-            ValueError: it is no model that reads images, or see `load_network`; in a dry run, its sizes are not known.
+            ValueError: the model does not read images, its weights are incomplete or not finite, or in a dry run its
+                sizes are unknown.
         """
         if type(torch.empty(0)) is not Tensor:
-            with no_init_weights():  # some draw until the values fit, and there are none
+            with no_init_weights():  # some initialisations redraw values until they are in range; a dry run has none
                 network = NETWORKS.from_config(language_config(source), dtype=torch_dtype)
         else:
             require_images(language_config(source), source)
-            # Of the whole model, since base models alone know some of the names that weights have gone by.
+            # The base model alone would not recognise some older names of weights.
             network = load_network(WHOLE_MODELS, source, dtype=torch_dtype).base_model
         return cls(source=str(source), network=network, **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "VisionLanguageModel":
-        """Read the folder that `save_pretrained` writes, in eval mode.
+        """Load the folder that `save_pretrained` writes, in eval mode.
 
         Args:
-            options: `dtype` or `torch_dtype`; the others of diffusers have no meaning here.
+            options: `dtype` or `torch_dtype`; other options of diffusers are ignored.
 
         Raises:
-            OSError: the weights that it names are not there.
+            OSError: the source of the weights does not exist.
         """
         loaded: Any = cls.load_config(str(folder))
         values = {name: value for name, value in loaded.items() if not name.startswith("_")}
@@ -382,22 +378,22 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the configuration, and the weights where they train or did."""
+        """Write the configuration, and the weights if they are or were trained."""
         self.save_config(save_directory)
         if self.has_own_weights or any(parameter.requires_grad for parameter in self.parameters()):
             self.network.save_pretrained(Path(save_directory) / NETWORK)
 
     @torch.no_grad()
     def _blank_image(self, side: int) -> PackedImages:
-        """A blank image as the model's processor would prepare it, from the configuration alone."""
+        """Prepare a blank image as the model's processor would, from the configuration alone."""
         with with_values():
             processor = image_processor(self.network.config)
-            given = processor([Image.new("RGB", (side, side))], return_tensors="pt")
+            output = processor([Image.new("RGB", (side, side))], return_tensors="pt")
         inputs = {}
-        for name, value in given.items():
-            blank = value.is_floating_point()
+        for name, value in output.items():
+            is_pixels = value.is_floating_point()
             inputs[name] = (
-                torch.zeros(value.shape, dtype=self.dtype, device=self.device) if blank else value.to(self.device)
+                torch.zeros(value.shape, dtype=self.dtype, device=self.device) if is_pixels else value.to(self.device)
             )
         training = self.network.training
         features = self.network.eval().get_image_features(**inputs).pooler_output
@@ -408,12 +404,12 @@ class VisionLanguageModel(MultimodalLM, ModelMixin, ConfigMixin):
 
 
 def language_config(source: str | Path) -> PretrainedConfig:
-    """The configuration of a transformers folder, or of a hub id.
+    """Return the configuration of a transformers folder or hub id.
 
     Raises:
-        ValueError: there is none; under FakeTensorMode, as in a dry run, a hub id whose sizes are not known here.
+        ValueError: there is none, or in a dry run (under FakeTensorMode) the sizes of the hub id are unknown.
     """
-    if Path(source).is_dir():  # also where a folder has the name of a hub id, as its weights are then read from there
+    if Path(source).is_dir():  # a folder takes precedence over a hub id of the same name, as in transformers
         return read_config(source)
     if str(source) in LANGUAGE_MODELS:
         return AutoConfig.for_model(**LANGUAGE_MODELS[str(source)])
@@ -426,7 +422,7 @@ def language_config(source: str | Path) -> PretrainedConfig:
 
 
 def read_config(source: str | Path) -> PretrainedConfig:
-    """Of a transformers folder or hub id.
+    """Load the configuration of a transformers folder or hub id.
 
     Raises:
         ValueError: there is none.
@@ -438,35 +434,35 @@ def read_config(source: str | Path) -> PretrainedConfig:
 
 
 def require_images(config: PretrainedConfig, source: str | Path) -> PretrainedConfig:
-    """The configuration as it is.
+    """Return the configuration unchanged.
 
     Raises:
-        ValueError: of a model that does not go from images and text to text.
+        ValueError: the model does not read images and text.
     """
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
             f"model.language_model='{source}' is a {config.model_type}; allowed: models of transformers that read "
-            "images and text, as qwen2_5_vl, qwen3_vl and llava_onevision."
+            "images and text, such as qwen2_5_vl, qwen3_vl and llava_onevision."
         )
     return config
 
 
 def start_id(config: PretrainedConfig) -> int:
-    """Of the token before every prompt, which alone is the unconditional prompt, and stands at padding.
+    """Return the id of the start token, which is also the unconditional prompt and the padding.
 
     Raises:
-        ValueError: the configuration names none.
+        ValueError: the configuration names no such token.
     """
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         for part in (config.get_text_config(), config):
-            found = getattr(part, name, None)
-            if found is not None:
-                return found[0] if isinstance(found, list) else found
-    raise ValueError(f"the configuration of {config.model_type} names no token to begin a prompt with (bos_token_id).")
+            token = getattr(part, name, None)
+            if token is not None:
+                return token[0] if isinstance(token, list) else token
+    raise ValueError(f"the configuration of {config.model_type} names no start token for prompts (bos_token_id).")
 
 
 def image_processor(config: PretrainedConfig) -> Any:
-    """An image processor of the model's sizes, for images whose pixels mean nothing."""
+    """Build an image processor with the model's sizes, for blank images."""
     vision = config.vision_config
     sizes = {
         "patch_size": getattr(vision, "patch_size", None),
@@ -481,7 +477,7 @@ def image_processor(config: PretrainedConfig) -> Any:
 
 
 def layer_list(module: nn.Module) -> nn.ModuleList:
-    """The longest list of layers in a network."""
+    """Return the longest list of layers in a network."""
 
     def lists(module: nn.Module) -> Iterator[nn.ModuleList]:
         for child in module.children():

@@ -1,7 +1,5 @@
 """Lightning modules that learn nothing and remember what they read."""
 
-import json
-
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -35,17 +33,6 @@ class EagerRecorder(Recorder):
     def configure_optimizers(self):
         assert self.trainer.estimated_stepping_batches > 0
         return super().configure_optimizers()
-
-
-class RankRecorder(Recorder):
-    """Leaves what each rank read in a file."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def on_train_end(self):
-        (self.folder / f"rank{self.global_rank}.json").write_text(json.dumps(list(self.seen.values())))
 
 
 def fit(folder, data, steps, recorder=None, checkpoint=None, micro_batches=1, **options):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from datamodules.agreement import AnsweringDataset
+from datamodules.agreement import CatchDataErrors
 from datamodules.alignment import AlignmentData, AlignmentDataConfig
 from datamodules.data_config import DataConfig, Source
 from datamodules.entities import EntityRules
@@ -42,8 +42,7 @@ def whole(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.mark.filterwarnings("error:You're resuming")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("recorder", [Recorder, EagerRecorder])
+@pytest.mark.parametrize(("workers", "recorder"), [(2, Recorder), (0, EagerRecorder)])
 def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(tmp_path, make, whole, workers, recorder):
     fit(tmp_path, make(micro_batch_size=6, num_workers=workers), 6, recorder())
     path = str(tmp_path / "step=4.ckpt")
@@ -113,12 +112,6 @@ def test_validation_counts_the_same_samples_on_any_number_of_ranks(make, world_s
     assert sorted(counted) == list(enumerate(expected.report.samples))
 
 
-def test_epochs_pass_through_every_sample_once(tmp_path, make):
-    seen = [name for names in fit(tmp_path, make(micro_batch_size=23), 3).seen.values() for name in names]
-    for epoch in range(3):
-        assert len(set(seen[23 * epoch : 23 * (epoch + 1)])) == 23
-
-
 def test_validation_is_the_same_every_time(tmp_path, make):
     runs = [
         fit(tmp_path / str(seed), make(seed=seed), 2, val_check_interval=1, limit_val_batches=1.0) for seed in (0, 1)
@@ -153,20 +146,11 @@ def test_counts_survive_workers_and_resumes(tmp_path, make):
     assert resumed.counter.reads >= data.counter.reads + 5
 
 
-def test_batches_move_and_keep_their_report(make):
-    data = make()
-    data.setup()
-    batch = data.train_dataset[range(3)]
-    moved = batch.to("meta")
-    assert moved.prompt.ids.device.type == moved.text_ids.device.type == "meta"
-    assert moved.report is batch.report and moved.indices == [0, 1, 2] and len(moved) == 3
-
-
 def test_every_tensor_of_a_batch_is_pinned(make, monkeypatch):
     """Through what the DataLoader's thread calls; page-locked memory itself needs a GPU."""
     data = make()
     data.setup()
-    answer = AnsweringDataset(data.train_dataset)[range(3)]
+    answer = CatchDataErrors(data.train_dataset)[range(3)]
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     result = torch.utils.data._utils.pin_memory.pin_memory(answer)

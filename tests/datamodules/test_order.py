@@ -5,14 +5,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.order import Mixture, SampleOrder, mix, shuffled, whole_weights
+from datamodules.order import Mixture, SampleOrder, integer_weights, mix, shuffled
 
 SEEDS = st.integers(0, 2**64 - 1)
+examples = settings(max_examples=50, deadline=None)
 
 
+@examples
 @given(n=st.integers(0, 3000), key=SEEDS)
 def test_a_shuffle_is_a_bijection(n, key):
     assert sorted(shuffled(n, key)) == list(range(n))
@@ -26,12 +28,11 @@ def test_a_shuffle_is_the_same_everywhere():
 def test_shuffles_look_random():
     """Displacements and neighbours of a random permutation: mean |p(i)-i| = n/3, few p(i+1) = p(i)+1."""
     n = 5000
-    for key in range(5):
-        found = shuffled(n, key).tolist()
-        assert abs(sum(abs(p - i) for i, p in enumerate(found)) / n / (n / 3) - 1) < 0.05
-        assert sum(b - a == 1 for a, b in itertools.pairwise(found)) < 12  # expected 1
-    counts = Counter(tuple(shuffled(4, 9, key).tolist()) for key in range(24 * 200))
-    assert len(counts) == 24 and min(counts.values()) > 120 and max(counts.values()) < 300  # 200 expected
+    found = shuffled(n, 3).tolist()
+    assert abs(sum(abs(p - i) for i, p in enumerate(found)) / n / (n / 3) - 1) < 0.05
+    assert sum(b - a == 1 for a, b in itertools.pairwise(found)) < 12  # expected 1
+    counts = Counter(tuple(shuffled(4, 9, key).tolist()) for key in range(24 * 100))
+    assert len(counts) == 24 and min(counts.values()) > 50 and max(counts.values()) < 170  # 100 expected
 
 
 def resolved(order: SampleOrder, lane: int, number: int) -> tuple[int, int]:
@@ -45,6 +46,7 @@ def resolved(order: SampleOrder, lane: int, number: int) -> tuple[int, int]:
     raise AssertionError
 
 
+@examples
 @given(
     seed=SEEDS,
     counts=st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any),
@@ -70,6 +72,7 @@ def test_each_epoch_has_every_sample_once(seed, counts, lanes, window, block):
         assert len(seen) == total and set(seen.values()) == {1}
 
 
+@examples
 @given(seed=SEEDS, lane=st.integers(0, 7), number=st.integers(0, 10**12))
 def test_the_order_is_a_pure_function(seed, lane, number):
     counts = np.array([100, 7, 2000] * 10)
@@ -108,10 +111,11 @@ def test_seeds_and_epochs_give_other_orders():
 def test_a_batch_draws_on_many_shards():
     """16 rows of one lane, window 8, block 4,096: 7.1 of 8 shards expected of random draws."""
     order = SampleOrder(np.full(200_000, 10_000), 0, 8, 16, 8, 4096)
-    drawn = [len({resolved(order, 3, 16 * batch + row)[0] for row in range(16)}) for batch in range(1000, 1050)]
+    drawn = [len({resolved(order, 3, 16 * batch + row)[0] for row in range(16)}) for batch in range(1000, 1020)]
     assert abs(sum(drawn) / len(drawn) - 8 * (1 - (7 / 8) ** 16)) < 0.4
 
 
+@examples
 @given(
     seed=SEEDS,
     weights=st.lists(st.integers(1, 6), min_size=1, max_size=4),
@@ -132,6 +136,7 @@ def test_each_block_of_a_lane_has_exactly_the_weights(seed, weights, lanes, lane
     assert drawn == expected
 
 
+@examples
 @given(seed=SEEDS, lanes=st.integers(1, 4), turn=st.integers(1, 4))
 def test_every_row_of_a_source_is_asked_for_once(seed, lanes, turn):
     mixture = Mixture(seed, [3, 1, 2], lanes, 2 * turn, turn, repeats=2)
@@ -151,7 +156,7 @@ def test_impossible_mixtures_and_orders_are_refused():
 
 
 def test_shares_become_whole_weights():
-    assert whole_weights([2.0, 2.0, 1.0]) == [400, 400, 200]
-    assert whole_weights([1e-6, 1.0]) == [1, 1000]
+    assert integer_weights([2.0, 2.0, 1.0]) == [400, 400, 200]
+    assert integer_weights([1e-6, 1.0]) == [1, 1000]
     with pytest.raises(ValueError, match="above 0"):
-        whole_weights([1.0, 0.0])
+        integer_weights([1.0, 0.0])

@@ -31,11 +31,6 @@ def test_images_come_back_pixel_for_pixel() -> None:
     assert [load(entity.white).getpixel((0, 0))[0] for entity in sample.entities] == [2, 4]
 
 
-def test_members_that_the_schema_does_not_know_are_ignored() -> None:
-    sample = decode({"txt": b"a dog", "npy": b"\x93NUMPY", "json": b"not json"}, "s", "k")
-    assert sample.caption == "a dog" and sample.image is None
-
-
 def test_what_is_missing_and_too_large_is_named_with_its_place() -> None:
     instruction = InstructionSample(["a", worlds.image(0)], worlds.image(1)).encode()
     for members, reason in (

@@ -90,15 +90,6 @@ def test_stage_3_tells_the_captions_of_targets_where_a_loss_reads_them(tmp_path,
             assert torch.equal(batch.text_ids[row], worlds.clip_tokenize([known[key]])[0])
 
 
-def test_stage_2_never_looks_at_images_and_names_what_is_wrong_with_a_caption(tmp_path, tiny_tokenizer):
-    texts = {"good": b"a dog", "latin": b"caf\xe9", "blank": b" ", "large": b"a dog " * 20_000}
-    groups = [(key, {"jpg": b"not an image", "txt": text}) for key, text in texts.items()]
-    limits = Limits(max_member_bytes=100_000)
-    module = alignment(worlds.write_members(tmp_path / "a.tar", groups), tiny_tokenizer, limits=limits)
-    reasons = {error.key: error.reason for error in module.train_dataset[range(4)].report.errors}
-    assert reasons == {"latin": "not_utf8", "blank": "empty_caption", "large": "member_too_large"}
-
-
 def test_clip_tokens_are_counted_beyond_what_the_tokenizer_keeps():
     for text, length in [("", 0), ("dog", 3), ("x" * 75, 75), ("x" * 74 + " x", 75), ("ab " * 60, 120)]:
         assert ClipTokens(worlds.clip_tokenize)([text])[1] == [length]
@@ -107,7 +98,7 @@ def test_clip_tokens_are_counted_beyond_what_the_tokenizer_keeps():
 ODD = ["It's  a\tdog!!\n", "e\u0301 \u0301 \u00a0x\u2003y", "кошка😀 на 123столе", "\x1c a\x85b", "a " * 99, ""]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=4))
 @example(texts=ODD)
 def test_clip_ids_word_by_word_are_those_of_the_whole_caption(full_clip, texts):
@@ -124,15 +115,18 @@ def test_the_recorded_clip_ids_are_reproduced(full_clip, golden: Path):
     assert lengths == [record["n_tokens"] for record in records]
 
 
-def test_long_captions_are_filtered_at_the_recorded_limits(tmp_path, tiny_tokenizer):
-    texts = {"at75": "fish " * 18 + "dog", "at76": "fish " * 19, "short": "a dog"}  # a CLIP token each letter
-    groups = [(key, {"txt": text.encode()}) for key, text in texts.items()]
-    module = alignment(worlds.write_members(tmp_path / "a.tar", groups), tiny_tokenizer, max_pieces=500)
-    report = module.train_dataset[range(6)].report
-    assert {error.key for error in report.errors} == {"at76"} and all(error.filtered for error in report.errors)
-    pieces = len(module.encoder.tokenizer.encode("a dog"))
-    module = alignment(str(tmp_path / "a.tar"), tiny_tokenizer, max_pieces=pieces)
-    assert {error.key for error in module.train_dataset[range(6)].report.errors} == {"at75", "at76"}
+def test_stage_2_filters_captions_at_the_recorded_limits_and_never_looks_at_images(tmp_path, tiny_tokenizer):
+    texts = {"at75": b"fish " * 18 + b"dog", "at76": b"fish " * 19, "short": b"a dog"}  # a CLIP token each letter
+    texts |= {"latin": b"caf\xe9", "blank": b" ", "large": b"a dog " * 20_000}
+    groups = [(key, {"jpg": b"not an image", "txt": text}) for key, text in texts.items()]
+    wrong = {"latin": "not_utf8", "blank": "empty_caption", "large": "member_too_large"}
+    pattern, limits = worlds.write_members(tmp_path / "a.tar", groups), Limits(max_member_bytes=100_000)
+    pieces = len(worlds.encoder(tiny_tokenizer).tokenizer.encode("a dog"))
+    for most, long in ((500, ["at76"]), (pieces, ["at75", "at76"])):
+        module = alignment(pattern, tiny_tokenizer, max_pieces=most, limits=limits)
+        errors = module.train_dataset[range(6)].report.errors
+        assert {error.key: error.reason for error in errors} == wrong | dict.fromkeys(long, "caption_too_long")
+        assert {error.key for error in errors if error.filtered} == set(long)
 
 
 def test_captions_tokenised_whole_are_counted_without_what_stands_before(tiny_tokenizer):
@@ -158,20 +152,15 @@ def test_limits_beyond_the_models_are_refused(tiny_tokenizer):
         AlignmentData(AlignmentDataConfig(), short, worlds.clip())
 
 
-def test_stage_3_mixes_two_two_one(tmp_path, tiny_tokenizer):
-    batch = instruction(tmp_path, tiny_tokenizer).train_dataset[range(20)]
+def test_stage_3_mixes_two_two_one_with_prompts_that_are_not_closed_and_their_targets(tmp_path, tiny_tokenizer):
+    module = instruction(tmp_path, tiny_tokenizer)
+    batch = module.train_dataset[range(20)]
     assert Counter(batch.report.sources) == {"constructed": 8, "edit": 8, "captions": 4}
     assert batch.targets.shape == (20, 3, worlds.SIDE, worlds.SIDE)
-    assert batch.targets.min() >= -1 and batch.targets.max() <= 1
-    images = dict(zip(("constructed", "edit", "captions"), (2, 1, 0), strict=True))
+    images = {"constructed": 2, "edit": 1, "captions": 0}
     slots = batch.prompt.image_mask.sum(1) // worlds.SLOTS
     assert slots.tolist() == [images[name] for name in batch.report.sources]
     assert len(batch.prompt.images) == slots.sum()
-
-
-def test_stage_3_prompts_are_not_closed_and_targets_are_theirs(tmp_path, tiny_tokenizer):
-    module = instruction(tmp_path, tiny_tokenizer)
-    batch = module.train_dataset[range(10)]
     assert not (batch.prompt.ids == module.encoder.tokenizer.eos_id).any()
     for target, source, name in zip(batch.targets, batch.report.sources, batch.report.samples, strict=True):
         number = int(name[-5:]) + (source == "edit")
@@ -183,9 +172,9 @@ def test_edit_captions_are_emptied_as_often_as_asked(tmp_path, tiny_tokenizer, p
     module = instruction(
         tmp_path, tiny_tokenizer, edit_caption_drop=probability, constructed=Source(), captions=Source()
     )
-    batch = module.train_dataset[range(200)]
+    batch = module.train_dataset[range(100)]
     emptied = (batch.prompt.ids[:, 1] == module.encoder.tokenizer.image_id).float().mean()
-    assert abs(emptied - probability) < (0.1 if probability == 0.5 else 1e-9)
+    assert abs(emptied - probability) < (0.15 if probability == 0.5 else 1e-9)
 
 
 def test_choices_inside_a_sample_change_from_epoch_to_epoch(tmp_path, tiny_tokenizer):
@@ -210,15 +199,20 @@ def test_released_rows_without_anything_before_the_object_are_filtered(tmp_path,
     counter.add(report)  # filtered samples never stop a run
 
 
-def test_filters_of_stage_3(tmp_path, tiny_tokenizer):
-    options = {"constructed": Source(), "edit": Source(), "validation_samples": 1}
-    with pytest.raises(DataError, match="image_too_small"):
-        instruction(tmp_path / "a", tiny_tokenizer, min_image_side=17, **options).train_dataset[[0]]
-    with pytest.raises(DataError, match="caption_too_long"):
-        instruction(tmp_path / "b", tiny_tokenizer, max_pieces=2, **options).train_dataset[[0]]
-    module = instruction(tmp_path / "c", tiny_tokenizer, captions=Source(), edit=Source())
-    module.encoder.max_length = 10
-    with pytest.raises(DataError, match="prompt_too_long"):
+@pytest.mark.parametrize(
+    ("source", "options", "reason"),
+    [
+        ("captions", {"min_image_side": 17}, "image_too_small"),
+        ("captions", {"max_pieces": 2}, "caption_too_long"),
+        ("constructed", {}, "prompt_too_long"),
+    ],
+)
+def test_filters_of_stage_3(tmp_path, tiny_tokenizer, source, options, reason):
+    others = {name: Source() for name in ("constructed", "edit", "captions") if name != source}
+    module = instruction(tmp_path, tiny_tokenizer, **others, **options)
+    if reason == "prompt_too_long":
+        module.encoder.max_length = 10
+    with pytest.raises(DataError, match=reason):
         module.train_dataset[[0]]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from datamodules.alignment import ClipTokens
 from datamodules.sample import CaptionSample, ConstructedSample, EditSample, Entity, InterleavedSample, TextSample
 from datamodules.shard_writer import ShardWriter
-from datamodules.shards import find_tars, index_shards, write_listing
+from datamodules.shards import find_tars, index_shard, write_listing
 from kosmosg.image_processing import ClipImageTransform
 from kosmosg.prompt import PromptEncoder
 from kosmosg.tokenizer import Tokenizer
@@ -83,7 +84,7 @@ def write_members(path: Path, groups: list[tuple[str, dict[str, bytes]]], listed
 
 def index(folder: Path) -> str:
     """Lists the tars of a folder, as `kosmosg data index` does."""
-    write_listing(folder, list(index_shards([str(path) for path in find_tars(str(folder))])))
+    write_listing(folder, [index_shard(str(path)) for path in find_tars(str(folder))])
     return str(folder)
 
 
@@ -96,10 +97,12 @@ def clip() -> ClipTokens:
     return ClipTokens(clip_tokenize)
 
 
+clip_tokenizer = cache(tiny.clip_tokenizer)
+
+
 def clip_tokenize(texts: list[str]) -> torch.Tensor:
     """CLIP ids, 77 positions."""
-    tokenizer = tiny.clip_tokenizer()
-    return torch.tensor(tokenizer(list(texts), padding="max_length", truncation=True, max_length=77).input_ids)
+    return torch.tensor(clip_tokenizer()(list(texts), padding="max_length", truncation=True, max_length=77).input_ids)
 
 
 class RecordedDraws:

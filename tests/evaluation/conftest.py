@@ -1,4 +1,4 @@
-"""The tiny world of evaluation, written once a session."""
+"""Fixtures of the tiny world, written once per session."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def encoders_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(
     dreambench_folder: Path, coco_folder: Path, encoders_folder: Path, tiny_stable_diffusion: Path, tiny_model: Path
 ) -> list[str]:
-    """Toyland's own evaluation, pointed at the tiny world; what is missing is `output`."""
+    """Toyland's evaluation on the tiny world, complete except for `output`."""
     folder = REPOSITORY / "configs" / "toyland"
     return [
         str(folder / "evaluation.yaml"),

@@ -1,9 +1,8 @@
-"""FID and KID equal their definitions and recorded figures; the real side's features are computed once."""
+"""FID and KID equal their definitions and recorded values; features of real images are computed once."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from evaluation.protocols.protocol import KID, CocoProtocol, FeatureNetwork
 from evaluation.run import evaluate
 from evaluation.scores import encoders
 from evaluation.scores.bootstrap import Bootstrap, fid_interval
-from evaluation.scores.distribution import fid, kept_features, kid
+from evaluation.scores.distribution import cached_features, fid, kid
 from evaluation.scores.metric import Context
 from evaluation.scores.results import Score, score_images
 from kosmosg.config import load_config
@@ -38,7 +37,7 @@ def scipy_fid(real: np.ndarray, made: np.ndarray) -> float:
 
 def test_fid_equals_scipy() -> None:
     generator = torch.Generator().manual_seed(0)
-    # Large, so that a result that was rounded to single precision on its way would be off by more than is allowed.
+    # Large values, so that rounding to single precision anywhere exceeds the tolerance.
     real = torch.randn(300, 16, generator=generator) * 30
     made = torch.randn(200, 16, generator=generator) * 40 + 5
     assert fid(real, made) == pytest.approx(scipy_fid(real.double().numpy(), made.double().numpy()), abs=1e-6)
@@ -57,8 +56,8 @@ def test_fid_interval_surrounds_the_value_and_narrows() -> None:
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.35), "the spread falls with the root of n"
 
 
-def test_fid_replicates_are_fids_of_the_drawn_rows() -> None:
-    """The symmetric form used for speed gives the textbook number: with one row drawn over, the spread is nought."""
+def test_fid_interval_equals_the_textbook_formula() -> None:
+    """FID of each resample, although the interval uses a faster symmetric form."""
     generator = torch.Generator().manual_seed(0)
     real, made = torch.randn(50, 4, generator=generator).double(), torch.randn(40, 4, generator=generator).double()
     rng = np.random.default_rng(5)
@@ -84,36 +83,36 @@ def direct_kid(real: np.ndarray, made: np.ndarray) -> float:
     return within / (n * (n - 1)) - 2 * between / n**2
 
 
-def test_kid_of_everything_is_its_definition() -> None:
+def test_kid_of_all_images_equals_its_definition() -> None:
     real, made = features()
     real = real[:MADE]
     mean, deviation = kid(real, made, KID(subsets=3, subset_size=MADE))
     assert mean == pytest.approx(direct_kid(real.double().numpy(), made.double().numpy()), abs=1e-9)
-    assert deviation == pytest.approx(0, abs=1e-9), "each subset is the whole"
+    assert deviation == pytest.approx(0, abs=1e-9), "each subset has all images"
 
 
 def formula(rows: int, step: float, scale: float, shift: float) -> torch.Tensor:
-    """Features that any program can make, rows × 8."""
+    """Return reproducible features, rows × 8."""
     at = np.arange(rows * 8, dtype=np.float64).reshape(rows, 8)
     return torch.from_numpy(scale * np.sin(step * at**1.5) + shift * np.cos(np.arange(8)))
 
 
-def test_fid_and_kid_are_the_recorded_figures() -> None:
-    """Of fixed features, as the textbook formulas give them in double precision (FID with scipy's matrix root, which is
-    pytorch-fid's arithmetic; KID over all pairs)."""
+def test_fid_and_kid_equal_recorded_values() -> None:
+    """Recorded from the textbook formulas in double precision: FID with scipy's matrix root, as in pytorch-fid, and KID
+    over all pairs."""
     real, made = formula(300, 0.7310585, 2.0, 0.5), formula(240, 0.5772157, 1.5, 0.8)
     assert fid(real, made) == pytest.approx(1.4574124557510224, rel=1e-13)
     value, deviation = kid(real[:240], made, KID(subsets=2, subset_size=240))
     assert value == pytest.approx(0.3221473183450074, rel=1e-13) and deviation < 1e-14
 
 
-def test_subsets_are_drawn_by_the_protocols_seed_alone() -> None:
+def test_kid_subsets_depend_only_on_the_protocols_seed() -> None:
     real, made = features()
     drawn = KID(subsets=4, subset_size=10, seed=3)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = kid(real, made, drawn)
-    assert torch.equal(torch.get_rng_state(), before), "the caller's random state is left alone"
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random state is unchanged"
     torch.manual_seed(2)
     assert kid(real, made, drawn) == first
     torch.manual_seed(3)
@@ -125,16 +124,14 @@ def test_subsets_are_drawn_by_the_protocols_seed_alone() -> None:
     assert kid(real, made, KID(4, 10, seed=4)) != first
 
 
-def test_scorer_gives_fid_and_kid_of_the_right_sides(tmp_path: Path) -> None:
-    """Generated images and real photos go through encoders of their own."""
+def test_generated_and_real_images_have_separate_encoders(tmp_path: Path) -> None:
     real, made = features()
     photos = [Item(tmp_path / f"r{i}", str(i), "", real=True) for i in range(MADE)]
     images = [Item(tmp_path / f"g{i}", str(i), "") for i in range(MADE)]
 
     def scores_of(protocol: CocoProtocol, items: list[Item]) -> dict[str, Score]:
         networks = {"fid_real": lambda files: real[: len(files)], "fid_generated": lambda files: made}
-        benchmark = SimpleNamespace(protocol=protocol)
-        context = Context(networks, Bootstrap(fid_replicates=5), benchmark, lambda: real)  # type: ignore[arg-type]
+        context = Context(networks, Bootstrap(fid_replicates=5), protocol, lambda: real)
         return {score.metric: score for score in score_images("coco", "p@1#0", context, "System", items)[0]}
 
     protocol = CocoProtocol(captions=MADE, fid=FeatureNetwork("w"), kid=KID(subsets=6, subset_size=10))
@@ -151,7 +148,7 @@ def test_scorer_gives_fid_and_kid_of_the_right_sides(tmp_path: Path) -> None:
     assert list(scores_of(replace(protocol, kid=None), images)) == ["fid"]
 
 
-def test_interval_of_kid_covers_a_subset_about_as_often_as_it_says() -> None:
+def test_interval_of_kid_covers_most_subsets() -> None:
     rng = np.random.default_rng(0)
     real, made = rng.normal(0, 1, (400, 4)), rng.normal(0, 1.1, (400, 4))
     value, deviation = kid(torch.from_numpy(real), torch.from_numpy(made), KID(subsets=200, subset_size=50))
@@ -163,8 +160,8 @@ def test_interval_of_kid_covers_a_subset_about_as_often_as_it_says() -> None:
 KEY = {"protocol": "coco/x@1#aaaa", "data": "d", "weights": "w"}
 
 
-def test_features_of_the_real_side_are_kept(tmp_path: Path) -> None:
-    """For the same protocol, data and weights; a damaged file is written anew."""
+def test_features_of_real_images_are_cached(tmp_path: Path) -> None:
+    """For the same protocol, data and weights; damaged files are replaced."""
     calls: list[int] = []
 
     def features_of(**changed: str) -> torch.Tensor | None:
@@ -172,7 +169,7 @@ def test_features_of_the_real_side_are_kept(tmp_path: Path) -> None:
             calls.append(len(calls))
             return torch.full((6, 4), float(calls[-1]))
 
-        return kept_features(tmp_path, KEY | changed, compute, Processes())
+        return cached_features(tmp_path, KEY | changed, compute, Processes())
 
     first = features_of()
     assert torch.equal(features_of(), first) and len(calls) == 1
@@ -187,7 +184,7 @@ def test_features_of_the_real_side_are_kept(tmp_path: Path) -> None:
     assert features_of() is not None and len(calls) == 6
 
 
-def test_second_evaluation_looks_at_no_reference(
+def test_second_evaluation_reads_no_reference_image(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
@@ -200,22 +197,13 @@ def test_second_evaluation_looks_at_no_reference(
     results = []
     for output in ("first", "second"):
         read.clear()
-        config = load_config(
-            [
-                *arguments,
-                "dreambench=null",
-                "coco.kid={subsets: 5, subset_size: 4, seed: 0}",
-                f"reference_features={tmp_path / 'kept'}",
-                f"output={tmp_path / output}",
-            ],
-            EvaluationConfig,
-        )
+        options = ["dreambench=null", "coco.kid={subsets: 5, subset_size: 4, seed: 0}"]
+        options += [f"reference_features={tmp_path / 'kept'}", f"output={tmp_path / output}"]
+        config = load_config([*arguments, *options], EvaluationConfig)
         references = set(Coco(config.protocols()["coco"], config.folder_of("coco")).references())
         evaluate(config, Console(quiet=True))
-        assert (references <= set(read)) == (output == "first") and (references & set(read) == set()) == (
-            output != "first"
-        )
-        assert read, "generated images are looked at both times"
+        assert references & set(read) == (references if output == "first" else set())
+        assert read, "generated images are read both times"
         results.append(json.loads((tmp_path / output / "results.json").read_text()))
     assert results[0] == results[1]
     kid = [row for row in results[0] if row["metric"] == "kid"]

@@ -1,4 +1,4 @@
-"""A new metric is a class and a word in a table: everything that shows numbers has it then."""
+"""A new metric needs a class and an entry in METRICS to appear in all outputs."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ class Brightness(Metric):
         return [Row(item, "", 100 * np.asarray(read_image(item.file)).mean() / 255) for item in items if item.text]
 
 
-def test_a_metric_is_one_class_and_one_word(
+def test_a_new_metric_appears_everywhere(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(METRICS, "dreambench", (*METRICS["dreambench"], Brightness))

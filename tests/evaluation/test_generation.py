@@ -1,4 +1,4 @@
-"""Images are made once, whatever kills the process, and never mixed with images that were made otherwise."""
+"""Images are generated once, despite kills, and never mixed with images of other parameters."""
 
 import fcntl
 import hashlib
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from evaluation.images.generation import LOCK, MANIFEST, Batch, GenerationError, System, generate
+from evaluation.images.generation import LOCK, MANIFEST, Batch, System, generate
 from evaluation.processes import Processes
-from evaluation.protocols.benchmark import Request, image_seed
+from evaluation.protocols.benchmark import EvaluationError, Request, image_seed
 from evaluation.protocols.protocol import Sampling
 from kosmosg import files
 
@@ -23,11 +23,11 @@ COUNT, BATCH = 10, 4
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
+    """A signal, which no code catches."""
 
 
 def draw(batch: Batch, sampling: Sampling) -> list[Image.Image]:
-    """Pixels that depend on prompt, input images and seed."""
+    """Return pixels that depend on prompt, input images and seed."""
     images = []
     for prompt, inputs, seed in zip(batch.prompts, batch.images, batch.seeds, strict=True):
         generator = torch.Generator().manual_seed(seed + len(prompt) + sum(image.size[0] for image in inputs))
@@ -40,7 +40,7 @@ SYSTEM = System("double", lambda: draw, "m", reads_images=True)
 
 
 def recording(seen: list[Batch], **changes) -> System:
-    """The double, which notes what it is asked."""
+    """Return the fake system, which appends its batches to `seen`."""
     return replace(SYSTEM, load=lambda: lambda batch, sampling: seen.append(batch) or draw(batch, sampling), **changes)
 
 
@@ -54,7 +54,7 @@ def requests(tmp_path: Path) -> list[Request]:
 
 
 def run(folder: Path, requests: list[Request], system: System = SYSTEM, processes: Processes | None = None) -> Path:
-    """Makes the images, and gives their folder."""
+    """Generate the images and return their folder."""
     options = {"inputs_folder": folder, "batch_size": BATCH, "processes": processes, "console": Console(quiet=True)}
     files = generate(system, requests, SAMPLING, folder / "made", **options)
     assert files == {i: folder / "made" / "images" / f"{i:06d}.png" for i in range(len(requests))}
@@ -62,13 +62,13 @@ def run(folder: Path, requests: list[Request], system: System = SYSTEM, processe
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize(("storage", "suffix"), [("memory", "png"), ("png", "png"), ("jpeg", "jpg")])
 def test_storage(tmp_path: Path, requests: list[Request], storage, suffix: str) -> None:
-    """Only JPEG changes pixels; each is known again by what it carries, also without a manifest."""
+    """Only JPEG changes pixels; files are recognized by their parameters without a manifest."""
     sampling, seen = replace(SAMPLING, storage=storage, image_size=64), []
     (drawn,) = draw(Batch([requests[0].prompt], [[Image.new("RGB", (5, 5))]], [requests[0].seed]), sampling)
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_storage(tmp_path: Path, requests: list[Request], storage, suffix: str) 
         assert (image.tobytes() == drawn.tobytes()) == (storage != "jpeg")
 
 
-def test_rows_tell_everything(tmp_path: Path, requests: list[Request]) -> None:
+def test_manifest_has_all_parameters(tmp_path: Path, requests: list[Request]) -> None:
     folder = run(tmp_path, requests)
     rows = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(COUNT))
@@ -104,8 +104,8 @@ def test_rows_tell_everything(tmp_path: Path, requests: list[Request]) -> None:
 def test_killed_at_any_point(
     tmp_path: Path, requests: list[Request], monkeypatch: pytest.MonkeyPatch, after: bool, number: int
 ) -> None:
-    """While an image is written, or once it is: batches that were interrupted are asked again as a whole, as results
-    depend on the batch in their last bits."""
+    """While an image is written, or after it. Interrupted batches are recomputed as a whole, because results depend on
+    the batch in their last bits."""
     whole, seen = content(run(tmp_path, requests)), []
     shutil.rmtree(tmp_path / "made")
     flush = files.flush
@@ -120,7 +120,7 @@ def test_killed_at_any_point(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(files, "flush", kill)
-        patch.setattr(files, "remove", lambda path: None)  # nothing cleans up after a signal
+        patch.setattr(files, "remove", lambda path: None)  # a signal prevents clean-up
         run(tmp_path, requests)
     left = [path for path in (tmp_path / "made" / "images").iterdir() if not path.name.startswith(".")]
     assert len(left) == number + after and not (tmp_path / "made" / MANIFEST).exists()
@@ -131,7 +131,7 @@ def test_killed_at_any_point(
     ]
 
 
-def test_nothing_missing_loads_no_model(tmp_path: Path, requests: list[Request]) -> None:
+def test_complete_folder_loads_no_model(tmp_path: Path, requests: list[Request]) -> None:
     def fail():
         raise AssertionError("no image is missing")
 
@@ -150,8 +150,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_changed_is_made_anew(tmp_path: Path, requests: list[Request], change: str) -> None:
-    """An image is scored against the request that it was made for, whatever somebody has done to the folder."""
+def test_changed_images_are_regenerated(tmp_path: Path, requests: list[Request], change: str) -> None:
     folder, seen = run(tmp_path, requests), []
     whole = content(folder)
     rows = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
@@ -161,7 +160,7 @@ def test_what_was_changed_is_made_anew(tmp_path: Path, requests: list[Request], 
     assert [batch.seeds[1] for batch in seen] == [requests[5].seed]
 
 
-def test_a_damaged_manifest_is_written_anew(tmp_path: Path, requests: list[Request]) -> None:
+def test_a_damaged_manifest_is_rewritten(tmp_path: Path, requests: list[Request]) -> None:
     folder, seen = run(tmp_path, requests), []
     whole = content(folder)
     (folder / MANIFEST).write_text('{"index": 0}\n[]\n{"torn')
@@ -169,7 +168,7 @@ def test_a_damaged_manifest_is_written_anew(tmp_path: Path, requests: list[Reque
 
 
 @pytest.mark.parametrize("change", [{"model": "n"}, {"reads_images": False}])
-def test_images_of_another_model_are_not_taken(tmp_path: Path, requests: list[Request], change: dict) -> None:
+def test_images_of_another_model_are_not_reused(tmp_path: Path, requests: list[Request], change: dict) -> None:
     seen: list[Batch] = []
     run(tmp_path, requests)
     run(tmp_path, requests, recording(seen, **change))
@@ -178,12 +177,12 @@ def test_images_of_another_model_are_not_taken(tmp_path: Path, requests: list[Re
         assert seen[0].prompts[0] == "a dog number 0" and seen[0].images[0] == []
 
 
-def test_a_folder_is_of_one_launch(tmp_path: Path, requests: list[Request]) -> None:
-    """Also where the first process of a launch is dead and another still writes."""
+def test_a_folder_is_locked_by_one_launch(tmp_path: Path, requests: list[Request]) -> None:
+    """Also if rank 0 of the other launch is dead but another rank still writes."""
     folder = run(tmp_path, requests)
     with (folder / LOCK).open("a+") as left_behind:
         fcntl.flock(left_behind, fcntl.LOCK_SH)
-        with pytest.raises(GenerationError, match="another process is generating"):
+        with pytest.raises(EvaluationError, match="another process is generating"):
             run(tmp_path, requests)
     run(tmp_path, requests)
 

@@ -1,4 +1,4 @@
-"""FID's Inception-v3 gives the recorded features; weights that are not its own are refused."""
+"""FID's Inception-v3 equals recorded features; other weights are refused."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from evaluation import inception
 from evaluation.config import EvaluationConfig
 from evaluation.images.provenance import hash_encoder
 from evaluation.inception import InceptionV3
-from evaluation.processes import Processes, Sharing
+from evaluation.processes import Batching, Processes
 from evaluation.protocols.benchmark import EvaluationError, read_image
 from evaluation.protocols.protocol import FeatureNetwork, Resize
 from evaluation.scores.encoders import InceptionFeatures, load_networks, resize
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 
 
 def formula_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """golden/inception/README.md, "Weights"."""
+    """Return the weights described in golden/inception/README.md."""
     state = {}
     for i, (name, shape) in enumerate(sorted(shapes.items())):
         n = torch.arange(math.prod(shape), dtype=torch.float64)
@@ -62,7 +62,7 @@ def network(weights: dict[str, Tensor]) -> InceptionV3:
 
 
 def deviations(network: InceptionV3, recorded: Path) -> Iterator[float]:
-    """Largest absolute difference to each recorded output."""
+    """Yield the largest absolute difference to each recorded output."""
     inputs, outputs = load_file(recorded / "inputs.safetensors"), load_file(recorded / "outputs.safetensors")
     for name, images in inputs.items():
         for feature, values in network(images).items():
@@ -72,7 +72,7 @@ def deviations(network: InceptionV3, recorded: Path) -> Iterator[float]:
     assert not outputs, "every recorded output is compared"
 
 
-def test_features_are_the_recorded_ones(network: InceptionV3, recorded: Path) -> None:
+def test_features_equal_recorded_ones(network: InceptionV3, recorded: Path) -> None:
     assert max(deviations(network, recorded)) < TOLERANCE
 
 
@@ -87,14 +87,16 @@ def counting(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "change", ["half-pixel resize", "padding counted", "average in Mixed_7c", "eps of 1e-5", "scale of 127.5"]
 )
-def test_other_semantics_are_told_apart(weights, recorded: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_other_semantics_change_the_features(
+    weights, recorded: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     network = InceptionV3(weights)
     if change == "half-pixel resize":
         monkeypatch.setattr(inception, "resize_tensorflow1", half_pixel)
     elif change == "padding counted":
         monkeypatch.setitem(inception.POOLS, "average", counting)
     elif change == "average in Mixed_7c":
-        monkeypatch.setitem(inception.POOLS, "maximum", inception.average)
+        monkeypatch.setitem(inception.POOLS, "maximum", inception.POOLS["average"])
     elif change == "eps of 1e-5":
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -105,8 +107,7 @@ def test_other_semantics_are_told_apart(weights, recorded: Path, monkeypatch: py
     assert any(apart > 3 * TOLERANCE for apart in deviations(network, recorded))
 
 
-def test_images_of_any_size_in_one_batch(weights, network: InceptionV3, tmp_path: Path) -> None:
-    """Features of each image alone, in order, though images of one size are looked at together."""
+def test_a_batch_can_have_several_sizes(weights, network: InceptionV3, tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file(weights, file)
     images = [tiny_world.picture(1), tiny_world.picture(2).resize((80, 50)), tiny_world.picture(3)]
@@ -118,7 +119,9 @@ def test_images_of_any_size_in_one_batch(weights, network: InceptionV3, tmp_path
     assert (found[0] - found[2]).abs().max() > 1e-4
 
 
-def test_each_side_has_its_own_resize(weights, network, encoders_folder: Path, coco_folder: Path, tmp_path) -> None:
+def test_real_and_generated_images_have_separate_resizes(
+    weights, network, encoders_folder: Path, coco_folder: Path, tmp_path
+) -> None:
     file, photo = tmp_path / "weights.pth", next((coco_folder / "val2014").iterdir())
     torch.save(weights, file)
     arguments = ["coco.real_resize.size=40", "coco.generated_resize={size: 32, library: pil, antialias: true}"]
@@ -132,32 +135,32 @@ def test_each_side_has_its_own_resize(weights, network, encoders_folder: Path, c
         EvaluationConfig,
     )
     assert config.coco is not None
-    sharing = Sharing(Processes(), batch_size=4, console=Console(quiet=True))
-    options = (config.encoder_path, torch.device("cpu"), sharing, tmp_path / "unused")
+    batching = Batching(Processes(), batch_size=4, console=Console(quiet=True))
+    options = (config.encoder_path, torch.device("cpu"), batching, tmp_path / "unused")
     networks = load_networks("coco", config.coco, *options)
-    for name, stated in (
+    for name, settings in (
         ("fid_real", Resize(40, "tensor", "bilinear", False)),
         ("fid_generated", Resize(32, "pil", "bilinear", True)),
     ):
-        pixels = torch.from_numpy(np.array(resize(read_image(photo), stated))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(resize(read_image(photo), settings))).permute(2, 0, 1)
         assert torch.allclose(networks[name]([photo])[0], network(pixels[None])["2048"][0], atol=1e-5)
     assert (networks["fid_real"]([photo]) - networks["fid_generated"]([photo])).abs().max() > 1e-4
 
 
-def test_hash_is_the_files_own(tmp_path: Path) -> None:
-    """Whatever the file is called, and as published sums are."""
+def test_hash_of_a_file_is_its_sha256(tmp_path: Path) -> None:
+    """Whatever its name, so that it equals the published sum."""
     for name in ("pt_inception.pth", "weights-inception.pth"):
         (tmp_path / name).write_bytes(b"abc")
         assert hash_encoder(tmp_path / name) == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_never_trains(network: InceptionV3) -> None:
+def test_stays_in_eval_mode(network: InceptionV3) -> None:
     assert not network.train().training and not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_weights_come_from_a_file(weights, network: InceptionV3, tmp_path: Path, suffix: str) -> None:
+def test_weights_load_from_a_file(weights, network: InceptionV3, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"weights.{suffix}"
     torch.save(weights, file) if suffix == "pth" else save_file(weights, file)
     loaded = InceptionV3(file).state_dict()
@@ -170,16 +173,19 @@ def test_other_weights_are_refused(weights, tmp_path: Path) -> None:
     del changed["Mixed_7c.branch_pool.bn.bias"]
     with pytest.raises(EvaluationError) as error:
         InceptionV3(changed)
-    for told in (
+    for message in (
         'Missing key(s) in state_dict: "Mixed_7c.branch_pool.bn.bias"',
         'Unexpected key(s) in state_dict: "AuxLogits.fc.bias"',
         "size mismatch for fc.weight",
     ):
-        assert told in str(error.value)
+        assert message in str(error.value)
     with pytest.raises(EvaluationError, match=r"there is no weight file '.*nowhere\.pth'"):
         InceptionV3(tmp_path / "nowhere.pth")
-    for name, content in (("a.pth", b"no weights"), ("b.safetensors", b"no weights"), ("c.pth", b"")):
-        (tmp_path / name).write_bytes(content)
+    for name, content in (("a.pth", b"no weights"), ("b.safetensors", b"no weights"), ("c.pth", b""), ("d.pth", None)):
+        if content is None:  # pickled code, which is not run
+            torch.save({"a": Path("x")}, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
         with pytest.raises(EvaluationError, match="cannot be read as weights"):
             InceptionV3(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pth")
@@ -187,13 +193,7 @@ def test_other_weights_are_refused(weights, tmp_path: Path) -> None:
         InceptionV3(tmp_path / "list.pth")
 
 
-def test_pickled_code_is_not_run(tmp_path: Path) -> None:
-    torch.save({"a": Path("x")}, tmp_path / "code.pth")
-    with pytest.raises(EvaluationError, match="cannot be read as weights"):
-        InceptionV3(tmp_path / "code.pth")
-
-
 def test_other_inputs_are_refused(network: InceptionV3) -> None:
     for images in [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)]:
-        with pytest.raises(ValueError, match="images are uint8 N×3×H×W"):
+        with pytest.raises(ValueError, match="images must be uint8 N×3×H×W"):
             network(images)

@@ -1,4 +1,4 @@
-"""What the judge's columns say, against values computed by hand; labels that it does not know."""
+"""The judge's metrics against values computed by hand; labels that it does not know are refused."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import ResNetForImageClassification
 
-from evaluation.protocols.benchmark import Crop, DataSetError, EvaluationError, Item, Slot, read_image
+from evaluation.protocols.benchmark import Crop, EvaluationError, Item, Slot, read_image
 from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import DreamBenchProtocol, Encoder, Sampling, identity
 from evaluation.scores.bootstrap import Bootstrap
@@ -19,6 +19,7 @@ from evaluation.scores.encoders import JudgeEncoder
 from evaluation.scores.judge import Identity, Judge
 from evaluation.scores.metric import Context
 from evaluation.scores.results import columns, score_images
+from tests.evaluation.test_datasets import change_facts
 
 BOOTSTRAP = Bootstrap(replicates=200)
 PROTOCOL = DreamBenchProtocol(name="dreambench/tiny", facts="dreambench.json", images_per_prompt=1)
@@ -30,71 +31,62 @@ LABELS = (
     ("light", "none"),
     ("light", "night"),
 )
-SEEN = {  # image: logits by LABELS, then a feature of two numbers
+LOGITS = {  # image: logits by LABELS, then a feature of two numbers
     "own": [2, 1, 0, 1, 1, 0, 1.0, 0.0],
     "other": [2, 1, 0, 1, 1, 0, 0.0, 1.0],
-    "night": [2, 1, 0, 1, 0, 1, 0.9, 0.5],  # a blue cat at night, that cat
-    "day": [2, 1, 0, 1, 1, 0, 0.5, 0.9],  # a blue cat, another
-    "red": [1, 2, 1, 0, 1, 0, 9.0, 1.0],  # a red dog, and yet with that cat's feature
+    "night": [2, 1, 0, 1, 0, 1, 0.9, 0.5],  # that cat, blue, at night
+    "day": [2, 1, 0, 1, 1, 0, 0.5, 0.9],  # another blue cat
+    "red": [1, 2, 1, 0, 1, 0, 9.0, 1.0],  # a red dog with that cat's feature
 }
-A, B, C = (Path(name) for name in ("night", "day", "red"))
-
-
-def blank(files) -> torch.Tensor:
-    return torch.zeros(len(files), 32 * 32 * 3)
+NIGHT, DAY, RED = (Path(name) for name in ("night", "day", "red"))
 
 
 def judge() -> Judge:
-    return Judge(lambda files: torch.tensor([SEEN[str(file)] for file in files]), LABELS)
-
-
-def images() -> list[Item]:
-    cat = {"kind": "cat", "colour": "blue"}
-    shown = {"given": Path("own"), "others": (Path("other"),)}
-    at_night = {"labels": cat | {"light": "night"}, "words": {"light": "night"}, "group": "a {} at night"}
-    recoloured = {"colour": "red", "light": "none"}
-    return [
-        Item(A, "cat", "", **at_night, **shown),
-        Item(B, "cat", "", **at_night, **shown),
-        Item(C, "tom", "", labels=cat | recoloured, words=recoloured, group="a red {}", **shown),
-        Item(B, "tom", "", group="a {}"),  # nothing is known of what it should show
-    ]
+    return Judge(lambda files: torch.tensor([LOGITS[str(file)] for file in files]), LABELS)
 
 
 def test_values_by_hand() -> None:
-    context = Context({"judge": judge(), "pixels": blank}, BOOTSTRAP)
-    scores, samples = score_images("dreambench", "p@1#0", context, "S", images())
+    cat, given = {"kind": "cat", "colour": "blue"}, {"given": Path("own"), "others": (Path("other"),)}
+    at_night = {"labels": cat | {"light": "night"}, "words": {"light": "night"}, "group": "a {} at night"}
+    recoloured = {"colour": "red", "light": "none"}
+    items = [
+        Item(NIGHT, "cat", "", **at_night, **given),
+        Item(DAY, "cat", "", **at_night, **given),
+        Item(RED, "tom", "", labels=cat | recoloured, words=recoloured, group="a red {}", **given),
+        Item(DAY, "tom", "", group="a {}"),  # without labels
+    ]
+    blank = {"pixels": lambda files: torch.zeros(len(files), 32 * 32 * 3)}
+    scores, samples = score_images("dreambench", "p@1#0", Context({"judge": judge(), **blank}, BOOTSTRAP), "S", items)
     scores = [score for score in scores if score.table == "dreambench"]
-    found = {score.metric: (score.value, score.n) for score in scores}
-    assert found == {
+    assert {score.metric: (score.value, score.n) for score in scores} == {
         "kind": (pytest.approx(2 / 3), 3),
-        "colour": (1.0, 3),  # the words' colour stands before the subject's
+        "colour": (1.0, 3),  # the prompt's colour overrides the subject's
         "identity": (pytest.approx(2 / 3), 3),
         "words": (pytest.approx(2 / 3), 3),
     }
     words = [(str(sample.item.file), sample.against, sample.score) for sample in samples if sample.metric == "words"]
     assert words == [("night", "light: night", 1), ("day", "light: night", 0), ("red", "colour: red, light: none", 1)]
-    identities = next(score for score in scores if score.metric == "identity")
-    assert (identities.low, identities.high) == (0.5, 1.0), "over subjects: the cat's half and tom's whole"
+    (score,) = [score for score in scores if score.metric == "identity"]
+    assert (score.low, score.high) == (0.5, 1.0), "over subjects: 0.5 for the cat and 1 for tom"
 
 
-def test_nearness_to_another_as_great_as_to_its_own_is_no_identity() -> None:
+def test_a_tie_with_another_individual_is_no_identity() -> None:
     own, other = Path("own"), Path("other")
     items = [Item(own, "cat", "", given=own, others=others) for others in ((other,), (own,))]
     assert [row.value for row in Identity(Context({"judge": judge()})).score(items)] == [True, False]
 
 
-def test_halves_are_judged_by_hand() -> None:
-    """Two images of a cat and a dog: one as asked but with another cat, one with the two in each other's place."""
+def test_pairs_by_hand() -> None:
+    """A cat and a dog: with another cat, swapped, and with the cat twice."""
     cat, other, dog = [2, 1, 0, 1, 1, 0, 1.0, 0.0], [2, 1, 0, 1, 1, 0, 0.2, 0.9], [1, 2, 0, 1, 1, 0, 0.9, 0.2]
     halves = ((0.0, 0.0, 1.0, 1.0), (1.0, 0.0, 2.0, 1.0))
-    seen = {Path(name): logits for name, logits in SEEN.items()}
-    for file, shown in ((A, (other, dog)), (B, (dog, cat)), (C, (cat, cat))):
-        seen |= {Crop(file, box): logits for box, logits in zip(halves, shown, strict=True)}
-    looking = Judge(lambda files: torch.tensor([seen[file] for file in files]), LABELS)
+    logits = {Path(name): row for name, row in LOGITS.items()}
+    for file, shown in ((NIGHT, (other, dog)), (DAY, (dog, cat)), (RED, (cat, cat))):
+        logits |= {Crop(file, box): row for box, row in zip(halves, shown, strict=True)}
+    pair_judge = Judge(lambda files: torch.tensor([logits[file] for file in files]), LABELS)
     slots = tuple(Slot(box, k, Path("own"), (Path("other"),)) for box, k in zip(halves, ("cat", "dog"), strict=True))
-    pairs = [Item(file, "cat + dog", "", slots=slots) for file in (A, B, C)]
-    scores, samples = score_images("dreambench", "p@1#0", Context({"judge": looking}, BOOTSTRAP), "S", pairs)
+    pairs = [Item(file, "cat + dog", "", slots=slots) for file in (NIGHT, DAY, RED)]
+    scores, samples = score_images("dreambench", "p@1#0", Context({"judge": pair_judge}, BOOTSTRAP), "S", pairs)
     assert {(score.table, score.metric): (score.value, score.n) for score in scores} == {
         ("pairs", "pair_kind"): (0.5, 6),
         ("pairs", "pair_identity"): (pytest.approx(5 / 6), 6),
@@ -106,8 +98,8 @@ def test_halves_are_judged_by_hand() -> None:
     assert headings == ["Kind ↑", "Identity ↑", "Swapped ↓", "Missing ↓"]
 
 
-def test_parts_of_images_are_read(dreambench_folder: Path, tmp_path: Path) -> None:
-    """Two subjects stand low in the left and right half; outside of an image, its nearest pixel is read."""
+def test_crops(dreambench_folder: Path, tmp_path: Path) -> None:
+    """Two subjects are in the lower left and right half; boxes outside of an image read its nearest pixel."""
     pixels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
     image = Image.fromarray(np.stack([pixels // 32, pixels % 32, 0 * pixels], axis=-1).astype(np.uint8))
     image.save(file := tmp_path / "a.png")
@@ -120,7 +112,7 @@ def test_parts_of_images_are_read(dreambench_folder: Path, tmp_path: Path) -> No
     assert read_image(Crop(file, (40, -3, 40, 0.2))).getpixel((0, 0)) == (0, 31, 0)
 
 
-def test_pairs_are_asked_for_after_all_else(dreambench_folder: Path) -> None:
+def test_pairs_are_requested_last_and_only_with_a_judge(dreambench_folder: Path) -> None:
     assert all(len(request.inputs) == 1 for request in DreamBench(PROTOCOL, dreambench_folder).requests())
     judged = replace(PROTOCOL, judge=Encoder("j"), images_per_prompt=2)
     dataset = DreamBench(judged, dreambench_folder)
@@ -128,8 +120,8 @@ def test_pairs_are_asked_for_after_all_else(dreambench_folder: Path) -> None:
     assert len(single) == 2 * 9 and (pair.index, again.index) == (18, 19) and pair.seed != again.seed
     assert (pair.prompt, pair.text) == ("<i> and <i> in the snow", "a fish and a dog in the snow")
     assert pair.inputs == ("fish/01.png", "dog/00.png") and pair.unit == "fish + dog"
-    image = dataset.item(again, Path("x"))
-    assert [slot.kind for slot in image.slots] == ["fish", "dog"] and not image.references and not image.text
+    item = dataset.item(again, Path("x"))
+    assert [slot.kind for slot in item.slots] == ["fish", "dog"] and not item.references and not item.text
     assert len(dataset.baselines()["Copy of the input"]) == len(single)
     assert len(DreamBench(replace(judged, max_subjects=1), dreambench_folder).requests()) == 2 * 3
 
@@ -137,37 +129,18 @@ def test_pairs_are_asked_for_after_all_else(dreambench_folder: Path) -> None:
 def test_logits_and_features_are_the_classifiers(encoders_folder: Path, dreambench_folder: Path) -> None:
     folder = encoders_folder / "judge"
     encoder = JudgeEncoder(Encoder(str(folder)), folder, torch.device("cpu"))
-    pixels = [read_image(dreambench_folder / "fish" / f"{photo:02d}.png") for photo in range(2)]
+    images = [read_image(dreambench_folder / "fish" / f"{photo:02d}.png") for photo in range(2)]
     classifier = ResNetForImageClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        inputs = encoder.preprocess(pixels)
+        inputs = encoder.preprocess(images)
         logits, maps = classifier(inputs).logits, classifier.resnet(inputs).last_hidden_state
-    assert torch.allclose(encoder.images(pixels), torch.cat([logits, maps.mean((2, 3))], dim=1), atol=1e-6)
+    assert torch.allclose(encoder.images(images), torch.cat([logits, maps.mean((2, 3))], dim=1), atol=1e-6)
     assert encoder.labels[:3] == (("kind", "fish"), ("kind", "dog"), ("colour", "red"))
-    with pytest.raises(EvaluationError, match="is no judge: its id2label has 'LABEL_0'"):
+    with pytest.raises(EvaluationError, match="is not a judge: its id2label has 'LABEL_0'"):
         JudgeEncoder(Encoder(""), encoders_folder / "fid", torch.device("cpu"))
 
 
-def test_images_know_what_they_should_show(dreambench_folder: Path) -> None:
-    dataset = DreamBench(PROTOCOL, dreambench_folder)
-    found = [dataset.item(request, Path("x")) for request in dataset.requests()]
-    assert [image.words for image in found[:3]] == [{"setting": "in the snow"}, {}, {"colour": "red"}]
-    assert found[0].labels == {"kind": "fish", "colour": "blue", "setting": "in the snow"}
-    assert found[2].labels == {"kind": "fish", "colour": "red"}
-    others = tuple(dreambench_folder / "fish" / "others" / name for name in ("00.png", "01.png"))
-    assert found[0].parts == {
-        "kind": ("live", "fish"),
-        "subject": ("fish", "a {} in the snow"),
-        "template": ("a {} in the snow", "fish"),
-        "words": ("setting", "fish"),
-    }
-    assert "words" not in found[1].parts
-    assert found[0].others == others and set(others) < set(dataset.files())
-    assert not {image.file for image in dataset.other_real_images()} & set(others)
-    assert all(image.labels == dataset.subjects[image.unit].labels for image in dataset.other_real_images())
-
-
-def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, tmp_path: Path) -> None:
+def test_facts_without_labels_keep_their_identity(dreambench_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(dreambench_folder, tmp_path / "dreambench")
     with_labels = identity(DreamBench(PROTOCOL, folder).protocol)
     facts = json.loads((folder / "dreambench.json").read_text())
@@ -181,7 +154,7 @@ def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda facts: facts["subjects"]["dog"].update(labels={"kind": "wolf"}),
@@ -194,7 +167,7 @@ def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, 
         ),
         (
             lambda facts: facts["subjects"]["dog"].update(labels={"shape": "round"}),
-            "subject 'dog' has a label of 'shape', but labels of subjects are of: kind, colour, pattern",
+            "subject 'dog' has a label of 'shape'; allowed are: kind, colour, pattern",
         ),
         (
             lambda facts: facts["prompts"]["live"]["labels"].pop(),
@@ -202,7 +175,7 @@ def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, 
         ),
         (
             lambda facts: facts["pairs"]["subjects"].append(["fish", "boat"]),
-            "the pair fish + boat is not of two subjects with labels of two kinds",
+            "the pair fish + boat needs two subjects with different labels of 'kind'",
         ),
         (
             lambda facts: facts["pairs"].update(modified="{} in the snow"),
@@ -211,13 +184,11 @@ def test_facts_without_labels_have_the_identity_of_old(dreambench_folder: Path, 
     ],
 )
 def test_unknown_labels_are_refused(
-    dreambench_folder: Path, encoders_folder: Path, tmp_path: Path, change, told: str
+    dreambench_folder: Path, encoders_folder: Path, tmp_path: Path, change, message: str
 ) -> None:
     folder = shutil.copytree(dreambench_folder, tmp_path / "dreambench")
-    facts = json.loads((folder / "dreambench.json").read_text())
-    change(facts)
-    (folder / "dreambench.json").write_text(json.dumps(facts))
+    change_facts(folder, change)
     encoder = JudgeEncoder(Encoder(""), encoders_folder / "judge", torch.device("cpu"))
-    with pytest.raises((DataSetError, EvaluationError)) as error:
+    with pytest.raises(EvaluationError) as error:
         DreamBench(PROTOCOL, folder).check_networks({"judge": Judge(encoder.images, encoder.labels)})
-    assert told in str(error.value)
+    assert message in str(error.value)

@@ -1,7 +1,7 @@
-"""kill -9 at any moment, of one process or of several: in the end the very bytes of an uninterrupted run.
+"""Fault-injection test: ranks killed by SIGKILL at random moments leave the bytes of an uninterrupted run.
 
-Real processes and real models in miniature, forked from the test's own so that nothing is imported again. Three kills
-are in every run of the slow tests; more with `--faults N`.
+The ranks use tiny real models and are forked from the test to save imports. The slow tests kill three times, or more
+with `--faults N`.
 """
 
 import json
@@ -15,21 +15,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from evaluation.images.generation import LOCK, generate
+from evaluation.images.generation import generate
 from evaluation.images.systems import AFTER_STAGE_3, kosmosg_system
 from evaluation.processes import Processes
 from evaluation.protocols.dreambench import DreamBench
 from evaluation.protocols.protocol import DreamBenchProtocol, Sampling
 from tests import tiny
+from tests.evaluation.test_generation import content
 from tests.lightning_modules.processes import run_together, start, wait
 
 BATCH = 4
 SAMPLING = Sampling(sampler="ddim", steps=2, guidance_scale=3.0, image_size=tiny.IMAGE_SIZE)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def images_in(folder: Path) -> int:
@@ -41,15 +37,15 @@ def images_in(folder: Path) -> int:
 def test_killed_again_and_again(
     faults: int, dreambench_folder: Path, tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path
 ) -> None:
-    """One, two and three processes in turn, at moments drawn by a seed: between batches and while their images are
-    written. The first to be killed is any of them; then the others, as torchrun does."""
+    """One, two and three ranks in turn, at seeded random moments: between batches and while images are written. Any
+    rank is killed first, then the others, as by torchrun."""
 
     def work(folder: Path) -> None:
-        """One process of a launch, as evaluate.py makes its images."""
+        """Generate images on one rank, as evaluate.py does."""
         dataset = DreamBench(protocol, dreambench_folder)
         system = kosmosg_system(AFTER_STAGE_3, str(tiny_model), str(tiny_stable_diffusion), torch.device("cpu"))
         options = {"inputs_folder": dreambench_folder, "batch_size": BATCH, "console": Console(quiet=True)}
-        with Processes.of_environment() as processes:
+        with Processes.from_environment() as processes:
             generate(system, dataset.requests(), SAMPLING, folder, processes=processes, **options)
 
     kills = 2 + faults
@@ -67,8 +63,8 @@ def test_killed_again_and_again(
         for child in rng.sample(children, count):
             os.kill(child, signal.SIGKILL)
         killed += wait(children)
-    assert set(killed) == {-signal.SIGKILL}, "one had ended before"
+    assert set(killed) == {-signal.SIGKILL}, "a rank ended before it was killed"
     assert run_together(2, lambda: work(folder), log) == [0, 0]
-    assert files_of(folder) == files_of(whole)
+    assert content(folder) == content(whole)
     indices = [json.loads(line)["index"] for line in (folder / "manifest.jsonl").read_text().splitlines()]
     assert indices == list(range(len(indices))) and len(indices) == 18 * kills

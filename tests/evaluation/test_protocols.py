@@ -1,4 +1,4 @@
-"""Every shipped protocol loads by itself, says what it is, and each of its values is one that counts."""
+"""Shipped protocols load, are documented and keep their published identities; unusable values are refused."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.protocols.geneval import GenEvalProtocol
 from evaluation.protocols.judged import DreamBenchPlusProtocol, OmniContextProtocol
 from evaluation.protocols.protocol import KID, CocoProtocol, FeatureNetwork, Preprocessing, Protocol, Resize, identity
+from evaluation.tracking import Tracking
 from kosmosg.config import ConfigError, load_config
 from tests.conftest import REPOSITORY
 
@@ -38,52 +39,46 @@ def load(*files: Path) -> Protocol:
     return protocol
 
 
-def test_protocol_is_complete() -> None:
+def test_shipped_protocols_are_complete_and_distinct() -> None:
     for file in SHIPPED:
         protocol, text = load(file), file.read_text()
         assert protocol.name == file.relative_to(FOLDER).with_suffix("").as_posix()
-        assert "version:" in text and text.startswith("# "), "a header says what is reproduced"
+        assert "version:" in text and text.startswith("# "), "a header documents it"
         assert identity(protocol) == identity(load(file))
-
-
-def test_names_and_fingerprints_are_apart() -> None:
     assert len({identity(load(file)).partition("#")[2] for file in SHIPPED}) == len(SHIPPED) >= 6
 
 
 def test_published_identities_stay() -> None:
-    """A field at its default says nothing, and is not hashed."""
+    """Fields at their defaults are not hashed."""
     assert {identity(load(file)) for file in SHIPPED if file.stem != "toyland"} == set(PUBLISHED)
 
 
-def test_a_protocol_put_over_another_is_itself() -> None:
-    """A value that one file leaves to the default would be the other's."""
+def test_a_protocol_overrides_another_completely() -> None:
+    """A value missing in one file would be taken from the other."""
     for file in RELEASED:
         for other in RELEASED:
             assert asdict(load(other, file)) == asdict(load(file))
 
 
 def test_the_released_script_has_two_protocols() -> None:
-    """They differ in what is known to differ (trap C of the protocols' notes), and in nothing else."""
+    """They differ only in the resize of generated images and in storage."""
     live, cached = load(RELEASED[0]), load(RELEASED[1])
     assert isinstance(live, CocoProtocol) and isinstance(cached, CocoProtocol)
     assert live.generated_resize is None and cached.generated_resize == cached.real_resize == live.real_resize
-    same = replace(
-        cached,
-        name=live.name,
-        generated_resize=None,
-        sampling=replace(cached.sampling, storage="memory"),
-    )
+    sampling = replace(cached.sampling, storage="memory")
+    same = replace(cached, name=live.name, generated_resize=None, sampling=sampling)
     assert identity(same) == identity(live)
     assert (live.sampling.sampler, live.sampling.steps, live.sampling.guidance_scale) == ("ddim", 250, 3.0)
     assert live.real_resize == Resize(256, "tensor", "bilinear", antialias=False)
     assert (live.captions, live.caption_seed, live.references) == (30_000, 0, "all")
 
 
-def test_values_that_would_do_nothing_are_refused() -> None:
-    for make, told in [
+def test_unusable_values_are_refused() -> None:
+    for make, message in [
         (lambda: Resize(library="pil"), "resize.antialias=false is not allowed with resize.library=pil"),
         (lambda: Resize(size=0), "resize.size=0 is not allowed"),
         (lambda: KID(subset_size=1), "kid.subset_size=1 is not allowed"),
+        (lambda: Tracking(timeout=0), "wandb.timeout=0 is not allowed"),
         (lambda: GenEvalProtocol(images_per_prompt=0), "geneval.images_per_prompt=0 is not allowed"),
         (lambda: DreamBenchPlusProtocol(max_prompts=0), "dreambench_plus.max_prompts=0 is not allowed"),
         (lambda: OmniContextProtocol(max_prompts=0), "omnicontext.max_prompts=0 is not allowed"),
@@ -101,17 +96,18 @@ def test_values_that_would_do_nothing_are_refused() -> None:
     ]:
         with pytest.raises(ValueError) as error:
             make()
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
-def test_a_typo_is_answered() -> None:
-    with pytest.raises(ConfigError, match="real_resize"):
-        load_config([str(RELEASED[0]), "data.coco=d", *NEEDED, "coco.real_resise=null"], EvaluationConfig)
-    with pytest.raises(ConfigError, match="tensor"):
-        load_config([str(RELEASED[0]), "data.coco=d", *NEEDED, "coco.real_resize.library=cv2"], EvaluationConfig)
+@pytest.mark.parametrize(
+    ("option", "allowed"), [("coco.real_resise=null", "real_resize"), ("coco.real_resize.library=cv2", "tensor")]
+)
+def test_a_typo_lists_what_is_allowed(option: str, allowed: str) -> None:
+    with pytest.raises(ConfigError, match=allowed):
+        load_config([str(RELEASED[0]), "data.coco=d", *NEEDED, option], EvaluationConfig)
 
 
-def test_weight_file_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_missing_weight_file_is_named(tmp_path: Path) -> None:
     arguments = [str(REPOSITORY / "configs" / "evaluation_coco.yaml"), f"data.coco={tmp_path}"]
     config = load_config(arguments, EvaluationConfig)
     assert config.coco is not None and config.coco.fid is not None

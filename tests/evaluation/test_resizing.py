@@ -1,4 +1,4 @@
-"""Resizes equal a direct computation, and the ways of the field's scripts are apart from each other."""
+"""Resizes equal a direct computation, and the variants of published scripts differ."""
 
 import numpy as np
 import pytest
@@ -37,22 +37,22 @@ def test_pil_resize(photo: Image.Image) -> None:
         assert np.array_equal(np.asarray(resize(photo, Resize(256, "pil", interpolation, True))), np.asarray(small))
 
 
-def test_bilinear_without_antialias_is_the_written_formula() -> None:
-    """Half a size down, each pixel is the mean of four, cut to whole bytes; independent of interpolate."""
+def test_bilinear_without_antialias_equals_its_formula() -> None:
+    """At half size, each pixel is the truncated mean of four; computed without interpolate."""
     pixels = np.random.default_rng(1).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     means = pixels.reshape(256, 2, 256, 2, 3).astype(np.float64).mean((1, 3))
-    found = np.asarray(resize(Image.fromarray(pixels), Resize(256, "tensor", "bilinear", False))).astype(int)
+    small = np.asarray(resize(Image.fromarray(pixels), Resize(256, "tensor", "bilinear", False))).astype(int)
     whole = np.isclose(means, np.round(means))  # float32 may fall just below a whole number
-    assert np.array_equal(found[~whole], np.floor(means[~whole])) and np.abs(found - means).max() <= 1
+    assert np.array_equal(small[~whole], np.floor(means[~whole])) and np.abs(small - means).max() <= 1
 
 
 def test_every_choice_changes_pixels(photo: Image.Image) -> None:
-    stated = [
+    variants = [
         Resize(256, library, interpolation, antialias)
         for library, antialias in (("tensor", False), ("tensor", True), ("pil", True))
         for interpolation in ("bilinear", "bicubic")
     ]
-    pixels = [np.asarray(resize(photo, each)).astype(int) for each in stated]
+    pixels = [np.asarray(resize(photo, each)).astype(int) for each in variants]
     pairs = [(a, b) for a in range(len(pixels)) for b in range(a)]
     assert min(np.abs(pixels[a] - pixels[b]).mean() for a, b in pairs) > 0.1
 
@@ -63,11 +63,11 @@ def test_landscape_and_small_images() -> None:
     cut = np.asarray(resize(landscape, Resize(256, "pil", "bilinear", True)))
     assert cut.shape == (256, 256, 3)
     assert tuple(cut[0, 126]) == (0, 0, 255) and tuple(cut[0, 130]) == (255, 0, 0), "the crop is central"
-    assert resize(Image.new("RGB", (30, 20)), Resize(256)).size == (256, 256), "smaller ones are enlarged"
+    assert resize(Image.new("RGB", (30, 20)), Resize(256)).size == (256, 256), "small images are enlarged"
     assert resize(landscape, None) is landscape
 
 
-def test_bytes_are_truncated_and_survive_a_round_trip() -> None:
+def test_floats_are_truncated_to_bytes() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     assert np.array_equal(np.asarray(truncated(values.astype(np.float32) / 255)), values)
     assert np.asarray(truncated(np.full((1, 1, 3), 0.999, np.float32))).max() == 254

@@ -1,4 +1,4 @@
-"""Scores equal a direct computation; intervals behave as intervals must."""
+"""Scores equal a direct computation; intervals have their statistical properties."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, ResNetForImageClassification, ViTModel
 
-from evaluation.processes import Processes, Remembered, Sharing
+from evaluation.processes import Batching, Cached, Processes
 from evaluation.protocols.benchmark import EvaluationError, Item, read_image
 from evaluation.protocols.protocol import FeatureNetwork, Preprocessing
 from evaluation.scores.bootstrap import Bootstrap, mean_interval
@@ -29,15 +29,15 @@ CPU = torch.device("cpu")
 BOOTSTRAP = Bootstrap(replicates=200, fid_replicates=20)
 
 
-def test_interval_of_equal_subjects_has_no_width() -> None:
+def test_interval_resamples_whole_subjects() -> None:
     scores = torch.tensor([0.1, 0.9, 0.1, 0.9])
     low, high = mean_interval(scores, ["a", "a", "b", "b"], 100, seed=0)
-    assert low == pytest.approx(0.5) and high == pytest.approx(0.5), "images of one subject are drawn together"
+    assert low == pytest.approx(0.5) and high == pytest.approx(0.5), "both subjects have the same mean"
     low, high = mean_interval(scores, list("abcd"), 100, seed=0)
     assert low < 0.4 and high > 0.6
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(200):
@@ -48,7 +48,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_unequal_subjects_count_by_their_images() -> None:
+def test_subjects_are_weighted_by_their_images() -> None:
     scores = torch.tensor([1.0, 1.0, 1.0, 0.0])
     low, high = mean_interval(scores, ["a", "a", "a", "b"], 500, seed=0)
     assert (low, high) == (0.0, 1.0)
@@ -59,12 +59,12 @@ def test_mean_is_clamped_after_averaging() -> None:
     context = Context({"dino": lambda items: torch.tensor([known[str(item)] for item in items])}, BOOTSTRAP)
     rows = Dino(context).score([Item(Path(name), name, "", (Path("r"),)) for name in "ab"])
     assert [row.value for row in rows] == pytest.approx([-1.0, 0.6])
-    assert Dino(context).aggregate(rows).value == 0.0
-    assert Dino(context).aggregate(rows).low == 0.0
+    estimate = Dino(context).aggregate(rows)
+    assert estimate.value == estimate.low == 0.0
 
 
 def test_intervals_of_many_captions_fit_in_memory() -> None:
-    """And are those of all replicates drawn at once."""
+    """Blocks of replicates equal all replicates at once."""
     scores, units = torch.rand(3000, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(3000)]
     drawn = np.random.default_rng(1).multinomial(3000, np.full(3000, 1 / 3000), size=500)
     _, of_unit = np.unique(units, return_inverse=True)
@@ -95,10 +95,10 @@ def test_clip_equals_transformers(encoders_folder: Path, dreambench_folder: Path
     assert torch.allclose(normalize(encoder.texts(texts), dim=-1), expected.text_embeds, atol=1e-6)
 
 
-def test_dino_is_the_class_token(encoders_folder: Path, dreambench_folder: Path) -> None:
+def test_dino_returns_the_class_token(encoders_folder: Path, dreambench_folder: Path) -> None:
     folder, images = encoders_folder / "dino", pictures(dreambench_folder)
-    stated = Preprocessing(resize=64, crop=64, mean=[0.5] * 3, std=[0.5] * 3)
-    encoder = DinoEncoder(folder, CPU, preprocessing(stated, folder))
+    settings = Preprocessing(resize=64, crop=64, mean=[0.5] * 3, std=[0.5] * 3)
+    encoder = DinoEncoder(folder, CPU, preprocessing(settings, folder))
     pixels = torch.stack([torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1).float() for image in images])
     with torch.no_grad():
         model = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
@@ -106,7 +106,7 @@ def test_dino_is_the_class_token(encoders_folder: Path, dreambench_folder: Path)
     assert torch.allclose(encoder.images(images), expected, atol=1e-5)
 
 
-def test_stated_preprocessing_is_the_official_one() -> None:
+def test_preprocessing_equals_the_official_one() -> None:
     """Shorter side 256 bicubic by PIL, centre crop 224, ImageNet statistics (released-code.md, "Evaluation")."""
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     image = tiny_world.picture(1).resize((400, 320), Image.Resampling.BICUBIC)
@@ -135,13 +135,12 @@ def test_weights_of_another_network_are_refused(encoders_folder: Path) -> None:
             make()
 
 
-def test_an_encoder_with_code_of_its_own_is_refused(encoders_folder: Path, tmp_path: Path) -> None:
-    """By name and without a question; its code does not run."""
+def test_custom_code_of_an_encoder_is_not_run(encoders_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(encoders_folder / "dino", tmp_path / "dino")
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     own = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "code.Own"}}
     (folder / "preprocessor_config.json").write_text(json.dumps(own))
-    with pytest.raises(EvaluationError, match="dino' has no preprocessing that can be used"):
+    with pytest.raises(EvaluationError, match="dino' has no usable preprocessing"):
         preprocessing(None, folder)
     assert not (tmp_path / "ran").exists()
 
@@ -153,33 +152,30 @@ def test_each_item_is_encoded_once() -> None:
         asked.append(items)
         return torch.tensor(items)[:, None].float()
 
-    sharing = Sharing(Processes(), batch_size=2, console=Console(quiet=True))
-    features = Remembered("numbers", encode, sharing)
+    features = Cached("numbers", encode, Batching(Processes(), batch_size=2, console=Console(quiet=True)))
     assert features([3, 1, 3, 2]).flatten().tolist() == [3, 1, 3, 2]
     assert features([2, 4]).flatten().tolist() == [2, 4]
     assert asked == [[3, 1], [2], [4]]
 
 
 def test_scores_equal_a_direct_computation(tmp_path: Path) -> None:
-    """Means over pairs; CLIP-T only where there is a text, fidelity only where there are references."""
+    """Means over pairs: CLIP-T of items with a text, fidelity of items with references."""
     generator = torch.Generator().manual_seed(0)
     files = [tmp_path / name for name in ("a", "b", "r1", "r2")]
-    known = {key: torch.randn(5, generator=generator) for key in (*files, "a dog")}
-
-    def features(items) -> torch.Tensor:
-        return torch.stack([known[item] for item in items])
-
+    features = {key: torch.randn(5, generator=generator) for key in (*files, "a dog")}
     a, b, first, second = files
     images = [Item(a, "dog", "a dog", (first, second)), Item(b, "fish", "", (first,))]
-    networks = dict.fromkeys(("clip_images", "clip_texts", "dino"), features)
+    networks = dict.fromkeys(
+        ("clip_images", "clip_texts", "dino"), lambda items: torch.stack([features[i] for i in items])
+    )
     scores, samples = score_images("dreambench", "p@1#0", Context(networks, BOOTSTRAP), "System", images)
 
     def cosine(left, right) -> float:
-        return float(cosine_similarity(known[left].double(), known[right].double(), dim=0))
+        return float(cosine_similarity(features[left].double(), features[right].double(), dim=0))
 
     fidelity = [cosine(a, first), cosine(a, second), cosine(b, first)]
-    found = {score.metric: score for score in scores}
-    assert found["dino"].value == pytest.approx(max(0.0, sum(fidelity) / 3)) and found["dino"].n == 3
-    assert found["clip_t"].value == pytest.approx(max(0.0, cosine(a, "a dog"))) and found["clip_t"].n == 1
+    by_metric = {score.metric: score for score in scores}
+    assert by_metric["dino"].value == pytest.approx(max(0.0, sum(fidelity) / 3)) and by_metric["dino"].n == 3
+    assert by_metric["clip_t"].value == pytest.approx(max(0.0, cosine(a, "a dog"))) and by_metric["clip_t"].n == 1
     assert [sample.score for sample in samples if sample.metric == "dino"] == pytest.approx(fidelity)
-    assert "fid" not in found
+    assert "fid" not in by_metric

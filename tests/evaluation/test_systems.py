@@ -1,4 +1,4 @@
-"""The systems equal the libraries they stand on, and refuse models that are not theirs."""
+"""Systems equal the pipelines they use, and refuse models that do not fit."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from evaluation.images import provenance
 from evaluation.images.generation import Batch
 from evaluation.images.provenance import environment, hash_encoder, hash_files
-from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, Conditions, kosmosg_system, text_system
+from evaluation.images.systems import AFTER_STAGE_3, BEFORE_STAGE_3, ConditionCache, kosmosg_system, text_system
 from evaluation.protocols.benchmark import EvaluationError
 from evaluation.protocols.protocol import Sampling
 from evaluation.scores.encoders import truncated
@@ -30,20 +30,20 @@ CPU = torch.device("cpu")
 SAMPLING = Sampling(sampler="ddim", steps=2, guidance_scale=3.0, image_size=tiny.IMAGE_SIZE)
 
 
-def test_provenance_tells_what_was_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_names_device_and_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
     assert environment(CPU)["device"].startswith("CPU, ")
     assert environment(torch.device("cuda", 0))["device"] == "H100"
     monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     subprocess.run(["git", "init", "-q", tmp_path.parent], check=True)
-    assert provenance.git_revision() == "unknown", "the repository around it is another's"
+    assert provenance.git_revision() == "unknown", "the enclosing repository is another project"
 
 
-def test_an_encoder_is_its_own_files(encoders_folder: Path, tmp_path: Path) -> None:
+def test_encoder_hash_covers_relevant_files(encoders_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(encoders_folder / "dino", tmp_path / "dino")
     before = hash_encoder(folder)
-    (folder / "README.md").write_text("downloaded on a Monday")
+    (folder / "README.md").write_text("not part of the encoder")
     assert hash_encoder(folder) == before == hash_files(folder, folder.glob("*.[js]*"))
     (folder / "config.json").write_text("{}")
     assert hash_encoder(folder) != before
@@ -53,7 +53,7 @@ def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
-def test_stable_diffusion_is_diffusers_own(tiny_stable_diffusion: Path) -> None:
+def test_text_system_equals_diffusers(tiny_stable_diffusion: Path) -> None:
     prompts, seeds = ["a red fish", "a dog in the snow"], [5, 6]
     made = text_system(str(tiny_stable_diffusion), CPU).load()(Batch(prompts, [[], []], seeds), SAMPLING)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_stable_diffusion, safety_checker=None)
@@ -83,7 +83,7 @@ def test_other_image_decoders(
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:
-    """From text diffusers' own pipeline, from interleaved prompts ours; a model of another decoder is refused."""
+    """Text-to-image equals diffusers' pipeline, KOSMOS-G equals ours; a model of another decoder is refused."""
     decoder = write(tmp_path / "decoder")
     model = tiny.write_model(tmp_path / "model", tiny_tokenizer, pooled_width=pooled)
     sampling, batch = replace(SAMPLING, sampler="dpm"), Batch(["a red fish", "a dog"], [[], []], [5, 6])
@@ -103,7 +103,7 @@ def test_other_image_decoders(
             kosmosg_system(AFTER_STAGE_3, str(tiny_model), str(decoder), CPU)
 
 
-def test_kosmosg_is_the_pipeline(tiny_model: Path, tiny_stable_diffusion: Path) -> None:
+def test_kosmosg_system_equals_the_pipeline(tiny_model: Path, tiny_stable_diffusion: Path) -> None:
     fish, dog = tiny_world.picture(1), tiny_world.picture(2)
     batch = Batch(["<i> in the snow", "<i> in the snow", "<i> in the snow"], [[fish], [dog], [fish]], [1, 2, 3])
     pipeline = KosmosGPipeline.from_pretrained(tiny_model, image_decoder=tiny_stable_diffusion)
@@ -123,10 +123,10 @@ def test_kosmosg_is_the_pipeline(tiny_model: Path, tiny_stable_diffusion: Path) 
 
 
 @pytest.mark.parametrize("reads_images", [False, True], ids=["stable-diffusion", "kosmosg"])
-def test_memory_is_cut_from_the_floats(
+def test_memory_storage_truncates_floats(
     tiny_model: Path, tiny_stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch, reads_images: bool
 ) -> None:
-    """255·x truncated, where files hold 255·x rounded."""
+    """255·x is truncated; in files it is rounded."""
     decoder = str(tiny_stable_diffusion)
     system = kosmosg_system(AFTER_STAGE_3, str(tiny_model), decoder, CPU) if reads_images else text_system(decoder, CPU)
     make, batch = system.load(), Batch(["a red fish", "a dog"], [[], []], [5, 6])
@@ -142,40 +142,37 @@ def test_memory_is_cut_from_the_floats(
 FISH, DOG = tiny_world.picture(1), tiny_world.picture(2)
 
 
-def test_each_image_has_the_condition_of_its_prompt(tiny_model: Path, tiny_stable_diffusion: Path) -> None:
-    batch = Batch(
-        ["<i> in the snow", "<i> in the snow", "<i>, red", "<i> in the snow"], [[FISH], [DOG], [FISH], [FISH]], [0] * 4
-    )
+def test_conditions_belong_to_their_prompts(tiny_model: Path, tiny_stable_diffusion: Path) -> None:
+    prompts = ["<i> in the snow", "<i> in the snow", "<i>, red", "<i> in the snow"]
+    batch = Batch(prompts, [[FISH], [DOG], [FISH], [FISH]], [0] * 4)
     pipeline = KosmosGPipeline.from_pretrained(tiny_model, image_decoder=tiny_stable_diffusion)
-    found, (expected, _) = Conditions(pipeline)(batch).states, pipeline.encode_prompt(batch.prompts, batch.images)
+    states, (expected, _) = ConditionCache(pipeline)(batch).states, pipeline.encode_prompt(batch.prompts, batch.images)
     apart = min(float((expected[i] - expected[j]).abs().max()) for i, j in ((0, 1), (0, 2), (1, 2)))
-    assert (found - expected).abs().max() < 0.01 * apart
-    assert torch.equal(found[0], found[3])
+    assert (states - expected).abs().max() < 0.01 * apart
+    assert torch.equal(states[0], states[3])
 
 
-@pytest.mark.parametrize("kept", [1, 256])
-def test_conditions_do_not_depend_on_what_was_asked_before(
-    tiny_model: Path, tiny_stable_diffusion: Path, kept: int
-) -> None:
-    """To the last bit: a run that is resumed has asked for others before."""
+@pytest.mark.parametrize("size", [1, 256])
+def test_conditions_do_not_depend_on_earlier_batches(tiny_model: Path, tiny_stable_diffusion: Path, size: int) -> None:
+    """Bitwise, because a resumed run has other batches."""
     batch = Batch(["<i> in the snow", "<i> and <i>", "a red fish"], [[FISH], [DOG, FISH], []], [0] * 3)
     pipeline = KosmosGPipeline.from_pretrained(tiny_model, image_decoder=tiny_stable_diffusion)
-    whole, conditions = Conditions(pipeline, kept)(batch), Conditions(pipeline, kept)
-    for place in (2, 1, 0, 2):
-        single = Batch([batch.prompts[place]], [[image.copy() for image in batch.images[place]]], [0])
-        assert torch.equal(conditions(single).states[0], whole.states[place])
+    whole, conditions = ConditionCache(pipeline, size)(batch), ConditionCache(pipeline, size)
+    for row in (2, 1, 0, 2):
+        single = Batch([batch.prompts[row]], [[image.copy() for image in batch.images[row]]], [0])
+        assert torch.equal(conditions(single).states[0], whole.states[row])
 
 
 def test_nothing_is_encoded_twice(
     tiny_model: Path, tiny_stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Across batches, and however often the input file is opened."""
-    read, condition = [], KosmosG.condition
-    monkeypatch.setattr(KosmosG, "condition", lambda self, batch: read.append(len(batch)) or condition(self, batch))
+    """Across batches, and for copies of the same image."""
+    sizes, condition = [], KosmosG.condition
+    monkeypatch.setattr(KosmosG, "condition", lambda self, batch: sizes.append(len(batch)) or condition(self, batch))
     make = kosmosg_system(AFTER_STAGE_3, str(tiny_model), str(tiny_stable_diffusion), CPU).load()
     for prompts in (["<i> in the snow", "<i> in the snow"], ["<i> in the snow", "<i>, red"]):
         make(Batch(prompts, [[FISH.copy()], [FISH.copy()]], [1, 2]), SAMPLING)
-    assert read == [1, 1, 1], "two prompts and the null condition"
+    assert sizes == [1, 1, 1], "two prompts and the null condition"
 
 
 def test_hash_follows_the_weights(tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path) -> None:
@@ -207,13 +204,13 @@ REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "damage", "kind", "told"), REFUSALS)
-def test_what_does_not_fit_is_refused(
-    tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path, name: str, damage, kind: type, told: str
+@pytest.mark.parametrize(("name", "damage", "kind", "message"), REFUSALS)
+def test_models_that_do_not_fit_are_refused(
+    tiny_model: Path, tiny_stable_diffusion: Path, tmp_path: Path, name: str, damage, kind: type, message: str
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.copytree(tiny_stable_diffusion, tmp_path / "decoder")
     damage(tmp_path)
     with pytest.raises(kind) as error:
         kosmosg_system(name, tmp_path, str(tmp_path / "decoder"), CPU)
-    assert told in str(error.value)
+    assert message in str(error.value)

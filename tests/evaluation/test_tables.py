@@ -1,4 +1,4 @@
-"""Finished evaluations side by side: compared, or in the paper's tables; refused where numbers do not compare."""
+"""Comparisons of finished evaluations, the paper's tables, and refusals if scores are not comparable."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def write(
     scores: list[Score] | None = None,
     **written,
 ) -> str:
-    """A finished evaluation of some subjects with two prompts each; `shift` is added to every cosine."""
+    """Write a finished evaluation of some subjects with two prompts each; `shift` is added to all cosines."""
     folder.mkdir(parents=True)
     cosines = [(f"subject{k // 2}", 0.1 * k + shift) for k in range(2 * subjects)]
     pairs = [(Item(Path("a.png"), unit, ""), cosine) for unit, cosine in cosines]
@@ -54,23 +54,23 @@ def write(
     return str(folder)
 
 
-def test_rows_side_by_side_and_paired_differences(tmp_path, capsys):
-    """A constant shift has no spread once subjects are paired, however wide the intervals of the two are."""
+def test_comparison_has_rows_and_paired_differences(tmp_path, capsys):
+    """A constant shift has a paired interval of zero width, although both rows have wide intervals."""
     assert main(["compare", write(tmp_path / "one"), write(tmp_path / "two", shift=-0.05)]) == 0
-    told = capsys.readouterr().out
-    assert "| two − one | KOSMOS-G after stage 3 | −0.050 (−0.050 … −0.050) | – | – |" in told
-    assert "| two − one | KOSMOS-G after stage 3 | −0.05 | – |" in told
-    assert told.count("Real images") == 1 and told.count("| one | KOSMOS") == told.count("| two | KOSMOS") == 2
+    page = capsys.readouterr().out
+    assert "| two − one | KOSMOS-G after stage 3 | −0.050 (−0.050 … −0.050) | – | – |" in page
+    assert "| two − one | KOSMOS-G after stage 3 | −0.05 | – |" in page
+    assert page.count("Real images") == 1 and page.count("| one | KOSMOS") == page.count("| two | KOSMOS") == 2
 
 
-def test_differences_are_of_the_means_that_the_tables_show(tmp_path, capsys):
-    """A mean below 0 is shown as 0, so that it does not differ from another one."""
+def test_differences_are_of_clamped_means(tmp_path, capsys):
+    """Means below 0 are shown as 0 and therefore equal."""
     assert main(["compare", write(tmp_path / "one", shift=-2.0), write(tmp_path / "two", shift=-1.0)]) == 0
     assert "| two − one | KOSMOS-G after stage 3 | +0.000 (+0.000 … +0.000) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reason"),
     [
         ({"protocol": "dreambench/x@1#cccc", "steps": 100}, "sampling.steps: 50 and 100"),
         ({"protocol": "dreambench/x@1#cccc", "subjects": 3}, "protocol dreambench/x@1#aaaa and dreambench/x@1#cccc"),
@@ -78,48 +78,47 @@ def test_differences_are_of_the_means_that_the_tables_show(tmp_path, capsys):
         ({"dreambench.dino": "v"}, "dreambench.dino: other files"),
     ],
 )
-def test_what_does_not_compare_is_refused_or_marked(tmp_path, capsys, changes, told):
+def test_incomparable_scores_are_refused_or_marked(tmp_path, capsys, changes, reason):
     folders = [write(tmp_path / "one"), write(tmp_path / "two", **changes)]
     assert main(["compare", *folders]) == 2
-    heard = capsys.readouterr()
-    assert told in heard.err and "force=true" in heard.err and not heard.out
+    output = capsys.readouterr()
+    assert reason in output.err and "force=true" in output.err and not output.out
     assert main(["compare", *folders, "force=true"]) == 0
     shown = capsys.readouterr().out
-    assert told in shown and "| two † | KOSMOS" in shown and "| one † |" not in shown
-    coco = shown.partition("## Captions")[2].partition("† Not")[0]
-    assert "†" not in coco  # the captions' protocol is the same
+    assert reason in shown and "| two † | KOSMOS" in shown and "| one † |" not in shown
+    assert "†" not in shown.partition("## Captions")[2].partition("† Not")[0], "the captions' protocol is the same"
 
 
 REFUSALS = [
-    (["compare", "one"], "2 or more different evaluations"),
-    (["compare", "one", "one/results.json"], "2 or more different evaluations"),
-    (["compare", "one", "nowhere"], "no finished evaluation: results.json, samples.csv, provenance.json"),
+    (["compare", "one"], "at least 2 different evaluations"),
+    (["compare", "one", "one/results.json"], "at least 2 different evaluations"),
+    (["compare", "one", "nowhere"], "not a finished evaluation: results.json, samples.csv, provenance.json"),
     (["compare", "one", "two", "force=yes"], "force=yes is not allowed"),
     (["compare", "one", "two", "forse=true"], "'forse=true': there is no option 'forse' (allowed: force=…"),
-    (["tables"], "1 or more different evaluations"),
+    (["tables"], "at least 1 different evaluations"),
     (["tables", "empty"], "no scores for any of the paper's tables"),
-    (["tables", "seed", "again"], "seed 0 of 'alignernet_24_layers' is in 'seed' and in 'again'"),
+    (["tables", "seed", "again"], "seed 0 of 'alignernet_24_layers' is in both 'seed' and 'again'"),
 ]
 
 
-def test_mistakes_are_answered(tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, scores in (("one", None), ("two", None), ("empty", []), ("seed", 9.0), ("again", 9.0)):
         write(Path(name), scores=runs("alignernet_24_layers", 0, scores) if isinstance(scores, float) else scores)
-    for arguments, told in REFUSALS:
+    for arguments, message in REFUSALS:
         assert main(arguments) == 2, arguments
-        assert told in capsys.readouterr().err, arguments
+        assert message in capsys.readouterr().err, arguments
 
 
-def test_folders_are_named_by_the_ends_that_tell_them_apart(tmp_path, monkeypatch, capsys):
-    """Names may hold equals signs."""
+def test_evaluations_have_the_shortest_unique_names(tmp_path, monkeypatch, capsys):
+    """Names may contain equals signs."""
     monkeypatch.chdir(tmp_path)
     folders = [write(Path(run) / "evaluation", shift) for run, shift in (("lr=1", 0.0), ("lr=2", 0.1))]
     assert main(["compare", *folders, "force=false"]) == 0
     assert "| lr=2/evaluation − lr=1/evaluation |" in capsys.readouterr().out
 
 
-def test_paired_interval_draws_units():
+def test_paired_interval_resamples_units():
     rng = np.random.default_rng(0)
     units = [f"u{k}" for k in range(40) for _ in range(5)]
     base = rng.normal(0, 1, 40).repeat(5)
@@ -128,13 +127,13 @@ def test_paired_interval_draws_units():
     expected = 1.96 * gain[::5].std(ddof=1) / np.sqrt(40)
     assert low == pytest.approx(gain.mean() - expected, abs=0.02)
     assert high == pytest.approx(gain.mean() + expected, abs=0.02)
-    with pytest.raises(ValueError, match=r"1 units have scores on one side only, as \['u39'\]"):
+    with pytest.raises(ValueError, match=r"1 units have scores on one side only, for example \['u39'\]"):
         paired_interval(base.tolist(), units, base[:-5].tolist(), units[:-5], 10, 0)
 
 
 @pytest.fixture
 def files(tmp_path, capsys):
-    """Of an evaluation in a folder whose name, and the protocol's, are no commands of LaTeX or columns of Markdown."""
+    """The tables of an evaluation whose folder and protocol names need escaping in LaTeX and Markdown."""
     protocol = "dreambench/x_y@1#aa&aa"
     scores = [
         Score("dreambench", AFTER_STAGE_3, "dino", 0.5, 0.4, 0.6, 750, protocol),
@@ -145,14 +144,14 @@ def files(tmp_path, capsys):
     folder = write(tmp_path / r"a \input{x} $y$ ~^", protocol=protocol, scores=scores)
     assert main(["tables", folder, f"output={tmp_path / 'tables'}"]) == 0
     written = capsys.readouterr().out.splitlines()
-    found = {path.name: path.read_text() for path in (tmp_path / "tables").iterdir()}
-    assert sorted(line.rpartition("/")[2] for line in written) == sorted(found)
+    texts = {path.name: path.read_text() for path in (tmp_path / "tables").iterdir()}
+    assert sorted(line.rpartition("/")[2] for line in written) == sorted(texts)
     tables, suffixes = ("table-1-dreambench", "table-1-coco", "table-2"), ("md", "tex", "html")
-    assert set(found) == {f"{table}.{suffix}" for table in tables for suffix in suffixes}
-    return found
+    assert set(texts) == {f"{table}.{suffix}" for table in tables for suffix in suffixes}
+    return texts
 
 
-def test_printed_numbers_stand_apart_from_ours(files):
+def test_printed_numbers_are_separate_from_ours(files):
     for suffix in ["md", "tex", "html"]:
         table = files[f"table-1-dreambench.{suffix}"]
         printed, _, ours = table.partition("dreambench/x")
@@ -162,7 +161,7 @@ def test_printed_numbers_stand_apart_from_ours(files):
         assert AFTER_STAGE_3 not in printed and "SuTI" not in ours
 
 
-def test_table_2_is_of_stage_2(files):
+def test_table_2_has_rows_of_stage_2(files):
     table = files["table-2.md"]
     assert all(row.system in table for row in ALIGNMENT) and table.count("fails") == 2
     assert BEFORE_STAGE_3 in table and TEXT in table and AFTER_STAGE_3 not in table
@@ -199,24 +198,24 @@ def write_run(folder: Path, model: Path, **config) -> Path:
          "instruction_tuning"),
     ],
 )  # fmt: skip
-def test_a_run_folder_names_its_row(tiny_model, tiny_stable_diffusion, tmp_path, config, name, stage):
+def test_runs_are_named_after_ablation_and_seed(tiny_model, tiny_stable_diffusion, tmp_path, config, name, stage):
     folder = write_run(tmp_path / "run", tiny_model, **config)
     system = run_system(folder, str(tiny_stable_diffusion), torch.device("cpu"))
     assert system.name == name and system.stage == stage
 
 
-def test_patterns_take_what_is_finished(tiny_model, tmp_path):
+def test_patterns_select_finished_runs(tiny_model, tmp_path):
     folders = [write_run(tmp_path / name, tiny_model) for name in ("b-seed-0", "a-seed-1", "a-seed-0")]
     (folders[1] / "finished.json").unlink()
     assert run_folders([str(tmp_path / "*"), str(folders[0])]) == [folders[2], folders[0]]
     assert run_folders([str(tmp_path / "nothing-*"), str(folders[0])]) == [folders[0]]
-    with pytest.raises(EvaluationError, match=r"a-seed-1' is no finished run folder"):
+    with pytest.raises(EvaluationError, match=r"a-seed-1' is not a finished run folder"):
         run_folders([str(folders[1])])
-    with pytest.raises(EvaluationError, match=r"no finished run folder fits .*nothing-\*'"):
+    with pytest.raises(EvaluationError, match=r"no finished run folder matches .*nothing-\*'"):
         run_folders([str(tmp_path / "nothing-*")])
 
 
-def test_scores_say_which_run_they_are_of(arguments, tiny_model, tmp_path):
+def test_scores_have_the_fields_of_their_run(arguments, tiny_model, tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "runs" / f"{seed}", tiny_model, ablation="decoder_12_layers", seed=seed)
     options = ["dreambench=null", "models.before_stage_3=null", "models.after_stage_3=null"]
@@ -248,20 +247,20 @@ def runs(experiment: str, seed: int, fid: float, stage: str = "alignment") -> li
 
 
 def table_2(*folders: str, output: Path) -> list[list[str]]:
-    """The rows of each Markdown table, with its title."""
+    """Write the tables and return the title and rows of each group of Table 2."""
     assert main(["tables", *folders, f"output={output}"]) == 0
     blocks = (output / "table-2.md").read_text().split("\n\n")
     return [[title, *rows.splitlines()[2:]] for title, rows in zip(blocks[1::2], blocks[2::2], strict=False)]
 
 
-def test_seeds_are_gathered_in_the_papers_order_and_words(tmp_path):
+def test_seeds_are_averaged_in_the_papers_order(tmp_path):
     scores = [Score("coco", TEXT, "fid", 6.66, 5.0, 8.0, 500, COCO_PROTOCOL), *runs("without_l_rec", 0, 13.0)]
     scores += [score for seed in (0, 1, 2) for score in runs("alignernet_24_layers", seed, 9 + seed)]
     scores += [*runs("decoder_12_layers", 0, 12.0), *runs("weighting_sds", 0, 7.0, stage="instruction_tuning")]
-    printed, fixed, gathered, every = table_2(write(tmp_path / "one", scores=scores), output=tmp_path / "tables")
+    printed, fixed, averaged, every = table_2(write(tmp_path / "one", scores=scores), output=tmp_path / "tables")
     assert "| AlignerNet of 24 layers | 9.55 | – | – |" in printed and str(printed).count("fails") == 2
     assert fixed[1:] == ["| Stable Diffusion (text) | 6.66 (5.00–8.00) | – | 500 |"]
-    assert gathered == [
+    assert averaged == [
         f"one: {COCO_PROTOCOL}; mean over seeds (lowest–highest of a seed):",
         "| Decoder of 12 layers alone | 12.00 | 0.120 | 1 seed × 500 |",
         "| AlignerNet of 24 layers | 10.00 (9.00–11.00) | 0.100 (0.090–0.110) | 3 seeds × 500 |",
@@ -275,7 +274,7 @@ def test_seeds_are_gathered_in_the_papers_order_and_words(tmp_path):
     assert "weighting_sds" in (tmp_path / "tables" / "table-1-coco.md").read_text()
 
 
-def test_seeds_of_several_evaluations_stand_together_where_they_compare(tmp_path):
+def test_seeds_of_comparable_evaluations_are_averaged(tmp_path):
     folders = [
         write(tmp_path / f"seed-{seed}", scores=runs("alignernet_24_layers", seed, 9.0 + seed)) for seed in (0, 1)
     ]

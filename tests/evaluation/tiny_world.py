@@ -1,4 +1,4 @@
-"""A DreamBench, a COCO and encoders of a few kilobytes, in the published layouts."""
+"""Write a DreamBench, a COCO and encoders of a few kilobytes, in the published layouts."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ FACTS = {
 
 
 def picture(seed: int) -> Image.Image:
-    """Coarse coloured blocks."""
+    """Return an image of coarse coloured blocks."""
     blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -84,7 +84,7 @@ def write_coco(folder: Path) -> Path:
 
 
 def write_encoders(folder: Path, side: int = SIDE) -> Path:
-    """clip/ dino/ fid/ judge/ as transformers writes them, with random weights; CLIP and DINO read images of `side`."""
+    """Write clip/, dino/, fid/ and judge/ with random weights; CLIP and DINO read images of `side` pixels."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -1,10 +1,14 @@
+"""From a configuration to the model's parts: shipped sizes, weights of earlier stages and of CLIP, refusals."""
+
 import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from kosmosg.config import ConfigError, load_config
 from kosmosg.models.build import (
     build_aligner,
     build_aligner_decoder,
@@ -19,6 +23,16 @@ from kosmosg.models.stable_diffusion_xl import StableDiffusionXL
 from kosmosg.models.storage import fingerprint, save_model
 from kosmosg.tokenizer import Tokenizer
 from tests import tiny
+from tests.conftest import REPOSITORY
+
+CONFIGS = REPOSITORY / "configs" / "model"
+# Those of vision-language models name published weights; their sizes are the dry run's test.
+OURS = sorted(path.name for path in CONFIGS.glob("*.yaml") if "language_model:" not in path.read_text())
+
+
+@dataclass
+class Schema:
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +62,38 @@ def state(module):
     return torch.cat([parameter.flatten() for parameter in module.parameters()])
 
 
+def changed(config, part, **values):
+    """The configuration with other values of `mllm` or `aligner`."""
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_shipped_model_builds(name, tokenizer):
+    config = dataclasses.replace(load_config([str(CONFIGS / name)], Schema).model, vision_weights=None)
+    with torch.device("meta"):
+        mllm, aligner, decoder = build_mllm(config, tokenizer), build_aligner(config), build_aligner_decoder(config)
+    assert aligner.config.input_width == mllm.config.width == decoder.config.output_width
+
+
+def test_wrong_sizes_are_named():
+    for override, told in (
+        ("model.mllm.heads=3", "model.mllm.heads=3 does not divide model.mllm.width=128"),
+        ("model.mllm.vision.patch_size=7", "not a multiple of patch_size=7"),
+        ("model.mllm.vision.activation=relu", "allowed: quick_gelu, gelu"),
+        ("model.mllm.dropout=1.5", "model.mllm.dropout=1.5"),
+        ("model.aligner.num_queries=0", "model.aligner.num_queries=0"),
+        ("model.aligner_decoder.heads=7", "model.aligner_decoder.heads=7"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            load_config([str(CONFIGS / "toyland.yaml"), override], Schema)
+
+
 def test_weights_of_an_earlier_stage(config, tokenizer, tiny_model):
     first, second = (build_mllm(config, tokenizer, init_from=tiny_model) for _ in range(2))
     assert torch.equal(state(first), state(second)) and first.training
     assert not torch.equal(state(first), state(build_mllm(config, tokenizer)))
     assert torch.equal(*(state(build_aligner(config, init_from=tiny_model)) for _ in range(2)))
-    without = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, dropout=0.0))
-    undropped = build_mllm(without, tokenizer, init_from=tiny_model)
+    undropped = build_mllm(changed(config, "mllm", dropout=0.0), tokenizer, init_from=tiny_model)
     assert torch.equal(state(undropped), state(first))
     assert undropped.config.dropout == undropped.decoder.dropout.p == undropped.resampler.attention.dropout == 0.0
 
@@ -62,8 +101,7 @@ def test_weights_of_an_earlier_stage(config, tokenizer, tiny_model):
 def test_the_resamplers_gain_is_on_initial_weights_alone(config, tokenizer, tiny_model):
     def projection(gain, **options):
         torch.manual_seed(0)
-        mllm = dataclasses.replace(config.mllm, resampler_gain=gain)
-        return build_mllm(dataclasses.replace(config, mllm=mllm), tokenizer, **options).resampler.projection
+        return build_mllm(changed(config, "mllm", resampler_gain=gain), tokenizer, **options).resampler.projection
 
     plain, larger = projection(1.0), projection(8.0)
     assert torch.equal(larger.weight, 8 * plain.weight) and torch.equal(larger.bias, plain.bias)
@@ -71,33 +109,24 @@ def test_the_resamplers_gain_is_on_initial_weights_alone(config, tokenizer, tiny
     assert torch.equal(*read)
 
 
-def test_another_model_is_refused_by_the_sizes_that_differ(config, tokenizer, tiny_model, tmp_path):
-    wider = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, ffn_width=96, xpos=True))
-    with pytest.raises(ValueError, match=r"ffn_width is 64 there and 96 .*xpos is False there and True"):
-        build_mllm(wider, tokenizer, init_from=tiny_model)
-    fewer = dataclasses.replace(config, aligner=dataclasses.replace(config.aligner, num_queries=7))
-    with pytest.raises(ValueError, match="num_queries is 24 there and 7"):
-        build_aligner(fewer, init_from=tiny_model)
-    with pytest.raises(FileNotFoundError, match="aligner_decoder"):
-        build_aligner_decoder(config, init_from=tiny_model)
-    with pytest.raises(FileNotFoundError, match="holds no model"):
-        build_mllm(config, tokenizer, init_from=tmp_path)
-
-
-def test_another_kind_of_aligner_is_refused(config, tiny_model):
-    linear = dataclasses.replace(config, aligner=dataclasses.replace(config.aligner, kind="linear"))
+def test_another_model_is_refused_by_what_differs(config, tokenizer, tiny_model, tmp_path):
+    wider = changed(config, "mllm", ffn_width=96, xpos=True)
+    linear = changed(config, "aligner", kind="linear")
     assert {name for name, _ in build_aligner(linear).named_parameters()} == {
         "padding", "projection.bias", "projection.weight"
     }  # fmt: skip
-    with pytest.raises(ValueError, match="holds a AlignerEncoder, not a LinearAligner"):
-        build_aligner(linear, init_from=tiny_model)
-
-
-def test_a_stage_one_folder_has_no_aligner(config, tokenizer, tmp_path):
-    save_model(tmp_path / "model", tokenizer, mllm=build_mllm(config, tokenizer))
-    assert build_mllm(config, tokenizer, init_from=tmp_path).config.width == tiny.WIDTH
-    with pytest.raises(FileNotFoundError, match="aligner"):
-        build_aligner(config, init_from=tmp_path)
+    save_model(tmp_path / "stage1" / "model", tokenizer, mllm=build_mllm(config, tokenizer))
+    assert build_mllm(config, tokenizer, init_from=tmp_path / "stage1").config.width == tiny.WIDTH
+    for build, error, told in (
+        (lambda: build_mllm(wider, tokenizer, tiny_model), ValueError, "ffn_width is 64 there and 96.*xpos is False"),
+        (lambda: build_aligner(changed(config, "aligner", num_queries=7), tiny_model), ValueError, "24 there and 7"),
+        (lambda: build_aligner(linear, tiny_model), ValueError, "AlignerEncoder, not a LinearAligner"),
+        (lambda: build_aligner_decoder(config, tiny_model), FileNotFoundError, "aligner_decoder"),
+        (lambda: build_aligner(config, tmp_path / "stage1"), FileNotFoundError, "aligner"),
+        (lambda: build_mllm(config, tokenizer, tmp_path), FileNotFoundError, "holds no model"),
+    ):
+        with pytest.raises(error, match=told):
+            build()
 
 
 def test_a_save_that_fails_leaves_the_old_model_whole(config, tokenizer, tmp_path, monkeypatch):
@@ -126,8 +155,7 @@ def test_image_tower_of_a_clip_folder(config, tokenizer, tmp_path):
     config = dataclasses.replace(config, vision_weights=str(tmp_path))
     tower = build_mllm(config, tokenizer).vision.clip
     assert torch.equal(state(tower), state(clip.vision_model))
-    narrow = dataclasses.replace(config.mllm.vision, patch_size=32)
-    other = dataclasses.replace(config, mllm=dataclasses.replace(config.mllm, vision=narrow))
+    other = changed(config, "mllm", vision=dataclasses.replace(config.mllm.vision, patch_size=32))
     with pytest.raises(ValueError, match="patch_size is 16 there and 32"):
         build_mllm(other, tokenizer)
 

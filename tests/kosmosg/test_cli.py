@@ -3,16 +3,13 @@
 import json
 import subprocess
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 
 from kosmosg import cli
 from kosmosg.cli import COMMANDS, main
 from tests import tiny
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.conftest import REPOSITORY
 
 
 def test_help_does_not_load_torch():
@@ -28,20 +25,9 @@ def test_help_does_not_load_torch():
     assert all(f"usage: kosmosg {name}" in done.stdout for name in COMMANDS) and "commands" in done.stdout
 
 
-def test_the_script_is_declared():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"kosmosg": "kosmosg.cli:main"}
-    packages = set(project["tool"]["setuptools"]["packages"])
-    on_disk = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "kosmosg").rglob("__init__.py")}
-    assert {".".join(path.parts) for path in on_disk} == packages
-
-
 def test_mistakes_are_one_line(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "no.pt"), str(tmp_path / "out")]) == 2
     assert capsys.readouterr() == ("", f"kosmosg: there is no file '{tmp_path / 'no.pt'}'.\n")
-
-
-def test_arguments_that_are_wrong(capsys):
     for arguments in ([], ["translate"], ["convert"], ["convert", "a", "b", "--dtype", "int8"]):
         with pytest.raises(SystemExit) as done:
             main(arguments)

@@ -1,3 +1,5 @@
+"""Stable Diffusion as the image decoder: frozen, latents and text by its own networks, refusals."""
+
 from itertools import product
 
 import pytest
@@ -56,19 +58,19 @@ def test_latents_are_the_scaled_posterior(decoder):
 
 
 def test_errors(decoder):
-    with pytest.raises(ValueError, match="16 wide but the image decoder reads 32"):
-        decoder.predict(torch.zeros(1, 4, 8, 8), torch.tensor([0]), Condition(torch.zeros(1, 3, 16)))
-    states = torch.zeros(1, 3, 32)
-    with pytest.raises(ValueError, match="has mask True and a pooled vector of width None"):
-        decoder.check(Condition(states, mask=torch.ones(1, 3, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="multiples of 8"):
-        decoder.moments(torch.zeros(1, 3, 60, 64))
-    for given, told in (((-8, None), "height=-8"), ((None, 60), "width=60"), ((0, 64), "height=0")):
+    mask, sample = torch.ones(1, 3, dtype=torch.bool), type(decoder.scheduler)(prediction_type="sample")
+    narrow, latents = Condition(torch.zeros(1, 3, 16)), torch.zeros(1, 4, 8, 8)
+    for refused, told in (
+        (lambda: decoder.predict(latents, torch.tensor([0]), narrow), "16 wide but the image decoder reads 32"),
+        (lambda: decoder.check(Condition(torch.zeros(1, 3, 32), mask=mask)), "has mask True"),
+        (lambda: decoder.moments(torch.zeros(1, 3, 60, 64)), "multiples of 8"),
+        (lambda: decoder.image_size(-8, None), "height=-8"),
+        (lambda: decoder.image_size(None, 60), "width=60"),
+        (lambda: decoder.image_size(0, 64), "height=0"),
+        (lambda: StableDiffusion(decoder.unet, decoder.vae, sample), "prediction_type='sample'.*'epsilon'"),
+    ):
         with pytest.raises(ValueError, match=told):
-            decoder.image_size(*given)
-    sample = type(decoder.scheduler)(prediction_type="sample")
-    with pytest.raises(ValueError, match=r"prediction_type='sample'; allowed: 'epsilon' .* and 'v_prediction'"):
-        StableDiffusion(decoder.unet, decoder.vae, sample)
+            refused()
 
 
 def test_text_side(tiny_stable_diffusion):
@@ -83,7 +85,7 @@ def test_text_side(tiny_stable_diffusion):
     assert (states[1, 5] - states[1, 6]).abs().max() > 0  # padding is read, position by position
     long = "a very long caption about a fish"
     assert decoder.tokenize([long]).shape == (1, tiny.QUERIES)
-    with pytest.raises(ValueError, match="at most 24 are allowed"):
+    with pytest.raises(ValueError, match=r"28 .*24"):
         decoder.tokenize([long], truncation=False)
 
 

@@ -1,3 +1,5 @@
+"""Images as the vision encoder and the image decoder read them."""
+
 import io
 import struct
 import zlib
@@ -28,14 +30,16 @@ def test_the_centre_is_kept():
         assert TargetTransform(20)(Image.fromarray(pixels)).min() == 1.0
 
 
-def test_other_modes_are_read_as_rgb():
+def test_modes_are_read_as_rgb_and_transparency_is_white():
+    white, red = Image.new("RGB", (8, 8), "white"), (255, 0, 0)
     for mode in ["L", "P", "CMYK", "1"]:
-        assert TargetTransform(8)(Image.new("RGB", (8, 8), "white").convert(mode)).min() == 1.0
-
-
-def test_transparency_becomes_white():
-    assert TargetTransform(8)(Image.new("RGBA", (8, 8), (255, 0, 0, 0))).min() == 1.0
-    assert TargetTransform(8)(Image.new("RGBA", (8, 8), (255, 0, 0, 255)))[1].max() == -1.0
+        assert TargetTransform(8)(white.convert(mode)).min() == 1.0
+    assert TargetTransform(8)(Image.new("RGBA", (8, 8), (*red, 0))).min() == 1.0
+    assert TargetTransform(8)(Image.new("RGBA", (8, 8), (*red, 255)))[1].max() == -1.0
+    wide = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
+    assert wide.mode == "I;16" and np.asarray(rgb(wide))[0, :, 0].tolist() == [0, 1, 255]
+    with pytest.raises(ValueError, match="0×5 pixels"):
+        TargetTransform(8)(Image.new("RGB", (0, 5)))
 
 
 def grey_png(bits: int, row: list[int], key: int) -> Image.Image:
@@ -71,16 +75,6 @@ def test_a_transparent_grey_becomes_white():
             if loaded:
                 image.load()
             assert np.asarray(rgb(image))[0, :, 0].tolist() == seen
-
-
-def test_an_image_without_pixels_is_refused():
-    with pytest.raises(ValueError, match="0×5 pixels"):
-        TargetTransform(8)(Image.new("RGB", (0, 5)))
-
-
-def test_sixteen_bits_keep_their_brightness():
-    wide = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
-    assert wide.mode == "I;16" and np.asarray(rgb(wide))[0, :, 0].tolist() == [0, 1, 255]
 
 
 def test_every_value_of_a_target_is_that_of_double_precision():

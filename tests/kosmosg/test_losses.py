@@ -1,11 +1,14 @@
-import math
+"""Losses against their definitions; the chunked language modelling loss is the plain one, at less memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kosmosg.condition import Condition
 from kosmosg.losses import (
+    IGNORED_LABEL,
     diffusion_loss,
     language_modelling_loss,
     reconstruction_loss,
@@ -13,28 +16,82 @@ from kosmosg.losses import (
     timestep_weights,
 )
 
+ROWS, LENGTH, WIDTH, WORDS = 2, 19, 16, 301
 
-def test_language_modelling_loss_equals_the_full_computation():
-    hidden = torch.randn(2, 5, 8, requires_grad=True)
-    matrix = torch.randn(11, 8)
-    labels = torch.tensor([[3, 4, -100, 1, -100], [-100, 10, 0, -100, 2]])
-    loss = language_modelling_loss(hidden, matrix, labels)
-    expected = F.cross_entropy((hidden @ matrix.T).flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(loss, expected)
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the embedding matrix, and labels of which some do not count."""
+    labels = torch.randint(WORDS, (ROWS, LENGTH))
+    labels[0, 3:7] = IGNORED_LABEL
+    hidden = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
+    return hidden, torch.randn(WORDS, WIDTH, requires_grad=True), labels
+
+
+def with_gradients(inputs: tuple[Tensor, Tensor, Tensor], chunk: int | None) -> list[Tensor]:
+    hidden, matrix, labels = inputs
+    # The loss is scaled, as weights and half precision's scaler do.
+    loss = 3 * language_modelling_loss(hidden, matrix, labels, chunk=chunk)
+    return [loss, *torch.autograd.grad(loss, (hidden, matrix))]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 34, 1000])
+def test_language_modelling_loss_is_the_cross_entropy_of_all_logits(inputs, chunk):
+    hidden, matrix, labels = inputs
+    full = 3 * F.cross_entropy((hidden @ matrix.T).flatten(0, 1), labels.flatten())
+    expected = [full, *torch.autograd.grad(full, (hidden, matrix))]
+    for ours, theirs in zip(with_gradients(inputs, chunk), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_equal_the_plain_loss_under_autocast(inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [with_gradients(inputs, chunk) for chunk in (5, None)]
+    for ours, plain in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-3)
+
+
+def test_logits_of_chunks_never_stand_whole_in_memory(inputs):
+    found = {}
+    for chunk in (4, None):
+        with LargestTensor() as largest:
+            with_gradients(inputs, chunk)
+        found[chunk] = largest.elements
+    assert found[None] >= int((inputs[2] != IGNORED_LABEL).sum()) * WORDS
+    assert found[4] <= max(4 * WORDS, WORDS * WIDTH)  # a chunk's logits, or the matrix and its gradient
+
+
+def test_chunks_train_what_asks_for_it_alone(inputs):
+    hidden, matrix, labels = inputs
+    expected = with_gradients(inputs, None)
+    (gradient,) = torch.autograd.grad(language_modelling_loss(hidden, matrix.detach(), labels, chunk=5) * 3, hidden)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert language_modelling_loss(hidden, matrix, labels, chunk=5).item() == pytest.approx(expected[0].item() / 3)
+    with pytest.raises(ValueError, match="chunk=0"):
+        language_modelling_loss(*inputs, chunk=0)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_no_labels_give_no_loss_but_a_gradient(inputs, chunk):
+    hidden, matrix, labels = inputs
+    loss = language_modelling_loss(hidden, matrix, torch.full_like(labels, IGNORED_LABEL), chunk=chunk)
     loss.backward()
-    assert hidden.grad[labels == -100].abs().max() == 0 < hidden.grad[labels != -100].abs().min()
-
-
-def test_no_labels_give_no_loss_but_a_gradient():
-    hidden = torch.randn(1, 3, 4, requires_grad=True)
-    loss = language_modelling_loss(hidden, torch.randn(5, 4), torch.full((1, 3), -100))
-    loss.backward()
-    assert loss == 0 and hidden.grad.abs().max() == 0
-
-
-def test_uniform_prediction_costs_log_of_the_vocabulary():
-    loss = language_modelling_loss(torch.zeros(1, 2, 4), torch.randn(7, 4), torch.tensor([[1, 2]]))
-    assert loss.item() == pytest.approx(math.log(7))
+    assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
 
 
 def test_alignment_variants():

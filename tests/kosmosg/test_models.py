@@ -1,3 +1,5 @@
+"""The MLLM, aligners and both joined: initial weights, what reaches what, packed documents, folders."""
+
 import json
 import math
 
@@ -7,9 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kosmosg.image_processing import ClipImageTransform
-from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder
+from kosmosg.models.aligner import AlignerDecoder, AlignerEncoder, LinearAligner, load_aligner
 from kosmosg.models.kosmosg import KosmosG
 from kosmosg.models.mllm import MLLM
+from kosmosg.models.storage import load_part
 from kosmosg.models.transformer import decoder_gain, encoder_gain, self_attention_gain
 from kosmosg.prompt import PromptBatch, PromptEncoder
 from kosmosg.tokenizer import Tokenizer
@@ -136,15 +139,17 @@ def test_bfloat16_follows_float32(tiny_model, batch):
         assert (result.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def test_wrong_batches_are_named(model, batch):
-    with pytest.raises(ValueError, match="4 image tokens but 0 images"):
-        model.mllm(PromptBatch(batch.ids, batch.image_mask, None, batch.padding))
-    with pytest.raises(ValueError, match=r"\(3, 32, 32\) but the vision encoder reads \(3, 64, 64\)"):
-        model.mllm.image_features(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="max_positions=256"):
-        model.aligner(torch.zeros(1, 255, tiny.WIDTH), torch.zeros(1, 255, dtype=torch.bool))
-    with pytest.raises(ValueError, match="heads=3"):
-        fresh_mllm(heads=3)
+def test_wrong_batches_and_parts_are_named(model, batch):
+    narrow = AlignerEncoder(input_width=48, num_queries=3, **tiny.aligner_sizes())
+    for refused, told in (
+        (lambda: model.mllm(PromptBatch(batch.ids, batch.image_mask, None, batch.padding)), "4 image tokens but 0"),
+        (lambda: model.mllm.image_features(torch.zeros(1, 3, 32, 32)), r"\(3, 32, 32\) .*\(3, 64, 64\)"),
+        (lambda: model.aligner(*aligner_inputs(255)), "max_positions=256"),
+        (lambda: fresh_mllm(heads=3), "heads=3"),
+        (lambda: KosmosG(model.mllm, narrow), "width 48 but the MLLM's are 32"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            refused()
 
 
 def test_saving_and_loading(model, tokenizer, batch, tmp_path):
@@ -161,30 +166,111 @@ def test_saving_and_loading(model, tokenizer, batch, tmp_path):
         KosmosG.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["sizes", "missing", "unknown", "nan"])
+def other_sizes(part):
+    file = part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ffn_width": 96}))
+
+
+def weights(edit):
+    def change(part):
+        state = load_file(part / "diffusion_pytorch_model.safetensors")
+        edit(state)
+        save_file(state, part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+    return change
+
+
+NORM = "decoder.norm.weight"
+DAMAGED = {
+    "sizes": (other_sizes, "feed_forward|fc1"),
+    "missing": (weights(lambda state: state.pop(NORM)), NORM),
+    "unknown": (weights(lambda state: state.update(novel=torch.zeros(1))), "novel"),
+    "nan": (weights(lambda state: state[NORM][3:4].fill_(torch.nan)), f"mllm' has 1 weights with NaN.*{NORM}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_weights_of_another_model_are_refused(model, tokenizer, tmp_path, damage):
     model.save_pretrained(tmp_path, tokenizer=tokenizer)
-    config, weights = tmp_path / "mllm" / "config.json", tmp_path / "mllm" / "diffusion_pytorch_model.safetensors"
-    if damage == "sizes":
-        config.write_text(json.dumps({**json.loads(config.read_text()), "ffn_width": 96}))
-    else:
-        state = load_file(weights)
-        if damage == "nan":
-            state["decoder.norm.weight"][3] = torch.nan
-        else:
-            state["novel"] = state.pop("decoder.norm.weight") if damage == "missing" else torch.zeros(1)
-        save_file(state, weights, {"format": "pt"})
-    told = {
-        "sizes": "feed_forward|fc1",
-        "missing": r"decoder\.norm\.weight",
-        "unknown": "novel",
-        "nan": r"mllm' has 1 weights with NaN or infinite values, as \['decoder\.norm\.weight'\]",
-    }[damage]
+    edit, told = DAMAGED[damage]
+    edit(tmp_path / "mllm")
     with pytest.raises(ValueError, match=told):
         KosmosG.from_pretrained(tmp_path)
 
 
-def test_parts_of_different_models_do_not_join(model):
-    aligner = AlignerEncoder(input_width=48, num_queries=3, **tiny.aligner_sizes())
-    with pytest.raises(ValueError, match=r"width 48 but the MLLM's are 32"):
-        KosmosG(model.mllm, aligner)
+def aligner_inputs(length, rows=1):
+    """Random hidden states, none of them padding."""
+    return torch.randn(rows, length, tiny.WIDTH), torch.zeros(rows, length, dtype=torch.bool)
+
+
+@pytest.fixture
+def linear():
+    return LinearAligner(tiny.WIDTH, tiny.CONDITION_WIDTH, tiny.QUERIES)
+
+
+@pytest.mark.parametrize("length", [1, tiny.QUERIES, tiny.QUERIES + 3])
+def test_linear_condition_is_cut_and_filled_up(linear, length):
+    hidden, padding = aligner_inputs(length, rows=2)
+    condition, kept = linear(hidden, padding).states, min(length, tiny.QUERIES)
+    assert condition.shape == (2, tiny.QUERIES, tiny.CONDITION_WIDTH)
+    assert torch.equal(condition[:, :kept], linear.projection(hidden[:, :kept]))
+    assert torch.equal(condition[:, kept:], linear.padding.expand(2, tiny.QUERIES - kept, -1))
+
+
+def test_other_aligners_mask_padding(linear):
+    """The linear one, and a decoder without an encoder before it."""
+    sizes = {**tiny.aligner_sizes(), "encoder_layers": 0}
+    encoder = AlignerEncoder(input_width=tiny.WIDTH, num_queries=tiny.QUERIES, **sizes).eval()
+    hidden, padding = aligner_inputs(6)
+    padding[:, 4:] = True
+    for aligner in (linear, encoder):
+        alone = aligner(hidden[:, :4], padding[:, :4]).states
+        torch.testing.assert_close(aligner(hidden, padding).states, alone)
+    decoder = AlignerDecoder(output_width=tiny.WIDTH, **sizes)
+    assert decoder(encoder(hidden, padding), 6).shape == (1, 6, tiny.WIDTH)
+    assert not [name for name, _ in [*encoder.named_parameters(), *decoder.named_parameters()] if "encoder." in name]
+
+
+def test_the_pooled_vector_is_read_from_a_query_of_its_own(tmp_path):
+    encoder = AlignerEncoder(tiny.WIDTH, num_queries=tiny.QUERIES, pooled_width=10, **tiny.aligner_sizes()).eval()
+    inputs = aligner_inputs(5, rows=2)
+    condition = encoder(*inputs)
+    assert condition.states.shape == (2, tiny.QUERIES, tiny.CONDITION_WIDTH) and condition.pooled.shape == (2, 10)
+    condition.pooled.sum().backward()
+    assert encoder.queries.grad[-1].any() and not torch.equal(*condition.pooled)
+    encoder.save_pretrained(tmp_path)
+    read = load_aligner(tmp_path)(*inputs)
+    assert torch.equal(read.states, condition.states) and torch.equal(read.pooled, condition.pooled)
+
+
+def test_aligners_are_read_by_their_kind(model, linear, tokenizer, tmp_path):
+    model = KosmosG(model.mllm, linear)
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    read = KosmosG.from_pretrained(tmp_path)
+    assert isinstance(read.aligner, LinearAligner)
+    assert torch.equal(read.null_condition().states, model.eval().null_condition().states)
+    with pytest.raises(ValueError, match="holds a LinearAligner, not a AlignerEncoder"):
+        load_part(AlignerEncoder, tmp_path / "aligner")
+    with pytest.raises(FileNotFoundError, match="stage 3 an aligner"):
+        load_aligner(tmp_path / "nowhere")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("xpos", [False, True])
+def test_packed_documents_equal_single_ones(xpos):
+    """Documents packed into one row and kept apart are computed as if each stood alone."""
+    mllm, lengths, pad = fresh_mllm(xpos=xpos).eval(), (5, 9, 7), 1
+    documents = [torch.randint(8, 40, (length,)) for length in lengths]
+    masks = [torch.zeros(length, dtype=torch.bool) for length in lengths]
+    for ids, mask in zip(documents, masks, strict=True):
+        ids[0] = 0  # a document begins with it
+        mask[2 : 2 + tiny.IMAGE_TOKENS] = len(mask) > 5  # the first has no image
+    images = torch.randn(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    ids = torch.cat([*documents, torch.full((4,), pad)])[None]
+    row = PromptBatch(ids, torch.cat([*masks, torch.zeros(4, dtype=torch.bool)])[None], images, ids == pad)
+    packed, leaking = mllm(row, separate_documents=True)[0].split([*lengths, 4]), mllm(row)[0].split([*lengths, 4])
+    for number, (ids, mask) in enumerate(zip(documents, masks, strict=True)):
+        own = images[number - 1 : number] if number else None
+        alone = mllm(PromptBatch(ids[None], mask[None], own, torch.zeros_like(mask)[None]))[0]
+        torch.testing.assert_close(packed[number], alone, rtol=1e-5, atol=1e-5)
+        assert number == 0 or not torch.allclose(leaking[number], alone, atol=1e-2)

@@ -10,15 +10,15 @@ from PIL import Image, ImageDraw
 from kosmosg.cli import main
 from kosmosg.generation import read_parameters
 from kosmosg.pipeline import KosmosGPipeline
-from kosmosg.steering import hints, masked, without
+from kosmosg.steering import hints, masked
 
 RED, BLUE = Image.new("RGB", (70, 80), "red"), Image.new("RGB", (64, 64), "blue")
 PROMPT = "<i> in the suit of <i>"
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_model, tiny_stable_diffusion):
-    pipe = KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion)
+def pipe(tiny_pipeline):
+    pipe = KosmosGPipeline.from_pretrained(tiny_pipeline)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -60,12 +60,6 @@ def test_a_batch_has_a_list_for_each_prompt(pipe):
             pipe.encode_prompt(prompts, images=images, image_weights=weights)
 
 
-def test_the_texts_around_an_image_that_is_taken_out_become_one():
-    assert without(["a ", RED, " in the snow"], [1]) == ["a in the snow"]
-    assert without([RED, " in the suit of ", BLUE], [0, 2]) == ["in the suit of "]
-    assert without(["a ", RED, BLUE, " there"], [1]) == ["a ", BLUE, " there"]
-
-
 def test_a_mask_leaves_the_subject_on_white_in_a_square(pipe):
     image, mask = Image.new("RGB", (60, 40), "green"), Image.new("L", (60, 40))
     ImageDraw.Draw(image).rectangle((10, 5, 19, 34), fill="red")
@@ -98,35 +92,34 @@ def test_hints_name_what_may_be_wrong():
     assert "has 61 words" in long
 
 
-def test_weights_of_the_command_line_are_drawn_kept_and_checked(
-    tiny_model, tiny_stable_diffusion, pipe, tmp_path, capsys
-):
+def test_weights_and_masks_of_the_command_line_are_drawn_kept_and_checked(tiny_pipeline, pipe, tmp_path, capsys):
     RED.save(tmp_path / "red.png")
-    command = ["generate", str(tiny_model), "<i> in the snow", "--images", str(tmp_path / "red.png"), "--steps", "2"]
-    command += ["--image-decoder", str(tiny_stable_diffusion), "--output", str(tmp_path / "out")]
-    assert main([*command, "--image-weights", "0.5"]) == 0
-    file = tmp_path / "out" / "image-0.png"
-    assert read_parameters(file)["image_weights"] == [0.5]
-    drawn = pipe("<i> in the snow", [RED], image_weights=[0.5], seeds=[0], num_inference_steps=2).images[0]
-    assert np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(drawn)).max() <= 1
-    assert main([*command, "--image-weights", "1"]) == 2  # another image is there
-    assert main([*command, "--image-weights", "0.5", "1"]) == 2
-    assert "2 image weights for 1 images" in capsys.readouterr().err
     half = Image.new("L", RED.size)
     half.paste(255, (0, 0, RED.width // 2, RED.height))
     half.save(tmp_path / "half.png")
-    masked = [*command, "--image-masks", str(tmp_path / "half.png"), "--output", str(tmp_path / "masked")]
-    assert main(masked) == 0
-    file = tmp_path / "masked" / "image-0.png"
-    assert read_parameters(file)["image_masks"][0]["file"] == "half.png"
-    drawn = pipe("<i> in the snow", [RED], image_masks=[half], seeds=[0], num_inference_steps=2).images[0]
-    assert np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(drawn)).max() <= 1
-    assert main([*command, "--image-masks", str(tmp_path / "red.png"), str(tmp_path / "half.png")]) == 2
     Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
-    assert main([*command, "--image-masks", str(tmp_path / "small.png")]) == 2
-    assert "red.png': the mask is (9, 9) pixels" in capsys.readouterr().err
+    command = ["generate", str(tiny_pipeline), "<i> in the snow", "--images", str(tmp_path / "red.png"), "--steps", "2"]
+    masks = {name: ["--image-masks", str(tmp_path / f"{name}.png")] for name in ("half", "small")}
+    for name, given, options in (
+        ("weighted", ["--image-weights", "0.5"], {"image_weights": [0.5]}),
+        ("masked", masks["half"], {"image_masks": [half]}),
+    ):
+        assert main([*command, "--output", str(tmp_path / name), *given]) == 0
+        drawn = pipe("<i> in the snow", [RED], **options, seeds=[0], num_inference_steps=2).images[0]
+        with Image.open(tmp_path / name / "image-0.png") as image:
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(drawn)).max() <= 1
+    assert read_parameters(tmp_path / "weighted" / "image-0.png")["image_weights"] == [0.5]
+    assert read_parameters(tmp_path / "masked" / "image-0.png")["image_masks"][0]["file"] == "half.png"
+    for given, told in (
+        (["--image-weights", "1"], "--overwrite"),  # another image is there
+        (["--image-weights", "0.5", "1"], "2 image weights for 1 images"),
+        ([*masks["half"], str(tmp_path / "half.png")], "2 image masks for 1 images"),
+        (masks["small"], "red.png': the mask is (9, 9) pixels"),
+    ):
+        assert main([*command, "--output", str(tmp_path / "weighted"), *given]) == 2
+        assert told in capsys.readouterr().err
     assert main([*command, "--lint"]) == 0
     lines = tmp_path / "prompts.jsonl"
     lines.write_text(json.dumps({"prompt": "a <i>", "images": ["red.png"], "image_weights": [0.5]}))
-    assert main(["generate", str(tiny_model), "--manifest", str(lines), "--lint"]) == 1
+    assert main(["generate", str(tiny_pipeline), "--manifest", str(lines), "--lint"]) == 1
     assert "line 1: The prompt begins with 'a'" in capsys.readouterr().out

@@ -62,25 +62,22 @@ def batch_of(encoder: ProcessorEncoder, prompts: list[list[Any]] = PROMPTS) -> P
     return encoder.collate([encoder(prompt) for prompt in prompts])
 
 
-def arguments(batch: PromptBatch) -> dict[str, Any]:
-    """What transformers' model is given for one prompt."""
-    images = {} if batch.images is None else batch.images.inputs
-    return {"input_ids": batch.ids, "mm_token_type_ids": batch.image_mask.long(), **images}
-
-
-@pytest.mark.parametrize("layer", [-1, 1, 0, 3])
-def test_states_are_transformers_own(layer: int, folder: Path, encoder: ProcessorEncoder) -> None:
+def test_states_are_transformers_own(folder: Path, encoder: ProcessorEncoder) -> None:
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
-    ours = VisionLanguageModel.load(folder, hidden_layer=layer).eval()
+    given = []
     for prompt in PROMPTS:
         batch = batch_of(encoder, [prompt])
-        given = arguments(batch)
-        if "qwen" not in folder.name:
-            del given["mm_token_type_ids"]
+        types = {"mm_token_type_ids": batch.image_mask.long()} if "qwen" in folder.name else {}
+        images = {} if batch.images is None else batch.images.inputs
         with torch.no_grad():
-            expected = theirs(**given, output_hidden_states=True).hidden_states[layer]
-            found, padding = ours.hidden_states(batch)
-        assert torch.equal(found, expected) and found.shape[-1] == ours.width and not padding.any()
+            states = theirs(input_ids=batch.ids, **types, **images, output_hidden_states=True).hidden_states
+        given.append((batch, states))
+    for layer in (-1, 1, 0, 3):
+        ours = VisionLanguageModel.load(folder, hidden_layer=layer).eval()
+        for batch, states in given:
+            with torch.no_grad():
+                found, padding = ours.hidden_states(batch)
+            assert torch.equal(found, states[layer]) and found.shape[-1] == ours.width and not padding.any()
 
 
 def test_prompts_are_those_of_the_models_own_processor(folder: Path, encoder: ProcessorEncoder) -> None:
@@ -115,48 +112,6 @@ def test_a_batch_is_its_prompts_one_by_one(model: VisionLanguageModel, encoder: 
         torch.testing.assert_close(model(batch)[~padding], states[~padding], rtol=0, atol=1e-5)
 
 
-def test_order_and_place_of_images_matter(model: VisionLanguageModel, encoder: ProcessorEncoder) -> None:
-    first, second = picture(1), picture(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    prompts: list[list[Any]] = [["a", first, second], ["a", second, first], [first, "a", second], ["a", first, first]]
-    with torch.no_grad():
-        ends = [model(batch_of(encoder, [prompt]))[0, -1] for prompt in prompts]
-    for number, one in enumerate(ends):
-        assert all((one - other).abs().max() > 1e-3 for other in ends[number + 1 :])
-
-
-@pytest.mark.parametrize("folder", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
-def test_image_tokens_have_positions_of_their_rows_and_columns(
-    model: VisionLanguageModel, encoder: ProcessorEncoder
-) -> None:
-    """Time, height and width of M-RoPE: words count up in all three, an image's tokens by their place in it."""
-    seen: list[dict[str, Any]] = []
-    decoder = model.network.get_decoder()
-    decoder.register_forward_pre_hook(lambda _, given, named: seen.append(named), with_kwargs=True)
-    batch = batch_of(encoder, [["ab"], ["ab", picture(0), "c"]])  # 48×32 pixels
-    model(batch)
-    assert batch.images.inputs["image_grid_thw"].tolist() == [[1, 4, 6]]
-    rows, columns = 2, 3  # four patches make a token
-    before = [[place] * 3 for place in range(4)]  # the start token, two letters, the image's start
-    image = [[4, 4 + row, 4 + column] for row in range(rows) for column in range(columns)]
-    after = [[4 + max(rows, columns) + place] * 3 for place in range(2)]
-    found = seen[0]["position_ids"]
-    assert found[-3:, 1].T.tolist() == before + image + after
-    assert found[-3:, 0, :3].T.tolist() == before[:3]
-
-
-def test_deepstack_reaches_the_states(folders: dict[str, Path]) -> None:
-    model = VisionLanguageModel.load(folders["qwen3_vl"]).eval()
-    encoder = model.encoder(LanguageProcessor.from_pretrained(folders["qwen3_vl"]))
-    batch = batch_of(encoder)
-    with torch.no_grad():
-        before = model(batch)
-        for parameter in model.network.visual.deepstack_merger_list.parameters():
-            parameter.zero_()
-        after = model(batch)
-    changed = [(before[row] - after[row])[: batch.lengths[row]].abs().max() > 1e-4 for row in range(4)]
-    assert changed == [True, False, True, True]
-
-
 # Batches.
 def assert_same(found: PromptBatch, expected: PromptBatch) -> None:
     for name in ("ids", "image_mask", "padding"):
@@ -173,13 +128,14 @@ def assert_same(found: PromptBatch, expected: PromptBatch) -> None:
         assert torch.equal(theirs, value), name
 
 
-@pytest.mark.parametrize("index", [[0], [1], [3, 0], [2, 1, 2], [3, 2, 1, 0]])
+@pytest.mark.parametrize("index", [[1], [3, 0], [2, 1, 2]])
 def test_rows_and_joined_batches_are_those_of_their_prompts(index: list[int], encoder: ProcessorEncoder) -> None:
     batch = batch_of(encoder)
     chosen = batch.rows(index)
     assert_same(chosen, batch_of(encoder, [PROMPTS[row] for row in index]))
     assert_same(chosen.join(batch), batch_of(encoder, [*(PROMPTS[row] for row in index), *PROMPTS]))
-    assert_same(pickle.loads(pickle.dumps(batch)), batch)
+    for copy in (pickle.loads(pickle.dumps(batch)), batch_of(pickle.loads(pickle.dumps(encoder)))):
+        assert_same(copy, batch)
     assert batch.to("meta").images.inputs["pixel_values"].device.type == "meta"
 
 
@@ -208,10 +164,6 @@ def test_special_tokens_in_a_text_are_characters(encoder: ProcessorEncoder) -> N
         assert not torch.as_tensor(encoded.image_mask).any() and len(encoded) == 1 + len(f"a {token} b")
         assert encoder.captions([f"a {token} b"])[0].ids == encoded.ids.tolist()
     assert encoder.captions([]) == []
-
-
-def test_data_workers_that_are_not_forked_get_the_encoder(encoder: ProcessorEncoder) -> None:
-    assert_same(batch_of(pickle.loads(pickle.dumps(encoder))), batch_of(encoder))
 
 
 def test_images_that_are_refused_or_made_smaller(
@@ -272,7 +224,9 @@ def model_of(folder: Path, train: bool) -> KosmosG:
     return KosmosG(mllm, AlignerEncoder(input_width=mllm.width, num_queries=tiny.QUERIES, **tiny.aligner_sizes()))
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("folder", "trained"), [("qwen2_5_vl", False), *((family, True) for family in FAMILIES)], indirect=["folder"]
+)
 def test_a_model_folder_holds_trained_weights_and_names_frozen_ones(
     trained: bool, folder: Path, tmp_path: Path, tiny_stable_diffusion: Path
 ) -> None:
@@ -287,16 +241,15 @@ def test_a_model_folder_holds_trained_weights_and_names_frozen_ones(
     with pytest.raises(ConversionError, match="holds a VisionLanguageModel, which released checkpoints have no place"):
         export_checkpoint(tmp_path / "model", tmp_path / "released.pt")
     pipe = KosmosGPipeline.from_pretrained(tmp_path / "model", image_decoder=tiny_stable_diffusion)
-    prompt, _ = pipe.encode_prompt(PROMPTS)
+    prompt, null = pipe.encode_prompt(PROMPTS)
     with torch.no_grad():
         batch = batch_of(model.mllm.encoder(LanguageProcessor.from_pretrained(folder)))
         assert torch.equal(prompt, model.condition(batch).states)
         assert torch.equal(pipe.null_condition.states, model.null_condition().states)
     pipe.save_pretrained(tmp_path / "whole")  # weights that trained once are kept, though they do not train now
     assert bool(list((tmp_path / "whole" / "mllm").rglob("*.safetensors"))) == trained
-    whole = KosmosGPipeline.from_pretrained(tmp_path / "whole")
-    options: dict[str, Any] = {"seeds": [0], "num_inference_steps": 2, "output_type": "pt"}
-    assert torch.equal(pipe(PROMPTS[0], **options).images, whole(PROMPTS[0], **options).images)
+    whole = KosmosGPipeline.from_pretrained(tmp_path / "whole", unet=None, vae=None)
+    assert all(map(torch.equal, whole.encode_prompt(PROMPTS), (prompt, null)))
 
 
 def test_a_frozen_model_whose_weights_are_gone_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -320,21 +273,24 @@ def test_either_naming_of_weights_is_read(folder: Path, model: VisionLanguageMod
 
 
 def test_models_and_layers_that_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    Qwen2Config(hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is a qwen2; allowed: models of transformers that read images and text"):
-        VisionLanguageModel.load(tmp_path)
-    with pytest.raises(ValueError, match=r"model.hidden_layer=4 is not allowed; allowed for '.*': -4 … 3"):
-        VisionLanguageModel.load(folders["qwen2_5_vl"], hidden_layer=4)
+    language, damaged, less = (tmp_path / name for name in ("language", "damaged", "less"))
+    Qwen2Config(hidden_size=8, num_hidden_layers=1).save_pretrained(language)
     weights = load_file(folders["qwen2_5_vl"] / "model.safetensors")
+    for folder in (damaged, less):
+        folder.mkdir()
+        (folder / "config.json").write_text((folders["qwen2_5_vl"] / "config.json").read_text())
     weights["model.norm.weight"][0] = torch.nan
-    (tmp_path / "config.json").write_text((folders["qwen2_5_vl"] / "config.json").read_text())
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 weights with NaN or infinite values"):
-        VisionLanguageModel.load(tmp_path)
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
     del weights["model.norm.weight"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="1 missing_keys, as"):
-        VisionLanguageModel.load(tmp_path)
+    save_file(weights, less / "model.safetensors", {"format": "pt"})
+    for folder, options, told in (
+        (language, {}, r"is a qwen2; allowed: models of transformers that read images and text"),
+        (folders["qwen2_5_vl"], {"hidden_layer": 4}, r"model.hidden_layer=4 is not allowed; .* -4 … 3"),
+        (damaged, {}, "1 weights with NaN or infinite values"),
+        (less, {}, "1 missing_keys, as"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            VisionLanguageModel.load(folder, **options)
 
 
 def test_packed_images_of_other_sizes_are_filled_up() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -51,6 +52,18 @@ def numbers(run: Path, stage: str) -> list[tuple[float, ...]]:
 def exported(run: Path) -> dict[str, torch.Tensor]:
     files = sorted((run / "model").rglob("*.safetensors"))
     return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_training(one: Path, other: Path, stage: str, rel: float = 1e-4) -> None:
+    """Losses, gradients and the exported model to rounding. Images are mismatched within each micro-batch, so that the
+    last loss is left out."""
+    rows, others = numbers(one, stage), numbers(other, stage)
+    assert rows
+    for row, theirs in zip(rows, others, strict=True):
+        assert theirs[:-1] == pytest.approx(row[:-1], rel=rel), other.name
+    tensors = exported(other)
+    for name, tensor in exported(one).items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-3), (other.name, name)
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -2,17 +2,18 @@
 
 import os
 import pickle
+import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as distributed
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from lightning_modules import checkpointing
 from lightning_modules.checkpointing import (
     CheckpointDamagedError,
     CheckpointWriteError,
@@ -56,61 +57,55 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         load_tensors(checkpoint, {"model.b": torch.zeros(4)})
 
 
-@pytest.mark.parametrize("saved_by", [1, 2])
-def test_shards_are_read_by_another_number_of_ranks(saved_by: int, tmp_path: Path) -> None:
+def test_shards_are_read_by_another_number_of_ranks(tmp_path: Path) -> None:
     """Two ranks' halves are whole to one, and the other way round; also rows that cannot be halved."""
-    checkpoint, whole = tmp_path / checkpoint_name(1), torch.arange(20.0).view(5, 4)
-    single = torch.tensor([[7.0]])
+    tensors = {"model.a": torch.arange(20.0).view(5, 4), "model.b": torch.tensor([[7.0]])}
+    by_two, by_one = tmp_path / checkpoint_name(2), tmp_path / checkpoint_name(1)
+    write_checkpoint(by_one, tensors, {})
 
-    def in_halves(action) -> int:
+    def on_rank() -> None:
         distributed.init_process_group("gloo")
         mesh = init_device_mesh("cpu", (2,))
-        values = (whole, single) if saved_by == 2 else (torch.zeros(5, 4), torch.zeros(1, 1))
-        action({f"model.{n}": distribute_tensor(v, mesh, [Shard(0)]) for n, v in zip("ab", values, strict=True)})
-        return 0
+        halves, empty = (
+            {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in given.items()}
+            for given in (tensors, {name: torch.zeros_like(value) for name, value in tensors.items()})
+        )
+        write_checkpoint(by_two, halves, {})
+        load_tensors(by_one, empty)
+        assert all(torch.equal(empty[name].full_tensor(), value) for name, value in tensors.items())
 
-    def check(halves: dict[str, DTensor]) -> None:
-        load_tensors(checkpoint, halves)
-        assert torch.equal(halves["model.a"].full_tensor(), whole)
-        assert torch.equal(halves["model.b"].full_tensor(), single)
-
-    if saved_by == 2:
-        assert run_together(
-            2, lambda: in_halves(lambda halves: write_checkpoint(checkpoint, halves, {})), tmp_path / "log"
-        ) == [0, 0], (tmp_path / "log.0").read_text()
-        assert len(list(checkpoint.glob("*.safetensors"))) == 2
-        verify(checkpoint)
-        targets = {"model.a": torch.zeros(5, 4), "model.b": torch.zeros(1, 1)}
-        load_tensors(checkpoint, targets)
-        assert torch.equal(targets["model.a"], whole) and torch.equal(targets["model.b"], single)
-    else:
-        write_checkpoint(checkpoint, {"model.a": whole, "model.b": single}, {})
-        assert run_together(2, lambda: in_halves(check), tmp_path / "log") == [0, 0], (tmp_path / "log.0").read_text()
+    assert run_together(2, on_rank, tmp_path / "log") == [0, 0], (tmp_path / "log.0").read_text()
+    assert len(list(by_two.glob("*.safetensors"))) == 2
+    verify(by_two)
+    whole = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    load_tensors(by_two, whole)
+    assert all(torch.equal(whole[name], value) for name, value in tensors.items())
 
 
-def damage(file: Path, how: str) -> None:
+def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    if how == "deleted":
-        file.unlink()
-    elif how == "truncated":
-        file.write_bytes(content[: len(content) // 2])
-    elif how == "foreign":
-        file.write_bytes(b"{}")
-    else:
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped bit": flip_a_bit,
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "deleted": Path.unlink,
+    "foreign": lambda file: file.write_bytes(b"{}"),
+}
 
 
 def test_damage_is_found_and_the_checkpoint_before_is_used(
     tmp_path: Path, subtests: pytest.Subtests, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in (TENSOR_FILE, "state.json", "manifest.json"):
-        for how in ("flipped bit", "truncated", "deleted", "foreign"):
+        for how, damage in DAMAGES.items():
             with subtests.test(f"{name} {how}"):
                 run = RunFolder(tmp_path / f"{name}-{how}")
                 caplog.clear()
                 first, second = save(run.checkpoints, 2), save(run.checkpoints, 4)
-                damage(second / name, how)
+                damage(second / name)
                 assert run.intact_checkpoint() == first
                 # A bit of the manifest may be one of another file's checksum.
                 assert (name in caplog.text or name == "manifest.json") and "damaged-step-00000004" in caplog.text
@@ -121,7 +116,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(
 def test_without_an_intact_checkpoint_nothing_is_begun_anew(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.intact_checkpoint() is None
-    damage(save(run.checkpoints, 2) / "state.json", "deleted")
+    (save(run.checkpoints, 2) / "state.json").unlink()
     with pytest.raises(RunFolderError, match="holds no intact checkpoint: damaged-step-00000002"):
         run.intact_checkpoint()
 
@@ -167,17 +162,15 @@ def test_foreign_tensors_and_pickles_are_never_read(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_failed_save_leaves_the_one_before_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_the_one_before_and_nothing_else(tmp_path: Path) -> None:
     save(tmp_path, 2)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    for place in ("_save_tensors", "_checksums", "_complete"):
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpointing, place, full)
-            with pytest.raises(CheckpointWriteError, match="No space left on device"):
-                save(tmp_path, 4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # bytes of a file; as a full disk, an OSError
+    try:
+        with pytest.raises(CheckpointWriteError, match="File too large"):
+            save(tmp_path, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
     verify(tmp_path / "step-00000002")
 

@@ -24,7 +24,7 @@ from kosmosg.models.sana import INSTRUCTION, Sana
 from kosmosg.sampling import DiffusionSampler
 from tests import tiny
 from tests.lightning_modules.miniature import KEYS, losses
-from tests.lightning_modules.runs import back_to, run, weights
+from tests.lightning_modules.runs import run, weights
 
 FAMILIES = ("2.1-base", "2.1", "xl", "sana")
 CAPTIONS = ["a red fish", "a cat"]
@@ -192,7 +192,7 @@ def test_min_snr(decoder: ImageDecoder) -> None:
 
 
 @pytest.mark.parametrize("family", ["2.1", "xl", "sana"])  # predicting the noise, 2.1 trains as 1.5
-def test_stages_train_resume_and_dry_run(
+def test_stages_train_draw_and_dry_run(
     family: str,
     tiny_folder: Callable[[str], Path],
     configs: dict[str, Path],
@@ -200,10 +200,10 @@ def test_stages_train_resume_and_dry_run(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two steps of stage 2, then of stage 3 from what it wrote, and its second step once more, from the first. All the
-    while the image decoder's bits stay. The finished run draws, is described and exported by commands."""
+    """Two steps of stage 2, then of stage 3 from what it wrote; the image decoder's bits stay. The finished run draws,
+    and is described and exported by commands."""
     used, freeze = [], ImageDecoder.freeze
-    arguments = [f"model.image_decoder={tiny_folder(family)}", "trainer.max_steps=2", "trainer.checkpoint_every=1"]
+    arguments = [f"model.image_decoder={tiny_folder(family)}", "trainer.max_steps=2", "trainer.val_every=2"]
     arguments += ["grids={every: 2, prompts: 2, steps: 2}", *KEYS.get(family, [])]
     for stage, tracked in TRACKED.items():
         folder = tmp_path / f"{stage}-run"
@@ -211,12 +211,8 @@ def test_stages_train_resume_and_dry_run(
             watched.setattr(ImageDecoder, "freeze", lambda decoder: used.append(decoder) or freeze(decoder))
             assert run(configs[stage], *arguments, f"run={folder}") == 0
         assert (folder / "grids" / "step-00000002.png").is_file()
-        rows, trained = losses(folder, tracked), weights(folder)
-        assert len(rows) == 2
+        assert len(losses(folder, tracked)) == 2
         arguments.append(f"init_from={folder}")
-    back_to(folder, 1)
-    assert run(configs[stage], *arguments[:-1], f"run={folder}") == 0
-    assert losses(folder, tracked) == rows and weights(folder) == trained
     capsys.readouterr()
     assert run(configs[stage], *arguments, "dry_run=true") == 0
     assert "fits" in capsys.readouterr().out
@@ -227,11 +223,8 @@ def test_stages_train_resume_and_dry_run(
     assert kosmosg(["generate", str(folder), "a dog", "--steps", "2", "--output", str(tmp_path / "drawn")]) == 0
     with Image.open(tmp_path / "drawn" / "image-0.png") as image:
         assert image.size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
-    if family == "sana":
-        assert kosmosg(["generate", str(folder), "a dog", "--sampler", "ddim", "--output", str(tmp_path / "ddim")]) == 2
-        assert "sampler='ddim' is not allowed for flow matching" in capsys.readouterr().err
     assert train.main(["export", str(folder), f"output={tmp_path / 'model'}"]) == 0
-    assert weights(tmp_path) == trained
+    assert weights(tmp_path) == weights(folder)
     capsys.readouterr()
     assert kosmosg(["inspect", str(folder)]) == 0
     missing = [*type(used[0]).networks, "scheduler"]
@@ -239,7 +232,7 @@ def test_stages_train_resume_and_dry_run(
     exported = kosmosg(["export", str(folder), str(tmp_path / "released.pt")])
     assert exported == (2 if family == "xl" else 0), "released checkpoints have no pooled vector"
     if exported:
-        assert "gives a pooled vector, which released checkpoints have no place for" in capsys.readouterr().err
+        assert "has a pooled vector, which released checkpoints have no place for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

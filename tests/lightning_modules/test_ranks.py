@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
 from lightning_modules.base import StageModule
@@ -17,6 +16,7 @@ from tests.lightning_modules.miniature import STAGES
 from tests.lightning_modules.processes import run_together, start, wait
 from tests.lightning_modules.runs import (
     FOUR_ROWS,
+    assert_same_training,
     back_to,
     exported,
     finish,
@@ -29,75 +29,41 @@ from tests.lightning_modules.runs import (
 
 pytestmark = pytest.mark.slow
 
+# Stage 1 reads mostly text: gradients and shards of the vision encoder are exchanged by all ranks, also by one without
+# an image. Stage 2's released loss counts padding, of which each rank has its own.
+OPTIONS = {
+    "language_modelling": ["data.text.weight=30"],
+    "alignment": ["recipe.variant=masked"],
+    "instruction_tuning": [],
+}
 # Length buckets call a sharded network several times in one micro-batch; the single rank takes the batch whole.
-# Stage 2's released loss counts padding, of which each rank has its own.
-BOTH = {"language_modelling": [], "alignment": ["recipe.variant=masked"], "instruction_tuning": []}
-BUCKETED = {"language_modelling": [], "alignment": [], "instruction_tuning": ["recipe.length_buckets=2"]}
+SHARDED = {"language_modelling": [], "alignment": [], "instruction_tuning": ["recipe.length_buckets=2"]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_equal_one(stage: str, configs: dict[str, Path], tmp_path: Path, record_samples: None) -> None:
     """Whole copies with micro-batches of a row, and sharded with layers checkpointed: the same samples, losses,
     gradients and average of the weights, which is what is exported."""
-    one, before = tmp_path / "one", exported_before(configs[stage])
-    options = ["ema.decay=0.5", "trainer.checkpoint_every=4", *BOTH[stage]]
+    one, options = tmp_path / "one", ["ema.decay=0.5", "trainer.checkpoint_every=4", *OPTIONS[stage]]
     finish(1, configs[stage], one, *options)
-    expected = numbers(one, stage)
-    assert len(expected) == 4
     sharing = {
         "ddp": ["data.micro_batch_size=1"],
-        "fsdp2": ["trainer.activation_checkpointing=selective", *BUCKETED[stage]],
+        "fsdp2": ["trainer.activation_checkpointing=selective", *SHARDED[stage]],
     }
     for strategy, more in sharing.items():
         two = tmp_path / strategy
         finish(2, configs[stage], two, *options, f"trainer.strategy={strategy}", *more)
-        assert samples(two) == samples(one), strategy
-        # Images are mismatched within each micro-batch, so that one loss is left out.
-        for row, other in zip(expected, numbers(two, stage), strict=True):
-            assert other[:-1] == pytest.approx(row[:-1], rel=1e-4), strategy
-        tensors = exported(two)
-        for name, tensor in exported(one).items():
-            assert torch.allclose(tensors[name], tensor, atol=1e-3), (strategy, name)
-            if stage == "alignment" and name.startswith("mllm."):
-                assert torch.equal(tensors[name], before[name]), f"{name} is frozen but moved"
-
-
-def exported_before(config: Path) -> dict[str, torch.Tensor]:
-    import yaml
-
-    start_from = yaml.safe_load(config.read_text())["init_from"]
-    if start_from is None:
-        return {}
-    files = sorted(Path(start_from).rglob("*.safetensors"))
-    return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def test_rank_or_step_without_an_image_is_the_same_step_on_two_ranks(
-    configs: dict[str, Path], tmp_path: Path, record_samples: None
-) -> None:
-    """Gradients and shards of the vision encoder are exchanged by all ranks, also by one that read text alone. Where
-    no rank has an image, one rank and two give the encoder the same zero gradient."""
-    stage, one = "language_modelling", tmp_path / "one"
-    options = ["data.text.weight=30", "trainer.checkpoint_every=4", "trainer.val_every=4"]
-    finish(1, configs[stage], one, *options)
-    for strategy in ("ddp", "fsdp2"):
-        two = tmp_path / strategy
-        finish(2, configs[stage], two, *options, f"trainer.strategy={strategy}")
+        assert len(samples(one)) == 4 and samples(two) == samples(one), strategy
+        assert_same_training(one, two, stage)
+        if stage == "alignment":
+            frozen = exported(two)
+            assert all(torch.equal(frozen[name], t) for name, t in exported(one).items() if name.startswith("mllm."))
+    if stage == "language_modelling":
         without: dict[int, list[bool]] = {}
         for line in (line for file in two.glob("samples.*.jsonl") for line in file.open()):
             read = json.loads(line)  # keys t0, t1, …: text
             without.setdefault(read["step"], []).append(all(Path(name).name[0] == "t" for name in read["samples"]))
         assert {sum(ranks) for ranks in without.values()} >= {1, 2}, "a step of one rank without an image, and of both"
-        assert_same_losses(one, two)
-        tensors = exported(two)
-        for name, tensor in exported(one).items():
-            assert torch.allclose(tensors[name], tensor, atol=1e-3), (strategy, name)
-
-
-def assert_same_losses(one: Path, other: Path) -> None:
-    names = ("train/loss", "grad_norm")
-    for row, theirs in zip(miniature.losses(one, names), miniature.losses(other, names), strict=True):
-        assert [float(value) for value in theirs] == pytest.approx([float(value) for value in row], rel=1e-4)
 
 
 def test_run_resumes_on_another_number_of_ranks(
@@ -128,22 +94,20 @@ def test_run_resumes_on_another_number_of_ranks(
     assert "set trainer.global_batch_size=4" in capsys.readouterr().err
 
 
-def test_sharded_run_is_stopped_by_a_signal_to_either_rank_and_resumes_bit_for_bit(
+def test_sharded_run_is_stopped_by_a_signal_to_one_rank_and_resumes_bit_for_bit(
     configs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """First one rank is told to stop, then, in the resumed run, the other."""
+    """To the second; test_fault_injection.py tells either, at random moments."""
     stage = "instruction_tuning"
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     options = ["trainer.max_steps=8", "trainer.val_every=8", "trainer.checkpoint_every=8"]
     finish(2, configs[stage], whole, *options)
     arguments = ["data.micro_batch_size=2", "trainer.devices=2", *options]
-    for told in (0, 1):
-        done = len(miniature.losses(stopped)) if told else 0
-        children = start(2, training(configs[stage], stopped, *arguments), stopped.with_suffix(".log"))
-        wait_for_rows(stopped, done + 1)
-        os.kill(children[told], signal.SIGTERM)
-        assert wait(children, kill_after=200) == [128 + signal.SIGTERM, 0], output(stopped)
-        assert "Stopped and saved after step" in output(stopped)
+    children = start(2, training(configs[stage], stopped, *arguments), stopped.with_suffix(".log"))
+    wait_for_rows(stopped, 1)
+    os.kill(children[1], signal.SIGTERM)
+    assert wait(children, kill_after=200) == [128 + signal.SIGTERM, 0], output(stopped)
+    assert "Stopped and saved after step" in output(stopped)
     finish(2, configs[stage], stopped, *options)
     assert numbers(stopped, stage) == numbers(whole, stage)
     tensors = exported(stopped)

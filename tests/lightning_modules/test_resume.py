@@ -1,4 +1,4 @@
-"""What a killed run leaves behind is what the next start needs: rows of the log, and a folder that is free."""
+"""What a killed run leaves behind is what the next start needs. Resumes bit for bit are in tests/test_train.py."""
 
 import csv
 import os
@@ -7,40 +7,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 import train
-from callbacks.checkpoint import StepCheckpoint
 from kosmosg.config import written_config
 from lightning_modules.run_folder import RunFolder
 from tests.lightning_modules.miniature import losses
 from tests.lightning_modules.runs import back_to, run
-
-
-@pytest.mark.parametrize("validates", [True, False])
-def test_log_has_the_rows_of_a_checkpoint_when_it_is_saved(
-    validates: bool, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run killed right after a save resumes behind it, so these rows are never written again."""
-    saved: dict[int, list[dict[str, str]]] = {}
-
-    def note(self: StepCheckpoint, trainer) -> bool:
-        if trainer.global_step:
-            with open(tmp_path / "alignment" / "metrics.csv", newline="") as log:
-                saved[trainer.global_step] = list(csv.DictReader(log))
-        return save(self, trainer)
-
-    save = StepCheckpoint.save
-    monkeypatch.setattr(StepCheckpoint, "save", note)
-    held_out = [] if validates else ["data.captions.validation=''"]
-    assert run(configs["alignment"], "trainer.checkpoint_every=1", *held_out) == 0
-    assert sorted(saved) == [1, 2, 3, 4]
-    for step, rows in saved.items():
-        assert [row["step"] for row in rows] == [str(done) for done in range(1, step + 1)]
-        assert all(row["train/loss"] and row["samples_per_second"] for row in rows)
-        assert [bool(row.get("val/loss")) for row in rows] == [
-            validates and done % 2 == 0 for done in range(1, step + 1)
-        ]
 
 
 def test_resumed_run_may_validate_at_other_steps(

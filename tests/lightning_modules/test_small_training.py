@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import train
 from kosmosg.condition import Condition
 from kosmosg.models.build import load_image_decoder
 from kosmosg.models.kosmosg import KosmosG
@@ -17,7 +16,7 @@ from lightning_modules.lora import add_lora, merge_lora
 from lightning_modules.optimizer import MOMENTS, OptimizerConfig, build_optimizer, code_values, dequantize, quantize
 from lightning_modules.parallelize import apply_activation_checkpointing, store_frozen_weights, stored_weights
 from tests import tiny
-from tests.lightning_modules.runs import back_to, exported, finish, numbers, output
+from tests.lightning_modules.runs import assert_same_training, back_to, exported, finish, numbers, training
 
 STAGE = "instruction_tuning"
 SMALL = [
@@ -56,17 +55,10 @@ def test_sharded_8_bit_moments_go_on_on_one_rank(configs: dict[str, Path], tmp_p
         finish(ranks, configs[STAGE], run, *options)
     back_to(two, 2)
     finish(1, configs[STAGE], two, *options)
-    for row, other in zip(numbers(one, STAGE), numbers(two, STAGE), strict=True):
-        assert other[:-1] == pytest.approx(row[:-1], rel=1e-3)
-    plain = [
-        str(configs[STAGE]),
-        f"run={two}",
-        "recipe.lora_rank=2",
-        "trainer.global_batch_size=4",
-        "data.micro_batch_size=4",
-    ]
+    assert_same_training(one, two, STAGE, rel=1e-3)
     back_to(two, 2)
-    assert train.main([*plain, "data.validation_samples=8", "model.mllm.dropout=0"]) == 2, output(two)
+    other = [option for option in options if "eight_bit" not in option]
+    assert training(configs[STAGE], two, *other, "data.micro_batch_size=4")() == 2, "moments of another kind"
 
 
 def test_lora_begins_as_the_model_and_merges_into_it(tiny_model: Path) -> None:
@@ -148,7 +140,7 @@ def test_frozen_weights_in_fewer_bits_and_the_gradient_that_reaches_the_conditio
     assert torch.equal(condition_gradient(folder, "float8", "32-true", "full"), rounded)
 
 
-def test_weights_that_train_stay_as_they_are() -> None:
+def test_weights_that_train_and_those_that_make_targets_stay_as_they_are(tiny_stable_diffusion: Path) -> None:
     network = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(8, 8, 3), nn.Linear(64, 64))
     network[:2].requires_grad_(False)
     weight, trained = network[0].weight.detach().clone(), network[2].weight
@@ -156,9 +148,6 @@ def test_weights_that_train_stay_as_they_are() -> None:
     assert network[2].weight is trained
     assert [value.dtype for value in stored_weights(network)] == [torch.bfloat16] * 2
     assert torch.equal(network[0].weight, weight.bfloat16().float())
-
-
-def test_targets_come_from_whole_weights_and_the_denoisers_are_in_8_bits(tiny_stable_diffusion: Path) -> None:
     decoder = load_image_decoder(tiny_stable_diffusion)
     images = torch.rand(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
     moments, weight = decoder.moments(images), decoder.denoiser.conv_in.weight.detach().clone()

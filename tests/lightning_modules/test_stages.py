@@ -173,7 +173,7 @@ def test_without_any_image_the_vision_encoder_has_a_gradient_of_zero(
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and ("vision" in name or "resampler" in name):
             assert parameter.grad is not None and not parameter.grad.any(), name
-    module.with_image = lambda prompt, mllm: prompt
+    module.with_dummy_image = lambda prompt, mllm: prompt
     torch.testing.assert_close(module.losses(text)["loss"], loss)
 
 

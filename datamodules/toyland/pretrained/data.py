@@ -1,6 +1,6 @@
-"""What the tiny models are trained on: images drawn once and cached, their captions and labels, and the tokenizers.
+"""Training data of the tiny models: images, drawn once and cached, with captions and labels; and the tokenizers.
 
-Toyland has two vocabularies, SentencePiece for the MLLM and byte-pair merges for CLIP, both trained on its own text.
+Toyland has two vocabularies, SentencePiece for the MLLM and byte-pair encoding for CLIP, both trained on its own texts.
 """
 
 import json
@@ -27,7 +27,7 @@ from kosmosg.tokenizer import Tokenizer as PromptTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 POOL_STREAM = 0x9A27
-"""Keeps the pool's subjects apart from those of any data set, whose seeds are drawn elsewhere."""
+"""Random stream of the pool, so that its subjects differ from those of all data sets."""
 
 COLOURS = [*HUES, "white", "gray", "black"]
 LABELS = {
@@ -42,25 +42,25 @@ LABELS = {
     "dress": ["", *ACCESSORIES, *PROPERTIES],
 }
 LOOKS = 5
-"""The first of LABELS: what is to be seen of a subject, wherever it is."""
+"""Number of labels, the first ones, that describe the subject itself."""
 
 
 @dataclass
 class Pool:
-    """Scenes, each with its first subject cut out in two ways."""
+    """Scenes, each with two crops of its first subject."""
 
     images: Tensor
     """(N, 3, S, S) uint8"""
     crops: Tensor
     """(N, 2, 3, S, S) uint8: the subject on white, and with its background"""
     captions: list[str]
-    """Of the scenes."""
+    """Captions of the scenes."""
     told: list[str]
-    """Of the subjects, looks included: "a red boot with yellow stripes"."""
+    """Captions of the first subjects, with looks: "a red boot with yellow stripes"."""
     labels: Tensor
-    """(N, 9): index into each of LABELS, of the first subject and of the scene"""
+    """(N, 9): index into each of LABELS, of the first subject and the scene"""
     subjects: Tensor
-    """(N,): how many subjects the scene shows"""
+    """(N,): number of subjects in the scene"""
     tints: Tensor
     """(N, 6): body and second colour of the first subject, RGB in [0, 1]"""
 
@@ -74,7 +74,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def augmented(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
-    """Each image mirrored or not, and moved by up to `shift` pixels; its border is continued."""
+    """Randomly flip each image and shift it by up to `shift` pixels, repeating its border."""
     flip = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     size = images.shape[-1]
@@ -84,14 +84,16 @@ def augmented(images: Tensor, generator: torch.Generator, shift: int = 2) -> Ten
     return images[rows, :, down[:, :, None], across[:, None]].permute(0, 3, 1, 2)
 
 
-def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, np.ndarray, str, str, list[int], int, list[float]]:
+def _draw(
+    number: int, seed: int, looks_share: float
+) -> tuple[np.ndarray, np.ndarray, str, str, list[int], int, list[float]]:
     rng = np.random.default_rng([seed, POOL_STREAM, number])
     crops = [None]
-    while None in crops:  # another scene where the subject is hidden
+    while None in crops:  # draw another scene if the subject is hidden
         scene = sample_scene(rng)
-        shown = render(scene)
-        crops = [crop(shown, 0, white=white) for white in (True, False)]
-    words = caption(scene, rng, told=bool(rng.random() < told), with_article=bool(rng.random() < 0.85))
+        rendered = render(scene)
+        crops = [crop(rendered, 0, white=white) for white in (True, False)]
+    words = caption(scene, rng, with_looks=bool(rng.random() < looks_share), with_article=bool(rng.random() < 0.85))
     first = scene.placed[0]
     look = first.subject.look
     if first.property in ("red", "purple"):
@@ -101,16 +103,16 @@ def _draw(number: int, seed: int, told: float) -> tuple[np.ndarray, np.ndarray, 
         scene.setting, scene.light, scene.style, first.accessory or first.property or "",
     )  # fmt: skip
     labels = [names.index(value) for names, value in zip(LABELS.values(), values, strict=True)]
-    looks = noun_phrase(first, told=True, suffixed=bool(rng.random() < 0.7))
+    looks = noun_phrase(first, with_looks=True, suffixed=bool(rng.random() < 0.7))
     tints = [*look.body.rgb, *look.second.rgb]
-    return np.asarray(shown.image), np.stack(crops), words, looks, labels, len(scene.placed), tints
+    return np.asarray(rendered.image), np.stack(crops), words, looks, labels, len(scene.placed), tints
 
 
-def draw_pool(folder: Path, count: int, seed: int, told: float) -> Pool:
-    """`count` scenes, of whose captions the share `told` names looks; read from `folder` when they are there."""
-    path = folder / f"pool-{count}-{seed}-{told}.pt"
+def draw_pool(folder: Path, count: int, seed: int, looks_share: float) -> Pool:
+    """Draw `count` scenes, or read them from the cache in `folder`. `looks_share` of the captions describe looks."""
+    path = folder / f"pool-{count}-{seed}-{looks_share}.pt"
     if not path.exists():
-        rows = _parallel(partial(_draw, seed=seed, told=told), count)
+        rows = _parallel(partial(_draw, seed=seed, looks_share=looks_share), count)
         images, crops, captions, looks, labels, subjects, tints = zip(*rows, strict=True)
         content = {
             "images": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
@@ -133,7 +135,7 @@ def _draw_pair(number: int, seed: int) -> np.ndarray:
 
 
 def draw_pairs(folder: Path, count: int, seed: int) -> Tensor:
-    """(N, 2, 3, S, S) uint8: each subject twice, in the studio and somewhere else in another pose."""
+    """Draw `count` subjects twice, in the studio and in another place and pose: (N, 2, 3, S, S) uint8."""
     path = folder / f"pairs-{count}-{seed}.pt"
     if not path.exists():
         rows = _parallel(partial(_draw_pair, seed=seed), count)
@@ -152,49 +154,49 @@ def _save(content: dict, path: Path) -> None:
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Lines of every kind that Toyland's data sets hold."""
+    """Draw lines of all kinds of text in Toyland's data sets."""
     rng = np.random.default_rng([seed, 0x7E17])
     lines = []
     for number in range(count):
-        sort = number % 4
-        if sort == 0:
+        kind = number % 4
+        if kind == 0:
             lines.append(story(rng))
-        elif sort == 1:
-            lines.append(caption(sample_scene(rng), rng, told=bool(rng.random() < 0.5)))
-        elif sort == 2:
+        elif kind == 1:
+            lines.append(caption(sample_scene(rng), rng, with_looks=bool(rng.random() < 0.5)))
+        elif kind == 2:
             edit = sample_edit(rng)
-            lines += [caption(edit.before, rng, told=False), edit.instruction]
+            lines += [caption(edit.before, rng, with_looks=False), edit.instruction]
         else:
             lines += [segment for segment in document(rng) if isinstance(segment, str)]
     return lines
 
 
 def train_prompt_tokenizer(folder: Path, lines: list[str], vocabulary: int) -> None:
-    """SentencePiece model and dictionary, as kosmosg.tokenizer reads them."""
+    """Train the SentencePiece model and dictionary that kosmosg.tokenizer reads."""
     PromptTokenizer.train(lines, folder, vocab_size=vocabulary, normalization="identity")
 
 
 def train_clip_tokenizer(lines: list[str], vocabulary: int, length: int) -> CLIPTokenizer:
-    """CLIP's kind of byte-pair encoding (lower case, `</w>` ends a word) with a vocabulary of its own."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    """Train a byte-pair encoding like CLIP's (lower case, `</w>` ends a word) with its own vocabulary."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     letters = [chr(code) for code in range(33, 127)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 2, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
-    learner.train_from_iterator(lines, trainer)
-    model = json.loads(learner.to_str())["model"]
+    bpe.train_from_iterator(lines, trainer)
+    model = json.loads(bpe.to_str())["model"]
     names = sorted(model["vocab"], key=model["vocab"].__getitem__)
     names += [letter + "</w>" for letter in letters if letter + "</w>" not in model["vocab"]]
     vocab = {name: i for i, name in enumerate([*names, START, END])}
     merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
-    with tempfile.TemporaryDirectory() as folder:  # what it writes must be what it reads
+    with tempfile.TemporaryDirectory() as folder:  # check that it is the same after saving
         tokenizer.save_pretrained(folder)
-        again = CLIPTokenizer.from_pretrained(folder)
-        assert again(lines[:50]).input_ids == tokenizer(lines[:50]).input_ids
+        loaded = CLIPTokenizer.from_pretrained(folder)
+        assert loaded(lines[:50]).input_ids == tokenizer(lines[:50]).input_ids
     return tokenizer

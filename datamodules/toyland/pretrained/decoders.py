@@ -1,12 +1,12 @@
-"""Two more image decoders in miniature: python -m datamodules.toyland.pretrained.decoders [key=value …]
+"""Train two more tiny image decoders: python -m datamodules.toyland.pretrained.decoders [key=value …]
 
-A Stable Diffusion XL over Toyland's VAE and CLIP, and a Sana with an autoencoder of its own and a random Gemma. They
-show that a condition steers other families, too (make toyland-decoders); the miniature draws with Stable Diffusion.
+A Stable Diffusion XL with Toyland's VAE and CLIP, and a Sana with its own autoencoder and a random Gemma. They show
+that KOSMOS-G works with other families of decoders (make toyland-decoders); the miniature uses Stable Diffusion.
 """
 
 import os
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; a miniature has no use for its notices
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
 
 import sys
 from dataclasses import dataclass
@@ -45,21 +45,23 @@ from kosmosg.models.stable_diffusion_xl import SIZE_NUMBERS, StableDiffusionXL
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 WIDTH = 64
-"""Of Sana's condition."""
+"""Width of Sana's condition."""
 
 
 @dataclass
 class Recipe:
+    """Configuration of the training."""
+
     output: str = "runs/toyland/decoders"
     work: str = "data/toyland/pretrained"
-    """Where the drawn images and what resumes are kept."""
+    """Folder of cached images and checkpoints."""
     pictures: int = 10_000
     autoencoder_steps: int = 1000
-    """Of 16 images; Sana's alone."""
+    """Steps of 16 images for Sana's autoencoder."""
     steps: int = 4000
-    """Of 32 images, for XL's denoiser."""
+    """Steps of 32 images for the U-Net of SDXL."""
     sana_steps: int = 2000
-    """The same for Sana's, whose steps take twice as long."""
+    """Steps of 32 images for Sana's transformer; they take twice as long."""
     seed: int = 0
 
 
@@ -71,10 +73,10 @@ def main(arguments: list[str]) -> None:
     for name, build in builders.items():
         if (output / name).exists():
             continue
-        pool = draw_pool(work, recipe.pictures, recipe.seed, told=0.8)
+        pool = draw_pool(work, recipe.pictures, recipe.seed, looks_share=0.8)
         torch.manual_seed(recipe.seed)
         decoder, pipeline = build(pool, work / f"{name}_autoencoder-{digest}.pt", recipe)
-        # w(t) as Toyland's stage 3 has it; flow matching has no other than 1.
+        # w(t) as in Toyland's stage 3; flow matching supports only uniform weights.
         weighting: TimestepWeighting = "uniform" if name == "sana" else "velocity"
         steps = recipe.sana_steps if name == "sana" else recipe.steps
         train_denoiser(decoder, pool, weighting, work / f"{name}-{digest}.pt", steps, recipe.seed)
@@ -84,7 +86,7 @@ def main(arguments: list[str]) -> None:
 
 
 def stable_diffusion_xl(pool: Pool, checkpoint: Path, recipe: Recipe) -> tuple[ImageDecoder, Any]:
-    """Both text models are the tiny CLIP's; the condition is 2·128 wide."""
+    """Build the decoder. Both text models are those of the tiny CLIP; the condition has a width of 2·128."""
     own = WEIGHTS / "stable-diffusion"
     tokenizer = CLIPTokenizer.from_pretrained(own / "tokenizer")
     first = CLIPTextModel.from_pretrained(own / "text_encoder", dtype=torch.float32)
@@ -104,8 +106,8 @@ def stable_diffusion_xl(pool: Pool, checkpoint: Path, recipe: Recipe) -> tuple[I
 
 
 def sana(pool: Pool, checkpoint: Path, recipe: Recipe) -> tuple[ImageDecoder, Any]:
-    """32 px to 8×8 latents of 16 channels; Gemma is random, its states as good as any others to be read."""
-    tokenizer = words([INSTRUCTION, *pool.captions])
+    """Build the decoder: 8×8 latents of 16 channels for 32 px; Gemma is random, which suffices as a text encoder."""
+    tokenizer = word_tokenizer([INSTRUCTION, *pool.captions])
     gemma = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -136,11 +138,11 @@ def sana(pool: Pool, checkpoint: Path, recipe: Recipe) -> tuple[ImageDecoder, An
     return Sana(**parts), SanaPipeline(**parts)
 
 
-def words(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the lower-cased words of `texts`."""
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the lower-cased words of `texts`."""
     splitter = tokenizers.pre_tokenizers.Whitespace()
-    found = {word for text in set(texts) for word, _ in splitter.pre_tokenize_str(text.lower())}
-    names = ["<pad>", "<bos>", "<unk>", *sorted(found)]
+    words = {word for text in set(texts) for word, _ in splitter.pre_tokenize_str(text.lower())}
+    names = ["<pad>", "<bos>", "<unk>", *sorted(words)]
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
     model.normalizer = tokenizers.normalizers.Lowercase()
     model.pre_tokenizer = splitter
@@ -150,7 +152,7 @@ def words(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def train_autoencoder(pool: Pool, checkpoint: Path, recipe: Recipe) -> AutoencoderDC:
-    """As Toyland's VAE, without a posterior."""
+    """Train Sana's autoencoder like Toyland's VAE, without a posterior."""
     sizes: dict[str, Any] = {}
     for half in ("encoder", "decoder"):
         sizes |= {f"{half}_block_types": "ResBlock", f"{half}_block_out_channels": (32, 64, 64)}
@@ -174,7 +176,7 @@ def train_autoencoder(pool: Pool, checkpoint: Path, recipe: Recipe) -> Autoencod
 def train_denoiser(
     decoder: ImageDecoder, pool: Pool, weighting: TimestepWeighting, checkpoint: Path, steps: int, seed: int
 ) -> None:
-    """The decoder's own training on words, by what stage 3 knows of it."""
+    """Train a decoder's denoiser on captions through the interface that stage 3 uses."""
     moments = torch.cat([decoder.moments(pixels(images)) for images in pool.images.split(128)])
     conditions = text_conditions(decoder, pool.captions)
     null = decoder.spec.null(text_conditions(decoder, [""], conditions.states.shape[1]))
@@ -195,7 +197,7 @@ def train_denoiser(
 
 
 def text_conditions(decoder: ImageDecoder, captions: list[str], length: int | None = None) -> Condition:
-    """Of all captions, without the states at the end that no caption needs, or of so many states."""
+    """Return the conditions of captions. Those with a mask are cut to `length` states (None: the longest caption)."""
     ids = decoder.tokenize(captions)
     conditions = Condition.cat([decoder.text_condition(some) for some in ids.split(64)])
     if conditions.mask is None:

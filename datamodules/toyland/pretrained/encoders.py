@@ -1,7 +1,6 @@
-"""The encoders in miniature: CLIP, which the MLLM sees with, and the evaluation networks.
+"""Training of the tiny encoders: CLIP, whose vision encoder the MLLM uses, and the evaluation networks.
 
-CLIP's text and vision encoder are trained to find each other's captions and images. The evaluation networks are a
-DINO-like ViT, which recognises a subject, and a judge, whose features serve FID, too.
+The evaluation networks are a DINO-like ViT, which recognises subjects, and a judge, whose features are used for FID.
 """
 
 from pathlib import Path
@@ -60,7 +59,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """uint8 → CLIP's input."""
+    """uint8 → CLIP's normalized input."""
     return (images.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -75,48 +74,48 @@ def train_clip(
     seed: int,
     clip: CLIPModel | None = None,
 ) -> CLIPModel:
-    """InfoNCE in both directions between captions and images, with every true pair of a batch as a positive.
+    """Train CLIP with InfoNCE in both directions; all captions of a batch that are true of an image are positives.
 
-    One batch in four holds scenes. There the place tells most captions apart, and a CLIP that saw nothing else would
-    learn places alone; so the others hold subjects cut out of scenes. Half of those are of three kinds only, each told
-    with its looks, so that colours and patterns decide; the other half are of all kinds, and half of their captions
-    tell the kind alone. Linear heads, dropped afterwards, name what is told and what is seen.
+    One batch in four consists of scenes, whose captions differ mostly in the place. So that CLIP does not learn only
+    places, the other batches consist of crops of subjects: half of them of three kinds with their looks, which differ
+    in colours and patterns; the other half of all kinds, with half of the captions naming only the kind. Linear heads,
+    dropped afterwards, classify the looks from the features of images and texts.
 
     Args:
-        clip: go on with this one, for patterns: a subject is then also told from captions alike but for the pattern's
-            word, and all of the text's states, which a U-Net reads, shall tell the pattern.
+        clip: continue training this model on patterns: a crop is also classified by captions that differ only in the
+            word of the pattern, and the pattern is also classified from all states of the text, which a U-Net reads.
     """
     torch.manual_seed(seed)
     patterns = clip is not None
     clip = build_clip(tokenizer) if clip is None else clip.train()
     groups = [len(names) for names in list(LABELS.values())[:LOOKS]]
-    width = clip.config.vision_config.hidden_size
-    seen, said = nn.Linear(2 * width, sum(groups)), nn.Linear(clip.config.text_config.hidden_size, sum(groups))
+    image_head = nn.Linear(2 * clip.config.vision_config.hidden_size, sum(groups))
+    text_head = nn.Linear(clip.config.text_config.hidden_size, sum(groups))
     draws = torch.Generator().manual_seed(seed)
 
     def encoded(texts: list[str]) -> Tensor:
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
         return torch.tensor(ids)
 
-    scenes, told = encoded(pool.captions), encoded(pool.told)
-    bare = encoded([article(kind) for kind in LABELS["kind"]])
+    scenes, with_looks = encoded(pool.captions), encoded(pool.told)
+    only_kind = encoded([article(kind) for kind in LABELS["kind"]])
     looks = pool.labels[:, :LOOKS]
     words = [word for word in PATTERNS.values() if word]
-    of_pattern = looks[:, PATTERN] - 1  # -1: plain, which captions do not mention
-    usable = (of_pattern >= 0) | (not patterns)
+    pattern_ids = looks[:, PATTERN] - 1  # -1: plain, which captions do not mention
+    usable = (pattern_ids >= 0) | (not patterns)
     of_kind = [torch.nonzero((looks[:, 0] == kind) & usable)[:, 0] for kind in range(groups[0])]
     weights = [3 if patterns and name == "pattern" else 1 for name in list(LABELS)[:LOOKS]]
 
-    def names_loss(logits: Tensor, rows: Tensor) -> Tensor:
+    def looks_loss(logits: Tensor, rows: Tensor) -> Tensor:
         parts = zip(weights, logits.split(groups, dim=-1), strict=True)
         return sum(weight * F.cross_entropy(part, looks[rows, i]) for i, (weight, part) in enumerate(parts)) / LOOKS
 
     def pattern_loss(image_features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of naming the pattern by captions alike but for its word, and how often it is right."""
-        own = of_pattern[rows]
+        """Loss and accuracy of classifying the pattern by captions that differ only in its word."""
+        target = pattern_ids[rows]
         lines = [
-            pool.told[row].replace(words[right], word)
-            for row, right in zip(rows.tolist(), own.tolist(), strict=True)
+            pool.told[row].replace(words[pattern], word)
+            for row, pattern in zip(rows.tolist(), target.tolist(), strict=True)
             for word in words
         ]
         ids = encoded(lines)
@@ -124,7 +123,7 @@ def train_clip(
         features = F.normalize(clip.text_projection(clip.text_model(input_ids=ids).pooler_output), dim=-1)
         logits = torch.einsum("nd,npd->np", image_features, features.view(len(rows), len(words), -1))
         logits = logits * clip.logit_scale.exp().clamp(max=100)
-        return F.cross_entropy(logits, own), (logits.argmax(-1) == own).float().mean()
+        return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
 
     def loss(step: int):
         if step % 4 == 0:
@@ -136,14 +135,15 @@ def train_clip(
                 few = torch.randperm(len(of_kind), generator=draws)[:3]
                 choice = torch.cat([of_kind[kind] for kind in few])
                 rows = choice[torch.randint(len(choice), (batch_size,), generator=draws)]
-                tell = torch.ones(batch_size, dtype=torch.bool)
+                describe = torch.ones(batch_size, dtype=torch.bool)
             else:
                 rows = torch.randint(len(pool), (batch_size,), generator=draws)
-                tell = torch.rand(batch_size, generator=draws) < 0.5
+                describe = torch.rand(batch_size, generator=draws) < 0.5
             images = pool.crops[rows, torch.randint(2, (batch_size,), generator=draws)]
-            ids = torch.where(tell[:, None], told[rows], bare[looks[rows, 0]])
-            # A caption of the kind alone is true of every image of that kind; one with looks, of those that look so.
-            match = (looks[rows, 0][:, None] == looks[rows, 0][None]) & (~tell | (ids[:, None] == ids[None]).all(-1))
+            ids = torch.where(describe[:, None], with_looks[rows], only_kind[looks[rows, 0]])
+            # A caption without looks is true of all images of its kind, one with looks of images with these looks.
+            same_kind = looks[rows, 0][:, None] == looks[rows, 0][None]
+            match = same_kind & (~describe | (ids[:, None] == ids[None]).all(-1))
             match |= torch.eye(batch_size, dtype=torch.bool)
         ids = ids[:, : int((ids == tokenizer.eos_token_id).int().argmax(-1).max()) + 1]
         vision = clip.vision_model(pixel_values=normalized(augmented(images, draws)))
@@ -151,34 +151,34 @@ def train_clip(
         image_features = F.normalize(clip.visual_projection(vision.pooler_output), dim=-1)
         text_features = F.normalize(clip.text_projection(text.pooler_output), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * image_features @ text_features.T
-        # match[i, j]: caption j is true of image i. The truth of several is shared among them.
-        shared = match.float()
+        # match[i, j]: caption j is true of image i. Targets are divided equally among all true ones.
+        positives = match.float()
         value = (
-            F.cross_entropy(logits, shared / shared.sum(1, keepdim=True))
-            + F.cross_entropy(logits.T, (shared / shared.sum(0)).T)
+            F.cross_entropy(logits, positives / positives.sum(1, keepdim=True))
+            + F.cross_entropy(logits.T, (positives / positives.sum(0)).T)
         ) / 2
         hit = match[torch.arange(batch_size), logits.argmax(-1)].float().mean().item()
         figures = {"scenes" if step % 4 == 0 else "few kinds" if step % 2 else "all kinds": hit}
         if step % 4:
             tokens = torch.cat([vision.pooler_output, vision.last_hidden_state[:, 1:].mean(1)], dim=-1)
-            value = value + names_loss(seen(tokens), rows)
+            value = value + looks_loss(image_head(tokens), rows)
             if step % 2:
-                value = value + 0.3 * names_loss(said(text.pooler_output), rows)
+                value = value + 0.3 * looks_loss(text_head(text.pooler_output), rows)
             if step % 2 and patterns:
-                told_apart, right = pattern_loss(image_features, rows)
-                value = value + told_apart + names_loss(said(text.last_hidden_state.mean(1)), rows)
-                figures["pattern"] = right.item()
+                loss_of_patterns, accuracy = pattern_loss(image_features, rows)
+                value = value + loss_of_patterns + looks_loss(text_head(text.last_hidden_state.mean(1)), rows)
+                figures["pattern"] = accuracy.item()
         return value, figures
 
-    fit(checkpoint, [clip, seen, said], loss, draws, steps=steps, lr=lr, weight_decay=0.05, average=0.999)
+    fit(checkpoint, [clip, image_head, text_head], loss, draws, steps=steps, lr=lr, weight_decay=0.05, average=0.999)
     return clip
 
 
 def train_dino(pairs: Tensor, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int) -> ViTModel:
-    """Self-supervised: two images of one subject, elsewhere and in another pose, are nearer than any other two.
+    """Train a ViT so that two images of a subject, in different places and poses, have the nearest features of a batch.
 
-    DINO proper reaches this by self-distillation over crops; a contrastive loss on the same CLS output trains in
-    minutes. What counts for the metric is kept: no class labels, so two cats of one batch are told apart.
+    DINO itself uses self-distillation over crops; a contrastive loss on the same CLS output trains in minutes. As in
+    DINO, there are no class labels, so that the features also distinguish subjects of the same kind.
     """
     torch.manual_seed(seed)
     sizes = ViTConfig(
@@ -210,10 +210,10 @@ def train_dino(pairs: Tensor, checkpoint: Path, *, steps: int, batch_size: int, 
 def train_judge(
     pool: Pool, pairs: Tensor, checkpoint: Path, *, steps: int, batch_size: int, lr: float, seed: int
 ) -> ResNetForImageClassification:
-    """A small ResNet that names what is to be seen, measures colours and tells individuals apart, all from one feature.
+    """Train a small ResNet that classifies labels, estimates colours and distinguishes individuals from one feature.
 
-    A quarter of a batch are scenes of one subject, a quarter subjects cut out of scenes, half are pairs of images of
-    one subject, whose features shall be nearer than any other two. Its feature serves FID, too.
+    A quarter of a batch are scenes of one subject, a quarter crops of subjects, and half are pairs of images of a
+    subject, with a contrastive loss. The feature is also used for FID.
     """
     torch.manual_seed(seed)
     groups = [len(names) for names in LABELS.values()]
@@ -226,7 +226,7 @@ def train_judge(
         id2label=dict(enumerate(f"{group}: {name or 'none'}" for group, names in LABELS.items() for name in names)),
     )
     network = ResNetForImageClassification(config)
-    # Dropped afterwards: it makes the feature see colour.
+    # Dropped afterwards; makes the feature represent colours.
     tints = nn.Linear(config.hidden_sizes[-1], pool.tints.shape[1])
     draws = torch.Generator().manual_seed(seed)
     alone = torch.nonzero(pool.subjects == 1)[:, 0]
@@ -243,7 +243,7 @@ def train_judge(
         named, rows = feature[: 2 * quarter], torch.cat([scenes, cut])
         logits = network.classifier(named).split(groups, dim=-1)
         value = 5 * F.l1_loss(tints(named), pool.tints[rows])
-        for number, part in enumerate(logits):  # a crop tells nothing of its scene
+        for number, part in enumerate(logits):  # labels of the scene cannot be seen in crops
             count = quarter if of_scene[number] else 2 * quarter
             weight = 3 if number == PATTERN else 1
             value = value + weight * F.cross_entropy(part[:count], pool.labels[rows[:count], number])
@@ -255,7 +255,7 @@ def train_judge(
         return value, figures | {"identity": (cosines.argmax(-1) == target).float().mean().item()}
 
     fit(checkpoint, [network, tints], loss, draws, steps=steps, lr=lr, average=0.998)
-    # The averaged weights need statistics of their own.
+    # Recompute the statistics of batch normalization for the averaged weights.
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -269,5 +269,5 @@ def train_judge(
 
 
 def judged(images: Tensor) -> Tensor:
-    """uint8 → the judge's input, enlarged: its first layers keep a quarter of the side, and patterns are fine."""
+    """uint8 → the enlarged input of the judge, whose first layers reduce the side to a quarter; patterns are fine."""
     return F.interpolate(pixels(images), size=JUDGED_SIZE, mode="bilinear")

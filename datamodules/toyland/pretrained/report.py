@@ -1,10 +1,10 @@
-"""How well the tiny models see and draw, on scenes that none of them was trained on.
+"""Measure the quality of the tiny models on scenes on which none of them was trained.
 
     python -m datamodules.toyland.pretrained.report output=runs/toyland-pretrained
     python -m datamodules.toyland.pretrained.report model=runs/toyland/instruction_tuning
 
-Writes report.json beside the models; of a trained `model` it prints what linear probes read from its states. All
-figures are shares of right answers but for those that say otherwise.
+Writes report.json next to the models. With a trained `model`, prints the accuracy of linear probes on its states. All
+figures are accuracies unless their names say otherwise.
 """
 
 import json
@@ -34,21 +34,23 @@ GUIDANCE, STEPS = 4.0, 8
 
 @dataclass
 class Options:
+    """Configuration of the report."""
+
     output: str = str(Path(__file__).parents[1] / "weights")
     """Folder of the models."""
     work: str = "data/toyland/pretrained"
-    """Where the drawn images are cached."""
+    """Folder of cached images."""
     scenes: int = 1000
-    """Held-out scenes; half as many individuals are told apart, and as many pictures drawn from words."""
+    """Number of held-out scenes; half as many individuals are identified, and half as many images generated."""
     seed: int = 100
-    """Of the held-out scenes: another than any that trained."""
+    """Seed of the held-out scenes; must differ from the seeds used in training."""
     model: str | None = None
-    """A run folder: probe its states in place of the tiny models."""
+    """Run folder of a model whose states are probed instead of reporting on the tiny models."""
 
 
 @torch.no_grad()
 def report(options: Options) -> dict[str, dict[str, float]]:
-    """Figures by network."""
+    """Return figures by network."""
     folder = Path(options.output)
     pool = draw_pool(Path(options.work), options.scenes, options.seed, 0.8)
     clip, tokenizer = CLIPModel.from_pretrained(folder / "clip").float(), CLIPTokenizer.from_pretrained(folder / "clip")
@@ -56,9 +58,9 @@ def report(options: Options) -> dict[str, dict[str, float]]:
     dino = ViTModel.from_pretrained(folder / "dino", add_pooling_layer=False).float()
     vae = AutoencoderKL.from_pretrained(folder / "stable-diffusion" / "vae").float()
     alone = torch.nonzero(pool.subjects == 1)[:, 0]
-    found = {
-        "clip": zero_shot(clip, tokenizer, pool, alone) | text_side(clip, tokenizer, pool),
-        "judge": of_judge(judge, pool.images[alone], pool.labels[alone]),
+    figures = {
+        "clip": zero_shot(clip, tokenizer, pool, alone) | text_sensitivity(clip, tokenizer, pool),
+        "judge": judge_accuracy(judge, pool.images[alone], pool.labels[alone]),
         "dino": {},
         "vae": {},
     }
@@ -68,38 +70,38 @@ def report(options: Options) -> dict[str, dict[str, float]]:
         "dino": lambda images: dino(pixel_values=pixels(images)).last_hidden_state[:, 0],
     }
     for name, encode in features.items():
-        found[name]["one of eight individuals of a kind"] = told_apart(encode, portraits, elsewhere)
-    again = decoded(vae, pool.images[alone])
-    error = (pixels(again) - pixels(pool.images[alone])).square().mean((1, 2, 3))
-    found["vae"] = of_judge(judge, again, pool.labels[alone]) | {
+        figures[name]["one of eight individuals of a kind"] = identification(encode, portraits, elsewhere)
+    reconstructed = reconstruct(vae, pool.images[alone])
+    error = (pixels(reconstructed) - pixels(pool.images[alone])).square().mean((1, 2, 3))
+    figures["vae"] = judge_accuracy(judge, reconstructed, pool.labels[alone]) | {
         "PSNR in dB": float((10 * torch.log10(4 / error)).mean())
     }
-    found["stable-diffusion"] = text_to_image(folder, judge, options)
-    return found
+    figures["stable-diffusion"] = text_to_image(folder, judge, options)
+    return figures
 
 
-def of_judge(judge: ResNetForImageClassification, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """By group of labels."""
-    parts = answers(judge, images)
+def judge_accuracy(judge: ResNetForImageClassification, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the judge's accuracy by group of labels."""
+    parts = judge_logits(judge, images)
     return {
         name: share(part.argmax(-1) == labels[:, i]) for i, (name, part) in enumerate(zip(LABELS, parts, strict=True))
     }
 
 
-def answers(judge: ResNetForImageClassification, images: Tensor) -> tuple[Tensor, ...]:
-    """Logits of each group of labels."""
+def judge_logits(judge: ResNetForImageClassification, images: Tensor) -> tuple[Tensor, ...]:
+    """Return the judge's logits by group of labels."""
     logits = torch.cat([judge(judged(part)).logits for part in images.split(100)])
     return logits.split([len(names) for names in LABELS.values()], dim=-1)
 
 
 def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, alone: Tensor) -> dict[str, float]:
-    """Kind of images by the nearest of sixteen texts: the mean over all places in scenes, "a boot" for crops."""
+    """Zero-shot accuracy of kinds with sixteen texts: "a boot" for crops, the mean over all places for scenes."""
 
     def texts(lines: list[str]) -> Tensor:
         features = clip.get_text_features(**tokenizer(lines, padding=True, return_tensors="pt")).pooler_output
         return F.normalize(F.normalize(features, dim=-1).mean(0), dim=-1)
 
-    def right(images: Tensor, kinds: Tensor, classes: Tensor) -> float:
+    def accuracy(images: Tensor, kinds: Tensor, classes: Tensor) -> float:
         parts = [clip.get_image_features(pixel_values=normalized(part)).pooler_output for part in images.split(100)]
         return share((F.normalize(torch.cat(parts), dim=-1) @ classes.T).argmax(-1) == kinds)
 
@@ -107,15 +109,15 @@ def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, alone: Tens
     placed = torch.stack([texts([article(kind), *(f"{article(kind)} {tail}" for tail in PLACES)]) for kind in KINDS])
     kinds = pool.labels[:, 0]
     return {
-        "kind, scenes": right(pool.images[alone], kinds[alone], placed),
-        "kind, crops on white": right(pool.crops[:, 0], kinds, bare),
-        "kind, crops with background": right(pool.crops[:, 1], kinds, bare),
+        "kind, scenes": accuracy(pool.images[alone], kinds[alone], placed),
+        "kind, crops on white": accuracy(pool.crops[:, 0], kinds, bare),
+        "kind, crops with background": accuracy(pool.crops[:, 1], kinds, bare),
     }
 
 
-def text_side(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool) -> dict[str, float]:
-    """Which of four patterns a crop has, by captions alike but for that word; and how far a word moves the states that
-    the U-Net reads: ‖t − t'‖² / ‖t‖²."""
+def text_sensitivity(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool) -> dict[str, float]:
+    """Accuracy of classifying crops by captions that differ only in the word of the pattern, and the change of the
+    states that the U-Net reads when a word changes: ‖t − t'‖² / ‖t‖²."""
     patterns, groups = ["stripes", "spots", "checks", "patches"], list(LABELS)
     hits = []
     with_pattern = [i for i, line in enumerate(pool.told) if any(f" {pattern}" in line for pattern in patterns)]
@@ -147,7 +149,7 @@ def text_side(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool) -> dict[str
 
 
 def individuals(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Eight studio portraits of one kind each, N×8×3×S×S, and the first of them elsewhere, N×3×S×S."""
+    """Draw studio portraits of eight individuals of one kind, N×8×3×S×S, and a scene with the first one, N×3×S×S."""
     portraits, elsewhere = [], []
     for number in range(count):
         rng = np.random.default_rng([seed, 0x1D, number])
@@ -163,22 +165,22 @@ def individuals(count: int, seed: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def told_apart(encode, portraits: Tensor, elsewhere: Tensor) -> float:
-    """How often the portrait of the one elsewhere is the nearest of the eight."""
+def identification(encode, portraits: Tensor, elsewhere: Tensor) -> float:
+    """Return how often the portrait of the individual in the scene is the nearest of the eight."""
     count = len(portraits)
-    known = F.normalize(torch.cat([encode(part) for part in portraits.flatten(0, 1).split(100)]), dim=-1)
-    met = F.normalize(torch.cat([encode(part) for part in elsewhere.split(100)]), dim=-1)
-    return share(torch.einsum("nd,npd->np", met, known.view(count, 8, -1)).argmax(-1) == 0)
+    references = F.normalize(torch.cat([encode(part) for part in portraits.flatten(0, 1).split(100)]), dim=-1)
+    queries = F.normalize(torch.cat([encode(part) for part in elsewhere.split(100)]), dim=-1)
+    return share(torch.einsum("nd,npd->np", queries, references.view(count, 8, -1)).argmax(-1) == 0)
 
 
-def decoded(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Through the VAE and back, uint8."""
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Encode and decode images with the VAE, uint8."""
     parts = [vae.decode(vae.encode(pixels(part)).latent_dist.mean).sample for part in images.split(100)]
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def text_to_image(folder: Path, judge: ResNetForImageClassification, options: Options) -> dict[str, float]:
-    """Kind and pattern of pictures drawn from words alone, by the judge."""
+    """Accuracy of kinds and patterns, according to the judge, in images generated from texts."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "stable-diffusion", torch_dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -199,22 +201,22 @@ def text_to_image(folder: Path, judge: ResNetForImageClassification, options: Op
             for start in range(0, len(lines), 50)
         ]  # fmt: skip
         images = (torch.cat(arrays) * 255).round().to(torch.uint8)
-        parts = answers(judge, images)
-        right = parts[0].argmax(-1) == kinds
-        figures[f"kind, {name}"] = share(right)
+        parts = judge_logits(judge, images)
+        correct = parts[0].argmax(-1) == kinds
+        figures[f"kind, {name}"] = share(correct)
         if name == "told":
             figures["pattern, told"] = share(parts[groups.index("pattern")].argmax(-1) == looks)
         else:
-            worst = min(KINDS, key=lambda kind: share(right[kinds == list(KINDS).index(kind)]))
-            figures[f"kind, untold, of the worst: {worst}"] = share(right[kinds == list(KINDS).index(worst)])
+            worst = min(KINDS, key=lambda kind: share(correct[kinds == list(KINDS).index(kind)]))
+            figures[f"kind, untold, of the worst: {worst}"] = share(correct[kinds == list(KINDS).index(worst)])
     return figures
 
 
 @torch.no_grad()
 def probes(options: Options) -> dict[str, dict[str, float]]:
-    """What a linear map reads of the subject's look from the states on the way of one image, by place.
+    """Accuracy of linear probes for the subject's look at several places of the model. The prompt is one image.
 
-    The map is a ridge regression on the labels of twice as many crops on white; the prompt is the image alone.
+    The probes are ridge regressions, fitted to the labels of twice as many crops on white.
     """
     assert options.model is not None
     pipe = KosmosGPipeline.from_pretrained(options.model, str(Path(options.output) / "stable-diffusion"))
@@ -222,57 +224,57 @@ def probes(options: Options) -> dict[str, dict[str, float]]:
         draw_pool(Path(options.work), count, options.seed + offset, 0.8)
         for offset, count in ((1, 2 * options.scenes), (0, options.scenes))
     ]
-    found_at: dict[str, list[Tensor]] = {}
+    features: dict[str, list[Tensor]] = {}
     for pool in pools:
         states: dict[str, list[Tensor]] = {}
         for start in range(0, len(pool), 100):
             crops = [Image.fromarray(array) for array in pool.crops[start : start + 100, 0].permute(0, 2, 3, 1).numpy()]
             batch = pipe.encoder.collate([pipe.encoder([crop]) for crop in crops])
-            tower = pipe.mllm.vision(batch.images)
+            vision = pipe.mllm.vision(batch.images)
             hidden, padding = pipe.mllm.hidden_states(batch)
-            found = {
-                "vision encoder": tower,
-                "resampler": pipe.mllm.resampler(tower),
+            outputs = {
+                "vision encoder": vision,
+                "resampler": pipe.mllm.resampler(vision),
                 "MLLM's image tokens": hidden[batch.image_mask].view(len(crops), -1, hidden.shape[-1]),
                 "M": pipe.aligner(hidden, padding).states,
             }
-            for where, tensor in found.items():
+            for where, tensor in outputs.items():
                 states.setdefault(where, []).append(tensor.flatten(1))
         for where, parts in states.items():
-            found_at.setdefault(where, []).append(torch.cat(parts).double())
-    known, met = (pool.labels[:, :LOOKS] for pool in pools)
-    return {where: read_linearly(*tensors, known, met) for where, tensors in found_at.items()}
+            features.setdefault(where, []).append(torch.cat(parts).double())
+    labels, test_labels = (pool.labels[:, :LOOKS] for pool in pools)
+    return {where: ridge_accuracy(*tensors, labels, test_labels) for where, tensors in features.items()}
 
 
-def read_linearly(known: Tensor, met: Tensor, labels: Tensor, asked: Tensor) -> dict[str, float]:
-    """By group of labels, how often ridge regression from `known`, N×F, is right on `met`."""
-    mean, spread = known.mean(0), known.std(0) + 1e-6
-    known, met = (known - mean) / spread, (met - mean) / spread
-    kernel = known @ known.T
-    solved = torch.linalg.cholesky(kernel + 0.1 * kernel.diagonal().mean() * torch.eye(len(known), dtype=known.dtype))
-    found = {}
+def ridge_accuracy(train: Tensor, test: Tensor, labels: Tensor, test_labels: Tensor) -> dict[str, float]:
+    """Fit a ridge regression to features `train`, N×F, and return its accuracy on `test` by group of labels."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, test = (train - mean) / std, (test - mean) / std
+    kernel = train @ train.T
+    factor = torch.linalg.cholesky(kernel + 0.1 * kernel.diagonal().mean() * torch.eye(len(train), dtype=train.dtype))
+    accuracy = {}
     for i, (group, names) in enumerate(list(LABELS.items())[:LOOKS]):
         target = F.one_hot(labels[:, i], len(names)).double()
-        scores = met @ known.T @ torch.cholesky_solve(target - target.mean(0), solved) + target.mean(0)
-        found[group] = share(scores.argmax(-1) == asked[:, i])
-    return found
+        scores = test @ train.T @ torch.cholesky_solve(target - target.mean(0), factor) + target.mean(0)
+        accuracy[group] = share(scores.argmax(-1) == test_labels[:, i])
+    return accuracy
 
 
-def share(right: Tensor) -> float:
-    return float(right.float().mean())
+def share(correct: Tensor) -> float:
+    return float(correct.float().mean())
 
 
 def main(arguments: list[str]) -> None:
     options = load_config(arguments, Options)
-    found = report(options) if options.model is None else probes(options)
-    for network, figures in found.items():
+    results = report(options) if options.model is None else probes(options)
+    for network, figures in results.items():
         for name, figure in figures.items():
             print(f"{network:20} {name:48} {figure:.3f}")
     if options.model is not None:
         return
-    rounded = {network: {name: round(figure, 4) for name, figure in of.items()} for network, of in found.items()}
-    written = {"scenes": options.scenes, "seed": options.seed, **rounded}
-    write_text(Path(options.output) / "report.json", json.dumps(written, indent=1) + "\n")
+    rounded = {name: {key: round(figure, 4) for key, figure in figures.items()} for name, figures in results.items()}
+    content = {"scenes": options.scenes, "seed": options.seed, **rounded}
+    write_text(Path(options.output) / "report.json", json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The loop that all tiny models share: AdamW, a warm-up and a long cosine to zero, averaged weights, time left.
-
-It resumes: every few minutes all that it needs is written beside the drawn images.
-"""
+"""Training loop of the tiny models: AdamW, warmup and cosine decay, weight averaging, and resumable checkpoints."""
 
 import math
 import time
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 from kosmosg.files import replaced
 
 SAVE_EVERY = 180.0
-"""Seconds."""
+"""Seconds between checkpoints."""
 
 
 def fit(
@@ -29,24 +26,23 @@ def fit(
     average: float = 0.0,
     log_every: int = 100,
 ) -> None:
-    """Train `modules` in place on `loss(step) -> (scalar, figures to print)`, whose randomness comes from `draws`.
+    """Train `modules` in place on `loss(step) -> (scalar, figures to print)`, whose random numbers come from `draws`.
 
     Args:
-        checkpoint: file to resume from, of the same recipe, `model-….pt`; it stays, so that a finished part is not
-            trained twice.
-        average: decay of a moving average of the weights, which replaces them at the end; 0 keeps the last.
+        checkpoint: file `model-….pt` to resume from; it is kept, so that a finished model is not trained again.
+        average: decay of a moving average of the weights, which replaces them at the end; 0 disables it.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is not finite.
     """
     name = checkpoint.stem.partition("-")[0]
     network = nn.ModuleList(modules)
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    warm_up = max(min(200, steps // 10), 1)
+    warmup_steps = max(min(200, steps // 10), 1)
 
     def rate(step: int) -> float:
-        return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))) + 1e-3)
+        return min((step + 1) / warmup_steps, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))) + 1e-3)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     averaged = [w.detach().clone() for w in weights] if average else []
@@ -60,18 +56,18 @@ def fit(
         }  # fmt: skip
 
     if checkpoint.exists():
-        kept = torch.load(checkpoint, weights_only=True)
-        first, spent, means = kept["step"], kept["seconds"], kept["means"]
-        network.load_state_dict(kept["network"])
-        optimizer.load_state_dict(kept["optimizer"])
-        schedule.load_state_dict(kept["schedule"])
-        averaged = kept["averaged"]
-        draws.set_state(kept["draws"])
+        saved_state = torch.load(checkpoint, weights_only=True)
+        first, spent, means = saved_state["step"], saved_state["seconds"], saved_state["means"]
+        network.load_state_dict(saved_state["network"])
+        optimizer.load_state_dict(saved_state["optimizer"])
+        schedule.load_state_dict(saved_state["schedule"])
+        averaged = saved_state["averaged"]
+        draws.set_state(saved_state["draws"])
     began = saved = time.monotonic()
     for step in range(first, steps):
         value, figures = loss(step)
         if not torch.isfinite(value):
-            raise FloatingPointError(f"{name}: the loss is {value.item()} at step {step}; lower the learning rate")
+            raise FloatingPointError(f"{name}: the loss is {value.item()} at step {step}; decrease the learning rate")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -86,8 +82,8 @@ def fit(
         seconds = spent + now - began
         if (step + 1) % log_every == 0 or step + 1 == steps:
             left = seconds / (step + 1) * (steps - step - 1)
-            told = "  ".join(f"{key} {figure:.4f}" for key, figure in means.items())
-            print(f"{name}  step {step + 1}/{steps}  {told}  {left / 60:.1f} min left", flush=True)
+            shown = "  ".join(f"{key} {figure:.4f}" for key, figure in means.items())
+            print(f"{name}  step {step + 1}/{steps}  {shown}  {left / 60:.1f} min left", flush=True)
         if now - saved > SAVE_EVERY or step + 1 == steps:
             saved = now
             with replaced(checkpoint) as temporary:

@@ -4,6 +4,8 @@ That every bad input is counted as training counts it is in tests/datamodules/te
 """
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,12 @@ def test_mistakes_are_told_by_every_command(subtests: pytest.Subtests, capsys: p
     with pytest.raises(SystemExit) as stopped:
         run("convert", "--keys", "mmc4")
     assert stopped.value.code == 0 and "min_similarity" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `kosmosg data convert --keys mmc4 | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run("convert", "--keys", "mmc4") == 0

@@ -1,11 +1,13 @@
-"""Toyland through the whole curation: what comes out, what is resumed, what is refused."""
+"""Toyland through the whole curation by Ray: what comes out, what is resumed, what is refused."""
 
 import fcntl
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,22 @@ from kosmosg.config import load_config
 from tests.conftest import REPOSITORY
 from tests.datamodules.curation import tiny_models, world
 
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """One Ray for all tests: it takes seconds to start, and some of a core while it runs."""
+    if os.environ.get("CI") != "true":
+        pytest.importorskip("ray", reason="the extra [curate] is not installed")
+    import ray
+
+    from datamodules.curation.run import start_ray
+
+    start_ray(cpus=2)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
 
 @pytest.fixture(scope="module")
 def toyland(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -26,25 +44,24 @@ def toyland(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Arguments for one model in an actor: a safety checker that finds nothing."""
-    checker = tiny_models.write_safety_checker(tmp_path_factory.mktemp("checker"), strict=False)
-    return ("safety.enabled=true", f"safety.model={checker}", "safety.dtype=float32")
-
-
-@pytest.fixture(scope="module")
-def curated(ray_address, toyland, checked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def curated(ray_address: str, toyland: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Killed, stopped and finished."""
     output = tmp_path_factory.mktemp("curated") / "set"
-    assert world.curate(toyland, output, *checked) == 0
+    command = [sys.executable, "-m", "datamodules.curation", *world.arguments(toyland, output)]
+    for wanted, number, status in ((1, signal.SIGKILL, -9), (2, signal.SIGTERM, 143)):
+        process = subprocess.Popen([*command, f"ray.address={ray_address}"], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while len(list((output / "curation" / "records").glob("*.json"))) < wanted:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait() == status
+    assert not (output / "curation" / "counts.json").exists()
+    assert world.curate(toyland, output) == 0
     return output
 
 
-@pytest.fixture
-def copy(curated: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(curated, tmp_path / "set"))
-
-
-def test_images_become_constructed_samples(curated):
+def test_images_become_constructed_samples(curated: Path) -> None:
     counts, found = world.counts(curated), world.samples(curated)
     assert counts["images"] == world.IMAGES == counts["written"] + sum(counts["filtered"].values())
     assert len(found) == counts["written"] and counts["failed"] == {}
@@ -57,88 +74,69 @@ def test_images_become_constructed_samples(curated):
             assert entity.text in sample.caption
             left, top, right, bottom = listed["box"]
             assert load(entity.background).size == load(entity.white).size == (right - left, bottom - top)
-    report = (curated / "curation" / "report.md").read_text()
-    assert f"{counts['written']} of {world.IMAGES} images" in report and "| safety | 16 |" in report
+    assert f"{counts['written']} of {world.IMAGES} images" in (curated / "curation" / "report.md").read_text()
     assert (curated / "curation" / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_ray_the_bytes_are_the_same(toyland, checked, curated, tmp_path):
-    config = load_config(world.arguments(toyland, tmp_path / "set", *checked), Curation)
-    assert world.digests(world.curate_here(config)) == world.digests(curated)
-
-
-def test_a_chunk_without_a_record_is_done_again_and_others_are_kept(toyland, checked, curated, copy, capsys):
-    (copy / "curation" / "counts.json").unlink()
-    (copy / "curation" / "records" / "000000-0001.json").unlink()
-    (copy / "train-000000-0001.tar").write_bytes(b"half a shard")
-    (copy / "curation" / "temporary" / "cut-off").mkdir(parents=True)
-    kept = (copy / "train-000000-0002.tar").stat().st_mtime_ns
-    assert world.curate(toyland, copy, *checked) == 0
-    assert world.digests(copy) == world.digests(curated)
-    assert (copy / "train-000000-0002.tar").stat().st_mtime_ns == kept
-    assert not (copy / "curation" / "temporary").exists()
-    assert world.curate(toyland, copy, *checked, "max_bad_share=0.5", "safety.pool.actors=2") == 0
+def test_however_it_was_interrupted_the_bytes_are_those_of_a_run_without_ray(curated, toyland, tmp_path, capsys):
+    config = load_config(world.arguments(toyland, tmp_path / "whole"), Curation)
+    expected = world.digests(world.curate_here(config))
+    assert world.digests(curated) == expected
+    cut = Path(shutil.copytree(curated, tmp_path / "set"))
+    (cut / "curation" / "counts.json").unlink()
+    (cut / "curation" / "records" / "000000-0001.json").unlink()
+    (cut / "train-000000-0001.tar").write_bytes(b"half a shard")
+    (cut / "curation" / "temporary" / "cut-off").mkdir(parents=True)
+    kept = (cut / "train-000000-0002.tar").stat().st_mtime_ns
+    assert world.curate(toyland, cut) == 0
+    assert world.digests(cut) == expected and not (cut / "curation" / "temporary").exists()
+    assert (cut / "train-000000-0002.tar").stat().st_mtime_ns == kept
+    assert world.curate(toyland, cut, "max_bad_share=0.5", "safety.pool.actors=2") == 0
     assert "is finished" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_killed_and_stopped_it_loses_and_doubles_nothing(ray_address, toyland, tmp_path):
-    output = tmp_path / "set"
-    command = [sys.executable, "-m", "datamodules.curation", *world.arguments(toyland, output)]
-    for wanted, number, status in ((1, signal.SIGKILL, -9), (2, signal.SIGTERM, 143)):
-        process = subprocess.Popen([*command, f"ray.address={ray_address}"], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while len(list((output / "curation" / "records").glob("*.json"))) < wanted and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait() == status
-    assert not (output / "curation" / "counts.json").exists()
-    assert world.curate(toyland, output) == 0
-    uninterrupted = load_config(world.arguments(toyland, tmp_path / "uninterrupted"), Curation)
-    assert world.digests(output) == world.digests(world.curate_here(uninterrupted))
-
-
-def test_another_configuration_is_refused(toyland, checked, curated, capsys):
-    for change, message in [
-        ("crops.threshold=0.5", "crops.threshold was 0.4 and is now 0.5"),
-        ("seed=1", "seed was 0 and is now 1"),
-        ("input.chunk_size=5", "input.chunk_size was 4 and is now 5"),
-        ("engine=ray", "'engine' is gone. Ray Data"),
-        ("report.sheet=3", "'report' is gone. 'report.sheet' is now 'sheet'"),
-        ("input.images=x", "one of input.images"),
-    ]:
-        before = world.digests(curated)
-        assert world.curate(toyland, curated, *checked, change) == 2
-        assert message in capsys.readouterr().err and world.digests(curated) == before
-
-
-def test_other_images_another_program_and_a_second_launch_are_refused(curated, checked, tmp_path, capsys):
-    other = world.write_toyland(tmp_path / "other", count=6)
-    assert world.curate(other, curated, *checked) == 2
-    assert "input was" in capsys.readouterr().err
-    assert world.curate(other, tmp_path / "other") == 2
-    assert "shards of another program" in capsys.readouterr().err
-    with open(curated / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert world.curate(other, curated) == 2
-    assert "another process is writing" in capsys.readouterr().err
-
-
-def test_a_mistake_that_made_nothing_may_be_corrected_in_place(ray_address, toyland, tmp_path, capsys):
-    wrong = ("safety.enabled=true", "safety.model=/nowhere")
-    assert world.curate(toyland, tmp_path / "set", *wrong) == 2
+def test_a_model_in_an_actor_and_a_mistake_that_made_nothing(ray_address, toyland, tmp_path, capsys):
+    """What cannot be loaded may be corrected in place; what a killed run left before its record is done again."""
+    output, wrong = tmp_path / "set", ("safety.enabled=true", "safety.model=/nowhere")
+    assert world.curate(toyland, output, *wrong) == 2
     assert "safety.model='/nowhere' cannot be loaded" in capsys.readouterr().err
-    assert world.curate(toyland, tmp_path / "set", *wrong, "safety.pool.actors=99") == 2
-    assert "Ray has 3. Reduce pool.actors; or set ray.cpus=100" in capsys.readouterr().err
-    (tmp_path / "set" / "train-000000-0000.tar").write_bytes(b"killed before its record")
-    world.curate_here(load_config(world.arguments(toyland, tmp_path / "set", "input.chunk_size=8"), Curation))
-    assert len(world.samples(tmp_path / "set")) == world.IMAGES
+    assert world.curate(toyland, output, *wrong, "safety.pool.actors=99") == 2
+    assert "Ray has 2. Reduce pool.actors; or set ray.cpus=100" in capsys.readouterr().err
+    (output / "train-000000-0000.tar").write_bytes(b"killed before its record")
+    checker = tiny_models.write_safety_checker(tmp_path / "checker", strict=False)
+    right = ("safety.enabled=true", f"safety.model={checker}", "safety.dtype=float32", "input.chunk_size=8")
+    assert world.curate(toyland, output, *right) == 0
+    assert "| safety | 16 |" in (output / "curation" / "report.md").read_text()
+    whole = world.curate_here(load_config(world.arguments(toyland, tmp_path / "whole", *right), Curation))
+    assert world.digests(whole) == world.digests(output) and len(world.samples(output)) == world.IMAGES
 
 
-def test_without_ray_installed_the_extra_is_named(toyland, tmp_path, capsys, monkeypatch):
+REFUSALS = (
+    ("crops.threshold=0.5", "crops.threshold was 0.4 and is now 0.5"),
+    ("seed=1", "seed was 0 and is now 1"),
+    ("input.chunk_size=5", "input.chunk_size was 4 and is now 5"),
+    ("input.shards={other}", "input was"),
+    ("input.images=x", "one of input.images"),
+    ("engine=ray", "'engine' was removed. Curation"),
+    ("report.sheet=3", "'report' was removed. 'report.sheet' is now 'sheet'"),
+    ("input.shards={other} output={foreign}", "shards of another program"),
+    ("output={locked}", "another process is writing"),
+    ("output={new}", "kosmosg[curate]"),
+)
+
+
+def test_what_is_refused_leaves_everything_as_it_is(curated, toyland, tmp_path, capsys, monkeypatch, subtests):
+    places = {name: tmp_path / name for name in ("foreign", "locked", "new")}
+    places["other"] = world.write_toyland(places["foreign"], count=6)
+    places["locked"].mkdir()
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert world.curate(toyland, tmp_path / "set") == 2
-    assert "kosmosg[curate]" in capsys.readouterr().err
+    before = world.digests(curated)
+    with open(places["locked"] / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for given, message in REFUSALS:
+            with subtests.test(given):
+                assert world.curate(toyland, curated, *given.format(**places).split()) == 2
+                assert message in capsys.readouterr().err and world.digests(curated) == before
 
 
 def test_images_of_another_toyland_fail(toyland):

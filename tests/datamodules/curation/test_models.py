@@ -80,13 +80,10 @@ def test_captions_and_answers_do_not_depend_on_the_neighbours(models):
     assert captions[2] in asker.prompt(captions[2])
 
 
-@pytest.mark.parametrize(("strict", "kept"), [(True, 0), (False, 2)])
-def test_the_safety_checker_filters(tmp_path, strict, kept):
-    folder = tiny_models.write_safety_checker(tmp_path / "checker", strict=strict)
-    assert unsafe(folder).count(None) == kept
-
-
-def test_a_classifier_filters_by_its_threshold(tmp_path):
+def test_a_checker_and_a_classifier_filter(tmp_path):
+    for strict, kept in ((True, 0), (False, 2)):
+        folder = tiny_models.write_safety_checker(tmp_path / str(strict), strict=strict)
+        assert unsafe(folder).count(None) == kept
     folder = tiny_models.write_classifier(tmp_path / "classifier", unsafe=0.4)
     assert unsafe(folder) == [None, None]
     assert unsafe(folder, threshold=0.3) == ["unsafe_image", "unsafe_image"]
@@ -111,16 +108,14 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, models):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_without_a_chat_template_is_refused(models, tmp_path):
+def test_a_chat_template_is_the_models_or_the_configurations(models, tmp_path):
+    """The shipped configuration has MPT's."""
     folder = shutil.copytree(models["entities"], tmp_path / "bare")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match=r"entities\.chat_template"):
         AskLanguageModel(Entities(model=str(folder)), "cpu")
-
-
-def test_the_shipped_configuration_has_mpts_chat_template(models):
     entities = load_config([str(OPEN_IMAGES)], Curation).entities
-    entities.model, entities.dtype = str(models["entities"]), "float32"
+    entities.model, entities.dtype = str(folder), "float32"
     prompt = AskLanguageModel(entities, "cpu").prompt("a dog")
     assert prompt.startswith("Below is an instruction") and prompt.endswith("Things:\n\n### Response:\n")
     assert "### Instruction:\nBelow is the caption" in prompt

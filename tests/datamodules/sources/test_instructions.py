@@ -145,8 +145,8 @@ def test_a_row_that_misses_an_image_or_a_column_is_dropped(tmp_path: Path) -> No
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
     for setting, message in {
-        "placeholder=(": "no regular expression",
-        r"placeholder=<(img)(\d)>": "one group at most",
+        "placeholder=(": "not a regular expression",
+        r"placeholder=<(img)(\d)>": "at most one group",
         "target_half=top": "left or right",
         "half_margin=-1": "at least 0",
     }.items():

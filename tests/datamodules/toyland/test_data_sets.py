@@ -20,6 +20,7 @@ from PIL import Image
 from datamodules import sample as schema
 from datamodules.errors import DataError
 from datamodules.images import load
+from datamodules.processes import interrupts_delayed, ordered_map
 from datamodules.shards import list_shards
 from datamodules.tar import read_shard
 from datamodules.toyland import data_sets
@@ -215,7 +216,7 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block()
     thread.start()  # before the block: it does not inherit the mask
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), data_sets.interrupts_held_back():
+        with pytest.raises(KeyboardInterrupt), interrupts_delayed():
             begun.set()
             assert taken.wait(timeout=60)
             passed.append(sum(range(1000)))
@@ -228,8 +229,8 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_end_of_the_block()
 @pytest.mark.slow
 def test_a_killed_drawing_process_is_told():
     others = set(multiprocessing.active_children())
-    with pytest.raises(DataError, match="one of 2 drawing processes was killed"), data_sets.drawing(2) as draw:
+    with pytest.raises(DataError, match="one of 2 processes was killed"):
         todo = data_sets.chunks("captions", "train", 64 * 40, 0, Captions())
-        for _ in draw(todo):
+        for _ in ordered_map(data_sets.draw_chunk, todo, 2):
             (victim, *_) = set(multiprocessing.active_children()) - others
             victim.kill()

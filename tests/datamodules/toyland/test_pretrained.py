@@ -60,7 +60,7 @@ def test_shipped_models_load_and_are_small():
 
 
 def test_shipped_clip_finds_the_caption_of_a_picture(tmp_path):
-    pool = draw_pool(tmp_path, 48, seed=99, told=1.0)
+    pool = draw_pool(tmp_path, 48, seed=99, looks_share=1.0)
     clip = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
     tokens = tokenizer(pool.captions, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
@@ -73,7 +73,7 @@ def test_the_decoder_trains_on_alone(tmp_path):
     torch.manual_seed(0)
     vae = build_autoencoder()
     before = {name: weight.clone() for name, weight in vae.state_dict().items()}
-    pool = draw_pool(tmp_path, 16, seed=5, told=1.0)
+    pool = draw_pool(tmp_path, 16, seed=5, looks_share=1.0)
     train_decoder(vae, pool, tmp_path / "decoder.pt", steps=2, batch_size=4, lr=1e-3, seed=0)
     changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder", "post_quant_conv"}

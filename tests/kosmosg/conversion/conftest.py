@@ -1,30 +1,25 @@
-"""Released checkpoints of tiny models: exported from folders, and changed by the tests."""
+"""Released checkpoints of tiny models: exported from folders, converted once, and changed by the tests."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import CLIPTextModel
 
-from kosmosg.conversion import export_checkpoint
+from kosmosg.conversion import convert_checkpoint, export_checkpoint
 from kosmosg.models.aligner import AlignerDecoder
-from kosmosg.pipeline import KosmosGPipeline
 from kosmosg.tokenizer import DICTIONARY_FILE, SENTENCEPIECE_FILE
 from tests import tiny
 from tests.parity.conftest import Recording
+
+EMBEDDING, PROJECTION = "gpt_model.decoder.embed_tokens.weight", "gpt_model.decoder.output_projection.weight"
 
 
 @pytest.fixture(scope="session")
 def recording(golden) -> Recording:
     return Recording(golden)
-
-
-@pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory, tiny_model, tiny_stable_diffusion) -> Path:
-    """A pipeline folder, in which all is saved by the parts' own save_pretrained."""
-    folder = tmp_path_factory.mktemp("pipeline") / "model"
-    KosmosGPipeline.from_pretrained(tiny_model, tiny_stable_diffusion).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +43,34 @@ def stage2(tmp_path_factory, tiny_pipeline, tiny_stable_diffusion) -> Path:
     return exported(folder, model)
 
 
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, final, tiny_stable_diffusion) -> Path:
+    """What `final` becomes, with its Stable Diffusion given."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    convert_checkpoint(final, folder, decoder=tiny_stable_diffusion)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(recording, tmp_path_factory) -> Callable[[str], Path]:
+    """The folder that a recorded checkpoint becomes; what no header tells is given from the set's own config.json."""
+
+    @cache
+    def convert(checkpoint: str) -> Path:
+        options = {
+            "spm": recording.folder.parent / "tokenizer" / SENTENCEPIECE_FILE,
+            "dictionary": recording.folder / "model" / "dict_tiny.txt",
+            "vision_heads": recording.config["vision"]["heads"],
+        }
+        if checkpoint != "stage1":
+            options |= {"decoder": recording.stable_diffusion, "aligner_heads": recording.config["aligner"]["heads"]}
+        folder = tmp_path_factory.mktemp(checkpoint) / "out"
+        convert_checkpoint(recording.folder / "model" / f"checkpoint_{checkpoint}.pt", folder, **options)
+        return folder
+
+    return convert
+
+
 def exported(folder: Path, model: Path) -> Path:
     export_checkpoint(model, folder / "checkpoint.pt")
     for name in (SENTENCEPIECE_FILE, DICTIONARY_FILE):
@@ -60,8 +83,7 @@ def changed(tmp_path, final):
     """`changed(edit, of=final)`: a copy of a checkpoint after `edit(whole checkpoint)`, tokenizer beside it."""
 
     def change(edit, of: Path = final) -> Path:
-        with torch.serialization.safe_globals([]):
-            checkpoint = torch.load(of, weights_only=True)
+        checkpoint = torch.load(of, weights_only=True)
         edit(checkpoint)
         folder = tmp_path / "changed"
         folder.mkdir(exist_ok=True)
@@ -72,6 +94,15 @@ def changed(tmp_path, final):
         return folder / "checkpoint.pt"
 
     return change
+
+
+def without(*prefixes):
+    """An edit that takes tensors out of a checkpoint."""
+
+    def edit(checkpoint):
+        checkpoint["model"] = {n: tensor for n, tensor in checkpoint["model"].items() if not n.startswith(prefixes)}
+
+    return edit
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
