@@ -20,6 +20,7 @@ from kosmosg.app.requests import (
     command,
     distinct,
     draw,
+    explained,
     opened,
     painted,
     restored,
@@ -109,7 +110,7 @@ def picked(event: gr.SelectData) -> int:
 
 def refused(error: Exception | str) -> gr.Error:
     """What is shown of a mistake, as text: gradio takes it for HTML, in which `<1>` is a tag."""
-    return gr.Error(html.escape(str(error), quote=False), print_exception=False)
+    return gr.Error(html.escape(explained(error), quote=False), print_exception=False)
 
 
 # gradio would open the file, and say nothing of one that is no image. A class, since components are built anew when
@@ -375,7 +376,12 @@ def drawing(served: Served, page: gr.Blocks) -> None:
     kept = gr.BrowserState(None, storage_key=name, secret="kosmosg")
     for component in settings:
         component.change(None, settings, kept, js="(...values) => [values]", queue=False)
-    page.load(lambda values: values or [gr.skip()] * len(settings), kept, settings, show_progress="hidden")
+    page.load(
+        lambda values: values if values and len(values) == len(settings) else [gr.skip()] * len(settings),
+        kept,
+        settings,
+        show_progress="hidden",
+    )
 
 
 def serve(served: Served | None, host: str, port: int | None, run: Path | None = None, **options: Any) -> Any:

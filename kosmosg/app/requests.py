@@ -108,7 +108,7 @@ def told(prompt: str, *files: str | None) -> str:
             pieces[1::2] = [f'<img src="{url}" alt="image {n + 1}">' for n, (_, url) in zip(numbers, seen, strict=True)]
             shown = f"<p>{''.join(pieces)}</p>" if numbers else ""
     except ValueError as error:
-        found = [str(error)]
+        found = [explained(error)]
     unnamed = [n + 1 for n, file in enumerate(files) if file and n not in numbers]
     found += [f"No <{number}> in the prompt names image {number}." for number in unnamed]
     return f"{shown}<ul>{''.join(f'<li>{html.escape(hint)}</li>' for hint in found)}</ul>" if shown or found else ""
@@ -168,28 +168,41 @@ def command(
     served: Served, request: generation.Request, settings: generation.Settings, lora_scales: Sequence[float] = ()
 ) -> str:
     """The command line that generates the same images from files in the working directory."""
-    words = ["kosmosg", "generate", *served.arguments, request.prompt]
+    words = served.arguments[1:]
     if request.images:
-        words += ["--images", *(Path(file).name for file in request.images)]
+        words += ["--images", *map(named, request.images)]
     if request.image_weights:
         words += ["--image-weights", *(f"{weight:g}" for weight in request.image_weights)]
     if request.image_masks:
-        words += ["--image-masks", *(Path(mask).name if mask else "-" for mask in request.image_masks)]
+        words += ["--image-masks", *(named(mask) if mask else "-" for mask in request.image_masks)]
     if request.control_image and served.controlnet:
-        words += ["--controlnet", served.controlnet[0], "--control-image", Path(request.control_image).name]
+        words += ["--controlnet", served.controlnet[0], "--control-image", named(request.control_image)]
         words += ["--control-scale", f"{request.control_scale:g}"]
     if request.init_image:
-        words += ["--init-image", Path(request.init_image).name, "--strength", f"{request.strength:g}"]
+        words += ["--init-image", named(request.init_image), "--strength", f"{request.strength:g}"]
     if served.loras:
         words += ["--lora", *served.loras, "--lora-scales", *(f"{scale:g}" for scale in lora_scales)]
     if request.negative_prompt:
-        words += ["--negative-prompt", request.negative_prompt]
+        words += [f"--negative-prompt={request.negative_prompt}"]
     words += ["--seed", str(request.seed), "--count", str(request.count)]
     words += ["--steps", str(settings.num_inference_steps), "--guidance", f"{settings.guidance_scale:g}"]
     for name in ("sampler", "height", "width"):
         if (value := getattr(settings, name)) is not None:
             words += [f"--{name}", str(value)]
-    return shlex.join(words)
+    asked = [served.arguments[0], request.prompt]
+    words = [*words, "--", *asked] if request.prompt.startswith("-") else [*asked, *words]
+    return shlex.join(["kosmosg", "generate", *words])
+
+
+def named(file: str) -> str:
+    """A file in the working directory, which the command line takes for no option."""
+    name = Path(file).name
+    return f"./{name}" if name.startswith("-") else name
+
+
+def explained(error: Exception | str) -> str:
+    """A message without the server's folders."""
+    return re.sub(r"'/[^']*/([^/']+)'", r"'\1'", str(error))
 
 
 def draw(

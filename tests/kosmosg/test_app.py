@@ -1,5 +1,6 @@
 """The page: what it refuses, what it draws and how a picture is repeated; and all of it in a real browser."""
 
+import html
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 from kosmosg.app import page as app_page
 from kosmosg.app import requests as app
 from kosmosg.app import run as run_page
-from kosmosg.cli import main
+from kosmosg.cli import build_parser, main
 from kosmosg.drawing import load_controlnet, load_loras
 from kosmosg.generation import Settings, file_record, read_parameters
 from kosmosg.image_processing import read_image
@@ -76,6 +77,11 @@ def test_what_is_refused_is_named(files, tmp_path):
         with pytest.raises(ValueError, match=message):
             ask(changed, **options)
     assert "10000×5000 pixels" in app.told("<1>", str(large)), "not read for a hint either"
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(Path(files[0]).read_bytes()[:-40])
+    assert "the image 'torn.png' cannot be read" in html.unescape(app.told("<1>", str(torn))), (
+        "no folders of the server"
+    )
     foreign, info = tmp_path / "foreign.png", PngInfo()
     info.add_itxt("kosmosg", '{"prompt": "<i>"}')
     Image.new("RGB", (8, 8)).save(foreign, pnginfo=info)
@@ -201,6 +207,18 @@ def test_files_of_one_name_are_told_apart_in_the_command(served, files, tmp_path
     assert np.array_equal(np.asarray(Image.open(pasted[1])), np.asarray(Image.open(tmp_path / "two" / "image.png")))
     words = app.command(served, ask(pasted), SETTINGS)
     assert f"--images {Path(pasted[1]).name} image.png " in words
+
+
+def test_a_command_is_read_back_whatever_it_says(served, files, tmp_path):
+    dashed, mask = [str(shutil.copy(files[0], tmp_path / "-dog.png")), *files[1:]], str(tmp_path / "-mask.png")
+    half_mask().save(mask)
+    parser = build_parser()
+    for prompt in ("--seed <1>", "-5 <1>", "it's <1>\n$(ls) déjà 🌙", "<1>"):
+        request = app.build_request(prompt, dashed, (0.5,) * 4, (mask,) * 4, negative_prompt="-rain & <b>")
+        found = parser.parse_args(shlex.split(app.command(served, request, SETTINGS))[1:])
+        assert (found.prompt, found.model) == (request.prompt, served.arguments[0])
+        assert (found.images, found.image_masks) == (["./-dog.png"], ["./-mask.png"])
+        assert (found.negative_prompt, found.image_weights, found.steps) == ("-rain & <b>", [0.5], 2)
 
 
 @pytest.fixture
