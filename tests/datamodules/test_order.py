@@ -87,6 +87,8 @@ def test_the_order_is_a_pure_function(seed, lane, number):
 def test_a_lane_reads_its_shards_in_sequence():
     """Windows of four shards one after the other, each block an equal slice of each shard; none is met again."""
     order = SampleOrder(np.full(64, 100), 3, 4, 16, 4, 80)
+    first, second = ([order(lane, begin)[0].window for lane in range(4)] for begin in (0, 1600))
+    assert first != second, "each epoch has an order of shards"
     for lane in range(4):
         blocks = [block for block, _ in itertools.groupby(order(lane, number)[0] for number in range(1600))]
         windows = [window for window, _ in itertools.groupby(block.window for block in blocks)]
