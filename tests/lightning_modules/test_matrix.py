@@ -1,6 +1,7 @@
 """MLLMs and image decoders, each named by one line: trained in stages 2 and 3, exported, read, sampled."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ from tests import tiny
 from tests.lightning_modules.miniature import KEYS, losses, picture
 from tests.lightning_modules.runs import assert_same_training, back_to, finish, run, weights
 
-# Of all pairs so many that each is there; the paper's MLLM with each image decoder is in test_image_decoders.py.
-PAIRS = (("qwen2_5_vl", "1.5"), ("qwen3_vl", "xl"), ("llava_onevision", "sana"))
+# All pairs; three of them, with each model once, without --slow. The paper's MLLM is in test_image_decoders.py.
+FAST = (("qwen2_5_vl", "1.5"), ("qwen3_vl", "xl"), ("llava_onevision", "sana"))
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in FAST else [pytest.mark.slow])
+    for pair in product(("qwen2_5_vl", "qwen3_vl", "llava_onevision"), ("1.5", "xl", "sana"))
+]
 
 
 @pytest.fixture
