@@ -287,7 +287,7 @@ def test_models_and_layers_that_are_refused(folders: dict[str, Path], tmp_path: 
         (language, {}, r"is a qwen2; allowed: models of transformers that read images and text"),
         (folders["qwen2_5_vl"], {"hidden_layer": 4}, r"model.hidden_layer=4 is not allowed; .* -4 … 3"),
         (damaged, {}, "1 weights with NaN or infinite values"),
-        (less, {}, "1 missing_keys, as"),
+        (less, {}, "1 missing_keys, such as"),
     ):
         with pytest.raises(ValueError, match=told):
             VisionLanguageModel.load(folder, **options)
