@@ -1,5 +1,7 @@
-"""Requests → images: by the pipeline itself; with a ControlNet or from an initial image by diffusers' own pipelines of
-the image decoder's family, which are fed its prompt embeddings (paper section 4.4)."""
+"""Generate images for requests, with ControlNet, LoRA and image-to-image (paper, section 4.4).
+
+ControlNet and image-to-image use diffusers' own pipelines of the image decoder's family, with our prompt embeddings.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -16,19 +18,19 @@ from kosmosg.image_processing import cropped, read_image
 from kosmosg.models.storage import load_network
 from kosmosg.sampling import seeded
 
-LORA = "lora_{}"  # adapters' names, by their files' number
+LORA = "lora_{}"  # adapter name of each LoRA file, by number
 
 
 def generate(
     pipeline: Any, jobs: Sequence[Job], settings: Settings, batch_size: int, controlnet: Any = None
 ) -> Iterator[Job]:
-    """Draw and store the jobs, batched across requests; yields each when its file is there.
+    """Draw the jobs in batches across requests, and store the images; yields each job when its file is written.
 
     Args:
         pipeline: a KosmosGPipeline.
     """
-    for _, alike in groupby(jobs, drawn_by):
-        group = list(alike)
+    for _, compatible in groupby(jobs, batch_key):
+        group = list(compatible)
         for start in range(0, len(group), batch_size):
             batch = group[start : start + batch_size]
             for job, image in zip(batch, draw(pipeline, batch, settings, controlnet), strict=True):
@@ -36,8 +38,8 @@ def generate(
                 yield job
 
 
-def drawn_by(job: Job) -> tuple[Any, ...]:
-    """Jobs that can be drawn together have the same."""
+def batch_key(job: Job) -> tuple[Any, ...]:
+    """Return a key that is equal for jobs that can share a batch."""
     request = job.request
     control, initial = bool(request.control_image), bool(request.init_image)
     return control, control and request.control_scale, initial, initial and request.strength
@@ -46,14 +48,14 @@ def drawn_by(job: Job) -> tuple[Any, ...]:
 def draw(
     pipeline: Any, jobs: Sequence[Job], settings: Settings, controlnet: Any = None, **options: Any
 ) -> list[Image.Image]:
-    """The images of some jobs, drawn together. All have a control image or none, at one scale; so with initial images.
+    """Draw jobs with the same `batch_key` as one batch, and return their images.
 
     Args:
         pipeline: a KosmosGPipeline.
-        options: of its call, as callback_on_step_end=.
+        options: further arguments of the pipeline's call, such as callback_on_step_end.
 
     Raises:
-        ValueError: as the pipeline does; or diffusers has no such pipeline of the family.
+        ValueError: the pipeline does not accept the jobs, or diffusers has no pipeline for them.
     """
     requests, read = [job.request for job in jobs], cache(read_image)
     prompts = {
@@ -80,56 +82,56 @@ def draw(
         options |= {"image": initial, "strength": first.strength}
     if control:
         parts["controlnet"] = controlnet
-        # diffusers calls it image where it is the only one, but for Sana.
+        # Without an initial image, Stable Diffusion pipelines call the control image `image`.
         name = "image" if not initial and pipeline.config["family"].startswith("Stable") else "control_image"
         options |= {name: control, "controlnet_conditioning_scale": first.control_scale}
         options |= {"height": height, "width": width}
-    drawing = pipeline.compose(composed_kind(pipeline.config["family"], bool(control), bool(initial)), **parts)
-    drawing.set_progress_bar_config(disable=True)
+    composed = pipeline.compose(composed_kind(pipeline.config["family"], bool(control), bool(initial)), **parts)
+    composed.set_progress_bar_config(disable=True)
     generators = seeded(seeds, len(seeds), None, None)
     options |= pipeline.decoder_class.call_options
-    return drawing(**pipeline.embeddings(**prompts), generator=generators, **sampling, **options).images
+    return composed(**pipeline.embeddings(**prompts), generator=generators, **sampling, **options).images
 
 
 def composed_kind(family: str, control: bool, initial: bool) -> Callable[..., Any]:
-    """diffusers' pipeline with a ControlNet, of an initial image, or both.
+    """Return the diffusers pipeline class of a family with a ControlNet, for an initial image, or both.
 
     Raises:
-        ValueError: there is none for the image decoder's family.
+        ValueError: diffusers has none.
     """
     name = f"{family.removesuffix('Pipeline')}{'ControlNet' * control}{'Img2Img' * initial}Pipeline"
     if not hasattr(diffusers, name):
-        raise ValueError(f"diffusers has no {name}, which this image decoder would need for an initial image.")
+        raise ValueError(f"diffusers has no {name}, which an initial image needs with this image decoder.")
     return getattr(diffusers, name)
 
 
 def load_controlnet(source: str, pipeline: Any) -> Any:
-    """The ControlNet in a folder or of a hub id, where the pipeline's denoiser is.
+    """Load a ControlNet from a folder or hub id, onto the device of the pipeline's denoiser and in its dtype.
 
     Raises:
-        ValueError: its weights are not those of its sizes, or it reads conditions or images of another size.
+        ValueError: its weights do not match its configuration, or its condition width or image scale does not fit.
     """
     sana = pipeline.config["family"].startswith("Sana")
     kind = diffusers.SanaControlNetModel if sana else diffusers.ControlNetModel
     network: Any = load_network(kind, source, dtype=pipeline.denoiser.dtype)
     key = "caption_channels" if sana else "cross_attention_dim"
     if network.config[key] != (wanted := pipeline.image_decoder.spec.width):
-        raise ValueError(f"--controlnet '{source}' has {key}={network.config[key]}; the image decoder's is {wanted}.")
-    channels = network.config.get("conditioning_embedding_out_channels")  # it halves the image at each but one
+        raise ValueError(f"--controlnet '{source}' has {key}={network.config[key]}; the image decoder needs {wanted}.")
+    channels = network.config.get("conditioning_embedding_out_channels")  # each level but one halves the image
     if channels and (factor := 2 ** (len(channels) - 1)) != (wanted := pipeline.image_decoder.downscale):
-        raise ValueError(f"--controlnet '{source}' reads images {factor} times the latents' size; here: {wanted}.")
+        raise ValueError(f"--controlnet '{source}' downscales images by {factor}; the image decoder needs {wanted}.")
     return network.eval().requires_grad_(False).to(pipeline.denoiser.device)
 
 
 def load_loras(pipeline: Any, files: Sequence[str], scales: Sequence[float] = ()) -> None:
-    """Load LoRA files into the pipeline's denoiser, each at its scale; 1 if none are given.
+    """Load LoRA files into the pipeline's denoiser, with one scale each; by default 1.
 
     Raises:
-        ValueError: a file that is none or does not fit.
+        ValueError: a file does not exist or does not fit.
     """
     for number, file in enumerate(files):
         if not Path(file).is_file():
-            raise ValueError(f"--lora '{file}' is no file.")
+            raise ValueError(f"--lora '{file}' is not a file.")
         try:
             pipeline.load_lora_weights(str(file), adapter_name=LORA.format(number))
         except (RuntimeError, OSError) as error:
@@ -138,6 +140,6 @@ def load_loras(pipeline: Any, files: Sequence[str], scales: Sequence[float] = ()
 
 
 def scale_loras(pipeline: Any, scales: Sequence[float]) -> None:
-    """Set how much each of the loaded LoRA files counts."""
+    """Set the scales of the loaded LoRA files, in their order."""
     if scales:
         pipeline.set_adapters([LORA.format(number) for number in range(len(scales))], list(scales))

@@ -1,4 +1,4 @@
-"""A run or model folder → one for the hub with a model card, smaller if wanted (`models/packing.py`); its upload."""
+"""Export a run or model as a folder with a model card, packed if requested (`models/packing.py`), and upload it."""
 
 import json
 import re
@@ -24,8 +24,8 @@ tags: [kosmos-g]
 
 # {name}
 
-A checkpoint of [KOSMOS-G](https://arxiv.org/abs/2310.02992) ({stage}): prompts of text and images that steer an image
-decoder.
+A [KOSMOS-G](https://arxiv.org/abs/2310.02992) checkpoint ({stage}). It generates images from prompts that contain text
+and images, by conditioning an image decoder.
 
 | part | parameters | stored as |
 |---|---:|---|
@@ -48,7 +48,8 @@ pipe("<i> in the snow", images=[image]).images
 
 ## Limits
 
-- It follows prompts like those it was trained on. The image decoder's limits and biases remain; nothing is filtered.
+- It works best with prompts like those it was trained on. It inherits the limits and biases of its image decoder, and
+  its outputs are not filtered.
 - It can reproduce the appearance of a person or a brand from one photo: ask for permission first.
 {limits}"""
 
@@ -64,16 +65,17 @@ def prepare(
     evaluation: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write `folder`, which `KosmosGPipeline.from_pretrained` loads as `source`.
+    """Write `folder` with the model of `source` and a model card; `KosmosGPipeline.from_pretrained` loads it.
 
     Args:
-        source: a run's folder, or a model's or pipeline's.
-        name: what the card calls it; the source's name if not given.
+        source: folder of a run, a model or a pipeline.
+        name: model name in the card; by default the name of `source`.
         dtype, base: see `pack`.
-        evaluation: the folder of a finished evaluation, whose tables become part of the card.
+        evaluation: folder of a finished evaluation, whose tables are copied into the card.
 
     Raises:
-        ValueError, FileNotFoundError: what is missing or not allowed.
+        ValueError: `folder` exists, or `dtype` or `base` is not allowed.
+        FileNotFoundError: `source` has no model, or `evaluation` no results.
     """
     target, model = Path(folder), find_model(source)
     if target.exists() and not (overwrite and (target / "README.md").is_file()):
@@ -85,11 +87,13 @@ def prepare(
     if (file := Path(source) / RUN_CONFIG).is_file():
         run = yaml.safe_load(file.read_text(encoding="utf-8"))
     decoder = run.get("model", {}).get("image_decoder")
+    if decoder and (Path(decoder).exists() or "$" in decoder):
+        decoder = None  # a local folder, which others cannot load
     with replaced(target) as temporary:
         pack(model, temporary, dtype, base)
-        if decoder and not Path(decoder).exists() and "$" not in decoder:  # an id, which others can read
+        if decoder:
             write_text(temporary / RUN_CONFIG, yaml.safe_dump({"model": {"image_decoder": decoder}}))
-        text = card(source, name or Path(source).name, licence, run, dtype, base, results)
+        text = card(source, name or Path(source).name, licence, run, decoder, dtype, base, results)
         write_text(temporary / "README.md", text)
 
 
@@ -98,15 +102,14 @@ def card(
     name: str,
     licence: str,
     run: dict[str, Any],
+    decoder: str | None,
     dtype: str | None,
     base: str | None,
     results: Path | None,
 ) -> str:
-    """README.md: only what the files say."""
-    found = inspect_model(source)
-    decoder = run.get("model", {}).get("image_decoder")
-    public = decoder if decoder and not Path(decoder).exists() and "$" not in decoder else None
-    training = "This folder does not say how it was trained."
+    """Return the model card, which states only what the files record; `decoder` is a hub id."""
+    model = inspect_model(source)
+    training = "The training configuration was not recorded."
     if run:
         finished = Path(source) / "finished.json"
         steps = json.loads(finished.read_text())["step"] if finished.is_file() else "not recorded"
@@ -119,27 +122,26 @@ def card(
             "stage": run.get("stage"),
             "steps": steps,
             "seed": run.get("seed"),
-            "image decoder": public or "a local folder",
+            "image decoder": decoder or "a local folder",
         }
         training = "\n".join([*(f"- {key}: {value}" for key, value in facts.items()), "- data:", *data])
-    scores = "It was not evaluated."
+    scores = "This checkpoint was not evaluated."
     if results is not None:
-        tables = re.split(r"\n## (?:By |The paper)", results.read_text(encoding="utf-8"))[0]  # the rest is breakdowns
+        tables = re.split(r"\n## (?:By |The paper)", results.read_text(encoding="utf-8"))[0]  # without breakdowns
         scores = tables.replace("\n#", "\n##").removeprefix("# Results").strip()
     limits = ""
     if dtype == "int8":
         limits = "- Matrices are rounded to 8 bits with one scale per row; the scores were measured before rounding.\n"
-    limits += f"- Weights equal to those of `{base}` are not stored here and are loaded from there.\n" if base else ""
+    limits += f"- Weights identical to those of `{base}` are not stored here but loaded from there.\n" if base else ""
     return CARD.format(
         licence=licence,
         name=name,
-        base_model=f"base_model: {public}\n" if public else "",
-        stage=found["stage"],
+        base_model=f"base_model: {decoder}\n" if decoder else "",
+        stage=model["stage"],
         parts="\n".join(
-            f"| {part} | {known['parameters']:,} | {dtype or known['dtype']} |"
-            for part, known in found["parts"].items()
+            f"| {name} | {part['parameters']:,} | {dtype or part['dtype']} |" for name, part in model["parts"].items()
         ),
-        decoder="" if public or "unet" in found["parts"] else ', "PATH OR ID OF ITS IMAGE DECODER"',
+        decoder="" if decoder or "unet" in model["parts"] else ', "PATH OR ID OF ITS IMAGE DECODER"',
         training=training,
         scores=scores,
         limits=limits,
@@ -147,18 +149,18 @@ def card(
 
 
 def push(folder: str | Path, repository: str, private: bool = False) -> str:
-    """Create the repository if it is not there, upload the folder; its address.
+    """Upload a folder to a hub repository, which is created if necessary; returns its URL.
 
     Raises:
-        ValueError: no token, or a base that others cannot read.
+        ValueError: there is no token, or the base is a local folder.
     """
     file = Path(folder) / PACKED
     base = read_record(file.parent)["base"] if file.is_file() else None
     if base and Path(base).is_dir():
-        raise ValueError(f"the base '{base}' is a folder, which others do not have; push it first, and name its id.")
+        raise ValueError(f"the base '{base}' is a local folder, which others do not have; push it and pass its id.")
     if huggingface_hub.get_token() is None:
-        raise ValueError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN.")
+        raise ValueError("no Hugging Face token found; run `hf auth login` or set HF_TOKEN.")
     api = HfApi()
-    address = api.create_repo(repository, private=private, exist_ok=True)
+    url = api.create_repo(repository, private=private, exist_ok=True)
     api.upload_folder(repo_id=repository, folder_path=folder, commit_message="kosmosg push")
-    return str(address)
+    return str(url)

@@ -1,4 +1,4 @@
-"""Pretrained networks for looking at images: CLIPSeg segments a subject by words, CLIP and DINO compare images.
+"""Pretrained networks that analyse images: CLIPSeg segments a subject by words, CLIP and DINO compare images.
 
 Shapes: `N` images or texts, `F` features.
 """
@@ -106,7 +106,7 @@ class DinoEncoder:
 
 
 def similarities(
-    picture: Image.Image,
+    output: Image.Image,
     inputs: Sequence[Image.Image],
     text: str,
     clip: CLIPEncoder | None = None,
@@ -119,8 +119,8 @@ def similarities(
     scores: dict[str, list[float]] = {}
     for name, encoder in (("DINO", dino), ("CLIP", clip)):
         if encoder is not None and inputs:
-            features = encoder.images([picture, *inputs])
+            features = encoder.images([output, *inputs])
             scores[name] = cosine_similarity(features[:1], features[1:]).tolist()
     if clip is not None and text:
-        scores["text"] = cosine_similarity(clip.images([picture]), clip.texts([text])).tolist()
+        scores["text"] = cosine_similarity(clip.images([output]), clip.texts([text])).tolist()
     return scores

@@ -1,12 +1,11 @@
-"""A page to try a model: prompts with images in them, drawn, steered and repeated in a browser (gradio).
+"""A gradio page to try a model: prompts with images in them, masks, previews and comparison of models.
 
-One request is drawn at a time, the others wait in a queue. Each picture is a PNG as `kosmosg generate` writes it: its
-metadata say how it was made, the page gives the command that makes it again, and dropped into the page it restores its
-settings. Images are numbered; `<2>` in a prompt is the second.
+Requests are drawn one at a time. Each image is the PNG that `kosmosg generate` writes: the page gives the command that
+reproduces it, and restores the settings of a PNG that is dropped in. Prompts refer to images by number, such as `<2>`.
 
-`requests.py` is what the page does, `page.py` how it looks, `run.py` the gallery of a training run.
+`requests.py` holds the logic, `page.py` the layout and events, and `run.py` the view of a training run.
 """
 
 import os
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it when imported

@@ -1,4 +1,4 @@
-"""What the page does: files and words → a request → pictures, previews and the command that repeats them."""
+"""Turn the page's inputs into requests, draw them with previews, and give the command that reproduces the images."""
 
 import base64
 import hashlib
@@ -25,27 +25,27 @@ from kosmosg.looking import similarities
 from kosmosg.prompt import PLACEHOLDER
 from kosmosg.steering import hints, masked
 
-MOST_PIXELS = 25_000_000
-MOST_PICTURES = 8
+MAX_PIXELS = 25_000_000
+MAX_IMAGES = 8
 NUMBER = re.compile(r"<(\d+)>")
 RESTORED = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "sampler")
-EDITED_SIDE = 512  # of the image that is painted on; small ones are enlarged, so that they can be
+BRUSH_SIDE = 512  # longer side of the image in the brush; small images are enlarged so that they can be painted on
 PAINT = "#ff4040"
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a page draws with.
+    """A loaded model and its options on the page.
 
     Attributes:
-        arguments: of `kosmosg generate`, the model's name and what loads it.
-        identity: as in the pictures' metadata.
-        examples: pairs of a prompt and an image's file.
-        beside: other models that draw the same prompt from the same noise.
-        segmenter: (image, words) → mask; None: masks are painted by hand alone.
-        controlnet: its name and the network, None where there is none.
-        loras: files that are loaded into the pipeline.
-        scores: networks of `similarities`, by name; none: pictures are shown without scores.
+        arguments: arguments of `kosmosg generate` that load the model, its name first.
+        identity: the model's entries in image metadata.
+        examples: pairs of a prompt and an image file.
+        beside: models to compare, which draw the same prompts with the same seeds.
+        segmenter: (image, words) → mask; None if masks can only be painted or loaded.
+        controlnet: its name and the network.
+        loras: LoRA files loaded into the pipeline.
+        scores: networks for `similarities`, by argument name; empty for no scores.
     """
 
     pipeline: Any
@@ -62,103 +62,106 @@ class Served:
     lock: Any = field(default_factory=threading.Lock)
 
 
-def named_images(prompt: str, files: Sequence[str | None]) -> tuple[str, list[int]]:
-    """`"<2> in the suit of <1>"` → the prompt with placeholders, and the numbers of the images in it, from 0.
+def parse_numbers(prompt: str, files: Sequence[str | None]) -> tuple[str, list[int]]:
+    """Replace numbers such as `<2>` by placeholders; returns the prompt and the indices of its images, from 0.
 
     Raises:
-        ValueError: nothing is asked for, or a number without an image.
+        ValueError: the prompt is empty, has placeholders already, or a number without an image.
     """
     if not prompt.strip():
-        raise ValueError("the prompt is empty; allowed: text, numbers of images as <1>, or both.")
+        raise ValueError("The prompt is empty; enter text, image numbers such as <1>, or both.")
     if PLACEHOLDER in prompt:
-        raise ValueError(f"the prompt has {PLACEHOLDER}; images are named by their numbers here, as <1>.")
-    numbers = [int(number) - 1 for number in NUMBER.findall(prompt)]
-    if missing := [number + 1 for number in numbers if not (0 <= number < len(files) and files[number])]:
-        raise ValueError(f"the prompt names <{missing[0]}>, but there is no image {missing[0]}.")
-    return NUMBER.sub(PLACEHOLDER, prompt), numbers
+        raise ValueError(f"The prompt has {PLACEHOLDER}; refer to images by number, such as <1>.")
+    indices = [int(number) - 1 for number in NUMBER.findall(prompt)]
+    if missing := [index + 1 for index in indices if not (0 <= index < len(files) and files[index])]:
+        raise ValueError(f"The prompt has <{missing[0]}>, but there is no image {missing[0]}.")
+    return NUMBER.sub(PLACEHOLDER, prompt), indices
 
 
 def check_size(file: str) -> None:
-    """Raises ValueError: the file is no image that can be read, or has too many pixels; names it."""
+    """Raise ValueError if the file is not a readable image or has too many pixels."""
     name = Path(file).name
     try:
         with Image.open(file) as image:
             width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{name}' is no image that can be read.") from error
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"'{name}' has {width}×{height} pixels; allowed: {MOST_PIXELS:,} in all.")
+        raise ValueError(f"'{name}' is not a readable image.") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"'{name}' has {width}×{height} pixels; at most {MAX_PIXELS:,} are allowed.")
 
 
-def told(prompt: str, *files: str | None) -> str:
-    """What is typed, with its images, and hints about it, as HTML."""
-    shown, found, numbers = "", [], list(range(len(files)))
+def prompt_html(prompt: str, *files: str | None) -> str:
+    """Return HTML of the prompt with thumbnails in place of image numbers, followed by hints."""
+    shown, notes, indices = "", [], list(range(len(files)))
     try:
         for file in filter(None, files):
             check_size(file)
         if prompt.strip():
-            text, numbers = named_images(prompt, files)
-            seen = [glimpse(str(files[number])) for number in numbers]
-            names = iter(numbers)
-            found = [
-                re.sub(PLACEHOLDER, lambda _: f"<{next(names) + 1}>", hint)
-                for hint in hints(text, [size for size, _ in seen], [number + 1 for number in numbers])
+            text, indices = parse_numbers(prompt, files)
+            images = [thumbnail(str(files[index])) for index in indices]
+            remaining = iter(indices)
+            notes = [
+                re.sub(PLACEHOLDER, lambda _: f"<{next(remaining) + 1}>", hint)
+                for hint in hints(text, [size for size, _ in images], [index + 1 for index in indices])
             ]
             pieces = [html.escape(piece) for piece in NUMBER.split(prompt)]
-            pieces[1::2] = [f'<img src="{url}" alt="image {n + 1}">' for n, (_, url) in zip(numbers, seen, strict=True)]
-            shown = f"<p>{''.join(pieces)}</p>" if numbers else ""
+            pieces[1::2] = [
+                f'<img src="{url}" alt="image {index + 1}">' for index, (_, url) in zip(indices, images, strict=True)
+            ]
+            shown = f"<p>{''.join(pieces)}</p>" if indices else ""
     except ValueError as error:
-        found = [explained(error)]
-    unnamed = [n + 1 for n, file in enumerate(files) if file and n not in numbers]
-    found += [f"No <{number}> in the prompt names image {number}." for number in unnamed]
-    return f"{shown}<ul>{''.join(f'<li>{html.escape(hint)}</li>' for hint in found)}</ul>" if shown or found else ""
+        notes = [without_folders(error)]
+    unused = [index + 1 for index, file in enumerate(files) if file and index not in indices]
+    notes += [f"Image {number} is not used; put <{number}> into the prompt to use it." for number in unused]
+    return f"{shown}<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>" if shown or notes else ""
 
 
 @lru_cache(64)
-def glimpse(file: str) -> tuple[tuple[int, int], str]:
-    """An image's size, and a small copy as a data URL. Raises ValueError."""
+def thumbnail(file: str) -> tuple[tuple[int, int], str]:
+    """Return an image's size and a small copy as a data URL. Raises ValueError if it cannot be read."""
     image = read_image(file)
     size = image.size
     image.thumbnail((64, 64))
     return size, data_url(image)
 
 
-def distinct(files: Sequence[str | None], place: int, folder: str) -> str | None:
-    """A copy in `folder` of the file at `place` under a name of its own, if another has its name, as pasted images do.
+def unique_copy(files: Sequence[str | None], index: int, folder: str) -> str | None:
+    """Copy a file into `folder` under another name if a different file has the same name, as pasted images do.
 
-    Else the command that draws the picture again could not tell them apart.
+    Otherwise the command could not distinguish them. Returns the copy, or None if the name is unique.
     """
-    file = Path(files[place] or "")
-    if file.name not in {Path(other).name for other in files if other and other != files[place]}:
+    file = Path(files[index] or "")
+    if file.name not in {Path(other).name for other in files if other and other != files[index]}:
         return None
     return shutil.copy(file, f"{folder}/{file.stem[:40]}-{generation.file_hash(file)[:8]}{file.suffix}")
 
 
 def build_request(
-    prompt: str, files: Sequence[str | None], weights: Sequence[float], masks: Sequence[str | None], **more: Any
+    prompt: str, files: Sequence[str | None], weights: Sequence[float], masks: Sequence[str | None], **options: Any
 ) -> generation.Request:
-    """What the page asks for.
+    """Build a request from a prompt with image numbers.
 
     Args:
-        more: of the request, as they are.
+        files, weights, masks: one for each image on the page; None where there is none.
+        options: other fields of the request.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: an input is missing, unreadable, too large or not allowed.
     """
-    for file in filter(None, (*files, *masks, more.get("control_image"), more.get("init_image"))):
+    for file in filter(None, (*files, *masks, options.get("control_image"), options.get("init_image"))):
         check_size(file)
-    text, numbers = named_images(prompt, files)
-    chosen = tuple(float(weights[number]) for number in numbers)
-    chosen_masks = tuple(masks[number] or None for number in numbers)
-    if more.get("count", 1) > MOST_PICTURES:
-        raise ValueError(f"{more['count']} pictures are asked for; allowed: at most {MOST_PICTURES}.")
+    text, indices = parse_numbers(prompt, files)
+    used_weights = tuple(float(weights[index]) for index in indices)
+    used_masks = tuple(masks[index] or None for index in indices)
+    if options.get("count", 1) > MAX_IMAGES:
+        raise ValueError(f"{options['count']} images requested; at most {MAX_IMAGES} are allowed.")
     request = generation.Request(
         text,
-        images=tuple(str(files[number]) for number in numbers),
-        image_weights=() if all(weight == 1 for weight in chosen) else chosen,
-        image_masks=chosen_masks if any(chosen_masks) else (),
+        images=tuple(str(files[index]) for index in indices),
+        image_weights=() if all(weight == 1 for weight in used_weights) else used_weights,
+        image_masks=used_masks if any(used_masks) else (),
         name="image",
-        **more,
+        **options,
     )
     generation.check_images(request)
     return request
@@ -167,19 +170,19 @@ def build_request(
 def command(
     served: Served, request: generation.Request, settings: generation.Settings, lora_scales: Sequence[float] = ()
 ) -> str:
-    """The command line that generates the same images from files in the working directory."""
+    """Return the command that generates the same images from input files in the working directory."""
     words = served.arguments[1:]
     if request.images:
-        words += ["--images", *map(named, request.images)]
+        words += ["--images", *map(relative_name, request.images)]
     if request.image_weights:
         words += ["--image-weights", *(f"{weight:g}" for weight in request.image_weights)]
     if request.image_masks:
-        words += ["--image-masks", *(named(mask) if mask else "-" for mask in request.image_masks)]
+        words += ["--image-masks", *(relative_name(mask) if mask else "-" for mask in request.image_masks)]
     if request.control_image and served.controlnet:
-        words += ["--controlnet", served.controlnet[0], "--control-image", named(request.control_image)]
+        words += ["--controlnet", served.controlnet[0], "--control-image", relative_name(request.control_image)]
         words += ["--control-scale", f"{request.control_scale:g}"]
     if request.init_image:
-        words += ["--init-image", named(request.init_image), "--strength", f"{request.strength:g}"]
+        words += ["--init-image", relative_name(request.init_image), "--strength", f"{request.strength:g}"]
     if served.loras:
         words += ["--lora", *served.loras, "--lora-scales", *(f"{scale:g}" for scale in lora_scales)]
     if request.negative_prompt:
@@ -189,19 +192,19 @@ def command(
     for name in ("sampler", "height", "width"):
         if (value := getattr(settings, name)) is not None:
             words += [f"--{name}", str(value)]
-    asked = [served.arguments[0], request.prompt]
-    words = [*words, "--", *asked] if request.prompt.startswith("-") else [*asked, *words]
+    positional = [served.arguments[0], request.prompt]
+    words = [*words, "--", *positional] if request.prompt.startswith("-") else [*positional, *words]
     return shlex.join(["kosmosg", "generate", *words])
 
 
-def named(file: str) -> str:
-    """A file in the working directory, which the command line takes for no option."""
+def relative_name(file: str) -> str:
+    """Return the file's name, with `./` if it could be read as an option."""
     name = Path(file).name
     return f"./{name}" if name.startswith("-") else name
 
 
-def explained(error: Exception | str) -> str:
-    """A message without the server's folders."""
+def without_folders(error: Exception) -> str:
+    """Return an error's message without the server's folders."""
     return re.sub(r"'/[^']*/([^/']+)'", r"'\1'", str(error))
 
 
@@ -212,141 +215,144 @@ def draw(
     folder: Path,
     lora_scales: Sequence[float] = (),
 ) -> Iterator[tuple[float, list[Any]]]:
-    """The share that is done, with previews of the pictures now and then; at last the pictures' files in `folder`.
+    """Draw a request; yields the progress from 0 to 1 with previews at some steps, and at last the files in `folder`.
 
     Raises:
-        ValueError: as the pipeline does.
+        ValueError: the pipeline does not accept the request.
     """
     identity = served.identity
     if served.loras:
         scaled = zip(served.identity["loras"], lora_scales, strict=True)
         identity = identity | {"loras": [{**lora, "scale": scale} for lora, scale in scaled]}
     jobs = generation.plan([request], settings, folder, identity)
-    made: queue.Queue[Any] = queue.Queue()
+    events: queue.Queue[Any] = queue.Queue()
     decoder, steps = served.pipeline.image_decoder, settings.num_inference_steps
     if request.init_image:
         steps = int(steps * request.strength)
-    every = max(1, steps // 4)  # a preview costs about as much as a step
+    interval = max(1, steps // 4)  # a preview costs about as much as a step
     controlnet = served.controlnet[1] if served.controlnet else None
 
-    def follow(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        shown = to_images(decoder.decode(tensors["latents"])) if step % every == every - 1 and step + 1 < steps else []
-        made.put(((step + 1) / steps, shown))
+    def report_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        preview = step % interval == interval - 1 and step + 1 < steps
+        events.put(((step + 1) / steps, to_images(decoder.decode(tensors["latents"])) if preview else []))
         return tensors
 
     def work() -> None:
         try:
-            with served.lock:  # a visitor who left may still be drawn for
+            with served.lock:  # the request of a visitor who left may still be running
                 scale_loras(served.pipeline, lora_scales)
-                options = {"controlnet": controlnet, "callback_on_step_end": follow}
-                pictures = draw_jobs(served.pipeline, jobs, settings, **options)
-            for picture, job in zip(pictures, jobs, strict=True):
-                generation.store(picture, job.file, job.parameters)
-            made.put((1.0, [str(job.file) for job in jobs]))
+                options = {"controlnet": controlnet, "callback_on_step_end": report_step}
+                images = draw_jobs(served.pipeline, jobs, settings, **options)
+            for image, job in zip(images, jobs, strict=True):
+                generation.store(image, job.file, job.parameters)
+            events.put((1.0, [str(job.file) for job in jobs]))
         except Exception as error:
-            made.put(error)
+            events.put(error)
+        events.put(None)
 
     threading.Thread(target=work, daemon=True).start()
-    while True:
-        found = made.get()
-        if isinstance(found, Exception):
-            raise found
-        yield found
-        if found[1] and isinstance(found[1][0], str):
-            return
+    for event in iter(events.get, None):
+        if isinstance(event, Exception):
+            raise event
+        yield event
 
 
-def score_table(served: Served, request: generation.Request, pictures: Mapping[str, Sequence[str]]) -> str:
-    """How like the images that were read pictures are, and how like the prompt without them, in Markdown.
+def score_table(served: Served, request: generation.Request, outputs: Mapping[str, Sequence[str]]) -> str:
+    """Return a Markdown table of mean similarities to the masked input images and to the text of the prompt.
 
     Args:
-        pictures: of each model, whose means are a row.
+        outputs: files of each model's images; each model is a row.
     """
-    if not served.scores:
-        return ""
     masks = request.image_masks or (None,) * len(request.images)
     images = [read_image(image) for image in request.images]
-    seen = [
+    inputs = [
         image if mask is None else masked(image, read_image(mask)) for image, mask in zip(images, masks, strict=True)
     ]
     text = " ".join(request.prompt.replace(PLACEHOLDER, "").split())
-    rows = []
-    for model, files in pictures.items():
-        found = [similarities(read_image(file), seen, text, **served.scores) for file in files]
-        means = {name: [sum(values) / len(files) for values in zip(*(one[name] for one in found), strict=True)]
-                 for name in found[0]}  # fmt: skip
-        rows.append([model.replace("|", "/"), *(", ".join(f"{mean:.2f}" for mean in means[name]) for name in means)])
-    lines = [["", *found[0]], ["---"] * len(rows[0]), *rows]
+    names, rows = [], []
+    for model, files in outputs.items():
+        scores = [similarities(read_image(file), inputs, text, **served.scores) for file in files]
+        names, row = list(scores[0]), [model.replace("|", "/")]
+        for name in names:
+            columns = zip(*(score[name] for score in scores), strict=True)
+            row.append(", ".join(f"{sum(column) / len(files):.2f}" for column in columns))
+        rows.append(row)
+    if not names:
+        return ""
+    lines = [["", *names], ["---"] * (1 + len(names)), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return (
-        f"{table}\n\nMean cosines to each input image, by DINO and CLIP, and to the text, by CLIP." if found[0] else ""
-    )
+    return f"{table}\n\nMean cosine similarity to each input image (DINO, CLIP) and to the text (CLIP)."
 
 
-def restored(file: str, identity: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Settings from a picture's metadata, and what to say about them.
+def read_settings(file: str, identity: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the settings in an image's metadata, and a message about what was restored.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the image has no settings, or `kosmosg generate` did not write them.
     """
     check_size(file)
-    found = generation.read_parameters(Path(file))
-    if found is None:
-        raise ValueError(f"'{Path(file).name}' holds no settings; pictures of this page and of kosmosg generate do.")
+    name = Path(file).name
+    stored = generation.read_parameters(Path(file))
+    if stored is None:
+        raise ValueError(f"'{name}' contains no settings; only images of this page or of kosmosg generate do.")
     try:
-        numbers = iter(range(1, len(found["images"]) + 1))
-        prompt = re.sub(PLACEHOLDER, lambda _: f"<{next(numbers)}>", found["prompt"])
-        notes = [f"Put in as image {n}: {image['file']}." for n, image in enumerate(found["images"], 1)]
-        masks = enumerate(found.get("image_masks", []), 1)
-        notes += [f"Its mask: {mask['file']} for image {n}." for n, mask in masks if mask]
-        own = {name: found[name] for name in RESTORED}
-        for name, strength in (("control_image", "scale"), ("init_image", "strength")):
-            if name in found:
-                notes.append(f"Its {name.replace('_', ' ').replace('init', 'initial')}: {found[name]['file']}.")
-                own[name] = found[name][strength]
-        own["lora_scales"] = [lora["scale"] for lora in found.get("loras", [])]
+        numbers = iter(range(1, len(stored["images"]) + 1))
+        settings = {key: stored[key] for key in RESTORED} | {
+            "prompt": re.sub(PLACEHOLDER, lambda _: f"<{next(numbers)}>", stored["prompt"]),
+            "image_weights": stored.get("image_weights", []),
+            "lora_scales": [lora["scale"] for lora in stored.get("loras", [])],
+        }
+        files = [f"image {number}: {image['file']}" for number, image in enumerate(stored["images"], 1)]
+        masks = enumerate(stored.get("image_masks", []), 1)
+        files += [f"mask of image {number}: {mask['file']}" for number, mask in masks if mask]
+        if control := stored.get("control_image"):
+            settings["control_scale"] = control["scale"]
+            files.append(f"control image: {control['file']}")
+        if initial := stored.get("init_image"):
+            settings["strength"] = initial["strength"]
+            files.append(f"initial image: {initial['file']}")
     except (KeyError, TypeError, StopIteration) as error:  # anyone can write metadata
-        raise ValueError(f"'{Path(file).name}' holds settings that kosmosg generate did not write.") from error
-    loras = [[lora["sha256"] for lora in loaded.get("loras", [])] for loaded in (found, identity)]
-    if loras[0] != loras[1] or any(found.get(name) != identity[name] for name in ("model", "dtype")):
-        notes.append("It was drawn by another model, or with other LoRA files.")
-    own |= {"prompt": prompt, "image_weights": found.get("image_weights", [])}
-    return own, " ".join(["Settings restored.", *notes])
+        raise ValueError(f"'{name}' contains settings that kosmosg generate did not write.") from error
+    message = "Settings restored."
+    if files:
+        message += f" Add these files again: {', '.join(files)}."
+    loras = [[lora["sha256"] for lora in loaded.get("loras", [])] for loaded in (stored, identity)]
+    if loras[0] != loras[1] or any(stored.get(key) != identity[key] for key in ("model", "dtype")):
+        message += " The image was generated by another model or with other LoRA files."
+    return settings, message
 
 
-def opened(file: str, mask: str | None) -> dict[str, str]:
-    """What the brush shows: an image, and what of it is masked already, as data URLs. Raises ValueError."""
+def brush_layers(file: str, mask: str | None) -> dict[str, str]:
+    """Return an image and the painted mask for the brush, as data URLs. Raises ValueError if the file is refused."""
     check_size(file)
     image = read_image(file)
-    size = [max(1, round(EDITED_SIDE * side / max(image.size))) for side in image.size]
-    shown = {"image": data_url(image.resize(size, Image.Resampling.NEAREST)), "mask": ""}
+    size = [max(1, round(BRUSH_SIDE * side / max(image.size))) for side in image.size]
+    layers = {"image": data_url(image.resize(size, Image.Resampling.NEAREST)), "mask": ""}
     if mask:
         paint = Image.new("RGBA", size, PAINT)
         paint.putalpha(read_image(mask).convert("L").resize(size, Image.Resampling.NEAREST))
-        shown["mask"] = data_url(paint)
-    return shown
+        layers["mask"] = data_url(paint)
+    return layers
 
 
 def data_url(image: Image.Image) -> str:
-    """An image as text that a browser shows."""
+    """Encode an image as a PNG data URL."""
     image.save(content := io.BytesIO(), "png")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def painted(url: str, size: tuple[int, int]) -> Image.Image | None:
-    """What the brush painted, as a mask of `size`; None where it painted nothing. Raises ValueError."""
+def painted_mask(url: str, size: tuple[int, int]) -> Image.Image | None:
+    """Return a mask of `size` from the brush's data URL, None if nothing is painted. Raises ValueError if too large."""
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=["PNG"]) as image:
-        if max(image.size) > EDITED_SIDE:  # not from the page
-            raise ValueError(
-                f"the mask has {image.width}×{image.height} pixels; allowed: at most {EDITED_SIDE} a side."
-            )
+        if max(image.size) > BRUSH_SIDE:  # the page never sends this
+            raise ValueError(f"The mask has {image.width}×{image.height} pixels; at most {BRUSH_SIDE} a side.")
         alpha = image.convert("RGBA").getchannel("A").resize(size, Image.Resampling.BOX)
     mask = alpha.point([255 * (value > 127) for value in range(256)])
     return mask if mask.getbbox() else None
 
 
-def stored(mask: Image.Image, folder: str) -> str:
-    """The file of a mask, called by its content."""
+def save_mask(mask: Image.Image, folder: str) -> str:
+    """Save a mask under a name made from its content; returns the file."""
     name = hashlib.sha256(mask.tobytes()).hexdigest()[:8]
     mask.save(file := f"{folder}/mask-{name}.png")
     return file

@@ -67,41 +67,41 @@ def test_what_is_refused_is_named(files, tmp_path):
     text.write_text("not an image")
     Image.new("1", (10_000, 5_000)).save(large)
     for changed, options, message in (
-        (files, {"prompt": "<3> there"}, "names <3>, but there is no image 3"),
+        (files, {"prompt": "<3> there"}, "has <3>, but there is no image 3"),
         (files, {"prompt": " "}, "prompt is empty"),
-        (files, {"prompt": "<i>"}, "images are named by their numbers here"),
-        (files, {"count": 9}, "9 pictures are asked for; allowed: at most 8"),
-        ([str(text), None, None, None], {"prompt": "<1>"}, "'text.png' is no image"),
-        ([str(large), None, None, None], {"prompt": "<1>"}, "'large.png' has 10000×5000 pixels; allowed: 25,000,000"),
+        (files, {"prompt": "<i>"}, "refer to images by number"),
+        (files, {"count": 9}, "9 images requested; at most 8"),
+        ([str(text), None, None, None], {"prompt": "<1>"}, "'text.png' is not a readable image"),
+        ([str(large), None, None, None], {"prompt": "<1>"}, "'large.png' has 10000×5000 pixels; at most 25,000,000"),
     ):
         with pytest.raises(ValueError, match=message):
             ask(changed, **options)
-    assert "10000×5000 pixels" in app.told("<1>", str(large)), "not read for a hint either"
+    assert "10000×5000 pixels" in app.prompt_html("<1>", str(large)), "not read for a hint either"
     torn = tmp_path / "torn.png"
     torn.write_bytes(Path(files[0]).read_bytes()[:-40])
-    assert "the image 'torn.png' cannot be read" in html.unescape(app.told("<1>", str(torn))), (
+    assert "the image 'torn.png' cannot be read" in html.unescape(app.prompt_html("<1>", str(torn))), (
         "no folders of the server"
     )
     foreign, info = tmp_path / "foreign.png", PngInfo()
     info.add_itxt("kosmosg", '{"prompt": "<i>"}')
     Image.new("RGB", (8, 8)).save(foreign, pnginfo=info)
-    with pytest.raises(ValueError, match=r"'foreign\.png' holds settings that"):
-        app.restored(str(foreign), {})
+    with pytest.raises(ValueError, match=r"'foreign\.png' contains settings that"):
+        app.read_settings(str(foreign), {})
 
 
 def test_a_picture_restores_its_settings_and_its_command_draws_it_again(served, files, tmp_path, monkeypatch):
-    mask = app.stored(half_mask(), str(tmp_path))
+    mask = app.save_mask(half_mask(), str(tmp_path))
     request = ask(files, weights=(0.5, 1, 1, 1), count=2, masks=(mask, None, None, None))
     *steps, (_, kept) = app.draw(served, request, SETTINGS, tmp_path / "drawn")
     assert [share for share, _ in steps] == [0.5, 1]
     assert [Path(file).name for file in kept] == ["image-5.png", "image-6.png"]
-    found, note = app.restored(kept[1], served.identity)
+    found, note = app.read_settings(kept[1], served.identity)
     assert found["prompt"] == "<1> in the suit of <2>" and found["seed"] == 6 and found["image_weights"] == [1.0, 0.5]
     assert "image 1: hero.png" in note and "another model" not in note
-    assert f"mask: {Path(mask).name} for image 2" in note
-    assert "another model" in app.restored(kept[1], {"model": "other"})[1]
-    with pytest.raises(ValueError, match=r"'dog\.png' holds no settings"):
-        app.restored(files[0], served.identity)
+    assert f"mask of image 2: {Path(mask).name}" in note
+    assert "another model" in app.read_settings(kept[1], {"model": "other"})[1]
+    with pytest.raises(ValueError, match=r"'dog\.png' contains no settings"):
+        app.read_settings(files[0], served.identity)
     words = app.command(served, request, SETTINGS)
     monkeypatch.chdir(tmp_path)
     assert main([*shlex.split(words)[1:], "--output", "again"]) == 0
@@ -128,10 +128,10 @@ def test_controlnet_lora_and_an_initial_image_are_repeated_and_restored(served, 
     settings = Settings(5, 3.0)
     *steps, (_, kept) = app.draw(served, request, settings, tmp_path / "drawn", [0.5])
     assert [share for share, _ in steps] == pytest.approx([1 / 3, 2 / 3, 1])  # three of five steps
-    found, note = app.restored(kept[0], identity)
-    assert (found["control_image"], found["init_image"], found["lora_scales"]) == (0.5, 0.6, [0.5])
+    found, note = app.read_settings(kept[0], identity)
+    assert (found["control_scale"], found["strength"], found["lora_scales"]) == (0.5, 0.6, [0.5])
     assert "control image: dog.png" in note and "initial image: hero.png" in note and "another" not in note
-    assert "other LoRA files" in app.restored(kept[0], identity | {"loras": []})[1]
+    assert "other LoRA files" in app.read_settings(kept[0], identity | {"loras": []})[1]
     monkeypatch.chdir(tmp_path)
     assert main([*shlex.split(app.command(served, request, settings, [0.5]))[1:], "--output", "again"]) == 0
     assert np.array_equal(np.asarray(Image.open("again/image-5.png")), np.asarray(Image.open(kept[0])))
@@ -144,12 +144,12 @@ def half_mask():
 
 
 def test_what_the_brush_painted_is_a_mask_of_the_images_size(files, tmp_path):
-    shown = app.opened(files[0], app.stored(half_mask(), str(tmp_path)))
-    assert np.array_equal(np.asarray(app.painted(shown["mask"], (70, 80))), np.asarray(half_mask()))
+    shown = app.brush_layers(files[0], app.save_mask(half_mask(), str(tmp_path)))
+    assert np.array_equal(np.asarray(app.painted_mask(shown["mask"], (70, 80))), np.asarray(half_mask()))
     nothing = app.data_url(Image.new("RGBA", (448, 512)))
-    assert app.painted(nothing, (70, 80)) is None
-    with pytest.raises(ValueError, match="5000×10 pixels; allowed: at most 512 a side"):
-        app.painted(app.data_url(Image.new("RGBA", (5000, 10))), (70, 80))
+    assert app.painted_mask(nothing, (70, 80)) is None
+    with pytest.raises(ValueError, match="5000×10 pixels; at most 512 a side"):
+        app.painted_mask(app.data_url(Image.new("RGBA", (5000, 10))), (70, 80))
 
 
 def test_a_segmenter_masks_what_words_name(tmp_path):
@@ -184,14 +184,16 @@ def test_scores_compare_with_the_images_that_were_read_and_with_the_text(served,
 def test_a_prompt_is_shown_with_its_images_and_hints(files, tmp_path):
     files[2] = str(tmp_path / "strip.png")
     Image.new("RGB", (90, 30)).save(files[2])
-    shown = app.told("a <3> & <1>", *files)
+    shown = app.prompt_html("a <3> & <1>", *files)
     assert [f'alt="image {n}"' in shown for n in (1, 2, 3)] == [True, False, True]
     assert "<p>a <img" in shown and " &amp; <img" in shown and shown.count("data:image/png;base64,") == 2
     assert "begins with &#x27;a&#x27;" in shown and "&lt;3&gt; &amp; &lt;1&gt;" in shown  # by their numbers, as typed
-    assert "Image 3 is 90×30" in shown and "names image 2" in shown
-    assert "there is no image 4" in app.told("<4>", *files) and "no image 4" in app.told("<1> <4>", *files)
-    assert "images are named by their numbers here" in app.told("<i>", *files)
-    assert app.told("", *files) == "" and "<script>" not in app.told("<script><1>", *files)
+    assert "Image 3 is 90×30" in shown and "Image 2 is not used" in shown
+    assert "there is no image 4" in app.prompt_html("<4>", *files) and "no image 4" in app.prompt_html(
+        "<1> <4>", *files
+    )
+    assert "refer to images by number" in app.prompt_html("<i>", *files)
+    assert app.prompt_html("", *files) == "" and "<script>" not in app.prompt_html("<script><1>", *files)
 
 
 def test_files_of_one_name_are_told_apart_in_the_command(served, files, tmp_path):
@@ -199,11 +201,11 @@ def test_files_of_one_name_are_told_apart_in_the_command(served, files, tmp_path
         (tmp_path / folder).mkdir()
         Image.new("RGB", (8, 8), colour).save(tmp_path / folder / "image.png")
     pasted = [str(tmp_path / "one" / "image.png"), str(tmp_path / "two" / "image.png"), None, None]
-    assert app.distinct([pasted[0], *files[1:]], 0, str(tmp_path)) is None
-    assert app.distinct([pasted[0], pasted[0], None], 1, str(tmp_path)) is None  # the same file, twice
-    pasted[1] = app.distinct(pasted, 1, str(tmp_path))
+    assert app.unique_copy([pasted[0], *files[1:]], 0, str(tmp_path)) is None
+    assert app.unique_copy([pasted[0], pasted[0], None], 1, str(tmp_path)) is None  # the same file, twice
+    pasted[1] = app.unique_copy(pasted, 1, str(tmp_path))
     assert pasted[1] == f"{tmp_path}/image-{file_record(pasted[1])['sha256'][:8]}.png"
-    assert app.distinct(pasted, 0, str(tmp_path)) is None
+    assert app.unique_copy(pasted, 0, str(tmp_path)) is None
     assert np.array_equal(np.asarray(Image.open(pasted[1])), np.asarray(Image.open(tmp_path / "two" / "image.png")))
     words = app.command(served, ask(pasted), SETTINGS)
     assert f"--images {Path(pasted[1]).name} image.png " in words
@@ -237,14 +239,14 @@ def training_run(tmp_path):
 def test_a_runs_folder_is_read_while_it_grows(training_run, tmp_path, capsys):
     assert list(run_page.grids(training_run)) == [100, 200]
     table = run_page.losses(training_run)
-    assert set(table["name"]) == {"train/loss", "val/loss"} and len(table) <= 2 * run_page.MOST_POINTS
+    assert set(table["name"]) == {"train/loss", "val/loss"} and len(table) <= 2 * run_page.MAX_POINTS
     curve = table[table["name"] == "train/loss"]
     assert np.allclose(curve["loss"], 2 / curve["step"]) and curve["step"].max() > 4900
     assert table[table["name"] == "val/loss"]["loss"].eq(3).all()
     (training_run / "metrics.csv").unlink()
     assert run_page.losses(training_run).empty
     assert main(["app", "--run", str(tmp_path)]) == 2
-    assert "is no training run: it has neither metrics.csv nor grids" in capsys.readouterr().err
+    assert "is not a training run: it has neither metrics.csv nor grids" in capsys.readouterr().err
     assert main(["app"]) == 2
 
 
@@ -267,7 +269,7 @@ def test_twenty_requests_at_once_are_answered_in_order_with_bounded_memory(serve
     monkeypatch.setattr(app_page, "draw", draw)
     _, address, _ = app_page.serve(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     config = httpx.get(f"{address}config").json()
-    (run, *_) = [event for event in config["dependencies"] if event["api_name"] == "run"]
+    (run, *_) = [event for event in config["dependencies"] if event["api_name"] == "generate"]
     labels = {component["id"]: component["props"] for component in config["components"]}
 
     def ask(seed, session):
@@ -311,7 +313,7 @@ def test_in_a_browser(served, files, training_run, tmp_path):
         page = browser.new_page(viewport={"width": 1280, "height": 900})  # a context of its own
         page.on("request", lambda request: (visited if "127.0.0.1" in request.url else foreign).append(request.url))
         page.goto(address)
-        page.locator("#draw").wait_for()
+        page.locator("#generate").wait_for()
         return page
 
     def put_in(page, number, file):
@@ -320,9 +322,9 @@ def test_in_a_browser(served, files, training_run, tmp_path):
 
     def draw(page, prompt, expected):
         page.fill("#prompt textarea", prompt)
-        page.click("#draw")
+        page.click("#generate")
         page.wait_for_function(f"document.querySelector('#command textarea').value.includes('{expected}')")
-        page.wait_for_function("document.querySelectorAll('#pictures img[src*=image-0]').length == 2")
+        page.wait_for_function("document.querySelectorAll('#outputs img[src*=image-0]').length == 2")
 
     try:
         with sync_api.sync_playwright() as browsers:
@@ -347,7 +349,7 @@ def test_in_a_browser(served, files, training_run, tmp_path):
             draw(page, "a <1> in the suit of <2>", "--image-masks - mask-")
             assert "--images dog.png dog-" in page.locator("#command textarea").input_value()
             page.get_by_text("another", exact=True).first.wait_for()
-            pictures = [image.get_attribute("src") for image in page.locator("#pictures img").all()]
+            pictures = [image.get_attribute("src") for image in page.locator("#outputs img").all()]
             picture = tmp_path / "drawn.png"
             picture.write_bytes(page.request.get(pictures[0]).body())
             parameters = read_parameters(picture)
@@ -355,11 +357,11 @@ def test_in_a_browser(served, files, training_run, tmp_path):
 
             visited.clear()
             other = visit(browser)
-            assert other.locator("#pictures img").count() == other.locator("#image-1 img").count() == 0
+            assert other.locator("#outputs img").count() == other.locator("#image-1 img").count() == 0
             put_in(other, 1, files[1])
             draw(other, "<1> at night", "at night")
             assert not [url for url in visited if "dog.png" in url or url in pictures]
-            assert [image.get_attribute("src") for image in page.locator("#pictures img").all()] == pictures
+            assert [image.get_attribute("src") for image in page.locator("#outputs img").all()] == pictures
             other.close()
 
             page.fill("#prompt textarea", "")
@@ -367,16 +369,19 @@ def test_in_a_browser(served, files, training_run, tmp_path):
             page.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('a <1>')")
             page.wait_for_function("document.querySelector('#restored textarea')?.value.includes('image 1: dog.png')")
             page.fill("#prompt textarea", "<4>")
-            page.click("#draw")
+            page.click("#generate")
             page.get_by_text("there is no image 4").first.wait_for()
             text, large = tmp_path / "text.png", tmp_path / "large.png"
             text.write_text("not an image")
             Image.new("1", (10_000, 5_000)).save(large)
-            for number, file, message in ((3, text, "'text.png' is no image"), (4, large, "has 10000×5000 pixels")):
+            for number, file, message in (
+                (3, text, "'text.png' is not a readable image"),
+                (4, large, "has 10000×5000 pixels"),
+            ):
                 put_in(page, number, file)
                 page.fill("#prompt textarea", f"<{number}>")
                 page.locator("#hints").get_by_text(message).wait_for()
-                page.click("#draw")
+                page.click("#generate")
                 page.locator(".toast-body").get_by_text(message).first.wait_for()
                 page.get_by_label("Remove Image").last.click()
 
@@ -398,16 +403,16 @@ def test_in_a_browser(served, files, training_run, tmp_path):
             put_in(page, 1, files[0])
             draw(page, "<1> there", "dog.png")
             page.fill("#prompt textarea", "")
-            page.click("#draw")
+            page.click("#generate")
             page.locator(".toast-body").get_by_text(
-                "the prompt is empty; allowed: text, numbers of images as <1>"
+                "The prompt is empty; enter text, image numbers such as <1>"
             ).wait_for()
-            page.get_by_role("tab", name="Run").click()
+            page.get_by_role("tab", name="Training run").click()
             page.get_by_text("Step 200").wait_for()
             page.get_by_label("range slider for Grid").press("ArrowLeft")
             page.get_by_text("Step 100").wait_for()
             page.locator("#losses canvas, #losses svg").first.wait_for()
-            page.get_by_role("button", name="Report of the evaluation").click()
+            page.get_by_role("button", name="Evaluation report").click()
             page.frame_locator("#report iframe").get_by_text('Does it "keep" the subject?').wait_for()
             assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
             browser.close()

@@ -323,7 +323,7 @@ def test_controlnet_initial_image_and_lora_are_drawn_as_the_pipeline_composes_th
         (["--init-image", images / "hero.png", "--strength", "0.1"], "strength=0.1 of 2 steps is less than one step"),
         (["--init-image", images / "hero.png", "--strength", "1.5"], "strength=1.5 is not allowed"),
         (["--init-image", images / "none.png"], "none.png"),
-        ([*control, "--controlnet", images / "other"], "reads images 4 times the latents' size; here: 8"),
+        ([*control, "--controlnet", images / "other"], "downscales images by 4; the image decoder needs 8"),
         (["--lora-scales", "1"], "1 --lora-scales for 0 files"),
         (["--lora", images / "dog.png"], "--lora '"),
     ):

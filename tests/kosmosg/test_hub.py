@@ -74,7 +74,7 @@ def test_the_card_says_what_the_files_say(run, tmp_path):
     settings = yaml.safe_load((tmp_path / "plain" / "config.yaml").read_text())
     assert settings == {"model": {"image_decoder": "stable-diffusion-v1-5/stable-diffusion-v1-5"}}
     assert export(run, tmp_path / "plain") == 2 and export(run, tmp_path / "plain", "--overwrite") == 0
-    assert "It was not evaluated" in (tmp_path / "plain" / "README.md").read_text()
+    assert "This checkpoint was not evaluated" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_smaller_folders_load_as_the_model(run, tiny_model, tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_what_the_base_has_is_left_out_and_another_base_is_refused(run, tiny_mod
     pipeline.model.save_pretrained(base, tokenizer=pipeline.tokenizer)
     with pytest.raises(ValueError, match="has changed since"):
         condition(tmp_path / "small")
-    with pytest.raises(ValueError, match="a folder, which others do not have"):
+    with pytest.raises(ValueError, match="a local folder, which others do not have"):
         hub.push(tmp_path / "small", "owner/name")
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_folder_is_refused_by_name(run, tiny_model, tmp_path):
 def test_mistakes_are_named(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     for words, message in (
-        ((run, "owner/name"), "there is no token"),
+        ((run, "owner/name"), "no Hugging Face token found"),
         ((run,), "give either OWNER/NAME"),
         ((run, "owner/name", "--output", tmp_path / "out"), "give either OWNER/NAME"),
         ((run, "--output", tmp_path / "out", "--dtype", "int4"), "dtype='int4' is not allowed; allowed: float32"),
