@@ -10,8 +10,8 @@ from tests.conftest import REPOSITORY
 SIZES = """
 extends: [model/toyland]
 model:
-  mllm: {width: 768, heads: 12, layers: 2, ffn_width: 3072}
-  aligner: {ffn_width: 20480}
+  mllm: {width: 768, heads: 12, layers: 5, ffn_width: 3072}
+  aligner: {ffn_width: 40960}
 """
 SLACK = 40 * 2**20  # what the conversion itself and the unpickled names take
 
