@@ -36,9 +36,10 @@ help:
 
 setup: $(STAMP)
 
+# Without compiling all of the packages, which takes as long as the rest of the installation; imports compile what they use.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
 # Parity tests run in one process, which checks that every recorded output was compared, and with the number of threads
