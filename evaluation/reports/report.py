@@ -1,4 +1,4 @@
-"""Write report.html, a single file with all images and charts embedded, and the sheets beside it."""
+"""Write report.html, a single file with all images and charts embedded, and the figures in sheets/."""
 
 import base64
 import io

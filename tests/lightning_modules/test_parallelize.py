@@ -1,5 +1,6 @@
 """Activation checkpointing, compilation and precision of sharded layers, put on from outside."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,14 +66,19 @@ def test_checkpointed_layers_give_the_same_gradients_and_keep_less(
 
 
 @pytest.mark.slow
-def test_compiled_checkpointed_layers_give_the_same(tiny_model: Path, prompt: PromptBatch) -> None:
-    """Traced and divided as for inductor, whose own kernels take most of a minute and a C++ compiler."""
+@pytest.mark.parametrize(("mode", "backend"), [("none", "aot_eager"), ("selective", "inductor")])
+def test_compiled_layers_give_the_same(
+    mode: str, backend: str, tiny_model: Path, prompt: PromptBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not what another process left half written
     plain, compiled = fresh_mllm(tiny_model), fresh_mllm(tiny_model)
     for module in (*plain.modules(), *compiled.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # compiled dropout draws other numbers
-    apply_activation_checkpointing(compiled, "selective")
-    apply_compile(compiled.decoder, backend="aot_eager_decomp_partition")
+    apply_activation_checkpointing(compiled, mode)
+    apply_compile(compiled.decoder, backend=backend)
     expected, gradients, _ = graph(plain, prompt)
     found, others, _ = graph(compiled, prompt)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -81,15 +87,22 @@ def test_compiled_checkpointed_layers_give_the_same(tiny_model: Path, prompt: Pr
 
 
 @pytest.mark.slow
-def test_no_layer_is_left_uncompiled(configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 3 has the layers of the others but for the aligner's decoder: with images and without, buckets of several
-    lengths, training and validation."""
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("language_modelling", []),
+        ("alignment", ["recipe.variant=masked", "recipe.length_buckets=2"]),
+        ("instruction_tuning", ["recipe.length_buckets=2"]),
+    ],
+)
+def test_no_layer_of_a_stage_is_left_uncompiled(
+    stage: str, options: list[str], configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(train, "apply_compile", partial(apply_compile, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
-        steps = [f"trainer.{name}=4" for name in ("max_steps", "val_every", "checkpoint_every")]
-        options = ["recipe.length_buckets=2", "trainer.compile=true"]
-        assert train.main([str(configs["instruction_tuning"]), *steps, *options]) == 0
+        steps = [f"trainer.{name}=8" for name in ("max_steps", "val_every", "checkpoint_every")]
+        assert train.main([str(configs[stage]), "trainer.compile=true", *steps, *options]) == 0
 
 
 @pytest.mark.parametrize(

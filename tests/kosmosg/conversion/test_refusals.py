@@ -34,7 +34,7 @@ def no_heads(checkpoint):
     del checkpoint["cfg"]["kosmosg"]
 
 
-# Options, by what stands in the world of a test.
+# Command-line options, by the files that the test writes.
 def decoder(edit):
     """A copy of the Stable Diffusion folder after `edit(folder)`."""
 
