@@ -278,8 +278,10 @@ def _remedy(pattern: str) -> str:
 
 
 def index_shard(url: str, store: Store | None = None, known: dict | None = None) -> dict:
-    """Make the record of a tar. The number of samples comes from img2dataset's `_stats.json` in the same folder; without
-    one, the samples are counted, and a remote tar is downloaded for this.
+    """Make the record of a tar.
+
+    The number of samples is read from img2dataset's `_stats.json` in the same folder. Without one, the samples are
+    counted, and a remote tar is downloaded for this.
 
     Args:
         known: an earlier record; if the size is unchanged, samples are not counted again.
